@@ -1,0 +1,140 @@
+"""`Adapter`: what is known about one model family. `Patch`: everything it changed on one instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from pumer.reducers import Plan, Reducer
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction that happened: for looking at, never needed for computing.
+
+    Args:
+        layer: where, -1 before the first.
+        text: text tokens before it, padding included.
+        plan: where the tokens went.
+        grid: rows and columns of patches of the unreduced picture.
+        patch_BN: raster number of the patch of every unreduced token, -1 for tokens that are none.
+    """
+
+    layer: int
+    text: int
+    plan: Plan
+    grid: tuple[int, int] | None
+    patch_BN: Any
+
+
+@dataclass
+class Patch:
+    """What was changed on one model instance, so that it can be undone exactly.
+
+    Args:
+        reducer: the method in force.
+        adapter: the family's adapter.
+        attention: attention kernel, "sdpa" or "eager".
+        trim: cut padded text and images to the longest of the batch at the model's entry.
+    """
+
+    reducer: Reducer
+    adapter: Adapter
+    attention: str = "sdpa"
+    trim: bool = True
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    """(text, image) tokens after every layer of the last forward: evidence that the reduction is active."""
+    steps: list[Step] | None = None
+    """Reductions of the forwards since `trace` began, None when nobody looks."""
+    _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of an instance, remembering what was there."""
+        self._changes.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put every attribute back, last change first."""
+        while self._changes:
+            owner, name, before = self._changes.pop()
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+class Adapter:
+    """Knowledge of one model family: where the layers are, how to shorten what has a token axis, what it costs."""
+
+    family: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+    """Names of the model classes it knows; names, so that the family need not be imported to look."""
+
+    def depth(self, model: nn.Module) -> int:
+        """Number of layers that a reducer can act in."""
+        raise NotImplementedError
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        """Change the instance so that `patch.reducer` acts, recording every change in `patch`."""
+        raise NotImplementedError
+
+    def default_lengths(self, model: nn.Module) -> tuple[int, int]:
+        """(text, image) tokens of a full-length question and a picture of the configured size."""
+        raise NotImplementedError
+
+    def macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> dict[str, int]:
+        """Multiply-accumulates per example by part, for (text, image) tokens at the entry and after each layer."""
+        raise NotImplementedError
+
+
+_ADAPTERS: list[Adapter] = []
+
+
+def register(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make a family known."""
+    _ADAPTERS.append(adapter())
+    return adapter
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """All known families."""
+    return tuple(_ADAPTERS)
+
+
+def find(model: nn.Module) -> Adapter:
+    """The adapter of a model; raises ValueError saying what is supported."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    for adapter in _ADAPTERS:
+        if any(name in adapter.classes for name in names):
+            return adapter
+    known = "; ".join(f"{adapter.family}: {', '.join(adapter.classes)}" for adapter in _ADAPTERS)
+    inner = _inside(model)
+    hint = f" It contains a {inner}: pass that module instead." if inner else ""
+    raise ValueError(f"{type(model).__name__} cannot be reduced.{hint} Supported are {known}")
+
+
+def _inside(model: Any) -> str | None:
+    if not isinstance(model, nn.Module):
+        return None
+    supported = {name for adapter in _ADAPTERS for name in adapter.classes}
+    return next((type(module).__name__ for module in model.modules() if type(module).__name__ in supported), None)
+
+
+def replace_forward(patch: Patch, module: nn.Module, forward: Callable[..., Any], *bound: Any) -> None:
+    """Give one module instance another `forward(module, *bound, *args)`."""
+    patch.set(module, "forward", _Bound(forward, (module, *bound)))
+
+
+class _Bound:
+    """A function with its first arguments bound; unlike a closure it is copied along by copy.deepcopy."""
+
+    def __init__(self, function: Callable[..., Any], bound: tuple[Any, ...]) -> None:
+        self.function, self.bound = function, bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*self.bound, *args, **kwargs)

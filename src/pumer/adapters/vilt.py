@@ -1,0 +1,269 @@
+"""ViLT (Kim, Son, Kim, ICML 2021) as transformers has it.
+
+Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, D channels, H heads, C channels of a head,
+R rows, L columns of patches, P = R * L patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pumer.adapters import probes
+from pumer.adapters.base import Adapter, Patch, register, replace_forward
+from pumer.adapters.encoder import Axis, reduce
+from pumer.reducers import EMBEDDINGS
+
+POOLED = (
+    "ViltForQuestionAnswering",
+    "ViltForImagesAndTextClassification",
+    "ViltForImageAndTextRetrieval",
+    "ViltForVisualEntailment",
+)
+"""Classes whose answer leaves through the pooled text [CLS] alone: nothing with a token axis comes out."""
+PER_TOKEN = ("ViltModel", "ViltForMaskedLM", "ViltForTokenClassification")
+PUBLISHED_EPS = 1e-6
+"""Layer-norm epsilon of the published blocks; transformers has 1e-12 for them."""
+
+
+@register
+class ViltAdapter(Adapter):
+    """All stock ViLT classes."""
+
+    family = "ViLT"
+    classes = POOLED + PER_TOKEN
+
+    def depth(self, model: nn.Module) -> int:
+        return len(_vilt(model).encoder.layer)
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        vilt = _vilt(model)
+        pooled = any(kind.__name__ in POOLED for kind in type(model).__mro__)
+        replace_forward(patch, vilt, _forward, patch, pooled)
+        published = getattr(patch.reducer, "official", False)
+        for number, layer in enumerate(vilt.encoder.layer):
+            replace_forward(patch, layer, _layer, patch, number, published)
+            if published:
+                patch.set(layer.layernorm_before, "eps", PUBLISHED_EPS)
+                patch.set(layer.layernorm_after, "eps", PUBLISHED_EPS)
+        if published:
+            patch.set(vilt.layernorm, "eps", PUBLISHED_EPS)
+
+    def default_lengths(self, model: nn.Module) -> tuple[int, int]:
+        config = model.config
+        return config.max_position_embeddings, (config.image_size // config.patch_size) ** 2 + 1
+
+    def macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> dict[str, int]:
+        config = model.config
+        width, inner = config.hidden_size, config.intermediate_size
+        before, after = ([sum(pair) for pair in pairs] for pairs in (lengths[:-1], lengths[1:]))
+        patch_size = config.num_channels * config.patch_size**2
+        encoder = set(_vilt(model).encoder.modules())
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in encoder]
+        return {
+            "embedding": (lengths[0][1] - 1) * patch_size * width,
+            "attention": sum(4 * n * width**2 + 2 * n**2 * width for n in before),
+            "mlp": sum(2 * n * width * inner for n in after),
+            "head": sum(linear.in_features * linear.out_features for linear in heads),
+        }
+
+
+def _vilt(model: nn.Module) -> Any:
+    return model if hasattr(model, "encoder") else model.vilt
+
+
+def _forward(
+    vilt: Any,
+    patch: Patch,
+    pooled: bool,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    pixel_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    image_token_type_idx: int | None = None,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """In place of `ViltModel.forward`, and of `ViltEmbeddings` and `ViltEncoder` inside it.
+
+    `pooled`: only the pooled output is used, so the text may be cut and states need not be expanded.
+    """
+    config = vilt.config
+    attentions = config.output_attentions if output_attentions is None else output_attentions
+    hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    text = _exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    image = _exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
+    if len(text) != len(image):
+        raise ValueError(f"{len(text)} texts and {len(image)} images: the batch sizes must agree")
+    if attention_mask is None:
+        attention_mask = torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
+
+    if image_embeds is None:
+        image_embeds, image_mask, patch_BI, grid = embed_patches(vilt.embeddings, pixel_values, pixel_mask)
+    else:
+        image_mask, patch_BI, grid = pixel_mask.flatten(1).bool(), None, None
+    if patch.trim and not torch.compiler.is_compiling():
+        # The one place where the host reads lengths; a collator that trims, or trim=False, saves even that.
+        text_length, image_length = torch.stack([_extent(attention_mask), _extent(image_mask)]).tolist()
+        image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
+        patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
+        if pooled:
+            attention_mask = attention_mask[:, :text_length]
+            input_ids, token_type_ids, inputs_embeds = (
+                None if x is None else x[:, :text_length] for x in (input_ids, token_type_ids, inputs_embeds)
+            )
+    embeddings = vilt.embeddings
+    text_embeds = embeddings.text_embeddings(
+        input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
+    )
+    kinds = embeddings.token_type_embeddings.weight
+    image_kind = 1 if image_token_type_idx is None else image_token_type_idx
+    states = torch.cat([text_embeds + kinds[0], image_embeds + kinds[image_kind]], dim=1)
+    if patch_BI is not None:
+        patch_BI = torch.nn.functional.pad(patch_BI, (text_embeds.shape[1], 0), value=-1)
+    mask = torch.cat([attention_mask.bool(), image_mask], dim=1)
+    axis = Axis(text_embeds.shape[1], mask, torch.ones_like(mask, dtype=torch.float32), None, grid, patch_BI)
+    if getattr(patch.reducer, "official", False):
+        axis = replace(axis, mask_BN=torch.cat([attention_mask.float(), image_mask.float()], dim=1))
+
+    states, axis, all_states, all_attentions = _encode(vilt, patch, states, axis, attentions, hidden)
+    states = vilt.layernorm(states)
+    pooler_output = vilt.pooler(states) if vilt.pooler is not None else None
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=states if pooled else axis.expand(states),
+        pooler_output=pooler_output,
+        hidden_states=all_states,
+        attentions=all_attentions,
+    )
+    wants_dict = config.return_dict if return_dict is None else return_dict
+    return output if wants_dict else (output[0], pooler_output, *output.to_tuple()[2:])
+
+
+def _encode(
+    vilt: Any, patch: Patch, states: Tensor, axis: Axis, attentions: bool, hidden: bool
+) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """All layers; hidden states come back in the original length, attention maps in the reduced one."""
+    states, axis = reduce(patch, EMBEDDINGS, states, axis)
+    all_states, all_attentions, lengths = [axis.expand(states)] if hidden else [], [], [axis.lengths]
+    for layer in vilt.encoder.layer:
+        states, axis, attention = layer(states, axis, attentions)
+        lengths.append(axis.lengths)
+        if hidden:
+            all_states.append(axis.expand(states))
+        if attentions:
+            all_attentions.append(attention)
+    patch.lengths = lengths
+    return states, axis, tuple(all_states) if hidden else None, tuple(all_attentions) if attentions else None
+
+
+def _layer(
+    layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool = False
+) -> tuple[Tensor, Axis, Tensor | None]:
+    """In place of `ViltLayer.forward`: the stock one has no opening between attention and MLP."""
+    module = layer.attention.attention
+    normed = layer.layernorm_before(states)
+    queries, keys, values = (
+        project(normed).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+        for project in (module.query, module.key, module.value)
+    )
+    dropout = module.dropout.p if module.training else 0.0
+    if published:
+        context, attention = probes.attend_published(queries, keys, values, axis.mask_BN, dropout)
+    else:
+        sizes = axis.sizes_BN if patch.reducer.weighs_by_size and axis.plan is not None else None
+        seen = probes.visibility(axis.mask_BN, sizes, states.dtype)
+        wanted = attentions or patch.reducer.needs_attention
+        context, attention = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
+    context = context.transpose(1, 2).flatten(2)
+    states = layer.attention.output(context, states) + states
+
+    states, axis = reduce(patch, number, states, axis, queries, keys, attention)
+    states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
+    return states, axis, attention if attentions else None
+
+
+def embed_patches(
+    embeddings: Any, pixel_values: Tensor, pixel_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """In place of `ViltEmbeddings.visual_embed`: no loop over the batch, no random order, no host reads.
+
+    The stock method draws the patches of a picture at random; here they come in raster order, real ones first.
+    Of a picture with more patches than `config.max_image_length`, evenly spaced ones are taken.
+
+    Args:
+        pixel_values: [B,3,height,width].
+        pixel_mask: [B,height,width], 1 at real pixels; None where all are real.
+
+    Returns:
+        embeddings [B,1+P,D] with [CLS] first, bool mask [B,1+P], raster number of each patch [B,1+P] (-1: [CLS]),
+        and rows and columns of patches.
+    """
+    features = embeddings.patch_embeddings(pixel_values)
+    batch, width, rows, columns = features.shape
+    if pixel_mask is None:
+        real_BRL = torch.ones(batch, rows, columns, dtype=torch.bool, device=features.device)
+    else:
+        nearest = nn.functional.interpolate(pixel_mask[:, None].float(), size=(rows, columns))
+        real_BRL = nearest[:, 0].long() > 0
+    table_1P = embeddings.position_embeddings
+    side = embeddings.config.image_size // embeddings.config.patch_size
+    position_BRLD = _resize_positions(
+        table_1P[0, 1:].unflatten(0, (side, side)), real_BRL[:, :, 0].sum(1), real_BRL[:, 0].sum(1), rows, columns
+    )
+    tokens_BPD = features.flatten(2).transpose(1, 2) + position_BRLD.flatten(1, 2)
+
+    real_BP = real_BRL.flatten(1)
+    limit = embeddings.config.max_image_length
+    length = real_BP.shape[1]
+    if isinstance(limit, int) and 0 < limit < length:
+        place, count = real_BP.long().cumsum(1) - 1, real_BP.sum(1, keepdim=True).clamp_min(1)
+        kept = count.clamp_max(limit)
+        real_BP = real_BP & ((place + 1) * kept // count > place * kept // count)
+        length = limit
+    order_BP = (~real_BP).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
+    tokens_BPD = tokens_BPD.gather(1, order_BP[..., None].expand(-1, -1, width))
+    real_BP = real_BP.gather(1, order_BP)
+
+    cls_BD = (embeddings.cls_token + table_1P[:, :1]).expand(batch, -1, -1)
+    states = embeddings.dropout(torch.cat([cls_BD, tokens_BPD], dim=1))
+    mask = nn.functional.pad(real_BP, (1, 0), value=True)
+    return states, mask, nn.functional.pad(order_BP, (1, 0), value=-1), (rows, columns)
+
+
+def _resize_positions(table_SSD: Tensor, height_B: Tensor, width_B: Tensor, rows: int, columns: int) -> Tensor:
+    """Bilinear resize (corners aligned) of a square position table to each picture's own size -> [B,R,L,D]."""
+    side = table_SSD.shape[0]
+    down_BRS = _hat_weights(height_B, rows, side)
+    across_BLS = _hat_weights(width_B, columns, side)
+    stretched = down_BRS @ table_SSD.float().flatten(1)
+    return (across_BLS[:, None] @ stretched.unflatten(-1, (side, -1))).to(table_SSD.dtype)
+
+
+def _hat_weights(size_B: Tensor, length: int, side: int) -> Tensor:
+    """Share [B,length,side] of every table entry in every place, for pictures `size_B` patches long."""
+    place = torch.arange(length, device=size_B.device)
+    source_BL = place * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]
+    source_BL = torch.where(size_B[:, None] > 1, source_BL, 0.0).clamp_max(side - 1)
+    return (1 - (source_BL[..., None] - torch.arange(side, device=size_B.device)).abs()).clamp_min(0)
+
+
+def _extent(mask_BN: Tensor) -> Tensor:
+    """Position after the last real token of any row."""
+    places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
+    return (places * mask_BN.bool()).max()
+
+
+def _exactly_one(**inputs: Tensor | None) -> Tensor:
+    given = [value for value in inputs.values() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(inputs)}")
+    return given[0]

@@ -1,0 +1,95 @@
+"""The verbs on a live model: apply, remove, reduced, trace, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from pumer.adapters import Patch, Step, find
+from pumer.adapters.probes import BACKENDS
+from pumer.presets import preset
+from pumer.reducers import Reducer
+
+M = TypeVar("M", bound=nn.Module)
+_ATTRIBUTE = "_pumer_patch"
+
+
+def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> M:
+    """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
+
+    Applying again replaces the reducer in force.
+
+    Args:
+        model: a supported Hugging Face model (`pumer list` names them).
+        reducer: a reducer, or a preset's name such as "vilt-vqav2".
+        attention: "sdpa" (fused) or "eager".
+        trim: cut padding down to the longest text and image of the batch when the model is entered, for which the
+            host reads two numbers. Turn it off for CUDA graphs; under torch.compile it is off by itself.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
+    """
+    adapter = find(model)
+    if isinstance(reducer, str):
+        reducer = preset(reducer)
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"expected a reducer such as PuMer(), or a preset's name, not {reducer!r}")
+    if attention not in BACKENDS:
+        raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
+    reducer.check(adapter.depth(model))
+    remove(model)
+    patch = Patch(reducer, adapter, attention, trim)
+    try:
+        adapter.patch(model, patch)
+    except BaseException:
+        patch.undo()
+        raise
+    setattr(model, _ATTRIBUTE, patch)
+    return model
+
+
+def remove(model: M) -> M:
+    """Give the model back exactly as it was before `apply`; does nothing to an unreduced model."""
+    patch = vars(model).pop(_ATTRIBUTE, None)
+    if patch is not None:
+        patch.undo()
+    return model
+
+
+@contextmanager
+def reduced(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> Iterator[M]:
+    """`apply` for the length of a with block; whatever was in force before is in force again afterwards."""
+    before = active(model)
+    apply(model, reducer, attention=attention, trim=trim)
+    try:
+        yield model
+    finally:
+        remove(model)
+        if before is not None:
+            apply(model, before.reducer, attention=before.attention, trim=before.trim)
+
+
+def active(model: nn.Module) -> Patch | None:
+    """What is in force on this model, None if nothing is."""
+    patch = vars(model).get(_ATTRIBUTE)
+    return patch if isinstance(patch, Patch) else None
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[list[Step]]:
+    """Collect every reduction of the forwards inside the with block, in order."""
+    patch = active(model)
+    if patch is None:
+        raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
+    steps: list[Step] = []
+    before, patch.steps = patch.steps, steps
+    try:
+        yield steps
+    finally:
+        patch.steps = before

@@ -1,0 +1,74 @@
+"""The command line. Each command is a function with typed arguments; only the one that is asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+COMMANDS = {
+    "demo": ("pumer.commands.demo:demo", "see the shipped models answer, faster, and which tokens they kept"),
+    "train": ("pumer.train.run:train", "fine-tune a model with its reducer on, with or without a teacher"),
+    "eval": ("pumer.commands.evaluate:evaluate_", "score a model on a task, with any reducer"),
+    "predict": ("pumer.commands.evaluate:predict_", "write the prediction file that a task's server takes"),
+    "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
+    "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
+    "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
+    "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
+    "list": ("pumer.commands.list:list_", "reducers, presets, model classes and tasks"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors in what the user gave are one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
+    if name in ("--version", "-V"):
+        from pumer import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(_overview(), file=sys.stdout if name in ("", "-h", "--help", "help") else sys.stderr)
+        return 0 if name in ("-h", "--help", "help") else 2
+    return _run(name, words[len(name.split()) :])
+
+
+def _run(name: str, words: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    function = _function(COMMANDS[name][0])
+    parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_function_arguments(function, as_positional=False)
+    settings = parser.instantiate(parser.parse_args(words))
+    values = {key: value for key, value in vars(settings).items() if key != "config"}
+    try:
+        function(**values)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"pumer {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"pumer {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help tells a command's options."]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Pictures, text and the files they come from."""

@@ -1,0 +1,93 @@
+"""The built-in pictures and questions as a VQAv2 data set on disk, for anything that reads the official files."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from .scene_questions import SceneQuestion, ask
+from .scenes import draw
+
+_BATCH = 256
+_ANSWER_TYPES = {"yes": "yes/no", "no": "yes/no"}
+
+
+def write_vqav2(
+    out: str | os.PathLike[str],
+    seed: int,
+    pictures: int,
+    per_picture: int,
+    split: str = "val2014",
+    image_size: int = 96,
+    progress: bool = True,
+) -> Path:
+    """Write pictures 0 .. `pictures` - 1 of `seed` under the new folder `out` as VQAv2's official files; returns it.
+
+    `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the images
+    `{split}/COCO_{split}_%012d.png`. PNG instead of COCO's JPEG keeps the pictures as drawn; readers must take either.
+    Picture number i is image i, its question j is i * 1000 + j, and all ten annotators agree. `out` appears only when
+    everything is written. `progress` shows a bar if stderr is a terminal.
+    Raises ValueError when `out` exists and is not empty, or for more than 1000 questions a picture.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose a new folder or delete it first.")
+    if pictures < 1 or not 1 <= per_picture <= 1000:
+        raise ValueError(
+            f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
+            "picture (VQAv2's question ids leave room for no more)."
+        )
+    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, seed, pictures, per_picture, split, image_size, progress)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except BaseException:  # also when interrupted: nobody else would clear it away
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return out
+
+
+def _write(
+    folder: Path, seed: int, pictures: int, per_picture: int, split: str, image_size: int, progress: bool
+) -> None:
+    questions, annotations = [], []
+    (folder / split).mkdir()
+    batches = [range(start, min(start + _BATCH, pictures)) for start in range(0, pictures, _BATCH)]
+    console = Console(stderr=True)
+    for index in track(batches, split, console=console, disable=not (progress and sys.stderr.isatty())):
+        scenes = draw(seed, index, image_size=image_size)
+        for image_id, image in zip(index, scenes.images.permute(0, 2, 3, 1).numpy(), strict=True):
+            # The noise hardly compresses, so that higher levels cost time and save nothing.
+            Image.fromarray(image).save(folder / split / f"COCO_{split}_{image_id:012d}.png", compress_level=1)
+        for place, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):
+            image_id = index[question.picture]
+            ids = {"image_id": image_id, "question_id": image_id * 1000 + place % per_picture}
+            questions.append({**ids, "question": question.question})
+            annotations.append({**ids, **_annotation(question)})
+    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
+    for name, content in (
+        (f"v2_OpenEnded_mscoco_{split}_questions.json", {"task_type": "Open-Ended", "questions": questions}),
+        (f"v2_mscoco_{split}_annotations.json", {"annotations": annotations}),
+    ):
+        (folder / name).write_text(json.dumps({**head, **content}))
+
+
+def _annotation(question: SceneQuestion) -> dict[str, object]:
+    """What the annotations file says of a question, but for its ids."""
+    answer = question.answer
+    answer_type = "number" if answer.isdigit() else _ANSWER_TYPES.get(answer, "other")
+    one = {"answer": answer, "answer_confidence": "yes"}
+    return {
+        "question_type": " ".join(question.question.split()[:2]),
+        "answer_type": answer_type,
+        "multiple_choice_answer": answer,
+        "answers": [{**one, "answer_id": i} for i in range(1, 11)],
+    }

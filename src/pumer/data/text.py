@@ -1,0 +1,101 @@
+"""From questions and sentences to token ids, and small tokenizers trained on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class TextTransform:
+    """Tokenize a batch of texts with any Hugging Face tokenizer.
+
+    Padded to the longest of the batch, so that a model pays for no padding it need not see;
+    `padding="max_length"` pads to `max_length`, as released PuMer models were trained (32 tokens for VQA, 40
+    elsewhere) and as compiled models like it. Texts over `max_length` tokens, special ones included, are cut.
+    Raises ValueError for a tokenizer without a padding token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int = 40
+    padding: Literal["longest", "max_length"] = "longest"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:
+            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token first.")
+
+    def __call__(self, texts: Sequence[str], ids: Sequence[Any]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and whatever else the tokenizer's model takes, each int64 [B, T].
+
+        `ids` name the texts in errors. Raises ValueError when a text is empty.
+        """
+        empty = [name for text, name in zip(texts, ids, strict=True) if not text.strip()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(texts)} questions have no text; fill in or leave out "
+                f"{', '.join(map(str, empty[:5]))}."
+            )
+        return dict(
+            self.tokenizer(
+                list(texts),
+                padding=self.padding,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        )
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a lower-case WordPiece tokenizer that behaves like BERT's uncased one.
+
+    [PAD] is token 0, then [UNK], [CLS], [SEP], [MASK]; a text becomes [CLS] text [SEP]. The same sentences,
+    in any order, give the same tokenizer. It may hold fewer than `vocab_size` tokens when the sentences hold
+    no more.
+    Raises ValueError when `vocab_size` cannot hold the special tokens and every character.
+    """
+    tokenizer = _bert_pipeline(models.WordPiece(unk_token="[UNK]"))
+    sentences = list(sentences)
+    words = (
+        word
+        for sentence in sentences
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(sentence))
+    )
+    # The trainer numbers characters inside words in the order of a randomly seeded hash map and breaks ties
+    # by number, so that two runs differ. Named as special tokens, they are numbered first and in this order.
+    inner = sorted({f"##{character}" for word in words for character in word[1:]})
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*_SPECIAL, *inner], show_progress=False)
+    tokenizer.train_from_iterator(sentences, trainer)
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) > vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but special tokens and characters are {len(vocabulary)}; raise it."
+        )
+    # A fresh model from the vocabulary: in the trained one those characters would still count as special.
+    tokenizer = _bert_pipeline(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **dict(zip(names, _SPECIAL, strict=True)),
+    )
+
+
+def _bert_pipeline(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer

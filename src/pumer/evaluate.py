@@ -1,0 +1,123 @@
+"""Model x task x reducer: predictions sample by sample, a metric with its interval, a prediction file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from pumer.data.images import BrokenImageError, open_image
+from pumer.tasks.base import Collator, Example, replacing
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of an evaluation.
+
+    `predictions` by example id; `broken` the examples whose images could not be read, by id, with the reason;
+    `seconds` spent in the model alone, for `examples` of them.
+    """
+
+    predictions: dict[Any, Any]
+    metric: dict[str, float]
+    seconds: float
+    examples: int
+    broken: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def per_second(self) -> float:
+        """Examples per second of model time."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+
+def predict(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Predict every example; the metric is left empty.
+
+    Args:
+        model: reduced or not, on its device.
+        examples: of a task's split.
+        collator: that task's, with the model's transforms.
+        skip_broken: leave examples with unreadable images out and report them, instead of failing at the first.
+        progress: show a bar.
+
+    Raises:
+        BrokenImageError: for an unreadable image, unless `skip_broken`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    predictions: dict[Any, Any] = {}
+    broken: dict[Any, str] = {}
+    seconds = 0.0
+    steps = -(-len(examples) // batch_size)
+    for chunk in track(_chunks(examples, batch_size), "predicting", total=steps, disable=not progress):
+        if skip_broken:
+            chunk = _readable(chunk, broken)
+        if not chunk:
+            continue
+        batch = {name: value.to(device) for name, value in collator(chunk).items() if name in _INPUTS}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            logits = model(**batch).logits
+        logits = logits.float().cpu()
+        seconds += time.perf_counter() - start
+        predictions |= zip((example.id for example in chunk), collator.task.decode(logits), strict=True)
+    return Result(predictions, {}, seconds, len(predictions), broken)
+
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+
+
+def evaluate(
+    model: nn.Module, examples: Sequence[Example], collator: Collator, *, batch_size: int = 32, progress: bool = False
+) -> Result:
+    """Predict and score every example of a labelled split."""
+    result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
+    metric = collator.task.metric(result.predictions, examples)
+    return Result(result.predictions, metric, result.seconds, result.examples)
+
+
+def write_samples(path: str | Path, result: Result, examples: Sequence[Example], collator: Collator) -> None:
+    """Write one JSON line per example: id, text, prediction, score where a label is known; all or nothing."""
+    with replacing(path) as file:
+        for example in examples:
+            if example.id not in result.predictions:
+                continue
+            prediction = result.predictions[example.id]
+            row = {"id": example.id, "text": example.text, "prediction": prediction}
+            if example.target is not None:
+                row["score"] = collator.task.score(prediction, example)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    many = getattr(examples, "__getitems__", None)
+    for start in range(0, len(examples), size):
+        numbers = list(range(start, min(start + size, len(examples))))
+        yield many(numbers) if many else [examples[number] for number in numbers]
+
+
+def _readable(chunk: Sequence[Example], broken: dict[Any, str]) -> list[Example]:
+    readable = []
+    for example in chunk:
+        try:
+            for image in example.images:
+                open_image(image, name=f"the image of example {example.id}")
+            readable.append(example)
+        except BrokenImageError as error:
+            broken[example.id] = str(error)
+    return readable

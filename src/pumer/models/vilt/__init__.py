@@ -1,0 +1,1 @@
+"""What transformers' ViLT lacks: other patch sizes, visual entailment, the published layouts."""

@@ -1,0 +1,146 @@
+"""What a reducer sees (`Tokens`) and what it is (`Reducer`).
+
+Shape suffixes: B batch, H heads, N tokens, T text tokens, D channels, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.plan import Plan
+
+Grid = tuple[int, int]
+
+EMBEDDINGS = -1
+"""The place before the first layer, where `layers` may ask a reducer that needs no attention to act."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token axis of one layer as a reducer may look at it: text first, then the image.
+
+    In each modality the structure token ([CLS]) comes first, then real tokens, then padding.
+
+    Args:
+        mask_BN: attention mask, bool (or float where a published checkpoint works with fractional ones).
+        text: number of text tokens, padding included; the rest is the image. 0 where there is no text.
+        sizes_BN: how many source tokens each token stands for, float32.
+        layer: number of the layer, `EMBEDDINGS` before the first.
+        prefix: structure tokens at the head of each modality, never candidates.
+        grid: rows and columns of patches, if the image tokens are still all the patches of such a grid.
+        patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are none.
+        states_BND: hidden states.
+        queries_BHNC, keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
+        attention_BHNN: attention probabilities, only for a reducer that `needs` them.
+    """
+
+    mask_BN: Tensor
+    text: int
+    sizes_BN: Tensor
+    layer: int = 0
+    prefix: int = 1
+    grid: Grid | None = None
+    patch_BN: Tensor | None = None
+    states_BND: Tensor | None = None
+    queries_BHNC: Tensor | None = None
+    keys_BHNC: Tensor | None = None
+    attention_BHNN: Tensor | None = None
+
+    @property
+    def valid_BN(self) -> Tensor:
+        """Bool mask of the real tokens."""
+        return self.mask_BN if self.mask_BN.dtype == torch.bool else self.mask_BN > 0
+
+    @property
+    def image(self) -> slice:
+        """Where the image tokens are, structure tokens included."""
+        return slice(self.text, self.mask_BN.shape[1])
+
+    @property
+    def mean_keys_BNC(self) -> Tensor:
+        """Keys averaged over the heads: what ToMe and PuMer measure similarity on."""
+        if self.keys_BHNC is None:
+            raise ValueError("there are no keys before the first layer: give `layers` numbers from 0")
+        return self.keys_BHNC.mean(1)
+
+    def with_structure(self, text: Plan | None, image: Plan) -> Plan:
+        """The plan for the whole axis: structure tokens stay, the rest of each modality follows its own plan.
+
+        `text` is None where text is left alone.
+        """
+        plans = []
+        for start, stop, plan in ((0, self.text, text), (self.text, self.mask_BN.shape[1], image)):
+            head = min(start + self.prefix, stop) if plan is not None else stop
+            plans.append(Plan.identity(self.mask_BN[:, start:head]))
+            if plan is not None:
+                plans.append(plan)
+        return Plan.side_by_side(plans)
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """A method of token reduction: its fields are the settings, `plan` is the method.
+
+    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether `plan` reads `Tokens.attention_BHNN`, which costs the fused attention of that layer."""
+        return False
+
+    @property
+    def weighs_by_size(self) -> bool:
+        """Whether attention is to count a merged token as often as its size says (adds log size to the logits)."""
+        return False
+
+    def reduces_at(self, layer: int) -> bool:
+        """Whether the method acts in this layer."""
+        return layer in self.layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that reduce, counted from 0."""
+        raise NotImplementedError
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        """Length of the text and of the image axis after this layer, both with their `prefix` structure tokens.
+
+        `grid` is the (rows, columns) of patches, for methods that go by place.
+        """
+        raise NotImplementedError
+
+    def plan(self, tokens: Tokens) -> Plan:
+        """Where every token of the layer goes."""
+        raise NotImplementedError
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError if the settings do not fit a model with `depth` layers."""
+        wrong = [layer for layer in self.layers if not EMBEDDINGS <= layer < depth]
+        if wrong:
+            raise ValueError(f"{self.name} reduces in layers {wrong}, but the model has layers 0 to {depth - 1}")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain data, for JSON."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def check_ratios(**ratios: float) -> None:
+    """Raise ValueError unless every ratio lies in [0, 1)."""
+    for name, ratio in ratios.items():
+        if not 0 <= ratio < 1:
+            raise ValueError(f"{name} is a ratio in [0, 1), not {ratio}")
+
+
+def check_layers(layers: tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    """Layers as a sorted tuple without repeats; raises ValueError for anything but whole numbers from -1."""
+    if any(not isinstance(layer, int) or layer < EMBEDDINGS for layer in layers):
+        raise ValueError(f"layers are whole numbers from 0 (-1: before the first layer), not {layers!r}")
+    return tuple(sorted(set(layers)))

@@ -1,0 +1,67 @@
+"""How many tokens stay: pure integer functions of lengths and settings, known before any data is seen.
+
+Each takes a Python int, or an int64 tensor with one length per sample, and gives back the same kind, so that the
+row of a padded batch gets the budget it would get alone without the host ever reading a length. Rounding is half to
+even in both, as in the published PuMer code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Count = TypeVar("Count", int, Tensor)
+
+
+def portion(ratio: float, count: Count) -> Count:
+    """`ratio` of `count`, rounded half to even."""
+    if isinstance(count, Tensor):
+        return torch.round(count.double() * ratio).long()
+    return round(ratio * count)
+
+
+def halves(count: Count) -> Count:
+    """The most pairs that `count` tokens can form: what one bipartite matching can merge away."""
+    return count // 2
+
+
+def smaller(count: Count, limit: Count | int) -> Count:
+    """The smaller of a count and a limit."""
+    if isinstance(count, Tensor):
+        return count.clamp_max(limit) if isinstance(limit, int) else torch.minimum(count, limit)
+    return min(count, int(limit))
+
+
+def prune_then_merge(count: Count, prune: float, merge: float) -> tuple[Count, Count]:
+    """(kept, merged): of `count` tokens, how many survive pruning and how many of those are merged away.
+
+    Both ratios are of the unpruned count (PuMer's convention). The two together are rounded once, so that the
+    remaining number never shrinks when `count` grows: a padded length is then an upper bound for every sample in it.
+    """
+    kept = count - portion(prune, count)
+    merged = smaller(portion(prune + merge, count) - portion(prune, count), halves(kept))
+    return kept, merged
+
+
+def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> list[int]:
+    """Tokens to merge away in every layer (ToMe, appendix on schedules).
+
+    Args:
+        r: one number for all layers; `(number, inflection)` with inflection in [-1, 1], which tilts the numbers
+            from decreasing (-1) over constant (0) to increasing (1) at the same mean; or a list, one per layer
+            (missing ones are zero).
+        layers: number of layers.
+    """
+    inflection = 0.0
+    if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
+        r, inflection = int(r[0]), r[1]
+    if not isinstance(r, int):
+        return [int(value) for value in r][:layers] + [0] * (layers - len(r))
+    if not -1.0 <= inflection <= 1.0:
+        raise ValueError(f"the inflection of a merge schedule lies in [-1, 1], not {inflection}")
+    first = r * (1.0 - inflection)
+    step = (2 * r - 2 * first) / max(layers - 1, 1)
+    return [int(first + step * layer) for layer in range(layers)]

@@ -1,0 +1,155 @@
+"""Where every token goes.
+
+Shape suffixes: B batch, N source tokens, K slots (tokens after the reduction), D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DROPPED = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For each source token its slot and its share of it; applies to any tensor with a token axis.
+
+    Args:
+        slot_BN: int64, the slot of every source token, `DROPPED` (-1) if it goes nowhere.
+        weight_BN: float32, the share with which a source enters its slot. The shares of a slot sum to one,
+            except where a published method adds instead of averaging.
+        mask_BK: the attention mask of the slots: bool, true where a slot holds something; float where a
+            published method works with fractional masks.
+        index_BK: for plans that only select, the source of every slot; `reduce` then gathers, bit for bit.
+    """
+
+    slot_BN: Tensor
+    weight_BN: Tensor
+    mask_BK: Tensor
+    index_BK: Tensor | None = None
+
+    @staticmethod
+    def identity(mask_BN: Tensor) -> Plan:
+        """The plan that changes nothing, for tokens with the given mask."""
+        positions = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand(mask_BN.shape)
+        return Plan(positions, _ones(mask_BN.shape, mask_BN.device), mask_BN, positions)
+
+    @staticmethod
+    def select(index_BK: Tensor, mask_BK: Tensor, count: int) -> Plan:
+        """Keep the given source tokens, in the given order, of `count` source tokens.
+
+        Slots that `mask_BK` marks empty may name any source: nothing is counted as kept there.
+        """
+        batch, slots = index_BK.shape
+        numbers = torch.arange(slots, device=index_BK.device).expand(batch, slots)
+        # Empty slots write into one column past the end, which is cut off again.
+        target = torch.where(mask_BK.bool(), index_BK, torch.full_like(index_BK, count))
+        slot_BN = torch.full((batch, count + 1), DROPPED, device=index_BK.device, dtype=torch.int64)
+        slot_BN = slot_BN.scatter(1, target, numbers)[:, :count]
+        return Plan(slot_BN, _ones(slot_BN.shape, slot_BN.device), mask_BK, index_BK)
+
+    @staticmethod
+    def keep(keep_BN: Tensor, slots: int) -> Plan:
+        """Keep the marked tokens in their order; `slots` is at least the largest number of marks in a row."""
+        slot_BN = torch.where(keep_BN, keep_BN.long().cumsum(1) - 1, DROPPED)
+        positions = torch.arange(keep_BN.shape[1], device=keep_BN.device).expand(keep_BN.shape)
+        index_BK = torch.zeros(keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64)
+        index_BK = index_BK.scatter(1, torch.where(keep_BN, slot_BN, slots), positions)[:, :slots]
+        mask_BK = torch.arange(slots, device=keep_BN.device) < keep_BN.sum(1, keepdim=True)
+        return Plan(slot_BN, _ones(slot_BN.shape, slot_BN.device), mask_BK, index_BK)
+
+    @staticmethod
+    def merge(slot_BN: Tensor, mask_BK: Tensor, sizes_BN: Tensor) -> Plan:
+        """Average the tokens that share a slot, weighted by how many source tokens each stands for."""
+        slots = mask_BK.shape[1]
+        target = torch.where(slot_BN < 0, slots, slot_BN)
+        total_BK = torch.zeros(slot_BN.shape[0], slots + 1, device=slot_BN.device, dtype=sizes_BN.dtype)
+        total_BK = total_BK.scatter_add(1, target, sizes_BN)
+        return Plan(slot_BN, sizes_BN / total_BK.gather(1, target).clamp_min(1e-12), mask_BK)
+
+    @staticmethod
+    def side_by_side(plans: Sequence[Plan]) -> Plan:
+        """One plan for token axes laid end to end, such as text and image."""
+        if len(plans) == 1:
+            return plans[0]
+        slots, indices = [], []
+        tokens = offset = 0
+        for plan in plans:
+            slots.append(torch.where(plan.slot_BN < 0, DROPPED, plan.slot_BN + offset))
+            indices.append(None if plan.index_BK is None else plan.index_BK + tokens)
+            tokens += plan.slot_BN.shape[1]
+            offset += plan.slots
+        only_selects = [index for index in indices if index is not None]
+        return Plan(
+            torch.cat(slots, 1),
+            torch.cat([plan.weight_BN for plan in plans], 1),
+            torch.cat([plan.mask_BK for plan in plans], 1),
+            torch.cat(only_selects, 1) if len(only_selects) == len(plans) else None,
+        )
+
+    @property
+    def slots(self) -> int:
+        """Number of slots, K: the length of the token axis afterwards, padding included."""
+        return self.mask_BK.shape[1]
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by another one that acts on its slots."""
+        slot = self.slot_BN.clamp_min(0)
+        kept = self.slot_BN >= 0
+        index = None
+        if self.index_BK is not None and later.index_BK is not None:
+            index = self.index_BK.gather(1, later.index_BK)
+        return Plan(
+            torch.where(kept, later.slot_BN.gather(1, slot), DROPPED),
+            self.weight_BN * later.weight_BN.gather(1, slot),
+            later.mask_BK,
+            index,
+        )
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The plan as a matrix [B,K,N] of shares: `reduce` is a product with it."""
+        batch, count = self.slot_BN.shape
+        matrix = torch.zeros(batch, self.slots + 1, count, device=self.slot_BN.device, dtype=dtype)
+        target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
+        return matrix.scatter(1, target[:, None], self.weight_BN[:, None].to(dtype))[:, :-1]
+
+    def reduce(self, x_BND: Tensor) -> Tensor:
+        """Shorten a tensor of any [B,N] or [B,N,D]: gather, or the weighted sum of each slot's members.
+
+        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision.
+        """
+        if self.index_BK is not None:
+            index = self.index_BK
+            if x_BND.ndim == 3:
+                return x_BND.gather(1, index[..., None].expand(-1, -1, x_BND.shape[2]))
+            return x_BND.gather(1, index)
+        if x_BND.ndim == 3:
+            return self.matrix(x_BND.dtype) @ x_BND
+        return (self.matrix(x_BND.dtype) @ x_BND[..., None])[..., 0]
+
+    def expand(self, y_BKD: Tensor) -> Tensor:
+        """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""
+        slot, kept = self.slot_BN.clamp_min(0), self.slot_BN >= 0
+        if y_BKD.ndim == 3:
+            wide = y_BKD.gather(1, slot[..., None].expand(-1, -1, y_BKD.shape[2]))
+            return wide * kept[..., None]
+        return y_BKD.gather(1, slot) * kept
+
+    def total(self, sizes_BN: Tensor) -> Tensor:
+        """Number of source tokens in every slot [B,K], when the tokens themselves stand for `sizes_BN` ones."""
+        target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
+        total = torch.zeros(target.shape[0], self.slots + 1, device=target.device, dtype=sizes_BN.dtype)
+        return total.scatter_add(1, target, sizes_BN)[:, :-1]
+
+    def sources(self) -> Tensor:
+        """Which source tokens ended in which slot, bool [B,K,N]."""
+        numbers = torch.arange(self.slots, device=self.slot_BN.device)
+        return self.slot_BN[:, None] == numbers[None, :, None]
+
+
+def _ones(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.ones(shape, device=device, dtype=torch.float32)

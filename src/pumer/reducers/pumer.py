@@ -1,0 +1,117 @@
+"""PuMer: text-informed pruning and modality-aware merging.
+
+Cao, Paranjape, Hajishirzi, "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", ACL 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pumer.reducers import published
+from pumer.reducers.base import Grid, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.budget import Count, halves, portion, prune_then_merge, smaller
+from pumer.reducers.matching import bipartite, rank
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+from pumer.reducers.scores import SCORES, text_saliency
+
+
+@register
+@dataclass(frozen=True)
+class PuMer(Reducer):
+    """Prune image tokens the text does not attend to, then merge alike image tokens and alike text tokens.
+
+    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted.
+
+    Args:
+        prune: share of the image tokens to prune, the ones the text attends to least.
+        merge: share of the image tokens (before pruning) to merge away.
+        merge_text: share of the text tokens to merge away.
+        layers: layers that reduce, counted from 0, between their attention and their MLP.
+        score: how the text scores an image token, one of `scores.SCORES`.
+        official: reproduce the published code bug for bug instead (see `published`); for released checkpoints.
+            There `merge` >= 1 with `prune` 0 is a count, for matching text and image together, and
+            `layers=None` means every layer.
+        style: published merging variant, "tome", "tip" or "diff"; only with `official`.
+    """
+
+    name = "pumer"
+    prune: float = 0.1
+    merge: float = 0.3
+    merge_text: float = 0.2
+    layers: tuple[int, ...] | None = (2, 5, 8)  # type: ignore[assignment]
+    score: str = "mean_head"
+    official: bool = False
+    style: str = "tome"
+
+    def __post_init__(self) -> None:
+        counted = self.official and self.prune == 0 and self.merge >= 1
+        check_ratios(prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text)
+        if self.prune + self.merge >= 1 and not self.official:
+            raise ValueError(f"prune {self.prune} + merge {self.merge} leaves no image token: give less than 1 in all")
+        if self.layers is None and not self.official:
+            raise ValueError("name the reducing layers, for example layers=(2, 5, 8)")
+        if self.score not in SCORES:
+            raise ValueError(f"score is one of {', '.join(SCORES)}, not {self.score!r}")
+        if self.style not in published.STYLES or (self.style != "tome" and not self.official):
+            raise ValueError(f"style is one of {', '.join(published.STYLES)}, and only 'tome' without official=True")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", check_layers(self.layers))
+            if min(self.layers, default=0) < 0:
+                raise ValueError("PuMer scores by attention, so it cannot act before layer 0")
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.official
+
+    def reduces_at(self, layer: int) -> bool:
+        return layer >= 0 if self.layers is None else layer in self.layers
+
+    def check(self, depth: int) -> None:
+        if self.layers is not None:
+            super().check(depth)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        if not self.reduces_at(layer):
+            return text, image
+        if self.official:
+            return published.lengths(text, image, self.prune, self.merge, self.merge_text, self.style)
+        kept, merged = prune_then_merge(image - prefix, self.prune, self.merge)
+        return text - self._merged_text(text - prefix), prefix + kept - merged
+
+    def plan(self, tokens: Tokens) -> Plan:
+        if self.official:
+            return published.plan(tokens, self.prune, self.merge, self.merge_text, self.score, self.style)
+        prefix, valid_BN = tokens.prefix, tokens.valid_BN
+        text = slice(prefix, tokens.text)
+        image = slice(tokens.text + prefix, valid_BN.shape[1])
+        text_slots, image_slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, prefix)
+
+        # Text-informed image pruning: the least attended go, the others keep their order.
+        kept, merged = prune_then_merge(valid_BN[:, image].sum(1), self.prune, self.merge)
+        saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(~valid_BN[:, image], -torch.inf)
+        most_kept, _ = prune_then_merge(image.stop - image.start, self.prune, self.merge)
+        pruning = Plan.keep(valid_BN[:, image] & (rank(saliency) < kept[:, None]), most_kept)
+
+        # Modality-aware merging: image tokens among themselves, text tokens among themselves.
+        keys_BNC = tokens.mean_keys_BNC
+        merging = bipartite(
+            pruning.reduce(keys_BNC[:, image]),
+            pruning.mask_BK,
+            merged,
+            image_slots - prefix,
+            pruning.reduce(tokens.sizes_BN[:, image]),
+        )
+        text_merging = bipartite(
+            keys_BNC[:, text],
+            valid_BN[:, text],
+            self._merged_text(valid_BN[:, text].sum(1)),
+            text_slots - prefix,
+            tokens.sizes_BN[:, text],
+        )
+        return tokens.with_structure(text_merging, pruning.then(merging))
+
+    def _merged_text(self, count: Count) -> Count:
+        return smaller(portion(self.merge_text, count), halves(count))

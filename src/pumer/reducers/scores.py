@@ -1,0 +1,54 @@
+"""Saliency: how much a token matters, from the queries and keys of one layer.
+
+Shape suffixes: B batch, H heads, N tokens, T text tokens, I image tokens, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Tokens
+
+SCORES = ("mean_head", "first_head", "k_metric", "qk")
+"""Ways to score image tokens by the text: attention averaged over heads, attention of head 0, key-key and
+mean-query-key products (names as in the published PuMer code)."""
+
+
+def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
+    """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys.
+
+    Only these rows are computed, whatever attention kernel the layer itself uses.
+    """
+    if tokens.queries_BHNC is None or tokens.keys_BHNC is None:
+        raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
+    if tokens.attention_BHNN is not None:
+        return tokens.attention_BHNN[:, heads, : tokens.text, tokens.image]
+    queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads]
+    logits = (queries @ keys.transpose(2, 3)).float() / queries.shape[3] ** 0.5
+    logits = logits.masked_fill(~tokens.valid_BN[:, None, None], -torch.inf)
+    return logits.softmax(-1)[..., tokens.image]
+
+
+def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | None = None) -> Tensor:
+    """How much the text attends to every image token, float32 [B,I] (PuMer, section 3.2, equation 1).
+
+    Args:
+        tokens: the joint token axis of one layer.
+        score: one of `SCORES`.
+        rows_BT: weights of the text rows; the real tokens if not given.
+    """
+    rows_BT = tokens.valid_BN[:, : tokens.text] if rows_BT is None else rows_BT
+    rows = rows_BT.float()
+    if score in ("mean_head", "first_head"):
+        heads = slice(None) if score == "mean_head" else slice(0, 1)
+        return torch.einsum("bti,bt->bi", text_attention(tokens, heads).mean(1), rows)
+    text = tokens.mean_keys_BNC if score == "k_metric" else _mean_queries(tokens)
+    summed = torch.einsum("btc,bt->bc", text[:, : tokens.text].float(), rows)
+    return torch.einsum("bc,bic->bi", summed, tokens.mean_keys_BNC[:, tokens.image].float())
+
+
+def _mean_queries(tokens: Tokens) -> Tensor:
+    if tokens.queries_BHNC is None:
+        raise ValueError("there are no queries before the first layer: give `layers` numbers from 0")
+    return tokens.queries_BHNC.mean(1)

@@ -1,0 +1,176 @@
+"""Honest baselines: what any method has to beat.
+
+Random and uniform selection do not look at the tokens; pooling looks only at where they are; no vision shows what the
+text alone is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.budget import Count, portion
+from pumer.reducers.matching import rank
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Unreduced(Reducer):
+    """Reduce nothing: the model with fused attention and trimmed text, the base to compare with."""
+
+    name = "none"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return text, image
+
+    def plan(self, tokens: Tokens) -> Plan:
+        return Plan.identity(tokens.mask_BN)
+
+
+@dataclass(frozen=True)
+class _Selection(Reducer):
+    """Keep a share of the image tokens, chosen by their place alone."""
+
+    prune: float = 0.5
+    layers: tuple[int, ...] = (EMBEDDINGS,)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_ratios(prune=self.prune)
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+    def _kept(self, count: Count) -> Count:
+        return count - portion(self.prune, count)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return (text, prefix + self._kept(image - prefix)) if layer in self.layers else (text, image)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
+        keep_BN = valid_BN & self._chosen(valid_BN, self._kept(valid_BN.sum(1))[:, None], tokens.layer)
+        return tokens.with_structure(None, Plan.keep(keep_BN, self._kept(valid_BN.shape[1])))
+
+    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+        raise NotImplementedError
+
+
+@register
+@dataclass(frozen=True)
+class Random(_Selection):
+    """Prune image tokens at random, the same ones for every sample.
+
+    Args:
+        prune: share of the image tokens to prune at each layer.
+        layers: layers that reduce; -1 is before the first.
+        seed: of the random order.
+    """
+
+    name = "random"
+    seed: int = 0
+
+    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+        # A hash of the place instead of a generator: no state, and the row of a batch gets what it gets alone.
+        place = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+        hashed = (place + 1) * 0x9E3779B1 + (self.seed * 64 + layer + 2) * 0x85EBCA6B
+        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+            hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
+        score = (hashed ^ (hashed >> 15)).double().expand(valid_BN.shape)
+        return rank(score.masked_fill(~valid_BN, -1.0)) < kept_B1
+
+
+@register
+@dataclass(frozen=True)
+class Uniform(_Selection):
+    """Keep evenly spaced image tokens in raster order.
+
+    Args:
+        prune: share of the image tokens to prune at each layer.
+        layers: layers that reduce; -1 is before the first.
+    """
+
+    name = "uniform"
+
+    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+        place = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+        real_B1 = valid_BN.sum(1, keepdim=True).clamp_min(1)
+        return (place + 1) * kept_B1 // real_B1 > place * kept_B1 // real_B1
+
+
+@register
+@dataclass(frozen=True)
+class Pool(Reducer):
+    """Average the patches of every window of the picture, edge windows included.
+
+    Args:
+        window: patches on a side of a window.
+        layer: the layer that reduces; -1 is before the first.
+    """
+
+    name = "pool"
+    window: int = 2
+    layer: int = EMBEDDINGS
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"a window has at least one patch on a side, not {self.window}")
+        check_layers([self.layer])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        if layer != self.layer:
+            return text, image
+        side = round((image - prefix) ** 0.5)
+        rows, columns = grid or (side, side)
+        return text, prefix + -(-rows // self.window) * -(-columns // self.window)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        if tokens.grid is None or tokens.patch_BN is None:
+            raise ValueError("pooling needs all patches of the picture: let it be the first to reduce")
+        rows, columns = tokens.grid
+        windows = self.lengths(0, 0, self.layer, 0, (rows, columns))[1]
+        across = -(-columns // self.window)
+        first = tokens.text + tokens.prefix
+        valid_BN, patch_BN = tokens.valid_BN[:, first:], tokens.patch_BN[:, first:]
+        window_BN = patch_BN // columns // self.window * across + patch_BN % columns // self.window
+        window_BN = torch.where(valid_BN, window_BN, windows)
+
+        # A window that holds no real patch gets no slot, so that a padded picture is pooled as it would be alone.
+        used_BW = torch.zeros(valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64)
+        used_BW = used_BW.scatter(1, window_BN, torch.ones_like(window_BN))[:, :windows]
+        slot_BW = torch.nn.functional.pad(used_BW.cumsum(1) - 1, (0, 1), value=-1)
+        mask_BK = torch.arange(windows, device=valid_BN.device) < used_BW.sum(1, keepdim=True)
+        return tokens.with_structure(
+            None, Plan.merge(slot_BW.gather(1, window_BN), mask_BK, tokens.sizes_BN[:, first:])
+        )
+
+
+@register
+@dataclass(frozen=True)
+class NoVision(Reducer):
+    """Drop the whole image before the first layer: what the text alone is worth."""
+
+    name = "no-vision"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (EMBEDDINGS,)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return (text, 0) if layer == EMBEDDINGS else (text, image)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        count = tokens.mask_BN.shape[1]
+        index_BK = torch.arange(tokens.text, device=tokens.mask_BN.device).expand(len(tokens.mask_BN), -1)
+        text = Plan.select(index_BK, torch.ones_like(index_BK, dtype=torch.bool), count)
+        return replace(text, mask_BK=tokens.mask_BN[:, : tokens.text])

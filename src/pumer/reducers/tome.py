@@ -1,0 +1,66 @@
+"""ToMe: token merging.
+
+Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pumer.reducers.base import Grid, Reducer, Tokens, check_layers
+from pumer.reducers.budget import halves, merge_schedule, smaller
+from pumer.reducers.matching import bipartite
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Merge the most similar image tokens of every layer, whatever the text says.
+
+    Args:
+        r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with one number per
+            layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
+        depth: number of layers that the schedule spans; layers from `depth` on do nothing.
+        proportional: let attention count a merged token as often as its size says (the paper's proportional
+            attention; meant for use without training).
+    """
+
+    name = "tome"
+    r: int | tuple[int, float] | Sequence[int] = 8
+    depth: int = 12
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        if any(step < 0 for step in self.schedule):
+            raise ValueError(f"ToMe merges away a number of tokens from 0, not {self.r}")
+
+    @property
+    def schedule(self) -> list[int]:
+        """Tokens to merge away in every layer."""
+        return merge_schedule(self.r, self.depth)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return check_layers([layer for layer, merged in enumerate(self.schedule) if merged > 0])
+
+    @property
+    def weighs_by_size(self) -> bool:
+        return self.proportional
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        if layer not in self.layers:
+            return text, image
+        return text, image - smaller(self.schedule[layer], halves(image - prefix))
+
+    def plan(self, tokens: Tokens) -> Plan:
+        first = tokens.text + tokens.prefix
+        valid_BN = tokens.valid_BN[:, first:]
+        merged = halves(valid_BN.sum(1)).clamp_max(self.schedule[tokens.layer])
+        _, slots = self.lengths(tokens.text, tokens.mask_BN.shape[1] - tokens.text, tokens.layer, tokens.prefix)
+        image = bipartite(
+            tokens.mean_keys_BNC[:, first:], valid_BN, merged, slots - tokens.prefix, tokens.sizes_BN[:, first:]
+        )
+        return tokens.with_structure(None, image)

@@ -1,0 +1,43 @@
+"""Benchmarks by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from pumer.tasks.base import Collator, Example, Task
+from pumer.tasks.nlvr import NLVR
+from pumer.tasks.scenes import Scenes
+from pumer.tasks.vqav2 import VQAv2
+
+__all__ = ["NLVR", "Collator", "Example", "Scenes", "Task", "VQAv2", "build", "get", "list_tasks"]
+
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (NLVR, Scenes, VQAv2)}
+
+
+def get(name: str) -> type[Task]:
+    """The task class of that name; raises ValueError listing the known ones."""
+    if name not in _TASKS:
+        raise ValueError(f"no task is named {name!r}; there are {', '.join(list_tasks())}")
+    return _TASKS[name]
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_TASKS)
+
+
+def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
+    """The task that settings describe: its `name` and fields, as in a recipe.
+
+    `labels` are a model's own, for tasks whose vocabulary travels with the model.
+    Raises ValueError for unknown tasks and settings.
+    """
+    rest = dict(settings)
+    kind = get(str(rest.pop("name", None)))
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(rest) - set(known))
+    if unknown:
+        raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    if "labels" in known and labels:
+        rest.setdefault("labels", tuple(labels))
+    return kind(**rest)

@@ -1,0 +1,189 @@
+"""What a task is: examples, targets, a metric with its interval, and the file that a test server takes."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pumer.data.images import ImageSource, ImageTransform, open_image, pad_images
+from pumer.data.text import TextTransform
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to predict.
+
+    `images` are decoded only when collated. `target` is None where no label is known, else a class number
+    (loss kind "class") or a dict of the scores of some classes, 0 for the others ("soft"). Examples of one
+    `cluster`, usually a picture, are not independent: the bootstrap draws them together. `meta` is what the
+    task's metric needs besides.
+    """
+
+    id: int | str
+    text: str
+    images: tuple[ImageSource, ...]
+    target: Any
+    cluster: int | str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """A benchmark; each is a frozen dataclass whose fields say where the data is.
+
+    A prediction is whatever `decode` makes of a model's outputs for one example, by default a label. Metrics
+    are in percent, rounded to two decimals. Methods that take predictions by example id raise ValueError when
+    ids are missing or unknown; those that compare them raise ValueError for examples without labels.
+    """
+
+    name: ClassVar[str]
+    loss_kind: ClassVar[Literal["soft", "class"]]
+    """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy."""
+    image_count: ClassVar[int] = 1
+    """How many images an example has."""
+    labels: Sequence[str]
+    """What a model's outputs stand for, in their order."""
+
+    @abstractmethod
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split, at random access; raises ValueError for missing or wrong files."""
+
+    @abstractmethod
+    def score(self, prediction: Any, example: Example) -> float:
+        """How right one prediction is, from 0 to 1."""
+
+    @abstractmethod
+    def write_predictions(self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]) -> None:
+        """Write predictions, by example id, in the format of the task's official evaluator, all or nothing."""
+
+    def metric(self, predictions: Mapping[Any, Any], examples: Sequence[Example]) -> dict[str, float]:
+        """`accuracy` with its 95 % interval `accuracy_low` .. `accuracy_high`, in percent, and more by task.
+
+        `predictions` are by example id; `examples` may be part of a split.
+        """
+        check_ids(predictions, examples)
+        scores = [self.score(predictions[example.id], example) for example in examples]
+        mean = sum(scores) / len(scores)
+        low, high = bootstrap_interval(scores, [example.cluster for example in examples])
+        accuracy = {"accuracy": mean, "accuracy_low": low, "accuracy_high": high}
+        accuracy = {name: round(100 * value, 2) for name, value in accuracy.items()}
+        return accuracy | self.details(scores, examples)
+
+    def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+        """What the task reports besides the accuracy, in percent."""
+        return {}
+
+    def decode(self, logits: Tensor) -> list[Any]:
+        """Predictions of a batch of logits [B, labels]: for each the label with the highest.
+
+        Raises ValueError when there are not as many outputs as labels.
+        """
+        if logits.shape[-1] != len(self.labels):
+            raise ValueError(
+                f"the model has {logits.shape[-1]} outputs, the task {len(self.labels)} labels; "
+                "give the task the labels that the model was trained on."
+            )
+        return [self.labels[index] for index in logits.argmax(-1).tolist()]
+
+    def encode_targets(self, targets: Sequence[Any]) -> Tensor:
+        """Targets of a batch as the loss takes them: float32 [B, labels] ("soft") or int64 [B] ("class")."""
+        if self.loss_kind == "class":
+            return torch.tensor(targets, dtype=torch.int64)
+        scores = torch.zeros(len(targets), len(self.labels))
+        for row, target in zip(scores, targets, strict=True):
+            for index, score in target.items():
+                row[index] = score
+        return scores
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Make a batch of a task's examples: the data collator of transformers' Trainer.
+
+    Gives the text's `input_ids` and company [B, T], `pixel_values` [B, 3, H, W], `pixel_mask` [B, H, W] and,
+    where every example has a target, `labels`; also `patch_labels` where examples carry them. For tasks with
+    several images B is followed by an axis of that size.
+    Raises BrokenImageError (a ValueError) for unreadable images and ValueError for empty texts.
+    """
+
+    task: Task
+    text: TextTransform
+    image: ImageTransform
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        batch = self.text([example.text for example in examples], [example.id for example in examples])
+        images = [
+            self.image(open_image(image, name=f"the image of example {example.id}"))
+            for example in examples
+            for image in example.images
+        ]
+        for name, values in zip(("pixel_values", "pixel_mask"), pad_images(images), strict=True):
+            batch[name] = values.unflatten(0, (-1, self.task.image_count)) if self.task.image_count > 1 else values
+        targets = [example.target for example in examples]
+        if None not in targets:
+            batch["labels"] = self.task.encode_targets(targets)
+        if all("patch_labels" in example.meta for example in examples):
+            batch["patch_labels"] = torch.stack([example.meta["patch_labels"] for example in examples])
+        return batch
+
+
+def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> None:
+    """Raise ValueError unless there is exactly one prediction for every example, and an example at all."""
+    ids = {example.id for example in examples}
+    if not ids:
+        raise ValueError("there are no examples; check the split.")
+    missing = [example.id for example in examples if example.id not in predictions]
+    unknown = [key for key in predictions if key not in ids]
+    if missing:
+        raise ValueError(f"{first(missing, len(ids), 'examples')} have no prediction; predict them too.")
+    if unknown:
+        raise ValueError(
+            f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the right split?"
+        )
+
+
+def first(ids: Sequence[Any], total: int, what: str) -> str:
+    """How many of how many, and which: "3 of 8 examples (12, 14, 15)"; at most five are named."""
+    return f"{len(ids)} of {total} {what} ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
+
+
+def bootstrap_interval(
+    scores: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean score, resampling whole clusters; the same for the same input.
+
+    Questions about one picture stand and fall together, so that resampling single questions would promise
+    more certainty than there is. For two models compare differences of scores: their interval is narrower
+    than either's. Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+    """
+    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    index = np.array([names[name] for name in clusters])
+    sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = generator.integers(len(names), size=len(names))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[str]]:
+    """Open a text file to write that takes the place of `path` only once it is complete."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

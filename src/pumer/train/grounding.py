@@ -1,0 +1,45 @@
+"""Dense targets: what is under each patch, and whether the question means it.
+
+On answers alone a small model stays at the prior for long; a loss at every patch gets it off, as patch prediction
+does in ViLT's own pre-training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pumer.data.scenes import COLOURS, SHAPES
+from pumer.train.losses import grounding_loss
+
+
+class Grounded(nn.Module):
+    """A ViLT model with a linear head on its image tokens, for as long as it is trained on dense targets.
+
+    `forward` takes the model's inputs and `patch_labels` int64 [B,P,3] (colour, shape, asked about; in raster
+    order), and adds `grounding_loss` to the output. The reducer in force must not shorten the image.
+
+    Args:
+        layer: number of layers before the head. Not the last one: what a patch knows only then, no token can read.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        super().__init__()
+        depth = model.config.num_hidden_layers
+        if not 1 <= layer <= depth:
+            raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
+        self.model, self.config, self.layer = model, model.config, layer
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 1)
+        self.head = nn.Linear(model.config.hidden_size, sum(self.sizes))
+
+    def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if patch_labels is None:
+            return self.model(**inputs)
+        output = self.model(**inputs, output_hidden_states=True)
+        states = self.model.base_model.layernorm(output.hidden_states[self.layer][:, -patch_labels.shape[1] :])
+        colour, shape, asked = self.head(states).split(self.sizes, dim=-1)
+        output["grounding_loss"] = grounding_loss((colour, shape, asked[..., 0]), patch_labels)
+        output["hidden_states"] = None
+        return output

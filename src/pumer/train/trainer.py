@@ -1,0 +1,91 @@
+"""transformers' Trainer with a task's loss, an optional teacher and an optional grounding loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from pumer.tasks.base import Task
+from pumer.train.losses import distillation_loss, task_loss
+
+
+class TaskTrainer(Trainer):
+    """Fine-tune a model, reduced or not, on a task.
+
+    Everything else is the Trainer's: resuming, mixed precision, gradient accumulation, DDP and FSDP through
+    accelerate or torchrun, logging.
+
+    Args:
+        task: says what the labels are.
+        teacher: an unreduced model to distil from; never trained.
+        distill_weight: of KL(teacher || student), next to 1 for the task's own loss.
+        temperature: of that divergence.
+        grounding_weight: of the grounding loss, where the model gives one.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        task: Task,
+        teacher: nn.Module | None = None,
+        distill_weight: float = 1.0,
+        temperature: float = 1.0,
+        grounding_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.task, self.teacher = task, teacher
+        self.distill_weight, self.temperature, self.grounding_weight = distill_weight, temperature, grounding_weight
+        self._parts: dict[str, list[Tensor]] = {}
+        if teacher is not None:
+            teacher.requires_grad_(False).eval().to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        parts = {"task": task_loss(outputs.logits, labels, self.task.loss_kind)}
+        if self.teacher is not None and model.training:
+            shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
+            with torch.no_grad():
+                teacher_logits = self.teacher(**shown).logits
+            parts["distill"] = self.distill_weight * distillation_loss(outputs.logits, teacher_logits, self.temperature)
+        if "grounding_loss" in outputs:
+            parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
+        if model.training:
+            self._note(parts, outputs.logits, labels)
+        loss = sum(parts.values(), torch.zeros((), device=labels.device))
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs["logits"].detach(), labels
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log, with the mean of every part of the loss since the last one."""
+        if "loss" in logs:
+            logs |= {name: round(torch.stack(values).mean().item(), 4) for name, values in self._parts.items()}
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+    def _note(self, parts: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        right = accuracy(logits, labels)
+        for name, value in {**{f"{name}_loss": part for name, part in parts.items()}, "accuracy": right}.items():
+            self._parts.setdefault(name, []).append(value.detach())
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean score of the most likely label: a share for class numbers, the soft score for scores."""
+    best = logits.argmax(-1)
+    if labels.ndim == 1:
+        return (best == labels).float().mean()
+    return labels.gather(1, best[:, None]).mean()

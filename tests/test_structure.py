@@ -1,0 +1,208 @@
+"""How the package hangs together: which part may import which, how long files get, what an import costs."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+FILES = sorted((SRC / "pumer").rglob("*.py"))
+
+# Each part may import its own layer and those above it in this list. The name "" is pumer/__init__.py.
+LAYERS = [
+    {"_version"},
+    {"reducers"},
+    {"adapters", "models"},
+    {"", "api", "presets", "hub"},
+    {"tasks", "data", "bench", "viz"},
+    {"evaluate", "train"},
+    {"cli", "app", "__main__"},
+]
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+MAX_LINES = 400
+SYNCS = {"item", "tolist", "nonzero"}  # each makes the host wait for the device
+
+
+def module_of(path):
+    """`(dotted module name, whether it is a package)`."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return (".".join(parts[:-1]), True) if parts[-1] == "__init__" else (".".join(parts), False)
+
+
+def part_of(module):
+    """The part of pumer a dotted name lies in: "pumer.reducers.tome" is in "reducers"."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path, tree):
+    """`(line, dotted name)` of all that a file imports, wherever in it the import stands.
+
+    Where a name is taken from `pumer` itself it counts as the part of that name if there is one.
+    """
+    module, is_package = module_of(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = module.split(".")
+                up = up[: len(up) - node.level + is_package]
+                base = ".".join([*up, *filter(None, [base])])
+            if base == "pumer":
+                for alias in node.names:
+                    yield node.lineno, f"pumer.{alias.name}" if alias.name in RANK else "pumer"
+            else:
+                yield node.lineno, base
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in {"import_module", "importlib.import_module", "__import__"}
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.lineno, node.args[0].value
+
+
+def trees(*parts):
+    """`(path, tree)` of the files in these parts, or of all files."""
+    for path in FILES:
+        if not parts or part_of(module_of(path)[0]) in parts:
+            yield path, ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def where(path, line, what):
+    return f"{path.relative_to(SRC.parent)}:{line}: {what}"
+
+
+def test_there_are_files_to_check():
+    assert FILES
+
+
+def test_every_part_has_a_layer():
+    homeless = {part_of(module_of(path)[0]) for path in FILES} - set(RANK)
+    assert not homeless, f"give {sorted(homeless)} a place in LAYERS"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path, tree in trees():
+        part = part_of(module_of(path)[0])
+        for line, name in imports(path, tree):
+            if name.split(".")[0] == "pumer" and RANK[part_of(name)] > RANK[part]:
+                wrong.append(where(path, line, f"{part or 'pumer'} imports {name}"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_reducers_import_only_torch_and_the_standard_library():
+    allowed = {"torch", "pumer", *sys.stdlib_module_names}
+    wrong = [
+        where(path, line, f"imports {name}")
+        for path, tree in trees("reducers")
+        for line, name in imports(path, tree)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_is_too_long():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    wrong = [where(path, n, f"over {MAX_LINES} lines") for path, n in lengths.items() if n > MAX_LINES]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_reducers_and_adapters_do_not_print():
+    wrong = [
+        where(path, node.lineno, "print")
+        for path, tree in trees("reducers", "adapters")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_reducers_never_wait_for_the_device():
+    wrong = [
+        where(path, node.lineno, node.attr)
+        for path, tree in trees("reducers")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in SYNCS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+# --- the checks above, on sources that break them: each must be seen ---
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("reducers/tome.py", "def f():\n    from ..api import apply", ["pumer.api"]),
+        ("reducers/__init__.py", "from .. import hub", ["pumer.hub"]),
+        ("reducers/__init__.py", "from .tome import ToMe", ["pumer.reducers.tome"]),
+        ("api.py", "from . import tasks, apply", ["pumer.tasks", "pumer"]),
+        ("api.py", "from .reducers import base", ["pumer.reducers"]),
+        ("adapters/vilt.py", "import pumer.cli as c", ["pumer.cli"]),
+        ("hub.py", "importlib.import_module('pumer.train')", ["pumer.train"]),
+        ("__init__.py", "from .api import apply", ["pumer.api"]),
+    ],
+)
+def test_imports_are_resolved(file, source, expected):
+    found = imports(SRC / "pumer" / file, ast.parse(source))
+    assert [name for _, name in found] == expected
+
+
+# --- importing pumer ---
+
+
+def run(code):
+    """Run `code` in a fresh interpreter on this checkout and return what it prints, read as JSON."""
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_import_leaves_heavy_modules_alone():
+    heavy = ["transformers.trainer", "matplotlib", "datasets", "jsonargparse"]
+    code = f"import json, sys, pumer; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    assert run(code) == []
+
+
+def test_import_changes_nothing_elsewhere():
+    code = """
+import json
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.vilt import modeling_vilt as vilt
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+def state():
+    owners = (torch.nn.functional, torch.nn.Module, PreTrainedModel, vilt, *(
+        c for c in vars(vilt).values() if isinstance(c, type) and c.__module__ == vilt.__name__))
+    named = {f"{o.__name__}.{k}": id(v) for o in owners for k, v in vars(o).items() if callable(v)}
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        named |= {f"{type(registry).__name__}[{k}]": id(registry[k]) for k in registry.keys()}
+    return named
+
+before = state()
+assert {"torch.nn.functional.scaled_dot_product_attention", "ViltLayer.forward"} <= set(before)
+import pumer
+after = state()
+print(json.dumps([k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]))
+"""
+    assert run(code) == []
+
+
+def test_import_is_quick():
+    code = """
+import time, torch, transformers
+start = time.perf_counter()
+import pumer
+print(time.perf_counter() - start)
+"""
+    seconds = min(run(code) for _ in range(3))
+    assert seconds < 2.0, "importing pumer adds too much to importing torch and transformers"
