@@ -17,10 +17,10 @@ LAYERS = [
     {"_version"},
     {"reducers"},
     {"adapters", "models"},
-    {"", "api", "presets", "hub"},
+    {"", "api", "presets", "hub", "report"},
     {"tasks", "data", "bench", "viz"},
     {"evaluate", "train"},
-    {"cli", "app", "__main__"},
+    {"cli", "commands", "app"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 MAX_LINES = 400

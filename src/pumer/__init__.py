@@ -2,6 +2,7 @@
 
 from pumer._version import __version__
 from pumer.api import active, apply, reduced, remove, trace
+from pumer.hub import load, load_official, save
 from pumer.reducers import NoVision, Plan, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "__version__",
     "active",
     "apply",
+    "load",
+    "load_official",
     "reduced",
     "remove",
+    "save",
     "trace",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -43,7 +45,7 @@ def _run(name: str, words: list[str]) -> int:
     parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_function_arguments(function, as_positional=False)
-    settings = parser.instantiate(parser.parse_args(words))
+    settings = parser.instantiate(parser.parse_args([_recipe(word) for word in words]))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     try:
         function(**values)
@@ -54,6 +56,12 @@ def _run(name: str, words: list[str]) -> int:
         print(f"pumer {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _recipe(word: str) -> str:
+    """The file of a shipped recipe, where a word is the name of one."""
+    path = Path(__file__).parent / "train" / "recipes" / f"{word}.yaml"
+    return str(path) if re.fullmatch(r"[\w-]+", word) and path.is_file() else word
 
 
 def _function(path: str) -> Callable[..., Any]:

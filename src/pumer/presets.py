@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pumer.reducers import PuMer, Reducer
+
+SHIPPED = Path(__file__).parent / "assets"
+"""Folder of what comes with the package: small trained models, sample photographs."""
 
 PRESETS: dict[str, Reducer] = {
     "vilt-vqav2": PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=(2, 5, 8)),
@@ -17,3 +22,16 @@ def preset(name: str) -> Reducer:
     if name not in PRESETS:
         raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model: a path, or the name of a shipped one; raises ValueError if there is neither."""
+    for folder in (Path(model), SHIPPED / model):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{model} is no model folder; shipped models are {', '.join(shipped_models())}")
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))

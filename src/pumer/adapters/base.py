@@ -10,7 +10,9 @@ from torch import nn
 
 from pumer.reducers import Plan, Reducer
 
-_ABSENT = object()
+
+class _Absent:
+    """Stands for an attribute that was not there. A class, because copy.deepcopy does not make another one of it."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class Patch:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance, remembering what was there."""
-        self._changes.append((owner, name, vars(owner).get(name, _ABSENT)))
+        self._changes.append((owner, name, vars(owner).get(name, _Absent)))
         setattr(owner, name, value)
 
     def undo(self) -> None:
         """Put every attribute back, last change first."""
         while self._changes:
             owner, name, before = self._changes.pop()
-            if before is _ABSENT:
+            if before is _Absent:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)

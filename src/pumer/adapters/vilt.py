@@ -7,6 +7,7 @@ R rows, L columns of patches, P = R * L patches.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ def _forward(
     `pooled`: only the pooled output is used, so the text may be cut and states need not be expanded.
     """
     config = vilt.config
+    published = getattr(patch.reducer, "official", False)
     attentions = config.output_attentions if output_attentions is None else output_attentions
     hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     text = _exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
@@ -110,13 +112,15 @@ def _forward(
     if image_embeds is None:
         image_embeds, image_mask, patch_BI, grid = embed_patches(vilt.embeddings, pixel_values, pixel_mask)
     else:
+        if pixel_mask is None:
+            pixel_mask = torch.ones(image.shape[:2], device=image.device)
         image_mask, patch_BI, grid = pixel_mask.flatten(1).bool(), None, None
     if patch.trim and not torch.compiler.is_compiling():
         # The one place where the host reads lengths; a collator that trims, or trim=False, saves even that.
         text_length, image_length = torch.stack([_extent(attention_mask), _extent(image_mask)]).tolist()
         image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
         patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
-        if pooled:
+        if pooled and not published:  # the published code counts padded text
             attention_mask = attention_mask[:, :text_length]
             input_ids, token_type_ids, inputs_embeds = (
                 None if x is None else x[:, :text_length] for x in (input_ids, token_type_ids, inputs_embeds)
@@ -132,7 +136,7 @@ def _forward(
         patch_BI = torch.nn.functional.pad(patch_BI, (text_embeds.shape[1], 0), value=-1)
     mask = torch.cat([attention_mask.bool(), image_mask], dim=1)
     axis = Axis(text_embeds.shape[1], mask, torch.ones_like(mask, dtype=torch.float32), None, grid, patch_BI)
-    if getattr(patch.reducer, "official", False):
+    if published:
         axis = replace(axis, mask_BN=torch.cat([attention_mask.float(), image_mask.float()], dim=1))
 
     states, axis, all_states, all_attentions = _encode(vilt, patch, states, axis, attentions, hidden)
@@ -145,7 +149,9 @@ def _forward(
         attentions=all_attentions,
     )
     wants_dict = config.return_dict if return_dict is None else return_dict
-    return output if wants_dict else (output[0], pooler_output, *output.to_tuple()[2:])
+    if wants_dict:
+        return output
+    return (output.last_hidden_state, pooler_output, *(x for x in (all_states, all_attentions) if x is not None))
 
 
 def _encode(
@@ -168,7 +174,17 @@ def _encode(
 def _layer(
     layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool = False
 ) -> tuple[Tensor, Axis, Tensor | None]:
-    """In place of `ViltLayer.forward`: the stock one has no opening between attention and MLP."""
+    """In place of `ViltLayer.forward`, and of the gradient checkpointing that transformers wraps around it."""
+    block = partial(_block, layer, patch, number, published)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(block, states, axis, attentions)
+    return block(states, axis, attentions)
+
+
+def _block(
+    layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool
+) -> tuple[Tensor, Axis, Tensor | None]:
+    """One block: the stock one has no opening between attention and MLP."""
     module = layer.attention.attention
     normed = layer.layernorm_before(states)
     queries, keys, values = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
@@ -11,32 +10,20 @@ import pumer
 from pumer.data.text import TextTransform
 from pumer.data.transforms import load_transform
 from pumer.hub import load
+from pumer.presets import PRESETS, model_folder
 from pumer.reducers import Reducer, from_dict
 from pumer.tasks import build
 from pumer.tasks.base import Collator
 
 ReducerSettings = str | dict[str, Any] | None
-SHIPPED = Path(__file__).parent.parent / "assets"
-
-
-def model_folder(model: str) -> Path:
-    """The folder of a model: a path, or the name of a shipped one.
-
-    Raises ValueError if there is neither.
-    """
-    for folder in (Path(model), SHIPPED / model):
-        if (folder / "config.json").is_file():
-            return folder
-    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/config.json")))
-    raise ValueError(f"{model} is no model folder; shipped models are {shipped}")
 
 
 def read_reducer(settings: ReducerSettings) -> Reducer:
     """A reducer from a preset's or a reducer's name, or from `{"reducer": name, setting: value, ...}`."""
     if isinstance(settings, dict):
         return from_dict(settings)
-    if settings in pumer.presets.PRESETS:
-        return pumer.presets.PRESETS[settings]
+    if settings in PRESETS:
+        return PRESETS[settings]
     return from_dict({"reducer": settings})
 
 

@@ -6,8 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pumer.adapters.base import adapters
-from pumer.commands.common import SHIPPED
-from pumer.presets import PRESETS
+from pumer.presets import PRESETS, SHIPPED, shipped_models
 from pumer.reducers import get, list_reducers
 from pumer.tasks import get as get_task
 from pumer.tasks import list_tasks
@@ -21,7 +20,7 @@ def list_() -> None:
         "presets": {name: repr(reducer) for name, reducer in PRESETS.items()},
         "models": {adapter.family: ", ".join(adapter.classes) for adapter in adapters()},
         "tasks": {name: _first_line(get_task(name)) for name in list_tasks()},
-        "shipped models": {path.parent.name: str(path.parent) for path in sorted(SHIPPED.glob("*/config.json"))},
+        "shipped models": {name: str(SHIPPED / name) for name in shipped_models()},
     }.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, what in rows.items():

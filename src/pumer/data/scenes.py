@@ -25,7 +25,7 @@ MIN_OBJECTS = 4
 
 _RGB = ((225, 25, 30), (25, 165, 45), (30, 70, 240), (245, 225, 30),
         (150, 45, 205), (40, 215, 225), (250, 130, 10), (243, 243, 243))  # fmt: skip
-_RADII = (6.0, 7.0, 8.0, 12.0, 13.0, 14.0)  # pixels at 96 px; the first three are small
+_RADII = (8.0, 8.5, 9.0, 13.0, 13.5, 14.0)  # pixels at 96 px; the first three are small
 _ANGLES = tuple(math.radians(a) for a in range(-16, 17, 4))
 _REACH = 1.25  # the farthest any shape extends from its centre, in radii
 _CANDIDATES = 8
@@ -189,7 +189,7 @@ def _atlas(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
             distance = _distance(shape, u, v, radius * scale)
             by_texture = []
             for texture in TEXTURES:
-                light = torch.where(_shade(texture, u, v, radius * scale), 84, 127)
+                light = torch.where(_shade(texture, u, v, radius * scale), 96, 127)
                 light = torch.where(distance > -1, 52, light)  # an outline keeps overlapping equals apart
                 by_texture.append(torch.where(distance < 0, light, -1))
             stamps.append(torch.stack(by_texture, 1))

@@ -132,13 +132,14 @@ class Pool(Reducer):
             return text, image
         side = round((image - prefix) ** 0.5)
         rows, columns = grid or (side, side)
-        return text, prefix + -(-rows // self.window) * -(-columns // self.window)
+        # No more windows than patches hold one: a batch of small pictures may be cut short of its grid.
+        return text, prefix + min(self._windows(rows, columns), image - prefix)
 
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError("pooling needs all patches of the picture: let it be the first to reduce")
         rows, columns = tokens.grid
-        windows = self.lengths(0, 0, self.layer, 0, (rows, columns))[1]
+        windows = self._windows(rows, columns)
         across = -(-columns // self.window)
         first = tokens.text + tokens.prefix
         valid_BN, patch_BN = tokens.valid_BN[:, first:], tokens.patch_BN[:, first:]
@@ -149,10 +150,14 @@ class Pool(Reducer):
         used_BW = torch.zeros(valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64)
         used_BW = used_BW.scatter(1, window_BN, torch.ones_like(window_BN))[:, :windows]
         slot_BW = torch.nn.functional.pad(used_BW.cumsum(1) - 1, (0, 1), value=-1)
-        mask_BK = torch.arange(windows, device=valid_BN.device) < used_BW.sum(1, keepdim=True)
+        slots = min(windows, valid_BN.shape[1])
+        mask_BK = torch.arange(slots, device=valid_BN.device) < used_BW.sum(1, keepdim=True)
         return tokens.with_structure(
             None, Plan.merge(slot_BW.gather(1, window_BN), mask_BK, tokens.sizes_BN[:, first:])
         )
+
+    def _windows(self, rows: int, columns: int) -> int:
+        return -(-rows // self.window) * -(-columns // self.window)
 
 
 @register

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
@@ -49,8 +49,11 @@ class Task(ABC):
     """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy."""
     image_count: ClassVar[int] = 1
     """How many images an example has."""
-    labels: Sequence[str]
-    """What a model's outputs stand for, in their order."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Sequence[str]:
+        """What a model's outputs stand for, in their order."""
 
     @abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
@@ -69,6 +72,8 @@ class Task(ABC):
 
         `predictions` are by example id; `examples` may be part of a split.
         """
+        # Read once, as examples may be made on the fly, and without the images, which no score needs.
+        examples = [replace(example, images=()) for example in examples]
         check_ids(predictions, examples)
         scores = [self.score(predictions[example.id], example) for example in examples]
         mean = sum(scores) / len(scores)
@@ -135,19 +140,23 @@ class Collator:
         return batch
 
 
-def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> None:
-    """Raise ValueError unless there is exactly one prediction for every example, and an example at all."""
-    ids = {example.id for example in examples}
+def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> list[Any]:
+    """The ids of the examples, in their order.
+
+    Raises ValueError unless there is exactly one prediction for every example, and an example at all.
+    """
+    ids = [example.id for example in examples]
     if not ids:
         raise ValueError("there are no examples; check the split.")
-    missing = [example.id for example in examples if example.id not in predictions]
-    unknown = [key for key in predictions if key not in ids]
+    missing = [key for key in ids if key not in predictions]
+    unknown = sorted(predictions.keys() - set(ids), key=str)
     if missing:
         raise ValueError(f"{first(missing, len(ids), 'examples')} have no prediction; predict them too.")
     if unknown:
         raise ValueError(
             f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the right split?"
         )
+    return ids
 
 
 def first(ids: Sequence[Any], total: int, what: str) -> str:

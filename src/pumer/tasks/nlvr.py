@@ -83,12 +83,12 @@ class NLVR(Task):
 
     def write_predictions(self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]) -> None:
         """Write the CSV that NLVR's metrics_images.py takes; it wants every picture in all six box orders."""
-        check_ids(predictions, examples)
+        ids = check_ids(predictions, examples)
         wrong = [name for name, label in predictions.items() if label not in self.labels]
         if wrong:
             raise ValueError(f"{first(wrong, len(predictions), 'predictions')} are neither true nor false.")
         with replacing(path) as file:
-            file.writelines(f"{example.id}.png,{predictions[example.id]}\n" for example in examples)
+            file.writelines(f"{name}.png,{predictions[name]}\n" for name in ids)
 
 
 class _Examples(Sequence[Example]):

@@ -5,7 +5,7 @@ The same pictures as official VQAv2 files come from `pumer data scenes`; both ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -65,7 +65,7 @@ class Scenes(Task):
             kinds[example.meta["kind"]].append(score)
         return {kind: round(100 * sum(values) / len(values), 2) for kind, values in kinds.items() if values}
 
-    def write_predictions(self, path: str | Path, predictions: dict[Any, Any], examples: Sequence[Example]) -> None:
+    def write_predictions(self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]) -> None:
         write_answers(path, predictions, examples)
 
 

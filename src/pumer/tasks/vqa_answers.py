@@ -124,8 +124,7 @@ def write_answers(path: str | Path, predictions: Mapping[Any, Any], examples: Se
 
     Raises ValueError for missing or unknown ids and for predictions that are no strings.
     """
-    check_ids(predictions, examples)
-    rows = [{"question_id": example.id, "answer": predictions[example.id]} for example in examples]
+    rows = [{"question_id": key, "answer": predictions[key]} for key in check_ids(predictions, examples)]
     wrong = [row["question_id"] for row in rows if not isinstance(row["answer"], str)]
     if wrong:
         raise ValueError(f"{first(wrong, len(rows), 'predictions')} are no strings; give the answers' words.")

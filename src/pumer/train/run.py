@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
 import pumer
+from pumer import presets
 from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.hub import load, save
@@ -82,6 +83,7 @@ def train(
     grounding: GroundingSettings | None = None,
     train_split: str = "train",
     eval_split: str | None = "val",
+    attention: Literal["sdpa", "eager"] = "sdpa",
     seed: int = 1,
     resume: bool = False,
     trainer: dict[str, Any] | None = None,
@@ -98,6 +100,7 @@ def train(
         grounding: a loss on dense targets, for tasks that have them.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
+        attention: kernel to train with; on CPUs "eager" is the faster one for small models.
         seed: of weights, order and dropout.
         resume: go on from the last checkpoint in `output`.
         trainer: settings of transformers' TrainingArguments.
@@ -115,18 +118,19 @@ def train(
         )
     set_seed(seed)
     net, tokenizer, the_task = _prepare(model, task)
-    transform = build_transform(image) if image else load_transform(str(model.path))
+    transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
     settings = _reducer(reducer)
-    pumer.apply(net, settings)
+    pumer.apply(net, settings, attention=attention)
     teacher = None
     if distill and distill.teacher:
-        teacher = pumer.apply(load(distill.teacher), pumer.Unreduced())
+        teacher = pumer.apply(load(presets.model_folder(distill.teacher)), pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
     if dense and any(settings.reduces_at(layer) for layer in range(-1, net.config.num_hidden_layers)):
         raise ValueError("dense targets need every patch: train them without a reducer")
 
+    chosen = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
     arguments = TrainingArguments(
-        output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **(trainer or {})
+        output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
     )
     collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform)
     runner = TaskTrainer(
@@ -155,6 +159,7 @@ def train(
             "image": image,
             "grounding": vars(grounding) if grounding else None,
             "distill": vars(distill) if distill else None,
+            "attention": attention,
             "seed": seed,
             "trainer": trainer,
         }
@@ -188,7 +193,7 @@ def _prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
         the_task = build(task)
         config = _class("ViltConfig")(**settings.config, **_label_names(the_task))
         return _class(settings.kind)(config), AutoTokenizer.from_pretrained(settings.tokenizer), the_task
-    net = pumer.remove(load(settings.path))
+    net = pumer.remove(load(presets.model_folder(settings.path)))
     the_task = build(task, list(net.config.id2label.values()))
     if list(net.config.id2label.values()) != list(the_task.labels):
         config = net.config
@@ -201,7 +206,7 @@ def _prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
         from pumer.models.vilt.resize import resize_patches
 
         net = resize_patches(net, settings.patch_size)
-    return net, AutoTokenizer.from_pretrained(settings.path), the_task
+    return net, AutoTokenizer.from_pretrained(presets.model_folder(settings.path)), the_task
 
 
 def _class(name: str) -> Any:
@@ -221,7 +226,7 @@ def _label_names(task: Task) -> dict[str, Any]:
 def _reducer(settings: str | dict[str, Any] | None) -> Reducer:
     if settings is None:
         return pumer.Unreduced()
-    return pumer.presets.preset(settings) if isinstance(settings, str) else from_dict(settings)
+    return presets.preset(settings) if isinstance(settings, str) else from_dict(settings)
 
 
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> None:
