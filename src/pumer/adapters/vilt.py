@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters import probes
+from pumer.adapters import kernels, probes
 from pumer.adapters.base import Adapter, Patch, register, replace_forward
 from pumer.adapters.encoder import Axis, reduce
 from pumer.reducers import EMBEDDINGS
@@ -53,6 +53,8 @@ class ViltAdapter(Adapter):
                 patch.set(layer.layernorm_after, "eps", PUBLISHED_EPS)
         if published:
             patch.set(vilt.layernorm, "eps", PUBLISHED_EPS)
+        if patch.attention == "sdpa":
+            kernels.install(patch, vilt.encoder)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         config = model.config
@@ -185,6 +187,14 @@ def _block(
     layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """One block: the stock one has no opening between attention and MLP."""
+    states, axis, attention = _attend_and_reduce(layer, patch, number, published, states, axis, attentions)
+    return layer.output(layer.intermediate(layer.layernorm_after(states)), states), axis, attention
+
+
+def _attend_and_reduce(
+    layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool
+) -> tuple[Tensor, Axis, Tensor | None]:
+    """A function of its own so that queries, keys and values are gone when the MLP, a layer's peak in memory, runs."""
     module = layer.attention.attention
     normed = layer.layernorm_before(states)
     queries, keys, values = (
@@ -203,7 +213,6 @@ def _block(
     states = layer.attention.output(context, states) + states
 
     states, axis = reduce(patch, number, states, axis, queries, keys, attention)
-    states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
     return states, axis, attention if attentions else None
 
 

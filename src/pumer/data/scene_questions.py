@@ -99,9 +99,8 @@ def referent_targets(scenes: Scenes, questions: Sequence[SceneQuestion], patch_s
     about_QK = about_QK.to(pixels_BNK.device)
     picture_Q = torch.tensor([question.picture for question in questions], dtype=torch.int64, device=about_QK.device)
     fullest_BNK = torch.zeros_like(pixels_BNK, dtype=torch.bool)
-    fullest_BNK.scatter_(
-        1, pixels_BNK.argmax(1, keepdim=True), True
-    )  # of hidden objects too, but nobody asks for those
+    # Columns without an object get a patch too, but no question is about them.
+    fullest_BNK.scatter_(1, pixels_BNK.argmax(1, keepdim=True), True)
     covered_QN = (pixels_BNK[picture_Q] * about_QK[:, None]).sum(-1) * 4 >= patch_size**2
     return covered_QN | (fullest_BNK[picture_Q] & about_QK[:, None]).any(-1)
 

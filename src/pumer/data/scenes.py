@@ -25,8 +25,8 @@ MIN_OBJECTS = 4
 
 _RGB = ((225, 25, 30), (25, 165, 45), (30, 70, 240), (245, 225, 30),
         (150, 45, 205), (40, 215, 225), (250, 130, 10), (243, 243, 243))  # fmt: skip
-_RADII = (8.0, 8.5, 9.0, 13.0, 13.5, 14.0)  # pixels at 96 px; the first three are small
-_ANGLES = tuple(math.radians(a) for a in range(-16, 17, 4))
+_RADII = (8.5, 9.0, 9.5, 13.0, 13.5, 14.0)  # pixels at 96 px; the first three are small
+_ANGLES = tuple(math.radians(a) for a in (-4, 0, 4))
 _REACH = 1.25  # the farthest any shape extends from its centre, in radii
 _CANDIDATES = 8
 _COVER_LIMIT = 0.33  # estimated share of an object that later ones may cover
@@ -61,7 +61,7 @@ def draw(
     """Draw pictures number `index` of `seed`.
 
     Each holds 4 to 10 objects. Every object is wholly inside the picture and at least half visible: one that later
-    objects would cover further is left out of the picture (about one picture in a hundred).
+    objects would cover further is left out of the picture (in about one picture in fifty).
     Raises ValueError when `image_size` is below 32.
     """
     if image_size < 32:
@@ -189,7 +189,7 @@ def _atlas(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
             distance = _distance(shape, u, v, radius * scale)
             by_texture = []
             for texture in TEXTURES:
-                light = torch.where(_shade(texture, u, v, radius * scale), 96, 127)
+                light = torch.where(_shade(texture, u, v, radius * scale), 102, 127)
                 light = torch.where(distance > -1, 52, light)  # an outline keeps overlapping equals apart
                 by_texture.append(torch.where(distance < 0, light, -1))
             stamps.append(torch.stack(by_texture, 1))

@@ -62,6 +62,6 @@ def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> l
         return [int(value) for value in r][:layers] + [0] * (layers - len(r))
     if not -1.0 <= inflection <= 1.0:
         raise ValueError(f"the inflection of a merge schedule lies in [-1, 1], not {inflection}")
-    first = r * (1.0 - inflection)
+    first = int(r * (1.0 - inflection))  # a whole number, as in ToMe's own schedules
     step = (2 * r - 2 * first) / max(layers - 1, 1)
     return [int(first + step * layer) for layer in range(layers)]

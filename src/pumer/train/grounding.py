@@ -6,20 +6,30 @@ does in ViLT's own pre-training.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from pumer.data.scenes import COLOURS, SHAPES
 from pumer.train.losses import grounding_loss
+
+
+@dataclass
+class GroundedOutput(ModelOutput):
+    """Logits [B,L] and the grounding loss."""
+
+    logits: Tensor | None = None
+    grounding_loss: Tensor | None = None
 
 
 class Grounded(nn.Module):
     """A ViLT model with a linear head on its image tokens, for as long as it is trained on dense targets.
 
     `forward` takes the model's inputs and `patch_labels` int64 [B,P,3] (colour, shape, asked about; in raster
-    order), and adds `grounding_loss` to the output. The reducer in force must not shorten the image.
+    order), and gives the logits and the `grounding_loss`. The reducer in force must not shorten the image.
 
     Args:
         layer: number of layers before the head. Not the last one: what a patch knows only then, no token can read.
@@ -40,6 +50,5 @@ class Grounded(nn.Module):
         output = self.model(**inputs, output_hidden_states=True)
         states = self.model.base_model.layernorm(output.hidden_states[self.layer][:, -patch_labels.shape[1] :])
         colour, shape, asked = self.head(states).split(self.sizes, dim=-1)
-        output["grounding_loss"] = grounding_loss((colour, shape, asked[..., 0]), patch_labels)
-        output["hidden_states"] = None
-        return output
+        loss = grounding_loss((colour, shape, asked[..., 0]), patch_labels)
+        return GroundedOutput(logits=output.logits, grounding_loss=loss)

@@ -1,0 +1,41 @@
+"""Every reducer in one or two settings that do something in a model of `tiny.LAYERS` layers."""
+
+from pumer import NoVision, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
+from pumer.reducers import list_reducers
+
+REDUCERS: dict[str, Reducer] = {
+    "none": Unreduced(),
+    "pumer": PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(1, 2)),
+    "pumer-qk": PuMer(prune=0.1, merge=0.4, merge_text=0.2, layers=(0,), score="qk"),
+    "tome": ToMe(r=3, depth=4),
+    "tome-decreasing": ToMe(r=(4, -1.0), depth=3, proportional=False),
+    "random": Random(prune=0.4, layers=(-1, 2), seed=1),
+    "uniform": Uniform(prune=0.5, layers=(0, 1)),
+    "pool": Pool(window=2),
+    "pool-inside": Pool(window=3, layer=1),
+    "no-vision": NoVision(),
+}
+OFFICIAL = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(1, 2), official=True)
+"""The published code's mode: it keeps none of the rules on padding, so the shared tests leave it out."""
+IDENTITIES: dict[str, Reducer] = {
+    "none": Unreduced(),
+    "pumer": PuMer(prune=0, merge=0, merge_text=0, layers=(1, 2)),
+    "tome": ToMe(r=0, depth=4),
+    "random": Random(prune=0, layers=(-1, 1)),
+    "uniform": Uniform(prune=0, layers=(-1, 1)),
+    "pool": Pool(window=1, layer=0),
+}
+"""The same at ratio 0, where nothing may change."""
+PRUNING: dict[str, Reducer] = {
+    "pumer": PuMer(prune=0.4, merge=0, merge_text=0, layers=(1,)),
+    "pumer-twice": PuMer(prune=0.3, merge=0, merge_text=0, layers=(0, 2), score="k_metric"),
+    "random": Random(prune=0.5),
+    "uniform": Uniform(prune=0.4, layers=(0, 2)),
+    "no-vision": NoVision(),
+}
+"""Those that only drop tokens."""
+
+
+def missing() -> set[str]:
+    """Registered reducers that the matrix lacks."""
+    return set(list_reducers()) - {reducer.name for reducer in REDUCERS.values()}

@@ -1,0 +1,358 @@
+"""What has to be equal to what: at ratio 0, alone and in a batch, with either attention kernel, dropped and masked."""
+
+import copy
+
+import pytest
+import torch
+
+import matrix
+import pumer
+import tiny
+from pumer.reducers import Plan
+
+TOLERANCE = 1e-5
+EVERY_REDUCER = pytest.mark.parametrize("reducer", matrix.REDUCERS.values(), ids=matrix.REDUCERS)
+EVERY_CLASS = pytest.mark.parametrize("kind", tiny.CLASSES)
+
+
+@pytest.fixture(scope="module")
+def answering():
+    """A model that no test leaves changed."""
+    return tiny.model()
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Makes the stock embedding draw its patches in raster order, which it does at random otherwise."""
+    monkeypatch.setattr(
+        torch, "multinomial", lambda weights, count, **_: torch.arange(int(count)).clamp_max(len(weights) - 1)
+    )
+
+
+def forward(model, inputs, **settings):
+    with torch.no_grad():
+        return model(**inputs, **settings)
+
+
+def real(inputs, length):
+    """Bool [B,length] of a stock model's real tokens, text first."""
+    rows, text = inputs["input_ids"].shape
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    mask[:, :text] = inputs["attention_mask"].bool()
+    for row, (high, wide) in enumerate(tiny.PICTURES):
+        mask[row, text : text + 1 + high * wide // tiny.PATCH**2] = True
+    return mask
+
+
+def close(one, other, where=...):
+    torch.testing.assert_close(one[where], other[where], rtol=0, atol=TOLERANCE)
+
+
+def test_the_matrix_has_every_reducer():
+    assert not matrix.missing()
+
+
+# --- ratio 0 is the stock model ---
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("reducer", matrix.IDENTITIES.values(), ids=matrix.IDENTITIES)
+def test_ratio_0_is_the_stock_model(kind, reducer):
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    stock = tiny.answer(forward(model, inputs))
+    # Padded tokens come back empty: nobody may read them.
+    where = inputs["attention_mask"].bool() if stock.ndim == 3 else ...
+    with pumer.reduced(model, reducer):
+        close(tiny.answer(forward(model, inputs)), stock, where)
+
+
+@pytest.mark.parametrize("reducer", matrix.IDENTITIES.values(), ids=matrix.IDENTITIES)
+def test_ratio_0_gives_the_stock_states_and_attention(in_order, reducer):
+    model, inputs = tiny.model("ViltModel"), tiny.batch()
+    stock = forward(model, inputs, output_hidden_states=True, output_attentions=True)
+    with pumer.reduced(model, reducer):
+        ours = forward(model, inputs, output_hidden_states=True, output_attentions=True)
+    mask = real(inputs, stock.last_hidden_state.shape[1])
+    assert list(ours) == list(stock)
+    close(ours.last_hidden_state, stock.last_hidden_state, mask)
+    assert len(ours.hidden_states) == len(stock.hidden_states) == tiny.LAYERS + 1
+    for one, other in zip(ours.hidden_states, stock.hidden_states, strict=True):
+        close(one, other, mask)
+    for one, other in zip(ours.attentions, stock.attentions, strict=True):
+        for head in range(4):
+            close(one[:, head], other[:, head], mask)
+
+
+@pytest.mark.parametrize("kind", ["ViltModel", "ViltForQuestionAnswering", "ViltForTokenClassification"])
+def test_tuples_come_back_in_the_stock_order(in_order, kind):
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    settings = {"return_dict": False, "output_hidden_states": True}
+    stock = forward(model, inputs, **settings)
+    with pumer.reduced(model, pumer.Unreduced()):
+        ours = forward(model, inputs, **settings)
+    assert [type(part) for part in ours] == [type(part) for part in stock]
+    assert len(ours[-1]) == len(stock[-1]) == tiny.LAYERS + 1
+
+
+def test_embeddings_may_be_given(in_order):
+    model, inputs = tiny.model("ViltModel"), tiny.batch()
+    embeddings = model.embeddings
+    with torch.no_grad():
+        image_embeds, image_mask, _ = embeddings.visual_embed(inputs["pixel_values"], inputs["pixel_mask"], -1)
+        given = {
+            "inputs_embeds": embeddings.text_embeddings.word_embeddings(inputs["input_ids"]),
+            "attention_mask": inputs["attention_mask"],
+            "image_embeds": image_embeds,
+            "pixel_mask": image_mask,
+        }
+    stock = forward(model, given)
+    with pumer.reduced(model, pumer.Unreduced()):
+        close(forward(model, given).pooler_output, stock.pooler_output)
+        close(forward(model, inputs).pooler_output, stock.pooler_output)
+        del given["pixel_mask"]
+        assert forward(model, given).pooler_output.isfinite().all()
+
+
+# --- padding and kernels change nothing ---
+
+
+@EVERY_REDUCER
+def test_a_row_of_a_batch_equals_the_sample_alone(answering, reducer):
+    inputs = tiny.batch()
+    with pumer.reduced(answering, reducer):
+        together = forward(answering, inputs).logits
+        for row in range(len(together)):
+            close(forward(answering, tiny.alone(inputs, row)).logits[0], together[row])
+
+
+@EVERY_CLASS
+def test_a_row_of_a_batch_equals_the_sample_alone_in_every_class(kind):
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    with pumer.reduced(model, matrix.REDUCERS["pumer"]):
+        together = tiny.answer(forward(model, inputs))
+        for row in range(len(together)):
+            one = tiny.answer(forward(model, tiny.alone(inputs, row)))[0]
+            close(one, together[row, : len(one)] if one.ndim == 2 else together[row])
+
+
+@EVERY_REDUCER
+def test_eager_equals_sdpa_and_trimming_changes_nothing(answering, reducer):
+    inputs = tiny.batch()
+    logits, lengths = [], []
+    for attention, trim in (("sdpa", True), ("eager", True), ("sdpa", False)):
+        with pumer.reduced(answering, reducer, attention=attention, trim=trim):
+            logits.append(forward(answering, inputs).logits)
+            lengths.append(pumer.active(answering).lengths)
+    close(logits[0], logits[1])
+    close(logits[0], logits[2])
+    assert lengths[0] == lengths[1]
+    text, image = lengths[2][0]
+    assert reducer.name == "no-vision" or (text, image) == reducer.lengths(12, 49, -1, grid=(6, 8))
+    assert lengths[0][0][0] == 9, "the text was not cut to the longest of the batch"
+
+
+def test_the_published_mode_is_given_all_padded_text(answering):
+    """The published code counts padded text and lets it vote: cutting it would change the published results."""
+    inputs = tiny.batch()
+    with pumer.reduced(answering, matrix.OFFICIAL):
+        trimmed = forward(answering, inputs).logits
+        assert pumer.active(answering).lengths[0][0] == 12
+    with pumer.reduced(answering, matrix.OFFICIAL, attention="eager"):
+        close(forward(answering, inputs).logits, trimmed)
+
+
+@pytest.mark.parametrize("name", ["pumer", "tome", "random", "pool"])
+@pytest.mark.parametrize("kind", tiny.PER_TOKEN)
+def test_what_has_a_token_axis_comes_back_in_the_original_length(in_order, kind, name):
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    stock = forward(model, inputs, output_hidden_states=True)
+    with pumer.reduced(model, matrix.REDUCERS[name]):
+        ours = forward(model, inputs, output_hidden_states=True)
+        assert sum(pumer.active(model).lengths[-1]) < stock.hidden_states[0].shape[1]
+    for one, other in zip(ours.hidden_states, stock.hidden_states, strict=True):
+        assert one.shape == other.shape
+    if kind == "ViltModel":
+        assert ours.last_hidden_state.shape == stock.last_hidden_state.shape
+    else:
+        assert ours.logits.shape == stock.logits.shape
+        mask = inputs["attention_mask"].bool()
+        assert ours.logits[mask].isfinite().all()
+        assert ours.logits[mask].abs().amin() > 0
+
+
+# --- dropping a token is masking it ---
+
+
+def drop_in_stock(model, dropped):
+    """Hooks that mask, in every stock layer, the tokens that were dropped before its attention.
+
+    Args:
+        dropped: for each layer, bool [B,N] of the tokens that its attention may no longer see.
+    """
+
+    def hook(module, args):
+        states, mask, *rest = args
+        hidden = dropped[layers.index(module)][:, None, None]
+        return states, mask.masked_fill(hidden, torch.finfo(mask.dtype).min), *rest
+
+    layers = list(model.vilt.encoder.layer)
+    return [layer.register_forward_pre_hook(hook) for layer in layers]
+
+
+@pytest.mark.parametrize("reducer", matrix.PRUNING.values(), ids=matrix.PRUNING)
+def test_dropping_a_token_equals_masking_it_in_the_stock_model(in_order, reducer):
+    # The longest text fills the batch, so that the reduced model's token axis is the stock one's.
+    model, inputs = tiny.model(), tiny.batch(padding=0)
+    with pumer.reduced(model, reducer), pumer.trace(model) as steps:
+        dropping = forward(model, inputs).logits
+
+    dropped, plan = [], None
+    at = {step.layer: step.plan for step in steps}
+    for layer in range(tiny.LAYERS):
+        if layer - 1 in at:
+            plan = at[layer - 1] if plan is None else plan.then(at[layer - 1])
+        mask = plan.slot_BN < 0 if plan is not None else torch.zeros(4, 35, dtype=torch.bool)
+        dropped.append(mask)
+    assert dropped[-1].any()
+    hooks = drop_in_stock(model, dropped)
+    try:
+        masking = forward(model, inputs).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    close(dropping, masking)
+    assert (dropping - forward(model, inputs).logits).abs().max() > 1e-3
+
+
+# --- a model with a patch is still one model among others ---
+
+
+def everything(model):
+    """All attributes of all modules, by identity, and all weights."""
+    attributes = {name: {key: id(value) for key, value in vars(part).items()} for name, part in model.named_modules()}
+    settings = {name: str(part.extra_repr()) for name, part in model.named_modules()}
+    return attributes, settings, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("reducer", [*matrix.REDUCERS.values(), matrix.OFFICIAL], ids=[*matrix.REDUCERS, "official"])
+def test_remove_leaves_no_trace(answering, reducer):
+    inputs = tiny.alone(tiny.batch(), 2)
+    before, logits = everything(answering), forward(answering, inputs).logits
+    pumer.apply(answering, reducer)
+    forward(answering, inputs)
+    pumer.remove(answering)
+    after = everything(answering)
+    assert after[:2] == before[:2]
+    for name, tensor in before[2].items():
+        assert torch.equal(after[2][name], tensor)
+    # The stock embedding draws its patches anew: their order decides the last bits.
+    close(forward(answering, inputs).logits, logits)
+
+
+def test_remove_is_exact_to_the_bit(in_order, answering):
+    inputs = tiny.batch()
+    logits = forward(answering, inputs).logits
+    with pumer.reduced(answering, matrix.OFFICIAL):
+        assert not torch.equal(forward(answering, inputs).logits, logits)
+    assert torch.equal(forward(answering, inputs).logits, logits)
+
+
+def test_two_models_side_by_side():
+    one, other, stock = tiny.model(), tiny.model(), tiny.model()
+    inputs, expected = tiny.batch(), []
+    for reducer in (matrix.REDUCERS["pumer"], matrix.REDUCERS["tome"]):
+        with pumer.reduced(stock, reducer):
+            expected.append(forward(stock, inputs).logits)
+    pumer.apply(one, matrix.REDUCERS["pumer"])
+    pumer.apply(other, matrix.REDUCERS["tome"])
+    for _ in range(2):
+        assert torch.equal(forward(one, inputs).logits, expected[0])
+        assert torch.equal(forward(other, inputs).logits, expected[1])
+    pumer.remove(one)
+    assert torch.equal(forward(other, inputs).logits, expected[1])
+
+
+def test_reduced_nests(answering):
+    inputs = tiny.batch()
+    assert pumer.active(answering) is None
+    with pumer.reduced(answering, matrix.REDUCERS["pumer"], attention="eager", trim=False):
+        outer = forward(answering, inputs).logits
+        with pumer.reduced(answering, matrix.REDUCERS["tome"]):
+            assert pumer.active(answering).reducer == matrix.REDUCERS["tome"]
+        patch = pumer.active(answering)
+        assert (patch.reducer, patch.attention, patch.trim) == (matrix.REDUCERS["pumer"], "eager", False)
+        assert torch.equal(forward(answering, inputs).logits, outer)
+    assert pumer.active(answering) is None
+
+
+def test_reduced_cleans_up_after_an_error(answering):
+    with pytest.raises(KeyError), pumer.reduced(answering, matrix.REDUCERS["pumer"]):
+        raise KeyError
+    assert pumer.active(answering) is None
+
+
+def test_a_copy_of_a_reduced_model_is_its_own_model():
+    model, inputs = pumer.apply(tiny.model(), matrix.REDUCERS["pumer"]), tiny.batch()
+    logits = forward(model, inputs).logits
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(forward(twin, inputs).logits, logits)
+    assert pumer.active(twin).lengths[-1] != pumer.active(twin).lengths[0]
+    pumer.remove(model)
+    assert torch.equal(forward(twin, inputs).logits, logits)
+    pumer.remove(twin)
+    assert pumer.active(twin) is None
+    close(forward(twin, inputs).logits, forward(tiny.model(), inputs).logits)
+    assert all("forward" not in vars(part) for part in twin.modules())
+
+
+# --- training ---
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    logits = model(**inputs).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "reducer", [matrix.REDUCERS["pumer"], matrix.REDUCERS["tome"], matrix.OFFICIAL], ids=["pumer", "tome", "official"]
+)
+def test_gradient_checkpointing_gives_the_same_gradients(reducer, reentrant):
+    model, inputs = tiny.model().train(), tiny.batch()
+    pumer.apply(model, reducer)
+    expected = gradients(model, inputs)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    again = []
+    layer = model.vilt.encoder.layer[1].intermediate
+    layer.register_forward_hook(lambda *_: again.append(torch.is_grad_enabled()))
+    found = gradients(model, inputs)
+    assert len(again) == 2, "the layer was not computed again on the way back, so nothing was saved"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reducer", [*matrix.REDUCERS.values(), matrix.OFFICIAL], ids=[*matrix.REDUCERS, "official"])
+def test_training_with_dropout(reducer):
+    model = tiny.model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+    inputs = tiny.batch()
+    pumer.apply(model, reducer)
+    found = gradients(model, inputs)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in found.values())
+    assert found["vilt.encoder.layer.0.attention.attention.query.weight"].abs().sum() > 0
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_plans_of_a_forward_are_those_of_its_lengths(answering):
+    with pumer.reduced(answering, matrix.REDUCERS["pumer"]), pumer.trace(answering) as steps:
+        forward(answering, tiny.batch())
+        lengths = pumer.active(answering).lengths
+    assert [step.layer for step in steps] == [1, 2]
+    for step in steps:
+        assert isinstance(step.plan, Plan)
+        assert step.plan.slots == sum(lengths[step.layer + 1])

@@ -1,0 +1,335 @@
+"""Plans: what holds for every reducer on any tokens, and slow loops that say what matching and PuMer mean."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import matrix
+from pumer.reducers import Plan, PuMer, Tokens
+from pumer.reducers.budget import merge_schedule, portion, prune_then_merge
+from pumer.reducers.matching import bipartite
+
+REDUCERS = [*matrix.REDUCERS.items(), *((f"{name} at 0", reducer) for name, reducer in matrix.IDENTITIES.items())]
+HEADS, CHANNELS = 2, 4
+
+
+@dataclass
+class Sample:
+    """One text and picture: lengths without padding, [CLS] included in the text, not in the picture."""
+
+    text: int
+    rows: int
+    columns: int
+
+    @property
+    def image(self):
+        return self.rows * self.columns
+
+
+@st.composite
+def batches(draw):
+    """Samples of several sizes, and how much padding stands behind the longest of them."""
+    sample = st.builds(Sample, st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+    return draw(st.lists(sample, min_size=1, max_size=3)), draw(st.integers(0, 3)), draw(st.integers(0, 10**6))
+
+
+def tokens_of(samples, padding, seed):
+    """The token axis of a batch as an adapter hands it over, one `Tokens` for all samples together."""
+    text = max(sample.text for sample in samples) + padding
+    grid = max(sample.rows for sample in samples), max(sample.columns for sample in samples)
+    image = 1 + grid[0] * grid[1]
+    mask = torch.zeros(len(samples), text + image, dtype=torch.bool)
+    patch = torch.full(mask.shape, -1)
+    for row, sample in enumerate(samples):
+        mask[row, : sample.text] = True
+        mask[row, text : text + 1 + sample.image] = True
+        inside = torch.zeros(grid, dtype=torch.bool)
+        inside[: sample.rows, : sample.columns] = True
+        # Real patches first, as the adapter orders them.
+        patch[row, text + 1 :] = (~inside.flatten()).to(torch.uint8).argsort(stable=True)
+    generator = torch.Generator().manual_seed(seed)
+    heads = (len(samples), HEADS, text + image, CHANNELS)
+    return Tokens(
+        mask_BN=mask,
+        text=text,
+        sizes_BN=torch.randint(1, 4, mask.shape, generator=generator).float(),
+        grid=grid,
+        patch_BN=patch,
+        queries_BHNC=torch.randn(heads, generator=generator),
+        keys_BHNC=torch.randn(heads, generator=generator),
+    )
+
+
+def cut(tokens, row, sample):
+    """The tokens of one sample without padding."""
+    keep = tokens.mask_BN[row]
+    here = torch.arange(sample.image).view(sample.rows, sample.columns).flatten()
+    return Tokens(
+        mask_BN=tokens.mask_BN[row : row + 1, keep],
+        text=sample.text,
+        sizes_BN=tokens.sizes_BN[row : row + 1, keep],
+        layer=tokens.layer,
+        grid=(sample.rows, sample.columns),
+        patch_BN=torch.cat([torch.full((sample.text + 1,), -1), here])[None],
+        queries_BHNC=tokens.queries_BHNC[row : row + 1, :, keep],
+        keys_BHNC=tokens.keys_BHNC[row : row + 1, :, keep],
+    )
+
+
+def at(tokens, layer):
+    return Tokens(**{**vars(tokens), "layer": layer})
+
+
+def groups(plan, row, kept=None):
+    """Which source tokens each filled slot of a row holds; sources are counted among the `kept` ones."""
+    numbers = torch.arange(plan.slot_BN.shape[1]) if kept is None else kept.long().cumsum(0) - 1
+    slots = plan.mask_BK[row].nonzero()[:, 0].tolist()
+    return [frozenset(numbers[plan.slot_BN[row] == slot].tolist()) for slot in slots]
+
+
+# --- what holds for every plan ---
+
+
+@pytest.mark.parametrize("reducer", [reducer for _, reducer in REDUCERS], ids=[name for name, _ in REDUCERS])
+@given(batch=batches())
+def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
+    for layer in reducer.layers or (0,):
+        tokens = at(tokens_of(*batch), layer)
+        plan = reducer.plan(tokens)
+        batch_size, count = tokens.mask_BN.shape
+        text, image = reducer.lengths(tokens.text, count - tokens.text, layer, grid=tokens.grid)
+        assert plan.slots == text + image
+        assert plan.slot_BN.shape == (batch_size, count)
+        assert int(plan.slot_BN.min()) >= -1
+        assert int(plan.slot_BN.max()) < plan.slots
+
+        # Of the real tokens, the text goes to the text's slots and the image to the image's.
+        for row in range(batch_size):
+            for where, low, high in ((slice(0, tokens.text), 0, text), (slice(tokens.text, None), text, text + image)):
+                slots = plan.slot_BN[row, where][tokens.mask_BN[row, where]]
+                assert ((slots == -1) | (slots >= low) & (slots < high)).all()
+                # Filled slots come first, then empty ones.
+                filled = plan.mask_BK[row, low:high]
+                assert torch.equal(filled, filled.sort(descending=True, stable=True).values)
+        # Real tokens in filled slots only, and nothing else in them.
+        real = plan.sources() & tokens.mask_BN[:, None]
+        padded = plan.sources() & ~tokens.mask_BN[:, None]
+        assert torch.equal(real.any(2), plan.mask_BK)
+        assert not (padded & plan.mask_BK[..., None]).any()
+
+        # The shares of a filled slot sum to one; sizes are neither made nor lost.
+        shares = plan.total(plan.weight_BN)
+        torch.testing.assert_close(shares[plan.mask_BK], torch.ones_like(shares[plan.mask_BK]))
+        sizes = tokens.sizes_BN * tokens.mask_BN
+        dropped = (sizes * (plan.slot_BN == -1)).sum(1)
+        torch.testing.assert_close(plan.total(sizes).sum(1) + dropped, sizes.sum(1))
+
+        # [CLS] of either modality stays where it is, and alone.
+        if reducer.name != "no-vision":
+            for token, slot in ((0, 0), (tokens.text, text)):
+                assert (plan.slot_BN[:, token] == slot).all()
+                assert (plan.sources()[:, slot].sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("reducer", matrix.REDUCERS.values(), ids=matrix.REDUCERS)
+@given(batch=batches())
+def test_a_row_of_a_batch_is_planned_as_it_would_be_alone(reducer, batch):
+    for layer in reducer.layers or (0,):
+        tokens = at(tokens_of(*batch), layer)
+        plan = reducer.plan(tokens)
+        for row, sample in enumerate(batch[0]):
+            one = reducer.plan(cut(tokens, row, sample))
+            assert groups(plan, row, tokens.mask_BN[row]) == groups(one, 0)
+
+
+@st.composite
+def plans(draw, count):
+    """Any selection or merging of `count` tokens, for a batch of two."""
+    slots = draw(st.integers(1, count))
+    slot = st.lists(st.integers(-1, slots - 1), min_size=count, max_size=count)
+    slot_BN = torch.tensor([draw(slot), draw(slot)])
+    if draw(st.booleans()):
+        return Plan.keep(slot_BN >= 0, count)
+    sizes = torch.tensor([draw(st.lists(st.integers(1, 5), min_size=count, max_size=count)) for _ in range(2)])
+    return Plan.merge(slot_BN, torch.ones(2, slots, dtype=torch.bool), sizes.float())
+
+
+@given(data=st.data(), count=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_two_plans_in_one(data, count, seed):
+    first = data.draw(plans(count))
+    second = data.draw(plans(first.slots))
+    both = first.then(second)
+    x = torch.randn(2, count, 3, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        filled(both, both.reduce(x)), filled(both, second.reduce(filled(first, first.reduce(x))))
+    )
+    sizes = torch.ones(2, count)
+    torch.testing.assert_close(both.total(sizes), second.total(first.total(sizes)))
+    y = torch.randn(2, both.slots, 3)
+    torch.testing.assert_close(both.expand(y), first.expand(second.expand(y)))
+    assert torch.equal(both.sources(), (second.sources().float() @ first.sources().float()) > 0)
+
+
+def filled(plan, x):
+    """States of a plan's slots with the empty ones zero: what stands there is anybody's guess."""
+    return x * plan.sources().any(2)[..., None]
+
+
+@given(data=st.data(), count=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_expanding_a_selection_gives_back_what_was_kept(data, count, seed):
+    kept = torch.tensor([data.draw(st.lists(st.booleans(), min_size=count, max_size=count)) for _ in range(2)])
+    plan = Plan.keep(kept, max(1, int(kept.sum(1).max())))
+    x = torch.randn(2, count, 3, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(plan.expand(plan.reduce(x)), x * kept[..., None])
+    assert torch.equal(plan.expand(plan.reduce(x[..., 0])), x[..., 0] * kept)
+    # The same by matrix product, which plans that merge take.
+    torch.testing.assert_close(plan.matrix() @ x, filled(plan, plan.reduce(x)))
+    assert torch.equal(Plan.select(plan.index_BK, plan.mask_BK, count).slot_BN, plan.slot_BN)
+
+
+@given(data=st.data(), count=st.integers(1, 6))
+def test_plans_side_by_side(data, count):
+    left, right = data.draw(plans(count)), data.draw(plans(count))
+    both = Plan.side_by_side([left, right])
+    x = torch.randn(2, 2 * count, 3)
+    parts = [filled(plan, plan.reduce(half)) for plan, half in ((left, x[:, :count]), (right, x[:, count:]))]
+    torch.testing.assert_close(filled(both, both.reduce(x)), torch.cat(parts, 1))
+    assert both.slots == left.slots + right.slots
+
+
+# --- budgets ---
+
+
+@given(ratio=st.floats(0, 1, exclude_max=True), counts=st.lists(st.integers(0, 600), min_size=1, max_size=20))
+def test_budgets_are_the_same_for_numbers_and_tensors(ratio, counts):
+    tensor = torch.tensor(counts)
+    assert portion(ratio, tensor).tolist() == [portion(ratio, count) for count in counts]
+    merge = (1 - ratio) / 2
+    kept, merged = prune_then_merge(tensor, ratio, merge)
+    each = [prune_then_merge(count, ratio, merge) for count in counts]
+    assert list(zip(kept.tolist(), merged.tolist(), strict=True)) == each
+    # A longer row never ends up shorter: the padded length bounds every row of the batch.
+    left = [kept - merged for kept, merged in (prune_then_merge(count, ratio, merge) for count in sorted(counts))]
+    assert left == sorted(left)
+    assert all(0 <= merged <= kept for kept, merged in each)
+
+
+def test_rounding_is_half_to_even():
+    assert [portion(0.5, count) for count in (1, 3, 5)] == [0, 2, 2]
+    assert portion(0.5, torch.tensor([1, 3, 5])).tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize(("r", "expected"), [(3, [3] * 4), ((3, 1.0), [0, 2, 4, 6]), ((5, 2, 1), [5, 2, 1, 0])])
+def test_merge_schedules(r, expected):
+    assert merge_schedule(r, 4) == expected
+
+
+# --- slow loops ---
+
+
+def dot(one, other):
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def slow_bipartite(keys, merged):
+    """Groups of tokens, in order, by the words of the ToMe paper; and the smallest gap between what was compared."""
+    unit = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
+    best, gaps = [], [math.inf]
+    for even in range(0, len(keys), 2):
+        ranked = sorted(((dot(unit[even], unit[odd]), odd) for odd in range(1, len(keys), 2)), reverse=True)
+        if ranked:
+            best.append((*ranked[0], even))
+        gaps += [a[0] - b[0] for a, b in pairwise(ranked)][:1]
+    best.sort(reverse=True)
+    gaps += [a[0] - b[0] for a, b in pairwise(best)]
+    group = {token: {token} for token in range(len(keys))}
+    for _, odd, even in best[:merged]:
+        group[odd].add(even)
+        del group[even]
+    return [frozenset(group[token]) for token in sorted(group)], min(gaps)
+
+
+def slow_average(values, sizes, groups):
+    """Averages of the groups, weighted by size."""
+    return [
+        [sum(sizes[token] * values[token][i] for token in group) / sum(sizes[token] for token in group) for i in (0, 1)]
+        for group in groups
+    ]
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    padding=st.integers(0, 2),
+    ratio=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_bipartite_matching_is_what_the_paper_says(counts, padding, ratio, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(counts), max(counts) + padding
+    keys, x = torch.randn(*shape, 3, generator=generator), torch.randn(*shape, 2, generator=generator)
+    sizes = torch.randint(1, 5, shape, generator=generator).float()
+    valid = torch.arange(shape[1]) < torch.tensor(counts)[:, None]
+    merged = [int(ratio * (count // 2)) for count in counts]
+    slots = max(count - gone for count, gone in zip(counts, merged, strict=True))
+    plan = bipartite(keys, valid, torch.tensor(merged), slots, sizes)
+    reduced = plan.reduce(x)
+    for row, count in enumerate(counts):
+        expected, gap = slow_bipartite(keys[row, :count].tolist(), merged[row])
+        assume(gap > 1e-5)
+        assert groups(plan, row) == expected
+        assert int(plan.mask_BK[row].sum()) == count - merged[row]
+        averages = slow_average(x[row].tolist(), sizes[row].tolist(), expected)
+        torch.testing.assert_close(reduced[row, : len(expected)], torch.tensor(averages), atol=1e-5, rtol=1e-4)
+
+
+def slow_pumer(reducer, queries, keys, text):
+    """Groups of tokens of one sample by the words of the PuMer paper, and the smallest gap that decided."""
+    count = len(keys[0])
+    attention = [0.0] * count
+    for head in range(HEADS):
+        for row in range(text):
+            logits = [dot(queries[head][row], key) / math.sqrt(CHANNELS) for key in keys[head]]
+            total = sum(math.exp(logit) for logit in logits)
+            for token in range(count):
+                attention[token] += math.exp(logits[token]) / total / HEADS
+    mean = [[sum(parts) / HEADS for parts in zip(*vectors, strict=True)] for vectors in zip(*keys, strict=True)]
+
+    # Prune the image tokens that the text attends to least.
+    image = list(range(text + 1, count))
+    pruned = round(reducer.prune * len(image))
+    ranked = sorted(image, key=lambda token: -attention[token])
+    kept = sorted(ranked[: len(image) - pruned])
+    gaps = [attention[a] - attention[b] for a, b in pairwise(ranked)]
+    # Merge image tokens with image tokens, text tokens with text tokens.
+    merged = min(round((reducer.prune + reducer.merge) * len(image)) - pruned, len(kept) // 2)
+    words = list(range(1, text))
+    merged_words = min(round(reducer.merge_text * len(words)), len(words) // 2)
+    found = []
+    for tokens, gone in ((words, merged_words), (kept, merged)):
+        matched, gap = slow_bipartite([mean[token] for token in tokens], gone)
+        found.append([frozenset(tokens[i] for i in group) for group in matched])
+        gaps.append(gap)
+    return [frozenset({0}), *found[0], frozenset({text}), *found[1]], min(gaps, default=1.0)
+
+
+@given(
+    batch=batches(),
+    prune=st.sampled_from([0, 0.1, 0.25, 0.5]),
+    merge=st.sampled_from([0, 0.3, 0.45]),
+    merge_text=st.sampled_from([0, 0.2, 0.5]),
+)
+def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text):
+    reducer = PuMer(prune=prune, merge=merge, merge_text=merge_text, layers=(0,))
+    tokens = tokens_of(*batch)
+    plan = reducer.plan(tokens)
+    for row, sample in enumerate(batch[0]):
+        real = tokens.mask_BN[row]
+        queries, keys = (probe[row, :, real].tolist() for probe in (tokens.queries_BHNC, tokens.keys_BHNC))
+        expected, gap = slow_pumer(reducer, queries, keys, sample.text)
+        assume(gap > 1e-5)
+        assert groups(plan, row, real) == expected

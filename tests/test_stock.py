@@ -1,0 +1,67 @@
+"""The stock methods that the ViLT adapter stands in for are still those that it was written against.
+
+Only for the version of transformers that constraints.txt pins: raising the pin runs these on the new one.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.vilt import modeling_vilt as vilt
+
+PINS = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8").split()
+STOOD_IN_FOR = {
+    (vilt.ViltModel, "forward"): ("", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "forward"): ("", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "visual_embed"): ("", "embed_patches in adapters/vilt.py"),
+    (vilt.ViltEncoder, "forward"): ("", "_encode in adapters/vilt.py"),
+    (vilt.ViltLayer, "forward"): ("", "_block in adapters/vilt.py"),
+    (vilt.ViltAttention, "forward"): ("", "_block in adapters/vilt.py"),
+    (vilt.ViltSelfAttention, "forward"): ("", "_block in adapters/vilt.py and attend in adapters/probes.py"),
+    (GradientCheckpointingLayer, "__init_subclass__"): ("", "_layer in adapters/vilt.py"),
+}
+
+
+def fingerprint(function):
+    """A hash of a function's source without docstring and blank lines."""
+    source = textwrap.dedent(inspect.getsource(function))
+    lines, first = source.splitlines(), ast.parse(source).body[0].body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        del lines[first.lineno - 1 : first.end_lineno]
+    return hashlib.sha256("\n".join(line for line in lines if line.strip()).encode()).hexdigest()[:16]
+
+
+@pytest.mark.skipif(
+    f"transformers=={transformers.__version__}" not in PINS, reason="not the version that constraints.txt pins"
+)
+@pytest.mark.parametrize(("kind", "method"), STOOD_IN_FOR, ids=lambda value: getattr(value, "__name__", value))
+def test_the_method_is_the_one_we_know(kind, method):
+    known, ours = STOOD_IN_FOR[kind, method]
+    found = fingerprint(getattr(kind, method))
+    assert found == known, (
+        f"{kind.__module__}.{kind.__name__}.{method} changed in transformers {transformers.__version__}. Read it and "
+        f"compare it with {ours}, which stands in for it; when that does the same again, put {found!r} here"
+    )
+
+
+def test_the_fingerprint_is_of_the_code():
+    def documented(x):
+        """Says something."""
+
+        return x + 1
+
+    def changed(x):
+        return x + 2
+
+    first, second = fingerprint(documented), fingerprint(changed)
+    del documented, changed
+
+    def documented(x):
+        return x + 1
+
+    assert fingerprint(documented) == first != second
