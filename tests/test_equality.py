@@ -224,6 +224,36 @@ def test_dropping_a_token_equals_masking_it_in_the_stock_model(in_order, reducer
     assert (dropping - forward(model, inputs).logits).abs().max() > 1e-3
 
 
+# --- merging ---
+
+
+def test_merging_twins_changes_nothing_when_sizes_count(in_order):
+    """Equal tokens stay equal through all layers: two of them, or one that counts twice, is the same."""
+    model, inputs = tiny.model(), tiny.batch()
+    twins = torch.randn(4, 6, 32).repeat_interleave(2, 1)
+    image = {"image_embeds": torch.cat([torch.randn(4, 1, 32), twins], 1), "pixel_mask": torch.ones(4, 13)}
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], **image}
+    stock = tiny.logits(model, inputs)
+    for reducer, same in ((pumer.ToMe(r=(6,)), True), (pumer.ToMe(r=(6,), proportional=False), False)):
+        with pumer.reduced(model, reducer):
+            found = tiny.logits(model, inputs)
+            assert pumer.active(model).lengths[-1] == (9, 7)
+        assert torch.allclose(found, stock, rtol=0, atol=TOLERANCE) == same
+
+
+@pytest.mark.parametrize("name", ["pumer", "tome"])
+def test_every_source_token_counts_the_same_however_often_it_was_merged(answering, name):
+    with pumer.reduced(answering, matrix.REDUCERS[name]), pumer.trace(answering) as steps:
+        tiny.logits(answering, tiny.batch())
+    plan = steps[0].plan
+    for step in steps[1:]:
+        plan = plan.then(step.plan)
+    sizes = plan.total(torch.ones_like(plan.weight_BN))
+    real = (plan.slot_BN >= 0) & plan.mask_BK.gather(1, plan.slot_BN.clamp_min(0))
+    assert sizes.max() > 2
+    close(plan.weight_BN, 1 / sizes.gather(1, plan.slot_BN.clamp_min(0)), real)
+
+
 # --- a model with a patch is still one model among others ---
 
 

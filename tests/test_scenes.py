@@ -1,6 +1,7 @@
 """The built-in pictures and questions: the same everywhere, answerable, balanced; and their files."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from PIL import Image
 from pumer.data import scene_files, scenes
 from pumer.data.scene_files import write_vqav2
 from pumer.data.scene_questions import ANSWERS, KINDS, ask, referent_targets
-from pumer.data.scenes import COLOURS, SHAPES, SIZES, draw, patch_targets
+from pumer.data.scenes import COLOURS, SHAPES, SIZES, draw, patch_offsets, patch_pixels, patch_targets
 
 PICTURES = 400
 PER_PICTURE = 12
@@ -340,3 +341,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_vqav2(tmp_path / "new", seed=0, pictures=1, per_picture=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_patch_offsets_lead_to_the_middle_of_what_a_patch_shows():
+    scenes = draw(5, range(6))
+    offsets, (colour, _) = patch_offsets(scenes, 8), patch_targets(scenes, 8)
+    main = patch_pixels(scenes, 8).argmax(-1)
+    for b, n in itertools.product(range(6), range(144)):
+        k = main[b, n]
+        way = [scenes.x[b, k] - (n % 12 * 8 + 4), scenes.y[b, k] - (n // 12 * 8 + 4)] if colour[b, n] else [0, 0]
+        assert offsets[b, n].tolist() == way

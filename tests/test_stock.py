@@ -15,15 +15,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vilt import modeling_vilt as vilt
 
 PINS = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8").split()
-STOOD_IN_FOR = {
-    (vilt.ViltModel, "forward"): ("", "_forward in adapters/vilt.py"),
-    (vilt.ViltEmbeddings, "forward"): ("", "_forward in adapters/vilt.py"),
-    (vilt.ViltEmbeddings, "visual_embed"): ("", "embed_patches in adapters/vilt.py"),
-    (vilt.ViltEncoder, "forward"): ("", "_encode in adapters/vilt.py"),
-    (vilt.ViltLayer, "forward"): ("", "_block in adapters/vilt.py"),
-    (vilt.ViltAttention, "forward"): ("", "_block in adapters/vilt.py"),
-    (vilt.ViltSelfAttention, "forward"): ("", "_block in adapters/vilt.py and attend in adapters/probes.py"),
-    (GradientCheckpointingLayer, "__init_subclass__"): ("", "_layer in adapters/vilt.py"),
+STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
+    (vilt.ViltModel, "forward"): ("058b0e7663bd2e70", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "forward"): ("f759e118b6e05731", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "visual_embed"): ("10c8b1f3be87adde", "embed_patches in adapters/vilt.py"),
+    (vilt.ViltEncoder, "forward"): ("17bbfffd9c7f1e22", "_encode in adapters/vilt.py"),
+    (vilt.ViltLayer, "forward"): ("58ab37b6d3974464", "_block in adapters/vilt.py"),
+    (vilt.ViltOutput, "forward"): ("efce4e7b766ae9a8", "_output in adapters/vilt.py"),
+    (vilt.ViltAttention, "forward"): ("2905c84159bc298d", "_attend in adapters/vilt.py"),
+    (vilt.ViltSelfAttention, "forward"): (
+        "82aebb1693aa0448",
+        "_attend in adapters/vilt.py, adapters/probes.py",
+    ),
+    (GradientCheckpointingLayer, "__init_subclass__"): ("2196b62df474d5a4", "_layer in adapters/vilt.py"),
 }
 
 

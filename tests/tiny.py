@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 from transformers import ViltConfig
@@ -101,3 +103,16 @@ def alone(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def answer(output: object) -> Tensor:
     """What a model is asked for: its logits, or the pooled state of one without a head."""
     return output.logits if "logits" in output else output.pooler_output
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The answer of a model, without gradient."""
+    with torch.no_grad():
+        return answer(model(**inputs))
+
+
+class Evil:
+    """A pickle that makes a folder when it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("evil",)

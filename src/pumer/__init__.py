@@ -4,6 +4,7 @@ from pumer._version import __version__
 from pumer.api import active, apply, reduced, remove, trace
 from pumer.hub import load, load_official, save
 from pumer.reducers import NoVision, Plan, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
+from pumer.report import Report, report
 
 __all__ = [
     "NoVision",
@@ -12,6 +13,7 @@ __all__ = [
     "PuMer",
     "Random",
     "Reducer",
+    "Report",
     "ToMe",
     "Uniform",
     "Unreduced",
@@ -22,6 +24,7 @@ __all__ = [
     "load_official",
     "reduced",
     "remove",
+    "report",
     "save",
     "trace",
 ]

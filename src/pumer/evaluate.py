@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from pumer.data.images import BrokenImageError, open_image
 from pumer.tasks.base import Collator, Example, replacing
@@ -69,7 +69,7 @@ def predict(
             chunk = _readable(chunk, broken)
         if not chunk:
             continue
-        batch = {name: value.to(device) for name, value in collator(chunk).items() if name in _INPUTS}
+        batch = model_inputs(collator(chunk), device)
         start = time.perf_counter()
         with torch.inference_mode():
             logits = model(**batch).logits
@@ -79,7 +79,10 @@ def predict(
     return Result(predictions, {}, seconds, len(predictions), broken)
 
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+def model_inputs(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a model's forward takes of a collated batch, without the targets."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+    return {name: batch[name].to(device) for name in names if name in batch}
 
 
 def evaluate(

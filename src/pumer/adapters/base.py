@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pumer.reducers import Plan, Reducer
+from pumer.reducers.base import Grid
 
 
 class _Absent:
@@ -50,7 +51,10 @@ class Patch:
     attention: str = "sdpa"
     trim: bool = True
     lengths: list[tuple[int, int]] = field(default_factory=list)
-    """(text, image) tokens after every layer of the last forward: evidence that the reduction is active."""
+    """(text, image) tokens before the first layer and after every one of the last forward: evidence that the reduction
+    is active."""
+    entry: tuple[int, int, Grid | None] | None = None
+    """(text, image, grid) of the last forward before anything was reduced; None if there was no forward."""
     steps: list[Step] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
     _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
@@ -89,8 +93,33 @@ class Adapter:
         """(text, image) tokens of a full-length question and a picture of the configured size."""
         raise NotImplementedError
 
-    def macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> dict[str, int]:
-        """Multiply-accumulates per example by part, for (text, image) tokens at the entry and after each layer."""
+    def default_grid(self, model: nn.Module) -> Grid:
+        """Rows and columns of patches of a picture of the configured size."""
+        raise NotImplementedError
+
+    def passes(self, model: nn.Module) -> int:
+        """How often one example goes through the layers: the number of pictures where each is a pass of its own."""
+        return 1
+
+    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        """(heads, channels of a head)."""
+        raise NotImplementedError
+
+    def layer_macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Multiply-accumulates of every layer's (attention, MLP), of one pass; `lengths` as for `macs`."""
+        raise NotImplementedError
+
+    def macs(
+        self, model: nn.Module, lengths: list[tuple[int, int]], entry: tuple[int, int] | None = None
+    ) -> dict[str, int]:
+        """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are twice that.
+
+        What a reducer itself computes is not in here.
+
+        Args:
+            lengths: (text, image) tokens before the first layer and after every one.
+            entry: (text, image) tokens that were embedded, if something is reduced before the first layer.
+        """
         raise NotImplementedError
 
 

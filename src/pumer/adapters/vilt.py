@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pumer.adapters import kernels, probes
 from pumer.adapters.base import Adapter, Patch, register, replace_forward
 from pumer.adapters.encoder import Axis, reduce
 from pumer.reducers import EMBEDDINGS
+from pumer.reducers.base import Grid
 
 POOLED = (
     "ViltForQuestionAnswering",
@@ -43,11 +45,11 @@ class ViltAdapter(Adapter):
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vilt = _vilt(model)
-        pooled = any(kind.__name__ in POOLED for kind in type(model).__mro__)
-        replace_forward(patch, vilt, _forward, patch, pooled)
+        replace_forward(patch, vilt, _forward, patch, _is_a(model, POOLED))
         published = getattr(patch.reducer, "official", False)
         for number, layer in enumerate(vilt.encoder.layer):
             replace_forward(patch, layer, _layer, patch, number, published)
+            replace_forward(patch, layer.output, _output)
             if published:
                 patch.set(layer.layernorm_before, "eps", PUBLISHED_EPS)
                 patch.set(layer.layernorm_after, "eps", PUBLISHED_EPS)
@@ -57,26 +59,60 @@ class ViltAdapter(Adapter):
             kernels.install(patch, vilt.encoder)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
-        config = model.config
-        return config.max_position_embeddings, (config.image_size // config.patch_size) ** 2 + 1
+        rows, columns = self.default_grid(model)
+        limit = _config(model).max_image_length
+        patches = min(rows * columns, limit) if isinstance(limit, int) and limit > 0 else rows * columns
+        return _config(model).max_position_embeddings, patches + 1
 
-    def macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> dict[str, int]:
-        config = model.config
-        width, inner = config.hidden_size, config.intermediate_size
-        before, after = ([sum(pair) for pair in pairs] for pairs in (lengths[:-1], lengths[1:]))
+    def default_grid(self, model: nn.Module) -> Grid:
+        side = _config(model).image_size // _config(model).patch_size
+        return side, side
+
+    def passes(self, model: nn.Module) -> int:
+        return _config(model).num_images if _is_a(model, ("ViltForImagesAndTextClassification",)) else 1
+
+    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        heads = _config(model).num_attention_heads
+        return heads, _config(model).hidden_size // heads
+
+    def layer_macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        width, inner = _config(model).hidden_size, _config(model).intermediate_size
+        counts = [sum(pair) for pair in lengths]
+        return [
+            (4 * before * width**2 + 2 * before**2 * width, 2 * after * width * inner)
+            for before, after in pairwise(counts)
+        ]
+
+    def macs(
+        self, model: nn.Module, lengths: list[tuple[int, int]], entry: tuple[int, int] | None = None
+    ) -> dict[str, int]:
+        config, vilt, passes = _config(model), _vilt(model), self.passes(model)
+        text, image = entry or lengths[0]
+        layers = self.layer_macs(model, lengths)
         patch_size = config.num_channels * config.patch_size**2
-        encoder = set(_vilt(model).encoder.modules())
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in encoder]
+        inside = set(vilt.modules())
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]
+        # A head on the pooled state works once per example, one on the states once per text token.
+        times = text if _is_a(model, PER_TOKEN) else 1
+        pooler = config.hidden_size**2 if vilt.pooler is not None else 0
         return {
-            "embedding": (lengths[0][1] - 1) * patch_size * width,
-            "attention": sum(4 * n * width**2 + 2 * n**2 * width for n in before),
-            "mlp": sum(2 * n * width * inner for n in after),
-            "head": sum(linear.in_features * linear.out_features for linear in heads),
+            "embedding": passes * (image - 1) * patch_size * config.hidden_size,
+            "attention": passes * sum(attention for attention, _ in layers),
+            "mlp": passes * sum(mlp for _, mlp in layers),
+            "head": passes * pooler + times * sum(head.in_features * head.out_features for head in heads),
         }
 
 
 def _vilt(model: nn.Module) -> Any:
     return model if hasattr(model, "encoder") else model.vilt
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _is_a(model: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
 def _forward(
@@ -101,9 +137,57 @@ def _forward(
     `pooled`: only the pooled output is used, so the text may be cut and states need not be expanded.
     """
     config = vilt.config
-    published = getattr(patch.reducer, "official", False)
     attentions = config.output_attentions if output_attentions is None else output_attentions
     hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    states, axis, all_states, all_attentions = _encode(
+        vilt,
+        patch,
+        # Handed on unnamed, so that nothing here holds the states of the first layer while the others run.
+        _embed(
+            vilt,
+            patch,
+            pooled,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            pixel_values,
+            pixel_mask,
+            inputs_embeds,
+            image_embeds,
+            image_token_type_idx,
+        ),
+        attentions,
+        hidden,
+    )
+    states = vilt.layernorm(states)
+    pooler_output = vilt.pooler(states) if vilt.pooler is not None else None
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=states if pooled else axis.expand(states),
+        pooler_output=pooler_output,
+        hidden_states=all_states,
+        attentions=all_attentions,
+    )
+    wants_dict = config.return_dict if return_dict is None else return_dict
+    if wants_dict:
+        return output
+    return (output.last_hidden_state, pooler_output, *(x for x in (all_states, all_attentions) if x is not None))
+
+
+def _embed(
+    vilt: Any,
+    patch: Patch,
+    pooled: bool,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    pixel_values: Tensor | None,
+    pixel_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    image_embeds: Tensor | None,
+    image_token_type_idx: int | None,
+) -> tuple[Tensor, Axis]:
+    """In place of `ViltEmbeddings.forward`: states [B,N,D] and their axis, trimmed."""
+    published = getattr(patch.reducer, "official", False)
     text = _exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     image = _exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
     if len(text) != len(image):
@@ -112,7 +196,7 @@ def _forward(
         attention_mask = torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
 
     if image_embeds is None:
-        image_embeds, image_mask, patch_BI, grid = embed_patches(vilt.embeddings, pixel_values, pixel_mask)
+        image_embeds, image_mask, patch_BI, grid = embed_patches(vilt.embeddings, image, pixel_mask)
     else:
         if pixel_mask is None:
             pixel_mask = torch.ones(image.shape[:2], device=image.device)
@@ -140,27 +224,16 @@ def _forward(
     axis = Axis(text_embeds.shape[1], mask, torch.ones_like(mask, dtype=torch.float32), None, grid, patch_BI)
     if published:
         axis = replace(axis, mask_BN=torch.cat([attention_mask.float(), image_mask.float()], dim=1))
-
-    states, axis, all_states, all_attentions = _encode(vilt, patch, states, axis, attentions, hidden)
-    states = vilt.layernorm(states)
-    pooler_output = vilt.pooler(states) if vilt.pooler is not None else None
-    output = BaseModelOutputWithPooling(
-        last_hidden_state=states if pooled else axis.expand(states),
-        pooler_output=pooler_output,
-        hidden_states=all_states,
-        attentions=all_attentions,
-    )
-    wants_dict = config.return_dict if return_dict is None else return_dict
-    if wants_dict:
-        return output
-    return (output.last_hidden_state, pooler_output, *(x for x in (all_states, all_attentions) if x is not None))
+    return states, axis
 
 
 def _encode(
-    vilt: Any, patch: Patch, states: Tensor, axis: Axis, attentions: bool, hidden: bool
+    vilt: Any, patch: Patch, start: tuple[Tensor, Axis], attentions: bool, hidden: bool
 ) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """All layers; hidden states come back in the original length, attention maps in the reduced one."""
-    states, axis = reduce(patch, EMBEDDINGS, states, axis)
+    entry = (*start[1].lengths, start[1].grid)
+    states, axis = reduce(patch, EMBEDDINGS, *start)
+    del start
     all_states, all_attentions, lengths = [axis.expand(states)] if hidden else [], [], [axis.lengths]
     for layer in vilt.encoder.layer:
         states, axis, attention = layer(states, axis, attentions)
@@ -169,7 +242,7 @@ def _encode(
             all_states.append(axis.expand(states))
         if attentions:
             all_attentions.append(attention)
-    patch.lengths = lengths
+    patch.lengths, patch.entry = lengths, entry
     return states, axis, tuple(all_states) if hidden else None, tuple(all_attentions) if attentions else None
 
 
@@ -194,7 +267,16 @@ def _block(
 def _attend_and_reduce(
     layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool
 ) -> tuple[Tensor, Axis, Tensor | None]:
-    """A function of its own so that queries, keys and values are gone when the MLP, a layer's peak in memory, runs."""
+    """Parts of a block are functions of their own, so that large tensors of one are gone when the next one runs."""
+    states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions)
+    states, axis = reduce(patch, number, states, axis, queries, keys, attention)
+    return states, axis, attention if attentions else None
+
+
+def _attend(
+    layer: Any, patch: Patch, published: bool, states: Tensor, axis: Axis, attentions: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The attention half of a block -> states, queries, keys, and the probabilities if somebody wants them."""
     module = layer.attention.attention
     normed = layer.layernorm_before(states)
     queries, keys, values = (
@@ -202,6 +284,7 @@ def _attend_and_reduce(
         for project in (module.query, module.key, module.value)
     )
     dropout = module.dropout.p if module.training else 0.0
+    attention: Tensor | None
     if published:
         context, attention = probes.attend_published(queries, keys, values, axis.mask_BN, dropout)
     else:
@@ -210,10 +293,12 @@ def _attend_and_reduce(
         wanted = attentions or patch.reducer.needs_attention
         context, attention = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
     context = context.transpose(1, 2).flatten(2)
-    states = layer.attention.output(context, states) + states
+    return kernels.add(layer.attention.output(context, states), states), queries, keys, attention
 
-    states, axis = reduce(patch, number, states, axis, queries, keys, attention)
-    return states, axis, attention if attentions else None
+
+def _output(output: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """In place of `ViltOutput.forward`."""
+    return kernels.add(output.dropout(output.dense(hidden_states)), input_tensor)
 
 
 def embed_patches(

@@ -8,8 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import pumer
+from pumer.bench.records import append, environment
 from pumer.commands.common import ReducerSettings, open_model, open_task
-from pumer.evaluate import evaluate, predict, write_samples
+from pumer.evaluate import Result, evaluate, predict, write_samples
+from pumer.reducers import to_dict
 
 
 def evaluate_(
@@ -20,6 +23,7 @@ def evaluate_(
     batch_size: int = 32,
     limit: int | None = None,
     samples: str | None = None,
+    record: str | None = None,
 ) -> None:
     """Score a model on a task.
 
@@ -31,6 +35,7 @@ def evaluate_(
         batch_size: examples at a time.
         limit: only the first so many examples.
         samples: file to write with one JSON line per example.
+        record: CSV file to add a row to, with settings, machine and versions.
     """
     net = open_model(model, reducer)
     collator = open_task(model, net, task)
@@ -38,6 +43,8 @@ def evaluate_(
     result = evaluate(net, examples, collator, batch_size=batch_size, progress=True)
     if samples:
         write_samples(samples, result, examples, collator)
+    if record:
+        append(record, [_row(model, net, task, split, batch_size, result)])
     table = Table(title=f"{model} on {collator.task.name} {split}: {result.examples} examples")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -74,3 +81,22 @@ def predict_(
     for number, reason in result.broken.items():
         console.print(f"left out {json.dumps(number)}: {reason}", style="yellow", markup=False)
     console.print(f"{len(done)} predictions in {out}, {len(result.broken)} examples left out for broken images")
+
+
+def _row(
+    model: str, net: Any, task: str | dict[str, Any], split: str, batch_size: int, result: Result
+) -> dict[str, Any]:
+    patch = pumer.active(net)
+    metric = {name: result.metric[name] for name in ("accuracy", "accuracy_low", "accuracy_high")}
+    return {
+        "model": model,
+        "reducer": json.dumps(to_dict(patch.reducer)) if patch else "",
+        "task": json.dumps(task),
+        "split": split,
+        "examples": result.examples,
+        **metric,
+        "details": json.dumps({name: value for name, value in result.metric.items() if name not in metric}),
+        "batch_size": batch_size,
+        "examples_per_second": round(result.per_second, 1),
+        **environment(),
+    }

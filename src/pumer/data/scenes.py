@@ -84,6 +84,22 @@ def patch_targets(scenes: Scenes, patch_size: int) -> tuple[Tensor, Tensor]:
     return (scenes.colour.gather(1, main_BN) + 1) * foreground, (scenes.shape.gather(1, main_BN) + 1) * foreground
 
 
+def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
+    """Way from each patch's middle to the middle of the object that covers most of it: int64 [B, N, 2], in pixels.
+
+    Across, then down; 0 on background.
+    Raises ValueError when `patch_size` does not divide the picture.
+    """
+    pixels_BNK = patch_pixels(scenes, patch_size)
+    main_BN = pixels_BNK.argmax(-1)
+    per_side = scenes.owner.shape[1] // patch_size
+    middle = torch.arange(per_side, device=main_BN.device) * patch_size + patch_size // 2
+    across = scenes.x.gather(1, main_BN) - middle.repeat(per_side)
+    down = scenes.y.gather(1, main_BN) - middle.repeat_interleave(per_side)
+    foreground = pixels_BNK.sum(-1) >= _MIN_COVER * patch_size**2
+    return torch.stack([across, down], -1) * foreground[..., None]
+
+
 def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
     """How many pixels of each patch each object holds: int64 [B, N, 10], patches in raster order.
 

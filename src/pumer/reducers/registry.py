@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar
 
 from pumer.reducers.base import Reducer
@@ -40,7 +41,7 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     """The reducer that `to_dict` described; raises ValueError for unknown names and settings."""
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
-    known = kind.__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")

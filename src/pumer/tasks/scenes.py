@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pumer.data.scene_questions import ANSWERS, KINDS, ask, referent_targets
-from pumer.data.scenes import draw, patch_targets
+from pumer.data.scenes import draw, patch_offsets, patch_targets
 from pumer.tasks.base import Example, Task
 from pumer.tasks.vqa_answers import write_answers
 
@@ -30,7 +30,7 @@ class Scenes(Task):
         per_picture: questions about one picture.
         image_size: side in pixels.
         patch_size: if given, examples carry dense targets for patches of this size in `meta["patch_labels"]`
-            (colour, shape, asked about or not), which only training uses.
+            (colour, shape, asked about or not, way to the object's middle), which only training uses.
         seed: added to the split's own seed.
     """
 
@@ -98,7 +98,9 @@ class SceneExamples(Sequence[Example]):
             colour, shape = patch_targets(scenes, self.task.patch_size)
             asked = referent_targets(scenes, chosen, self.task.patch_size)
             rows = [question.picture for question in chosen]
-            labels = list(torch.stack([colour[rows], shape[rows], asked.long()], dim=-1))
+            offsets = patch_offsets(scenes, self.task.patch_size)
+            known = torch.stack([colour[rows], shape[rows], asked.long()], dim=-1)
+            labels = list(torch.cat([known, offsets[rows]], dim=-1))
         images = scenes.images.permute(0, 2, 3, 1).numpy()
         return [
             Example(

@@ -31,17 +31,18 @@ def distillation_loss(student_BL: Tensor, teacher_BL: Tensor, temperature: float
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def grounding_loss(logits: tuple[Tensor, Tensor, Tensor], labels_BP3: Tensor) -> Tensor:
-    """Cross-entropy of every patch's colour and shape, and of whether the question is about it.
+def grounding_loss(colour: Tensor, shape: Tensor, asked: Tensor, middle: Tensor, labels_BP5: Tensor) -> Tensor:
+    """Every patch says what it shows, where the middle of that is, and whether the question is about it.
 
     Args:
-        logits: colour [B,P,colours], shape [B,P,shapes], asked about [B,P].
-        labels_BP3: int64, the same three as class numbers; the last is 0 or 1.
+        colour, shape: logits [B,P,classes]; asked: logits [B,P,1]; middle: [B,P,2] in units of eight pixels.
+        labels_BP5: int64, the colour's and the shape's class, 1 where asked about, and the way to the middle in pixels.
     """
-    colour, shape, asked = (part.float() for part in logits)
+    colours, shapes, about, way = labels_BP5.split([1, 1, 1, 2], dim=-1)
     few = torch.tensor(4.0, device=asked.device)  # patches that are asked about are rare
     return (
-        functional.cross_entropy(colour.flatten(0, 1), labels_BP3[..., 0].flatten())
-        + functional.cross_entropy(shape.flatten(0, 1), labels_BP3[..., 1].flatten())
-        + functional.binary_cross_entropy_with_logits(asked, labels_BP3[..., 2].float(), pos_weight=few)
+        functional.cross_entropy(colour.float().flatten(0, 1), colours.flatten())
+        + functional.cross_entropy(shape.float().flatten(0, 1), shapes.flatten())
+        + functional.binary_cross_entropy_with_logits(asked.float(), about.float(), pos_weight=few)
+        + functional.smooth_l1_loss(middle.float() * (colours > 0), way / 8)
     )

@@ -17,7 +17,7 @@ from pumer import presets
 from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.hub import load, save
-from pumer.models.vilt.positions import start_positions
+from pumer.models.vilt.start import start_local
 from pumer.reducers import Reducer, from_dict
 from pumer.tasks import Task, build
 from pumer.tasks.base import Collator, Example
@@ -193,7 +193,7 @@ def _prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
             raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
         the_task = build(task)
         config = _class("ViltConfig")(**settings.config, **_label_names(the_task))
-        return start_positions(_class(settings.kind)(config)), AutoTokenizer.from_pretrained(settings.tokenizer), the_task
+        return start_local(_class(settings.kind)(config)), AutoTokenizer.from_pretrained(settings.tokenizer), the_task
     net = pumer.remove(load(presets.model_folder(settings.path)))
     the_task = build(task, list(net.config.id2label.values()))
     if list(net.config.id2label.values()) != list(the_task.labels):

@@ -1,0 +1,79 @@
+"""Models to measure: true in architecture, random in weights, and inputs as the processor makes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
+
+CONFIGS: dict[str, ViltConfig] = {
+    "vilt-b32": ViltConfig(num_labels=3129),
+    "vilt-tiny": ViltConfig(
+        hidden_size=64,
+        num_hidden_layers=9,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=96,
+        patch_size=16,
+        vocab_size=100,
+        num_labels=10,
+    ),
+}
+"""ViLT-B/32 for VQAv2; and a model to try things out with, of which no time means anything."""
+
+
+def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
+    """A model by name, in eval mode; what it costs depends on its shapes alone, so its weights are random.
+
+    Raises ValueError listing the known names.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"no model to measure is named {name!r}; there are {', '.join(CONFIGS)}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ViltForQuestionAnswering(CONFIGS[name]).eval()
+
+
+def inputs(
+    model: PreTrainedModel,
+    batch: int = 8,
+    image_size: int | None = None,
+    text: int = 40,
+    real: tuple[int, int] = (8, 16),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """A batch as ViltProcessor gives it for square pictures and questions padded to a fixed length.
+
+    Args:
+        model: for which.
+        batch: examples.
+        image_size: side of the pictures in pixels; the configured one if not given.
+        text: text tokens, padding included.
+        real: fewest and most real ones; where the batch has two texts or more, one of each is in it.
+        seed: of the data.
+
+    Raises:
+        ValueError: for lengths that do not fit each other or the model.
+    """
+    config = model.config
+    size = config.image_size if image_size is None else image_size
+    few, many = real
+    if not 1 <= few <= many <= text <= config.max_position_embeddings:
+        raise ValueError(
+            f"{few} to {many} real tokens padded to {text}: give 1 <= fewest <= most <= padded length "
+            f"<= {config.max_position_embeddings}"
+        )
+    if batch < 1 or size < config.patch_size:
+        raise ValueError(f"{batch} pictures of {size} px: give one or more, of {config.patch_size} px or more")
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(few, many + 1, (batch,), generator=generator)
+    lengths[-1], lengths[0] = few, many
+    mask = (torch.arange(text) < lengths[:, None]).long()
+    ids = torch.randint(1, config.vocab_size, (batch, text), generator=generator)
+    return {
+        "input_ids": ids * mask,
+        "token_type_ids": torch.zeros_like(ids),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(batch, config.num_channels, size, size, generator=generator),
+        "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
+    }

@@ -1,0 +1,168 @@
+"""`pumer demo`: the shipped models answer questions about pictures, unreduced and reduced, side by side."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import pumer
+from pumer.bench.memory import peak_activations
+from pumer.bench.timing import alternate
+from pumer.commands.common import open_model, open_task
+from pumer.data.images import KeepAspect, open_image, pad_images
+from pumer.data.text import TextTransform
+from pumer.evaluate import evaluate, model_inputs
+from pumer.presets import PRESETS, SHIPPED
+from pumer.reducers import Reducer
+from pumer.tasks.scenes import Scenes
+
+BASE, REDUCED = "scenes-vilt", "scenes-vilt-pumer"
+
+
+def demo(
+    out: str = "demo", questions: int = 2000, batch_size: int = 32, photographs: bool = True, seed: int = 7
+) -> None:
+    """See what token reduction does, in about three minutes.
+
+    Scores the shipped models on pictures that no training saw, times a full-size ViLT-B/32 on real photographs, and
+    draws which tokens were kept, merged and dropped.
+
+    Args:
+        out: folder for the pictures and the page; what an earlier demo wrote there is replaced.
+        questions: number of test questions.
+        batch_size: examples at a time.
+        photographs: also time a full-size model (random weights) on the photographs that come along.
+        seed: of the test pictures.
+    """
+    console = Console()
+    variants = _variants()
+    task = Scenes(questions=questions, per_picture=2, seed=seed)
+    rows = _score(variants, task, batch_size)
+    console.print(_table(rows, questions))
+    base, reduced = rows["base"], rows["PuMer"]
+    console.print(
+        f"PuMer: {reduced['per_second'] / base['per_second']:.2f}x the speed, "
+        f"{reduced['memory'] / base['memory']:.0%} of the memory, "
+        f"{reduced['metric']['accuracy'] - base['metric']['accuracy']:+.1f} points.\n"
+    )
+    if photographs:
+        console.print(photograph_table())
+    pages = _draw(Path(out), variants["PuMer"][0], task)
+    console.print(f"Which tokens were kept, merged and dropped: {pages[0]} and {pages[1]}")
+
+
+def _variants() -> dict[str, tuple[str, Reducer | None]]:
+    """Name -> (shipped model, reducer; None for the model's own). Rivals act on the base model, at PuMer's lengths."""
+    pumered = pumer.active(open_model(REDUCED, None))
+    assert pumered is not None
+    text, image = 14, 145
+    lengths = [image]
+    for layer in range(6):
+        text, image = pumered.reducer.lengths(text, image, layer)
+        lengths.append(image)
+    merged = [before - after for before, after in zip(lengths, lengths[1:], strict=False)]
+    layers = tuple(layer for layer, count in enumerate(merged) if count)
+    kept = ((lengths[-1] - 1) / (lengths[0] - 1)) ** (1 / len(layers))
+    return {
+        "base": (BASE, pumer.Unreduced()),
+        "PuMer": (REDUCED, None),
+        "PuMer, not fine-tuned": (BASE, pumered.reducer),
+        "ToMe": (BASE, pumer.ToMe(r=merged, depth=len(merged))),
+        "random": (BASE, pumer.Random(prune=1 - kept, layers=layers)),
+        "uniform": (BASE, pumer.Uniform(prune=1 - kept, layers=layers)),
+        "no vision": (BASE, pumer.NoVision()),
+    }
+
+
+def _score(variants: dict[str, tuple[str, Reducer | None]], task: Scenes, batch_size: int) -> dict[str, dict[str, Any]]:
+    examples = task.examples("test")[:]
+    rows: dict[str, dict[str, Any]] = {}
+    models = {}
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("answering", total=len(variants))
+        for name, (folder, reducer) in variants.items():
+            model = open_model(folder, None)
+            if reducer is not None:
+                pumer.apply(model, reducer)
+            collator = open_task(folder, model, {"name": "scenes"})
+            result = evaluate(model, examples, collator, batch_size=batch_size)
+            models[name] = model
+            batch = model_inputs(collator(examples[:batch_size]))
+            report = pumer.report(model, text=batch["input_ids"].shape[1])
+            memory = peak_activations(partial(_forward, model, batch))
+            rows[name] = {"metric": result.metric, "memory": memory, "report": report}
+            progress.advance(bar)
+    calls = {name: partial(_forward, model, batch) for name, model in models.items()}
+    for name, timing in alternate(calls, runs=7).items():
+        rows[name]["per_second"] = batch_size / timing.median
+    return rows
+
+
+@torch.inference_mode()
+def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+    return model(**batch)
+
+
+def _table(rows: dict[str, dict[str, Any]], questions: int) -> Table:
+    table = Table(title=f"Shipped ViLT, {questions} questions about unseen pictures")
+    for name in ("", "accuracy % (95 % interval)", "examples/s", "memory MB", "GFLOPs", "image tokens per layer"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, row in rows.items():
+        metric, report = row["metric"], row["report"]
+        table.add_row(
+            name,
+            f"{metric['accuracy']:.1f} ({metric['accuracy_low']:.1f} - {metric['accuracy_high']:.1f})",
+            f"{row['per_second']:.0f}",
+            f"{row['memory'] / 2**20:.0f}",
+            f"{2 * report.macs / 1e9:.2f}",
+            " ".join(str(image) for _, image in report.lengths[1:]),
+        )
+    return table
+
+
+def photograph_table(repeats: int = 5) -> Table:
+    """Time a full-size ViLT-B/32 with random weights on the shipped photographs and their captions."""
+    from transformers import AutoTokenizer, ViltConfig, ViltForQuestionAnswering
+
+    torch.manual_seed(0)
+    model = ViltForQuestionAnswering(ViltConfig(num_labels=3129)).eval()
+    rows = json.loads((SHIPPED / "photos" / "photos.json").read_text())
+    transform = KeepAspect(384)
+    pictures = [transform(open_image(SHIPPED / "photos" / row["file"])) for row in rows]
+    text = TextTransform(AutoTokenizer.from_pretrained(SHIPPED / BASE), 40, padding="max_length")
+    batch = text([row["caption"] for row in rows], [row["file"] for row in rows])
+    batch["pixel_values"], batch["pixel_mask"] = pad_images(pictures)
+    variants: dict[str, Reducer | None] = {
+        "stock transformers": None,
+        "fused, not reduced": pumer.Unreduced(),
+        "PuMer (vilt-vqav2)": PRESETS["vilt-vqav2"],
+    }
+    calls = {name: partial(_as, model, reducer, batch) for name, reducer in variants.items()}
+    medians = {name: timing.median for name, timing in alternate(calls, runs=repeats, warmup=1).items()}
+    table = Table(
+        title=f"ViLT-B/32 (random weights) on {len(rows)} photographs of different shapes, captions of up to 40 tokens"
+    )
+    for name in ("", "examples/s", "x stock", "memory MB"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, call in calls.items():
+        speed = medians["stock transformers"] / medians[name]
+        memory = peak_activations(call)
+        table.add_row(name, f"{len(rows) / medians[name]:.2f}", f"{speed:.2f}", f"{memory / 2**20:.0f}")
+    return table
+
+
+def _as(model: Any, reducer: Reducer | None, batch: dict[str, torch.Tensor]) -> Any:
+    pumer.remove(model) if reducer is None else pumer.apply(model, reducer)
+    return _forward(model, batch)
+
+
+def _draw(out: Path, model_name: str, task: Scenes) -> tuple[Path, Path]:
+    """Token maps of a few questions, as one PNG and one page."""
+    raise NotImplementedError

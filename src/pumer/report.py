@@ -1,0 +1,312 @@
+"""What a reducer does to a model, in tokens and FLOPs, and whether it really does it.
+
+Costs are multiply-accumulates (MACs) of matrix products and convolutions per example; FLOPs are twice that. Additions,
+norms, activations and softmax are left out, as in nearly every published number. What the reducer itself computes
+is counted too and stands in a part of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pumer.adapters import Adapter, Patch, find
+from pumer.api import active
+from pumer.reducers import EMBEDDINGS, Reducer, Tokens, Unreduced, to_dict
+from pumer.reducers.base import Grid
+
+Lengths = tuple[tuple[int, int], ...]
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer of a `Report`.
+
+    Args:
+        layer: its number.
+        text: text tokens after it.
+        image: image tokens after it.
+        macs: multiply-accumulates per example, the reducer's own included.
+        base_macs: those of the unreduced model.
+    """
+
+    layer: int
+    text: int
+    image: int
+    macs: int
+    base_macs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tokens and multiply-accumulates of a model with and without its reducer, per example.
+
+    Args:
+        model: class of the model.
+        reducer: the reducer's name and settings, None where nothing reduces the model.
+        entry: (text, image) tokens at the model's entry, both with their [CLS].
+        lengths: (text, image) tokens before the first layer and after every one.
+        layers: every layer's tokens and cost.
+        parts: MACs by part: embedding, attention, mlp, head and reducer.
+        base_parts: those of the unreduced model at the same entry.
+        passes: how often one example goes through the layers; costs are for all passes together.
+        ran: lengths of the last forward, None if there was none.
+        planned: what they had to be for its texts and images, None if there was none.
+    """
+
+    model: str
+    reducer: dict[str, Any] | None
+    entry: tuple[int, int]
+    lengths: Lengths
+    layers: tuple[LayerCost, ...]
+    parts: dict[str, int]
+    base_parts: dict[str, int]
+    passes: int = 1
+    ran: Lengths | None = None
+    planned: Lengths | None = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per example."""
+        return sum(self.parts.values())
+
+    @property
+    def base_macs(self) -> int:
+        """Multiply-accumulates per example of the unreduced model."""
+        return sum(self.base_parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer FLOPs than unreduced."""
+        return self.base_macs / self.macs
+
+    @property
+    def average_tokens(self) -> tuple[float, float]:
+        """(text, image) tokens after a layer, averaged over all layers."""
+        depth = len(self.layers)
+        return sum(layer.text for layer in self.layers) / depth, sum(layer.image for layer in self.layers) / depth
+
+    @property
+    def active(self) -> bool | None:
+        """Whether the last forward had the planned lengths; None if there was no forward, or nothing to plan."""
+        return None if self.ran is None else self.ran == self.planned
+
+    @property
+    def state(self) -> str:
+        """`active` in words."""
+        if self.reducer is None:
+            return "nothing reduces this model; pumer.apply(model, ...) does"
+        if self.ran is None or self.planned is None:
+            return "not run yet: call the model once to see the lengths it really has"
+        if self.active:
+            (text, image), (last_text, last_image) = self.ran[0], self.ran[-1]
+            return (
+                f"active: the last forward had the planned lengths in every layer, from {text} + {image} "
+                f"to {last_text} + {last_image} tokens (text + image)"
+            )
+        pairs = zip(self.ran, self.planned, strict=True)
+        number, (real, planned) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        where = f"after layer {number - 1}" if number else "before the first layer"
+        return f"NOT AS PLANNED: {where} the last forward had {real} (text, image) tokens instead of {planned}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, for JSON."""
+        return {
+            "model": self.model,
+            "reducer": self.reducer,
+            "entry": list(self.entry),
+            "passes": self.passes,
+            "layers": [dict(vars(layer)) for layer in self.layers],
+            "average_tokens": list(self.average_tokens),
+            "macs": self.macs,
+            "base_macs": self.base_macs,
+            "flops": 2 * self.macs,
+            "base_flops": 2 * self.base_macs,
+            "ratio": self.ratio,
+            "parts": dict(self.parts),
+            "base_parts": dict(self.base_parts),
+            "ran": None if self.ran is None else [list(pair) for pair in self.ran],
+            "active": self.active,
+            "state": self.state,
+        }
+
+    def __str__(self) -> str:
+        whole = sum(self.entry)
+        rows: list[tuple[str, ...]] = [("layer", "text", "image", "tokens", "GMACs", "unreduced")]
+        rows.append(("entry", *map(str, self.entry), "100 %", *self._giga("embedding")))
+        if self.lengths[0] != self.entry:
+            text, image = self.lengths[0]
+            rows.append(("before", str(text), str(image), f"{(text + image) / whole * 100:.0f} %", "", ""))
+        for layer in self.layers:
+            share = f"{(layer.text + layer.image) / whole * 100:.0f} %"
+            costs = (f"{cost / GIGA:.3f}" for cost in (layer.macs, layer.base_macs))
+            rows.append((str(layer.layer), str(layer.text), str(layer.image), share, *costs))
+        rows.append(("head", "", "", "", *self._giga("head")))
+        rows.append(("total", "", "", "", f"{self.macs / GIGA:.3f}", f"{self.base_macs / GIGA:.3f}"))
+        average_text, average_image = self.average_tokens
+        passes = f", {self.passes} passes per example" if self.passes > 1 else ""
+        return "\n".join(
+            [
+                f"{self.model}, {self._reducer_name()}{passes}",
+                "",
+                *align(rows),
+                "",
+                f"{2 * self.macs / GIGA:.2f} GFLOPs per example instead of {2 * self.base_macs / GIGA:.2f}: "
+                f"{self.ratio:.2f} times fewer (FLOPs = 2 x MACs of matrix products and convolutions)",
+                f"on average {average_text:.1f} text and {average_image:.1f} image tokens after a layer, "
+                f"{(average_text + average_image) / whole * 100:.0f} % of those at the entry",
+                f"the reducer's own part is {self.parts['reducer'] / self.macs * 100:.2f} % of the FLOPs",
+                self.state,
+            ]
+        )
+
+    def _giga(self, part: str) -> tuple[str, str]:
+        return f"{self.parts[part] / GIGA:.3f}", f"{self.base_parts[part] / GIGA:.3f}"
+
+    def _reducer_name(self) -> str:
+        if self.reducer is None:
+            return "no reducer"
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.reducer.items() if name != "reducer")
+        return f"{self.reducer['reducer']}({settings})"
+
+
+def report(model: nn.Module, text: int | None = None, image: int | None = None) -> Report:
+    """Tokens and FLOPs per layer of a model with and without the reducer in force, and whether it is really active.
+
+    Args:
+        model: a supported model, reduced or not.
+        text: text tokens at the entry, [CLS] included; those of a full-length text if not given.
+        image: image tokens at the entry, [CLS] included; those of a picture of the configured size if not given.
+
+    Raises:
+        ValueError: for an unsupported model, or lengths below 1.
+    """
+    adapter, patch = find(model), active(model)
+    default_text, default_image = adapter.default_lengths(model)
+    # A picture of another size has a grid nobody told us.
+    grid = adapter.default_grid(model) if image is None else None
+    entry = (default_text if text is None else text, default_image if image is None else image)
+    if min(entry) < 1:
+        raise ValueError(f"a text and an image have at least 1 token each, their [CLS], not {entry[0]} and {entry[1]}")
+    depth, passes = adapter.depth(model), adapter.passes(model)
+    reducer = Unreduced() if patch is None else patch.reducer
+    lengths = planned_lengths(reducer, depth, *entry, grid)
+    own = _reducer_macs(reducer, adapter, model, entry, lengths, grid)
+    base = [entry] * (depth + 1)
+    layers = zip(adapter.layer_macs(model, list(lengths)), adapter.layer_macs(model, base), strict=True)
+    ran, planned = _last_forward(patch, depth)
+    return Report(
+        model=type(model).__name__,
+        reducer=None if patch is None else to_dict(reducer),
+        entry=entry,
+        lengths=lengths,
+        layers=tuple(
+            LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number + 1]), passes * sum(base_macs))
+            for number, (macs, base_macs) in enumerate(layers)
+        ),
+        parts=adapter.macs(model, list(lengths), entry) | {"reducer": passes * sum(own)},
+        base_parts=adapter.macs(model, base) | {"reducer": 0},
+        passes=passes,
+        ran=ran,
+        planned=planned,
+    )
+
+
+def last_forward_macs(model: nn.Module) -> int:
+    """Multiply-accumulates per example of the last forward of a reduced model, padding included.
+
+    Raises ValueError if there was none.
+    """
+    adapter, patch = find(model), active(model)
+    if patch is None or patch.entry is None:
+        raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
+    text, image, grid = patch.entry
+    lengths = planned_lengths(patch.reducer, adapter.depth(model), text, image, grid)
+    own = _reducer_macs(patch.reducer, adapter, model, (text, image), lengths, grid)
+    return sum(adapter.macs(model, list(lengths), (text, image)).values()) + adapter.passes(model) * sum(own)
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of a table with its columns flush right, the first `left` ones flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def planned_lengths(reducer: Reducer, depth: int, text: int, image: int, grid: Grid | None = None) -> Lengths:
+    """(text, image) tokens before the first layer and after every one, for a model with `depth` layers.
+
+    Args:
+        reducer: the method and its settings.
+        depth: number of layers.
+        text: text tokens at the entry, [CLS] included.
+        image: image tokens at the entry, [CLS] included.
+        grid: rows and columns of patches, for methods that go by place.
+    """
+    lengths = []
+    for layer in range(EMBEDDINGS, depth):
+        if reducer.reduces_at(layer):
+            text, image = reducer.lengths(text, image, layer, grid=grid)
+            grid = None  # what is left is no grid any more
+        lengths.append((text, image))
+    return tuple(lengths)
+
+
+def _last_forward(patch: Patch | None, depth: int) -> tuple[Lengths | None, Lengths | None]:
+    """Lengths that the last forward had, and those it had to have."""
+    if patch is None or patch.entry is None:
+        return None, None
+    text, image, grid = patch.entry
+    return tuple(patch.lengths), planned_lengths(patch.reducer, depth, text, image, grid)
+
+
+def _reducer_macs(
+    reducer: Reducer, adapter: Adapter, model: nn.Module, entry: tuple[int, int], lengths: Lengths, grid: Grid | None
+) -> list[int]:
+    """MACs of planning and of applying the plan, before the first layer and in every one.
+
+    Counted by running the reducer on tensors that have shapes and no data, so that it holds for every method.
+    """
+    heads, channels = adapter.attention_shape(model)
+    macs = []
+    for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
+        if not reducer.reduces_at(layer):
+            macs.append(0)
+            continue
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tokens = _shapes(reducer, layer, text, image, heads, channels, grid)
+            assert tokens.states_BND is not None
+            reducer.plan(tokens).reduce(tokens.states_BND)
+        macs.append(counter.get_total_flops() // 2)
+        grid = None
+    return macs
+
+
+def _shapes(
+    reducer: Reducer, layer: int, text: int, image: int, heads: int, channels: int, grid: Grid | None
+) -> Tokens:
+    count = text + image
+    projected = None if layer == EMBEDDINGS else torch.empty(1, heads, count, channels, device="meta")
+    return Tokens(
+        mask_BN=torch.ones(1, count, device="meta", dtype=torch.float32 if reducer.needs_attention else torch.bool),
+        text=text,
+        sizes_BN=torch.ones(1, count, device="meta"),
+        layer=layer,
+        grid=grid,
+        patch_BN=torch.empty(1, count, device="meta", dtype=torch.int64),
+        states_BND=torch.empty(1, count, heads * channels, device="meta"),
+        queries_BHNC=projected,
+        keys_BHNC=projected,
+        attention_BHNN=torch.empty(1, heads, count, count, device="meta") if reducer.needs_attention else None,
+    )
