@@ -28,7 +28,7 @@ _OWN = {"ViltForVisualEntailment": "pumer.models.vilt.entailment"}
 _LISTED = 12
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: Any, path: str | Path) -> None:
     """Write a model with the reduction in force: what `save_pretrained` writes, and `pumer.json`.
 
     The folder appears complete or not at all. A model that nothing reduces may be saved too.

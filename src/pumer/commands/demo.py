@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _variants() -> dict[str, tuple[str, Reducer | None]]:
     for layer in range(6):
         text, image = pumered.reducer.lengths(text, image, layer)
         lengths.append(image)
-    merged = [before - after for before, after in zip(lengths, lengths[1:], strict=False)]
+    merged = [before - after for before, after in pairwise(lengths)]
     layers = tuple(layer for layer, count in enumerate(merged) if count)
     kept = ((lengths[-1] - 1) / (lengths[0] - 1)) ** (1 / len(layers))
     return {

@@ -13,13 +13,13 @@ from typing import Any
 
 from PIL.Image import Resampling
 
-from pumer.data.images import ImageTransform, KeepAspect, Square
+from pumer.data.images import KeepAspect, Square
 
 _KEY = "pumer_transform"
-_KINDS = {"square": Square, "keep_aspect": KeepAspect}
+_KINDS: dict[str, Any] = {"square": Square, "keep_aspect": KeepAspect}
 
 
-def build_transform(settings: dict[str, Any]) -> ImageTransform:
+def build_transform(settings: dict[str, Any]) -> Square | KeepAspect:
     """The transform that settings describe: `kind` (square or keep_aspect) and its fields.
 
     Raises ValueError for unknown kinds and fields.
@@ -34,10 +34,13 @@ def build_transform(settings: dict[str, Any]) -> ImageTransform:
         raise ValueError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     if "resample" in rest:
         rest["resample"] = Resampling(rest["resample"])
-    return _KINDS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in rest.items()})
+    transform: Square | KeepAspect = _KINDS[kind](
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in rest.items()}
+    )
+    return transform
 
 
-def save_transform(transform: ImageTransform, directory: str | Path) -> None:
+def save_transform(transform: Square | KeepAspect, directory: str | Path) -> None:
     """Write the transform beside a model."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(transform, cls))
     settings = {"kind": kind, **dataclasses.asdict(transform)}
@@ -55,7 +58,7 @@ def save_transform(transform: ImageTransform, directory: str | Path) -> None:
     Path(directory, "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_transform(directory: str | Path) -> ImageTransform:
+def load_transform(directory: str | Path) -> Square | KeepAspect:
     """The transform beside a model: ours, or the one that transformers' ViLT processor would do.
 
     Raises ValueError where there is none.

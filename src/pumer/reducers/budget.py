@@ -56,10 +56,11 @@ def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> l
         layers: number of layers.
     """
     inflection = 0.0
-    if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
-        r, inflection = int(r[0]), r[1]
     if not isinstance(r, int):
-        return [int(value) for value in r][:layers] + [0] * (layers - len(r))
+        if not (isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float)):
+            return [int(value) for value in r][:layers] + [0] * (layers - len(r))
+        inflection = r[1]
+        r = int(r[0])
     if not -1.0 <= inflection <= 1.0:
         raise ValueError(f"the inflection of a merge schedule lies in [-1, 1], not {inflection}")
     first = int(r * (1.0 - inflection))  # a whole number, as in ToMe's own schedules

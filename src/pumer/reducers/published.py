@@ -38,7 +38,7 @@ def masked_softmax(logits_BHQN: Tensor, mask_BN: Tensor) -> Tensor:
 
 def cosine(keys_BND: Tensor) -> Tensor:
     """Similarity of every token at an even position with every one at an odd position, [B,A,C]."""
-    unit = keys_BND / keys_BND.norm(dim=-1, keepdim=True)
+    unit = torch.nn.functional.normalize(keys_BND, dim=-1)
     return unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
 
 

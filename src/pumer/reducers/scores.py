@@ -5,6 +5,8 @@ Shape suffixes: B batch, H heads, N tokens, T text tokens, I image tokens, C cha
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
     if tokens.attention_BHNN is not None:
         return tokens.attention_BHNN[:, heads, : tokens.text, tokens.image]
     queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads]
-    logits = (queries @ keys.transpose(2, 3)).float() / queries.shape[3] ** 0.5
+    logits = (queries @ keys.transpose(2, 3)).float() / math.sqrt(queries.shape[3])
     logits = logits.masked_fill(~tokens.valid_BN[:, None, None], -torch.inf)
     return logits.softmax(-1)[..., tokens.image]
 

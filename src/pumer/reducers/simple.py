@@ -41,7 +41,7 @@ class _Selection(Reducer):
     """Keep a share of the image tokens, chosen by their place alone."""
 
     prune: float = 0.5
-    layers: tuple[int, ...] = (EMBEDDINGS,)  # type: ignore[assignment]
+    layers: tuple[int, ...] = (EMBEDDINGS,)
 
     def __post_init__(self) -> None:
         check_ratios(prune=self.prune)

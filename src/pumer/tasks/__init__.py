@@ -1,7 +1,6 @@
 """Benchmarks by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from pumer.tasks.base import Collator, Example, Task
@@ -34,7 +33,7 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     """
     rest = dict(settings)
     kind = get(str(rest.pop("name", None)))
-    known = [field.name for field in fields(kind)]
+    known = list(getattr(kind, "__dataclass_fields__", {}))
     unknown = sorted(set(rest) - set(known))
     if unknown:
         raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")

@@ -49,5 +49,6 @@ class Grounded(nn.Module):
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)
         states = self.model.base_model.layernorm(output.hidden_states[self.layer][:, -patch_labels.shape[1] :])
-        loss = grounding_loss(*self.head(states).split(self.sizes, dim=-1), patch_labels)
+        colour, shape, asked, middle = self.head(states).split(self.sizes, dim=-1)
+        loss = grounding_loss(colour, shape, asked, middle, patch_labels)
         return GroundedOutput(logits=output.logits, grounding_loss=loss)

@@ -231,7 +231,8 @@ def _reducer(settings: str | dict[str, Any] | None) -> Reducer:
 
 
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> None:
-    if isinstance(pumer.active(net).reducer, pumer.Unreduced):
+    patch = pumer.active(net)
+    if patch is not None and isinstance(patch.reducer, pumer.Unreduced):
         pumer.remove(net)
     save(net, path)
     tokenizer.save_pretrained(path)
