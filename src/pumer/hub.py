@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pumer._version import __version__
 from pumer.api import active, apply
@@ -134,13 +134,13 @@ def load_official(directory: str | Path) -> Any:
     config = published.model_config(settings, state)
     _name_answers(config, head, directory)
 
-    model = kind(config)
-    if head == "mlm_score":
-        # transformers ties the output words to the input words; the published code trained them apart.
-        model.mlm_score.decoder.weight = nn.Parameter(torch.empty_like(model.mlm_score.decoder.weight))
-    _check_weights(published.from_transformers(model.state_dict(), head), state, directory)
+    with torch.device("meta"):
+        expected = kind(config).state_dict()
+    _check_weights(published.from_transformers(expected, head), state, directory)
     converted = published.to_transformers(state)
-    model.load_state_dict({name: converted[name] for name in model.state_dict()})
+    model = kind.from_pretrained(
+        None, config=config, state_dict={name: converted[name] for name in expected}, dtype=torch.float32
+    )
     # The published dropout is that of the text embeddings alone. It is no setting of transformers' configuration,
     # so it does not survive `save`.
     model.vilt.embeddings.text_embeddings.dropout.p = float(settings.get("drop_rate", 0.1))

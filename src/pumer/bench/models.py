@@ -10,7 +10,7 @@ CONFIGS: dict[str, ViltConfig] = {
     "vilt-b32": ViltConfig(num_labels=3129),
     "vilt-tiny": ViltConfig(
         hidden_size=64,
-        num_hidden_layers=9,
+        num_hidden_layers=12,
         num_attention_heads=4,
         intermediate_size=256,
         image_size=96,
@@ -27,17 +27,26 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
 
     Raises ValueError listing the known names.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ViltForQuestionAnswering(_config(name)).eval()
+
+
+def image_size(name: str) -> int:
+    """Side in pixels of the pictures that a model is configured for; raises ValueError listing the known names."""
+    return _config(name).image_size
+
+
+def _config(name: str) -> ViltConfig:
     if name not in CONFIGS:
         raise ValueError(f"no model to measure is named {name!r}; there are {', '.join(CONFIGS)}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ViltForQuestionAnswering(CONFIGS[name]).eval()
+    return CONFIGS[name]
 
 
 def inputs(
     model: PreTrainedModel,
     batch: int = 8,
-    image_size: int | None = None,
+    size: int | None = None,
     text: int = 40,
     real: tuple[int, int] = (8, 16),
     seed: int = 0,
@@ -47,7 +56,7 @@ def inputs(
     Args:
         model: for which.
         batch: examples.
-        image_size: side of the pictures in pixels; the configured one if not given.
+        size: side of the pictures in pixels; the configured one if not given.
         text: text tokens, padding included.
         real: fewest and most real ones; where the batch has two texts or more, one of each is in it.
         seed: of the data.
@@ -56,7 +65,7 @@ def inputs(
         ValueError: for lengths that do not fit each other or the model.
     """
     config = model.config
-    size = config.image_size if image_size is None else image_size
+    size = config.image_size if size is None else size
     few, many = real
     if not 1 <= few <= many <= text <= config.max_position_embeddings:
         raise ValueError(
@@ -70,10 +79,11 @@ def inputs(
     lengths[-1], lengths[0] = few, many
     mask = (torch.arange(text) < lengths[:, None]).long()
     ids = torch.randint(1, config.vocab_size, (batch, text), generator=generator)
-    return {
+    made = {
         "input_ids": ids * mask,
         "token_type_ids": torch.zeros_like(ids),
         "attention_mask": mask,
-        "pixel_values": torch.randn(batch, config.num_channels, size, size, generator=generator),
+        "pixel_values": torch.randn(batch, config.num_channels, size, size, generator=generator).to(model.dtype),
         "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
     }
+    return {name: tensor.to(model.device) for name, tensor in made.items()}

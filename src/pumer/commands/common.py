@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import pumer
@@ -29,7 +30,7 @@ def read_reducer(settings: ReducerSettings) -> Reducer:
 
 def open_model(model: str, reducer: ReducerSettings) -> PreTrainedModel:
     """A saved model with its own reduction in force, or with another one where `reducer` is given."""
-    net = load(model_folder(model))
+    net = load(model_folder(model), dtype=torch.float32)  # shipped in half precision, which CPUs are slow at
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()

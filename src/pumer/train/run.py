@@ -124,7 +124,9 @@ def train(
     pumer.apply(net, settings, attention=attention)
     teacher = None
     if distill and distill.teacher:
-        teacher = pumer.apply(load(presets.model_folder(distill.teacher)), pumer.Unreduced(), attention=attention)
+        teacher = pumer.apply(
+            load(presets.model_folder(distill.teacher), dtype=torch.float32), pumer.Unreduced(), attention=attention
+        )
     dense = grounding if grounding and grounding.weight else None
     if dense and any(settings.reduces_at(layer) for layer in range(-1, net.config.num_hidden_layers)):
         raise ValueError("dense targets need every patch: train them without a reducer")
@@ -194,7 +196,7 @@ def _prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
         the_task = build(task)
         config = _class("ViltConfig")(**settings.config, **_label_names(the_task))
         return start_local(_class(settings.kind)(config)), AutoTokenizer.from_pretrained(settings.tokenizer), the_task
-    net = pumer.remove(load(presets.model_folder(settings.path)))
+    net = pumer.remove(load(presets.model_folder(settings.path), dtype=torch.float32))
     the_task = build(task, list(net.config.id2label.values()))
     if list(net.config.id2label.values()) != list(the_task.labels):
         config = net.config

@@ -1,0 +1,137 @@
+"""What was measured, as data, as text, and as rows for a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pumer.bench.timing import Timing
+from pumer.report import GIGA, align
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant; None where something was not.
+
+    Args:
+        variant: "stock", "fused", or the reducer's name.
+        timing: of one forward, in seconds.
+        per_second: examples per second, of the median.
+        x_stock: speed-up against stock transformers.
+        x_fused: speed-up against fused but unreduced: what the reduction brings.
+        macs: multiply-accumulates per example, padding included.
+        flops_ratio: FLOPs of fused over these: what the speed-up could be.
+        flops_share: `x_fused` over `flops_ratio`: how much of that is seen.
+        peak_bytes: peak activation memory of the batch, weights and inputs not counted.
+        memory_share: of stock's peak.
+        overhead: time of choosing and reducing tokens, as a share of the forward.
+        note: why something was not measured.
+    """
+
+    variant: str
+    timing: Timing | None = None
+    per_second: float | None = None
+    x_stock: float | None = None
+    x_fused: float | None = None
+    macs: int | None = None
+    flops_ratio: float | None = None
+    flops_share: float | None = None
+    peak_bytes: int | None = None
+    memory_share: float | None = None
+    overhead: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The rows of one measurement with its settings and surroundings; `str` is a table.
+
+    Args:
+        settings: what was asked for.
+        environment: date, machine and versions.
+        rows: one per variant.
+        weight_bytes: of the model, which all variants share.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, str | int]
+    rows: tuple[Row, ...]
+    weight_bytes: int | None = None
+
+    def row(self, variant: str) -> Row:
+        """The row of a variant; raises ValueError listing the ones there are."""
+        found = next((row for row in self.rows if row.variant == variant), None)
+        if found is None:
+            raise ValueError(f"no variant is named {variant!r}; there are {', '.join(r.variant for r in self.rows)}")
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat row per variant, for `records.append`: the same columns whatever was measured."""
+        return [
+            {
+                **self.environment,
+                **self.settings,
+                "variant": row.variant,
+                "median_s": _text(None if row.timing is None else row.timing.median, ".6g"),
+                "p20_s": _text(None if row.timing is None else row.timing.p20, ".6g"),
+                "p80_s": _text(None if row.timing is None else row.timing.p80, ".6g"),
+                "examples_per_s": _text(row.per_second, ".6g"),
+                "x_stock": _text(row.x_stock, ".4g"),
+                "x_fused": _text(row.x_fused, ".4g"),
+                "gmacs": _text(row.macs and row.macs / GIGA, ".6g"),
+                "flops_ratio": _text(row.flops_ratio, ".4g"),
+                "flops_share": _text(row.flops_share, ".4g"),
+                "peak_bytes": _text(row.peak_bytes, "d"),
+                "memory_share": _text(row.memory_share, ".4g"),
+                "overhead_share": _text(row.overhead, ".4g"),
+                "weight_bytes": _text(self.weight_bytes, "d"),
+                "note": row.note,
+            }
+            for row in self.rows
+        ]
+
+    def __str__(self) -> str:
+        lines: list[tuple[str, ...]] = [
+            ("", "ex/s", "ms", "p20 - p80", "x stock", "x fused", "GFLOPs", "ratio", "seen", "MiB", "of stock")
+        ]
+        for row in self.rows:
+            lines.append((row.variant, *_cells(row)))
+            if row.overhead is not None and row.timing is not None:
+                cost = f"{1e3 * row.overhead * row.timing.median:.1f}"
+                lines.append(("  of it the reducer", "", cost, f"{row.overhead:.1%} of it", *[""] * 7))
+        notes = [f"{row.variant}: {row.note}" for row in self.rows if row.note]
+        weights = _text(self.weight_bytes and self.weight_bytes / 2**20, ".0f")
+        return "\n".join(
+            [
+                ", ".join(f"{name} {value}" for name, value in self.settings.items()),
+                ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
+                "",
+                *align(lines, left=1),
+                "",
+                "ms: median of a forward. fused: fused kernels and trimmed padding, nothing reduced.",
+                "GFLOPs: per example. ratio: those of fused over these. seen: x fused as a share of that ratio.",
+                f"MiB: peak of a batch's activations{f'; the weights are {weights} MiB' if weights else ''}.",
+                *notes,
+            ]
+        )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.timing is None:
+        return ("not measured", *[""] * 9)
+    return (
+        _text(row.per_second, ".2f"),
+        f"{1e3 * row.timing.median:.1f}",
+        f"{1e3 * row.timing.p20:.1f} - {1e3 * row.timing.p80:.1f}",
+        _text(row.x_stock, ".2f"),
+        _text(row.x_fused, ".2f"),
+        _text(row.macs and 2 * row.macs / GIGA, ".2f"),
+        _text(row.flops_ratio, ".2f"),
+        _text(row.flops_share, ".2f"),
+        _text(row.peak_bytes and row.peak_bytes / 2**20, ".1f"),
+        _text(row.memory_share, ".0%"),
+    )
+
+
+def _text(value: float | int | None, form: str) -> str:
+    return "" if value is None else format(value, form)
