@@ -88,7 +88,8 @@ def test_samples_are_one_line_each(model, collator, task, tmp_path):
 
 
 def test_transforms_come_back_as_they_were(tmp_path):
-    for settings in ({"kind": "square", "size": 64}, {"kind": "keep_aspect", "shorter": 48, "longer": 192, "multiple": 8}):
+    square = {"kind": "square", "size": 64}
+    for settings in (square, {"kind": "keep_aspect", "shorter": 48, "longer": 192, "multiple": 8}):
         transform = build_transform(settings)
         save_transform(transform, tmp_path)
         assert load_transform(tmp_path) == transform

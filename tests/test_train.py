@@ -28,7 +28,14 @@ TINY = {
 }
 TASK = {"name": "scenes", "questions": 24, "image_size": 32}
 IMAGE = {"kind": "square", "size": 32}
-STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-3}
+STEPS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
+STEPS |= {"learning_rate": 1e-3}
 REDUCER = {"reducer": "pumer", "prune": 0.2, "merge": 0.3, "merge_text": 0.2, "layers": [0, 1]}
 
 
@@ -134,7 +141,7 @@ def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tok
     model = ModelSettings(path=str(base / "model"))
     with pytest.raises(ValueError, match="not empty"):
         train(str(base), TASK, model, trainer=STEPS)
-    with pytest.raises(ValueError, match="needs model.tokenizer"):
+    with pytest.raises(ValueError, match="a new model needs"):
         train(str(tmp_path / "x"), TASK, ModelSettings(config=TINY), image=IMAGE)
     with pytest.raises(ValueError, match="without a reducer"):
         train(str(tmp_path / "x"), TASK, model, reducer=REDUCER, grounding=GroundingSettings(1.0, 2))

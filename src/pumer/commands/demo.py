@@ -15,6 +15,7 @@ from rich.table import Table
 
 import pumer
 from pumer.bench.memory import peak_activations
+from pumer.bench.records import append, environment
 from pumer.bench.timing import alternate
 from pumer.commands.common import open_model, open_task
 from pumer.data.images import KeepAspect, open_image, pad_images
@@ -28,7 +29,12 @@ BASE, REDUCED = "scenes-vilt", "scenes-vilt-pumer"
 
 
 def demo(
-    out: str = "demo", questions: int = 2000, batch_size: int = 32, photographs: bool = True, seed: int = 7
+    out: str = "demo",
+    questions: int = 2000,
+    batch_size: int = 32,
+    photographs: bool = True,
+    seed: int = 7,
+    record: str | None = None,
 ) -> None:
     """See what token reduction does, in about three minutes.
 
@@ -41,12 +47,15 @@ def demo(
         batch_size: examples at a time.
         photographs: also time a full-size model (random weights) on the photographs that come along.
         seed: of the test pictures.
+        record: CSV file to add the rows to.
     """
     console = Console()
     variants = _variants()
     task = Scenes(questions=questions, per_picture=2, seed=seed)
     rows = _score(variants, task, batch_size)
     console.print(_table(rows, questions))
+    if record:
+        append(record, [_record(name, row, questions, batch_size, seed) for name, row in rows.items()])
     base, reduced = rows["base"], rows["PuMer"]
     console.print(
         f"PuMer: {reduced['per_second'] / base['per_second']:.2f}x the speed, "
@@ -102,13 +111,33 @@ def _score(variants: dict[str, tuple[str, Reducer | None]], task: Scenes, batch_
             progress.advance(bar)
     calls = {name: partial(_forward, model, batch) for name, model in models.items()}
     for name, timing in alternate(calls, runs=7).items():
-        rows[name]["per_second"] = batch_size / timing.median
+        rows[name]["timing"], rows[name]["per_second"] = timing, batch_size / timing.median
     return rows
 
 
 @torch.inference_mode()
 def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     return model(**batch)
+
+
+def _record(name: str, row: dict[str, Any], questions: int, batch_size: int, seed: int) -> dict[str, Any]:
+    metric, report, timing = row["metric"], row["report"], row["timing"]
+    return {
+        "variant": name,
+        "reducer": json.dumps(report.reducer),
+        "questions": questions,
+        "seed": seed,
+        **{key: metric[key] for key in ("accuracy", "accuracy_low", "accuracy_high")},
+        "kinds": json.dumps({key: value for key, value in metric.items() if not key.startswith("accuracy")}),
+        "batch_size": batch_size,
+        "median_s": round(timing.median, 5),
+        "p20_s": round(timing.p20, 5),
+        "p80_s": round(timing.p80, 5),
+        "peak_activation_bytes": row["memory"],
+        "gmacs": round(report.macs / 1e9, 4),
+        "tokens": json.dumps(report.lengths),
+        **environment(),
+    }
 
 
 def _table(rows: dict[str, dict[str, Any]], questions: int) -> Table:

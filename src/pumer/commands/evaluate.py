@@ -97,6 +97,5 @@ def _row(
         **metric,
         "details": json.dumps({name: value for name, value in result.metric.items() if name not in metric}),
         "batch_size": batch_size,
-        "examples_per_second": round(result.per_second, 1),
         **environment(),
     }

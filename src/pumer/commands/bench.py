@@ -1,0 +1,56 @@
+"""`pumer bench`."""
+
+from __future__ import annotations
+
+from rich.progress import Progress
+
+from pumer.bench.run import Device, Dtype, bench
+from pumer.commands.common import ReducerSettings
+
+
+def bench_(
+    model: str = "vilt-b32",
+    reducers: list[ReducerSettings] | None = None,
+    batch: int = 8,
+    image_size: int | None = None,
+    text: int = 40,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    compiled: bool = False,
+    threads: int | None = None,
+    runs: int = 9,
+    record: str | None = None,
+) -> None:
+    """Time stock transformers, the fused but unreduced model and reduced ones, taking turns in one process.
+
+    Args:
+        model: a model of random weights and true architecture, such as vilt-b32.
+        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the preset vilt-vqav2 if not given.
+        batch: examples at a time.
+        image_size: side of the pictures in pixels; the model's own if not given.
+        text: text tokens, padding included; 8 to 16 of them are real.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights and activations.
+        compiled: measure under torch.compile.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed forwards of each.
+        record: CSV file to add the rows to.
+    """
+    wanted = [spec for spec in reducers or ["vilt-vqav2"] if spec is not None]
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=runs + 2)
+        result = bench(
+            model=model,
+            reducers=wanted,
+            batch=batch,
+            image_size=image_size,
+            text=text,
+            device=device,
+            dtype=dtype,
+            compiled=compiled,
+            threads=threads,
+            runs=runs,
+            record=record,
+            progress=lambda: progress.advance(bar),
+        )
+    print(result)
