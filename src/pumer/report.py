@@ -276,37 +276,34 @@ def _reducer_macs(
 ) -> list[int]:
     """MACs of planning and of applying the plan, before the first layer and in every one.
 
-    Counted by running the reducer on tensors that have shapes and no data, so that it holds for every method.
+    Counted by letting the reducer run on tokens without content, so that it holds for every method. A CPU is counted
+    as it is; for anything else tensors that have shapes and no data do.
     """
+    place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     heads, channels = adapter.attention_shape(model)
     macs = []
     for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
         if not reducer.reduces_at(layer):
             macs.append(0)
             continue
+        count = text + image
+        states = torch.ones(1, count, heads * channels, device=place)
+        heads_apart = None if layer == EMBEDDINGS else states.unflatten(-1, (heads, channels)).transpose(1, 2)
+        mask = torch.ones(1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool)
+        tokens = Tokens(
+            mask_BN=mask,
+            text=text,
+            sizes_BN=torch.ones(1, count, device=place),
+            layer=layer,
+            grid=grid,
+            patch_BN=(torch.arange(count, device=place) - text - 1).clamp_min(-1)[None],
+            states_BND=states,
+            queries_BHNC=heads_apart,
+            keys_BHNC=heads_apart,
+            attention_BHNN=torch.ones(1, heads, count, count, device=place) if reducer.needs_attention else None,
+        )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            tokens = _shapes(reducer, layer, text, image, heads, channels, grid)
-            assert tokens.states_BND is not None
-            reducer.plan(tokens).reduce(tokens.states_BND)
+            reducer.plan(tokens).reduce(states)
         macs.append(counter.get_total_flops() // 2)
         grid = None
     return macs
-
-
-def _shapes(
-    reducer: Reducer, layer: int, text: int, image: int, heads: int, channels: int, grid: Grid | None
-) -> Tokens:
-    count = text + image
-    projected = None if layer == EMBEDDINGS else torch.empty(1, heads, count, channels, device="meta")
-    return Tokens(
-        mask_BN=torch.ones(1, count, device="meta", dtype=torch.float32 if reducer.needs_attention else torch.bool),
-        text=text,
-        sizes_BN=torch.ones(1, count, device="meta"),
-        layer=layer,
-        grid=grid,
-        patch_BN=torch.empty(1, count, device="meta", dtype=torch.int64),
-        states_BND=torch.empty(1, count, heads * channels, device="meta"),
-        queries_BHNC=projected,
-        keys_BHNC=projected,
-        attention_BHNN=torch.empty(1, heads, count, count, device="meta") if reducer.needs_attention else None,
-    )

