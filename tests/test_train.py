@@ -84,10 +84,10 @@ def test_task_loss_is_the_one_of_transformers():
 
 
 def test_grounding_loss_falls_when_the_targets_are_met():
-    labels = torch.stack([torch.randint(n, (2, 5)) for n in (9, 6, 2, 30, 30)], -1)
+    labels = torch.stack([torch.randint(n, (2, 5)) for n in (9, 6, 3, 30, 30)], -1)
     labels[..., 3:] *= labels[..., :1] > 0
-    colour, shape = (functional.one_hot(labels[..., i], n) * 20.0 - 10 for i, n in enumerate((9, 6)))
-    asked, middle = labels[..., 2:3] * 20.0 - 10, labels[..., 3:] / 8
+    colour, shape, asked = (functional.one_hot(labels[..., i], n) * 20.0 - 10 for i, n in enumerate((9, 6, 3)))
+    middle = labels[..., 3:] / 8
     assert grounding_loss(colour, shape, asked, middle, labels) < 1e-3
     for wrong in ((-colour, shape, asked, middle), (colour, -shape, asked, middle), (colour, shape, -asked, middle)):
         assert grounding_loss(*wrong, labels) > 1

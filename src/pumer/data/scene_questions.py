@@ -6,7 +6,7 @@ from the wording or from how often things occur, the answer is drawn first and a
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,18 @@ class SceneQuestion:
     referents: tuple[int, ...]
 
 
-def ask(scenes: Scenes, seed: int, index: Sequence[int] | Tensor, *, per_picture: int = 4) -> list[SceneQuestion]:
+def ask(
+    scenes: Scenes,
+    seed: int,
+    index: Sequence[int] | Tensor,
+    *,
+    per_picture: int = 4,
+    kinds: Mapping[str, float] = KINDS,
+) -> list[SceneQuestion]:
     """Ask `per_picture` questions about every picture; `seed` and `index` as given to `draw`.
 
     Question j of a picture depends on the seed, the picture's index and j, not on the batch or on `per_picture`.
-    Questions of one picture differ, but for very rare repeats. Raises ValueError when `index` does not fit `scenes`.
+    Questions of one picture differ, but for very rare repeats. `kinds` gives every kind its weight. Raises ValueError when `index` does not fit `scenes`.
     """
     numbers = torch.as_tensor(index).tolist()
     if len(numbers) != len(scenes.images):
@@ -77,7 +84,7 @@ def ask(scenes: Scenes, seed: int, index: Sequence[int] | Tensor, *, per_picture
         for j in range(per_picture):
             dice = random.Random(((seed & (2**64 - 1)) << 80) | (number << 16) | j)
             for _ in range(_TRIES):
-                kind, question, answer, referents = _ask(view, dice)
+                kind, question, answer, referents = _ask(view, dice, kinds)
                 if question not in had:
                     break
             had.add(question)
@@ -183,16 +190,17 @@ def _weighted(dice: random.Random, weights: Sequence[float]) -> int:
     return max(place for place, weight in enumerate(weights) if weight)
 
 
-def _ask(view: _View, dice: random.Random) -> tuple[str, str, str, Sequence[int]]:
+def _ask(view: _View, dice: random.Random, weights: Mapping[str, float]) -> tuple[str, str, str, Sequence[int]]:
     """One question: of a kind drawn by weight, or of another where the picture allows none of that kind."""
-    kinds = dict(KINDS)
-    while True:
+    kinds = dict(weights)
+    while kinds:
         kind = list(kinds)[_weighted(dice, list(kinds.values()))]
         asked = _ASKERS[kind](view, dice)
         if asked:
             words, answer, referents = asked
             return kind, words, answer, referents
-        del kinds[kind]  # existence is always possible, so that this ends
+        del kinds[kind]
+    return "existence", *_existence(view, dice)  # always possible
 
 
 def _word(dice: random.Random, template: str, **parts: str) -> str:

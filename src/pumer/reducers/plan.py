@@ -141,7 +141,7 @@ class Plan:
         weight = self.weight_BN if x_BND.ndim == 2 else self.weight_BN[..., None]
         total = x_BND.new_zeros(batch * (slots + 1), *x_BND.shape[2:])
         total = total.index_add(0, (target + rows).flatten(), (x_BND * weight).flatten(0, 1))
-        return total.unflatten(0, (batch, slots + 1))[:, :slots]
+        return total.view(batch, slots + 1, *x_BND.shape[2:])[:, :slots]
 
     def expand(self, y_BKD: Tensor) -> Tensor:
         """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""

@@ -6,7 +6,7 @@ The same pictures as official VQAv2 files come from `pumer data scenes`; both ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,8 +30,9 @@ class Scenes(Task):
         per_picture: questions about one picture.
         image_size: side in pixels.
         patch_size: if given, examples carry dense targets for patches of this size in `meta["patch_labels"]`
-            (colour, shape, asked about or not, way to the object's middle), which only training uses.
+            (colour, shape, asked about, way to the object's middle), which only training uses.
         seed: added to the split's own seed.
+        kinds: weight of every kind of question, for training on what is hard; the benchmark's own if not given.
     """
 
     name: ClassVar[str] = "scenes"
@@ -41,6 +42,7 @@ class Scenes(Task):
     image_size: int = 96
     patch_size: int | None = None
     seed: int = 0
+    kinds: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.questions < 1 or self.per_picture < 1:
@@ -90,16 +92,18 @@ class SceneExamples(Sequence[Example]):
         each = self.task.per_picture
         pictures = sorted({index // each for index in indices})
         scenes = draw(self.seed, pictures, image_size=self.task.image_size)
-        questions = ask(scenes, self.seed, pictures, per_picture=each)
+        questions = ask(scenes, self.seed, pictures, per_picture=each, kinds=self.task.kinds or KINDS)
         row = {picture: number for number, picture in enumerate(pictures)}
         chosen = [questions[row[index // each] * each + index % each] for index in indices]
         labels = [None] * len(chosen)
         if self.task.patch_size is not None:
             colour, shape = patch_targets(scenes, self.task.patch_size)
-            asked = referent_targets(scenes, chosen, self.task.patch_size)
+            # The two objects of a relation are told apart: without that, small models never learn to compare them.
+            others = [replace(q, referents=q.referents[1:] if q.kind == "relation" else ()) for q in chosen]
+            asked, other = (referent_targets(scenes, asked, self.task.patch_size) for asked in (chosen, others))
             rows = [question.picture for question in chosen]
             offsets = patch_offsets(scenes, self.task.patch_size)
-            known = torch.stack([colour[rows], shape[rows], asked.long()], dim=-1)
+            known = torch.stack([colour[rows], shape[rows], asked.long() + other.long()], dim=-1)
             labels = list(torch.cat([known, offsets[rows]], dim=-1))
         images = scenes.images.permute(0, 2, 3, 1).numpy()
         return [

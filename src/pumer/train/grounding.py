@@ -41,7 +41,7 @@ class Grounded(nn.Module):
         if not 1 <= layer <= depth:
             raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
         self.model, self.config, self.layer = model, model.config, layer
-        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 1, 2)
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 2)
         self.head = nn.Linear(model.config.hidden_size, sum(self.sizes))
 
     def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:

@@ -35,14 +35,15 @@ def grounding_loss(colour: Tensor, shape: Tensor, asked: Tensor, middle: Tensor,
     """Every patch says what it shows, where the middle of that is, and whether the question is about it.
 
     Args:
-        colour, shape: logits [B,P,classes]; asked: logits [B,P,1]; middle: [B,P,2] in units of eight pixels.
-        labels_BP5: int64, the colour's and the shape's class, 1 where asked about, and the way to the middle in pixels.
+        colour, shape, asked: logits [B,P,classes]; middle: [B,P,2] in units of eight pixels.
+        labels_BP5: int64, class of the colour and of the shape, whether asked about (1, or 2 for the second object of a
+            comparison), and the way to the middle in pixels.
     """
     colours, shapes, about, way = labels_BP5.split([1, 1, 1, 2], dim=-1)
-    few = torch.tensor(4.0, device=asked.device)  # patches that are asked about are rare
+    rare = torch.tensor([1.0, 4.0, 4.0], device=asked.device)  # few patches are asked about
     return (
         functional.cross_entropy(colour.float().flatten(0, 1), colours.flatten())
         + functional.cross_entropy(shape.float().flatten(0, 1), shapes.flatten())
-        + functional.binary_cross_entropy_with_logits(asked.float(), about.float(), pos_weight=few)
+        + functional.cross_entropy(asked.float().flatten(0, 1), about.flatten(), rare)
         + functional.smooth_l1_loss(middle.float() * (colours > 0), way / 8)
     )
