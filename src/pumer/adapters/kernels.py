@@ -21,12 +21,14 @@ WORTH_IT = 2**20
 
 
 def install(patch: Patch, module: nn.Module) -> None:
-    """Give every plain linear layer and exact GELU inside `module` the faster forward."""
+    """Give every plain linear layer, exact GELU and patch embedding inside `module` the faster forward."""
     for part in module.modules():
         if type(part) is nn.Linear:
             replace_forward(patch, part, linear)
         elif type(part) is GELUActivation and part.act is nn.functional.gelu:
             replace_forward(patch, part, gelu)
+        elif type(part) is nn.Conv2d and _cuts_patches(part):
+            replace_forward(patch, part, patches)
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
@@ -39,6 +41,24 @@ def linear(module: Any, x: Tensor) -> Tensor:
     if _plain(x, weight) and x.numel() * weight.shape[0] >= WORTH_IT:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
+
+
+def patches(module: Any, x: Tensor) -> Tensor:
+    """In place of `nn.Conv2d.forward` where the kernel is as large as the stride: then it is a matrix product."""
+    if not _plain(x, module.weight):
+        return nn.Conv2d.forward(module, x)
+    batch, channels, height, width = x.shape
+    high, wide = module.kernel_size
+    rows, columns = height // high, width // wide
+    cut = x[:, :, : rows * high, : columns * wide].reshape(batch, channels, rows, high, columns, wide)
+    flat = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * columns, channels * high * wide)
+    out = torch.ops.mkldnn._linear_pointwise(flat, module.weight.flatten(1), module.bias, "none", [], "")
+    return out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def _cuts_patches(module: nn.Conv2d) -> bool:
+    plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
+    return plain and module.kernel_size == module.stride
 
 
 def gelu(module: Any, x: Tensor) -> Tensor:

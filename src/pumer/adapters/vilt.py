@@ -57,6 +57,7 @@ class ViltAdapter(Adapter):
             patch.set(vilt.layernorm, "eps", PUBLISHED_EPS)
         if patch.attention == "sdpa":
             kernels.install(patch, vilt.encoder)
+            kernels.install(patch, vilt.embeddings.patch_embeddings)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
