@@ -149,3 +149,12 @@ def test_a_trace_ends_with_its_block(model):
     assert len(inner) == 2
     assert steps[0].grid == (6, 8)
     assert steps[0].patch_BN.shape == (4, steps[0].text + 26)
+
+
+def test_a_reducer_that_would_leave_nothing_is_refused():
+    model = tiny.model()
+    for reducer in (pumer.Random(prune=0.99), pumer.PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3))):
+        with pytest.raises(ValueError, match="leaves no image token"):
+            pumer.apply(model, reducer)
+        assert pumer.active(model) is None
+    pumer.apply(model, pumer.NoVision())

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from pumer.adapters import Patch, Step, find
+from pumer.adapters import Adapter, Patch, Step, find
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import preset
-from pumer.reducers import Reducer
+from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_pumer_patch"
@@ -43,6 +43,7 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
     if attention not in BACKENDS:
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
     reducer.check(adapter.depth(model))
+    _check_lengths(adapter, model, reducer)
     remove(model)
     patch = Patch(reducer, adapter, attention, trim)
     try:
@@ -52,6 +53,19 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
         raise
     setattr(model, _ATTRIBUTE, patch)
     return model
+
+
+def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
+    """Raise ValueError if nothing would be left of a picture of the configured size."""
+    if isinstance(reducer, NoVision):  # asked for
+        return
+    text, image = adapter.default_lengths(model)
+    for layer in range(EMBEDDINGS, adapter.depth(model)):
+        text, image = reducer.lengths(text, image, layer, grid=adapter.default_grid(model))
+        if image <= 1:
+            raise ValueError(
+                f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or reduce in fewer layers"
+            )
 
 
 def remove(model: M) -> M:
