@@ -9,12 +9,14 @@ from PIL import Image
 import pumer
 from pumer.cli import main
 from pumer.data.images import BrokenImageError, Square
+from pumer.data.scene_questions import ask
+from pumer.data.scenes import draw
 from pumer.data.text import TextTransform, train_tokenizer
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.evaluate import evaluate, predict, write_samples
 from pumer.hub import save
 from pumer.tasks.base import Collator, Example
-from pumer.tasks.scenes import Scenes
+from pumer.tasks.scenes import Scenes, dense_labels
 from tiny import model as tiny_model
 
 
@@ -135,3 +137,29 @@ def test_predictions_are_of_the_eval_mode(model, collator, task):
     assert not model.training
     assert first == predict(model, task.examples("test"), collator).predictions
     assert torch.is_grad_enabled()
+
+
+def test_dense_labels_say_how_two_objects_lie():
+    pictures = range(40)
+    scenes = draw(1, pictures)
+    questions = [q for q in ask(scenes, 1, pictures, per_picture=6) if q.kind in ("relation", "colour")]
+    labels = dense_labels(scenes, questions, 8)
+    seen = set()
+    for question, rows in zip(questions, labels, strict=True):
+        about, beside, above = rows[:, 2], rows[:, 5], rows[:, 6]
+        if question.kind == "colour":
+            assert set(about.tolist()) == {0, 1}
+            assert not beside.any()
+            continue
+        one, other = question.referents
+        place = [(scenes.x[question.picture, k].item(), scenes.y[question.picture, k].item()) for k in (one, other)]
+        assert set(beside[beside > 0].tolist()) == {1 if place[1][0] < place[0][0] else 2}
+        assert set(above[above > 0].tolist()) == {1 if place[1][1] < place[0][1] else 2}
+        assert (about == 2).any()
+        word = next(w for w in ("left", "right", "above", "below", "higher", "lower") if w in question.question)
+        side, wanted = {"left": (beside, 2), "right": (beside, 1)}.get(
+            word, (above, 2 if word in ("above", "higher") else 1)
+        )
+        assert (question.answer == "yes") == (side.max() == wanted)
+        seen.add(word)
+    assert len(seen) == 6

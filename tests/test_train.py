@@ -84,14 +84,17 @@ def test_task_loss_is_the_one_of_transformers():
 
 
 def test_grounding_loss_falls_when_the_targets_are_met():
-    labels = torch.stack([torch.randint(n, (2, 5)) for n in (9, 6, 3, 30, 30)], -1)
-    labels[..., 3:] *= labels[..., :1] > 0
-    colour, shape, asked = (functional.one_hot(labels[..., i], n) * 20.0 - 10 for i, n in enumerate((9, 6, 3)))
-    middle = labels[..., 3:] / 8
-    assert grounding_loss(colour, shape, asked, middle, labels) < 1e-3
-    for wrong in ((-colour, shape, asked, middle), (colour, -shape, asked, middle), (colour, shape, -asked, middle)):
-        assert grounding_loss(*wrong, labels) > 1
-    assert grounding_loss(colour, shape, asked, middle + 1, labels) > 0.1
+    classes = (9, 6, 3, 3, 3)
+    labels = torch.stack([torch.randint(n, (2, 5)) for n in (9, 6, 3, 30, 30, 3, 3)], -1)
+    labels[..., 3:5] *= labels[..., :1] > 0
+    columns = labels[..., [0, 1, 2, 5, 6]].unbind(-1)
+    right = [functional.one_hot(column, n) * 20.0 - 10 for column, n in zip(columns, classes, strict=True)]
+    middle = labels[..., 3:5] / 8
+    assert grounding_loss([*right, middle], labels) < 1e-3
+    for wrong in range(5):
+        parts = [-part if i == wrong else part for i, part in enumerate(right)]
+        assert grounding_loss([*parts, middle], labels) > 1
+    assert grounding_loss([*right, middle + 1], labels) > 0.1
 
 
 def test_a_run_writes_a_model_that_loads(base):

@@ -69,7 +69,8 @@ def ask(
     """Ask `per_picture` questions about every picture; `seed` and `index` as given to `draw`.
 
     Question j of a picture depends on the seed, the picture's index and j, not on the batch or on `per_picture`.
-    Questions of one picture differ, but for very rare repeats. `kinds` gives every kind its weight. Raises ValueError when `index` does not fit `scenes`.
+    Questions of one picture differ, but for very rare repeats. `kinds` gives every kind its weight.
+    Raises ValueError when `index` does not fit `scenes`.
     """
     numbers = torch.as_tensor(index).tolist()
     if len(numbers) != len(scenes.images):

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from pumer.data.scene_questions import ANSWERS, KINDS, ask, referent_targets
+from pumer.data import scenes as scene_data
+from pumer.data.scene_questions import ANSWERS, KINDS, SceneQuestion, ask, referent_targets
 from pumer.data.scenes import draw, patch_offsets, patch_targets
 from pumer.tasks.base import Example, Task
 from pumer.tasks.vqa_answers import write_answers
@@ -30,7 +32,7 @@ class Scenes(Task):
         per_picture: questions about one picture.
         image_size: side in pixels.
         patch_size: if given, examples carry dense targets for patches of this size in `meta["patch_labels"]`
-            (colour, shape, asked about, way to the object's middle), which only training uses.
+            (`dense_labels`), which only training uses.
         seed: added to the split's own seed.
         kinds: weight of every kind of question, for training on what is hard; the benchmark's own if not given.
     """
@@ -95,16 +97,8 @@ class SceneExamples(Sequence[Example]):
         questions = ask(scenes, self.seed, pictures, per_picture=each, kinds=self.task.kinds or KINDS)
         row = {picture: number for number, picture in enumerate(pictures)}
         chosen = [questions[row[index // each] * each + index % each] for index in indices]
-        labels = [None] * len(chosen)
-        if self.task.patch_size is not None:
-            colour, shape = patch_targets(scenes, self.task.patch_size)
-            # The two objects of a relation are told apart: without that, small models never learn to compare them.
-            others = [replace(q, referents=q.referents[1:] if q.kind == "relation" else ()) for q in chosen]
-            asked, other = (referent_targets(scenes, asked, self.task.patch_size) for asked in (chosen, others))
-            rows = [question.picture for question in chosen]
-            offsets = patch_offsets(scenes, self.task.patch_size)
-            known = torch.stack([colour[rows], shape[rows], asked.long() + other.long()], dim=-1)
-            labels = list(torch.cat([known, offsets[rows]], dim=-1))
+        size = self.task.patch_size
+        labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
         images = scenes.images.permute(0, 2, 3, 1).numpy()
         return [
             Example(
@@ -118,3 +112,26 @@ class SceneExamples(Sequence[Example]):
             )
             for index, question, label in zip(indices, chosen, labels, strict=True)
         ]
+
+
+def dense_labels(scenes: scene_data.Scenes, questions: Sequence[SceneQuestion], patch_size: int) -> Tensor:
+    """What every patch shows and what that has to do with the question: int64 [Q, N, 7].
+
+    Class of the colour and of the shape; whether the question is about it (1; 2 for the second object of a comparison);
+    the way to the object's middle, across and down, in pixels; and for the first object of a comparison whether the
+    second lies to the left (1) or right (2) and above (1) or below (2), else 0. With the last two in view, comparing
+    becomes matching a word with a feature, which small models learn long before they learn to compare.
+    """
+    rows = torch.tensor([question.picture for question in questions])
+    colour, shape = patch_targets(scenes, patch_size)
+    compared = [replace(q, referents=q.referents if q.kind == "relation" else ()) for q in questions]
+    asked = referent_targets(scenes, questions, patch_size).long()
+    second = referent_targets(scenes, [replace(q, referents=q.referents[1:]) for q in compared], patch_size).long()
+    first = referent_targets(scenes, [replace(q, referents=q.referents[:1]) for q in compared], patch_size).long()
+    pairs = torch.tensor([q.referents if q.referents else (0, 0) for q in compared])
+    sides = []
+    for centre in (scenes.x[rows], scenes.y[rows]):
+        one, other = centre.gather(1, pairs).unbind(1)
+        sides.append(first * torch.where(other < one, 1, 2)[:, None])
+    known = torch.stack([colour[rows], shape[rows], asked + second], dim=-1)
+    return torch.cat([known, patch_offsets(scenes, patch_size)[rows], torch.stack(sides, dim=-1)], dim=-1)

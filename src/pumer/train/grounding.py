@@ -28,7 +28,7 @@ class GroundedOutput(ModelOutput):
 class Grounded(nn.Module):
     """A ViLT model with a linear head on its image tokens, for as long as it is trained on dense targets.
 
-    `forward` takes the model's inputs and `patch_labels` int64 [B,P,5] (see `grounding_loss`; in raster
+    `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in raster
     order), and gives the logits and the `grounding_loss`. The reducer in force must not shorten the image.
 
     Args:
@@ -41,7 +41,7 @@ class Grounded(nn.Module):
         if not 1 <= layer <= depth:
             raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
         self.model, self.config, self.layer = model, model.config, layer
-        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 2)
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 3, 3, 2)
         self.head = nn.Linear(model.config.hidden_size, sum(self.sizes))
 
     def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:
@@ -49,6 +49,5 @@ class Grounded(nn.Module):
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)
         states = self.model.base_model.layernorm(output.hidden_states[self.layer][:, -patch_labels.shape[1] :])
-        colour, shape, asked, middle = self.head(states).split(self.sizes, dim=-1)
-        loss = grounding_loss(colour, shape, asked, middle, patch_labels)
+        loss = grounding_loss(self.head(states).split(self.sizes, dim=-1), patch_labels)
         return GroundedOutput(logits=output.logits, grounding_loss=loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -31,19 +32,19 @@ def distillation_loss(student_BL: Tensor, teacher_BL: Tensor, temperature: float
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def grounding_loss(colour: Tensor, shape: Tensor, asked: Tensor, middle: Tensor, labels_BP5: Tensor) -> Tensor:
-    """Every patch says what it shows, where the middle of that is, and whether the question is about it.
+def grounding_loss(parts: Sequence[Tensor], labels_BP7: Tensor) -> Tensor:
+    """Every patch says what it shows, where the middle of that is, and what the question has to do with it.
 
     Args:
-        colour, shape, asked: logits [B,P,classes]; middle: [B,P,2] in units of eight pixels.
-        labels_BP5: int64, class of the colour and of the shape, whether asked about (1, or 2 for the second object of a
-            comparison), and the way to the middle in pixels.
+        parts: logits [B,P,classes] of colour, shape, asked about, beside and above; then the way to the middle [B,P,2]
+            in units of eight pixels.
+        labels_BP7: int64, see `tasks.scenes.dense_labels`.
     """
-    colours, shapes, about, way = labels_BP5.split([1, 1, 1, 2], dim=-1)
-    rare = torch.tensor([1.0, 4.0, 4.0], device=asked.device)  # few patches are asked about
-    return (
-        functional.cross_entropy(colour.float().flatten(0, 1), colours.flatten())
-        + functional.cross_entropy(shape.float().flatten(0, 1), shapes.flatten())
-        + functional.cross_entropy(asked.float().flatten(0, 1), about.flatten(), rare)
-        + functional.smooth_l1_loss(middle.float() * (colours > 0), way / 8)
-    )
+    *logits, middle = (part.float() for part in parts)
+    colour, shape, asked, across, down, beside, above = labels_BP7.unbind(-1)
+    rare = torch.tensor([1.0, 4.0, 4.0], device=middle.device)  # few patches are asked about
+    loss = functional.smooth_l1_loss(middle * (colour > 0)[..., None], torch.stack([across, down], -1) / 8)
+    for scores, labels in zip(logits, (colour, shape, asked, beside, above), strict=True):
+        weight = rare if scores.shape[-1] == len(rare) else None
+        loss = loss + functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), weight)
+    return loss
