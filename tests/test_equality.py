@@ -8,7 +8,6 @@ import torch
 import matrix
 import pumer
 import tiny
-from pumer.adapters import kernels
 from pumer.reducers import Plan
 
 TOLERANCE = 1e-5
@@ -114,7 +113,7 @@ def test_embeddings_may_be_given(in_order):
         assert forward(model, given).pooler_output.isfinite().all()
 
 
-# --- padding and kernels change nothing ---
+# --- padding and attention kernels change nothing ---
 
 
 @EVERY_REDUCER
@@ -137,8 +136,7 @@ def test_a_row_of_a_batch_equals_the_sample_alone_in_every_class(kind):
 
 
 @EVERY_REDUCER
-def test_eager_equals_sdpa_and_trimming_changes_nothing(answering, reducer, monkeypatch):
-    monkeypatch.setattr(kernels, "WORTH_IT", 0)  # the faster products come with "sdpa", for large models only
+def test_eager_equals_sdpa_and_trimming_changes_nothing(answering, reducer):
     inputs = tiny.batch()
     logits, lengths = [], []
     for attention, trim in (("sdpa", True), ("eager", True), ("sdpa", False)):

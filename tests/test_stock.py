@@ -21,6 +21,7 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     (vilt.ViltEmbeddings, "visual_embed"): ("10c8b1f3be87adde", "embed_patches in adapters/vilt.py"),
     (vilt.ViltEncoder, "forward"): ("17bbfffd9c7f1e22", "_encode in adapters/vilt.py"),
     (vilt.ViltLayer, "forward"): ("58ab37b6d3974464", "_block in adapters/vilt.py"),
+    (vilt.ViltIntermediate, "forward"): ("d60f3781ad76f95d", "_intermediate in adapters/vilt.py"),
     (vilt.ViltOutput, "forward"): ("efce4e7b766ae9a8", "_output in adapters/vilt.py"),
     (vilt.ViltAttention, "forward"): ("2905c84159bc298d", "_attend in adapters/vilt.py"),
     (vilt.ViltSelfAttention, "forward"): (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters import kernels, probes
+from pumer.adapters import inplace, probes
 from pumer.adapters.base import Adapter, Patch, register, replace_forward
 from pumer.adapters.encoder import Axis, reduce
 from pumer.reducers import EMBEDDINGS
@@ -49,15 +49,13 @@ class ViltAdapter(Adapter):
         published = getattr(patch.reducer, "official", False)
         for number, layer in enumerate(vilt.encoder.layer):
             replace_forward(patch, layer, _layer, patch, number, published)
+            replace_forward(patch, layer.intermediate, _intermediate)
             replace_forward(patch, layer.output, _output)
             if published:
                 patch.set(layer.layernorm_before, "eps", PUBLISHED_EPS)
                 patch.set(layer.layernorm_after, "eps", PUBLISHED_EPS)
         if published:
             patch.set(vilt.layernorm, "eps", PUBLISHED_EPS)
-        if patch.attention == "sdpa":
-            kernels.install(patch, vilt.encoder)
-            kernels.install(patch, vilt.embeddings.patch_embeddings)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
@@ -294,12 +292,17 @@ def _attend(
         wanted = attentions or patch.reducer.needs_attention
         context, attention = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
     context = context.transpose(1, 2).flatten(2)
-    return kernels.add(layer.attention.output(context, states), states), queries, keys, attention
+    return inplace.add(layer.attention.output(context, states), states), queries, keys, attention
+
+
+def _intermediate(intermediate: Any, hidden_states: Tensor) -> Tensor:
+    """In place of `ViltIntermediate.forward`."""
+    return inplace.activate(intermediate.intermediate_act_fn, intermediate.dense(hidden_states))
 
 
 def _output(output: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """In place of `ViltOutput.forward`."""
-    return kernels.add(output.dropout(output.dense(hidden_states)), input_tensor)
+    return inplace.add(output.dropout(output.dense(hidden_states)), input_tensor)
 
 
 def embed_patches(
