@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     from jsonargparse import ArgumentParser
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
     parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
