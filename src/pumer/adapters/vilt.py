@@ -268,7 +268,9 @@ def _attend_and_reduce(
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """Parts of a block are functions of their own, so that large tensors of one are gone when the next one runs."""
     states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions)
-    states, axis = reduce(patch, number, states, axis, queries, keys, attention)
+    # Scores come from queries and keys wherever they can, so that the kernel makes no difference to what is kept.
+    looked_at = attention if patch.reducer.needs_attention else None
+    states, axis = reduce(patch, number, states, axis, queries, keys, looked_at)
     return states, axis, attention if attentions else None
 
 

@@ -1,0 +1,107 @@
+"""Benchmarks: percentiles, memory of known sizes, rows in files, the whole on a tiny model."""
+
+import csv
+
+import pytest
+import torch
+
+import pumer
+from pumer.bench import records
+from pumer.bench.memory import peak_activations, weight_bytes
+from pumer.bench.run import bench
+from pumer.bench.timing import Timing, alternate
+from pumer.bench.where import Where
+from pumer.cli import main
+
+
+def test_percentiles():
+    timing = Timing((5.0, 1.0, 4.0, 2.0, 3.0))
+    assert (timing.median, timing.p20, timing.p80) == (3.0, pytest.approx(1.8), pytest.approx(4.2))
+
+
+def test_variants_take_turns():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = alternate(calls, runs=2, warmup=1)
+    assert "".join(order) == "abbaab"
+    assert all(len(timing.seconds) == 2 for timing in timings.values())
+    with pytest.raises(ValueError, match="1 run or more"):
+        alternate(calls, runs=0)
+
+
+def test_memory_is_what_is_held_at_once():
+    def call():
+        first = torch.ones(1000)  # 4,000 bytes
+        second = first * 2  # 8,000 at once
+        del first
+        return second + 1  # 8,000 again
+
+    assert peak_activations(call) == 8000
+    assert peak_activations(call) == 8000
+    assert peak_activations(lambda: torch.ones(1000).add_(1)) == 4000
+    linear = torch.nn.Linear(10, 4)
+    assert weight_bytes(linear) == 4 * 44
+
+
+def test_rows_are_added_and_never_changed(tmp_path):
+    path = tmp_path / "results" / "rows.csv"
+    records.append(path, [{"a": 1, "b": 2}])
+    records.append(path, [{"a": 3, "b": 4}])
+    assert path.read_text() == "a,b\n1,2\n3,4\n"
+    with pytest.raises(ValueError, match="other columns"):
+        records.append(path, [{"a": 1, "c": 2}])
+    with pytest.raises(ValueError, match="same columns"):
+        records.append(path, [{"a": 1, "b": 2}, {"a": 1}])
+    assert path.read_text() == "a,b\n1,2\n3,4\n"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "bench.csv"
+    reducers = ["tome", {"reducer": "pumer", "layers": [0, 2], "prune": 0.3}]
+    return bench("vilt-tiny", reducers, batch=4, text=20, runs=2, warmup=1, record=str(path)), path
+
+
+def test_the_table_has_every_variant(measured):
+    result, path = measured
+    names = [row.variant for row in result.rows]
+    assert names[:3] == ["stock", "fused", "tome"]
+    for row in result.rows[2:]:
+        assert row.flops_ratio > 1
+        assert row.flops_share == pytest.approx(row.x_fused / row.flops_ratio)
+        assert 0 < row.overhead < 1
+        assert row.peak_bytes < result.row("stock").peak_bytes
+    assert "of it the reducer" in str(result)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == names
+    assert {"cpu", "threads", "torch", "transformers", "median_s"} <= set(rows[0])
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "not measured" in str(bench("vilt-tiny", device="cuda"))
+
+
+def test_bad_names_are_explained(measured):
+    with pytest.raises(ValueError, match="no model to measure"):
+        bench("vilt-huge")
+    with pytest.raises(ValueError, match="no reducer is named"):
+        bench("vilt-tiny", ["fastest"])
+    with pytest.raises(ValueError, match="once"):
+        bench("vilt-tiny", ["tome", "tome"])
+    with pytest.raises(ValueError, match="no variant is named"):
+        measured[0].row("nothing")
+
+
+def test_where_it_pays(measured):
+    cells = Where((measured[0],)).cells()
+    assert cells[0]["batch"] == 4
+    assert cells[0]["x_fused"] == measured[0].rows[-1].x_fused
+
+
+def test_command(capsys):
+    assert main(["bench", "--model", "vilt-tiny", "--batch", "2", "--text", "20", "--runs", "1"]) == 0
+    assert "stock" in capsys.readouterr().out
+    assert pumer.presets.PRESETS

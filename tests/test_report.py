@@ -1,0 +1,99 @@
+"""Reports: the FLOPs formula against torch's counter and the published costs; what really ran."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltForQuestionAnswering
+
+import matrix
+import pumer
+import tiny
+from pumer.report import last_forward_macs
+
+
+def counted(model, inputs):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops() / 2
+
+
+def full_text(kind, rows=1):
+    """A batch without padding, so that padded and real lengths agree."""
+    inputs = {name: value[:rows] for name, value in tiny.batch(kind).items() if name != "labels"}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    inputs["pixel_mask"] = torch.ones_like(inputs["pixel_mask"])
+    return inputs
+
+
+@pytest.mark.parametrize("name", matrix.REDUCERS)
+def test_the_formula_is_what_torch_counts(name):
+    kind = "ViltForQuestionAnswering"
+    model = pumer.apply(
+        tiny.model(kind), matrix.REDUCERS[name], attention="eager"
+    )  # torch does not count CPUs' fused one
+    inputs = full_text(kind)
+    seen = counted(model, inputs)
+    # Interpolating positions is a product per picture that the formula, like every published number, leaves out.
+    grid = inputs["pixel_values"].shape[2] // tiny.PATCH * (inputs["pixel_values"].shape[3] // tiny.PATCH)
+    side = 96 // tiny.PATCH
+    rows = inputs["pixel_values"].shape[2] // tiny.PATCH
+    positions = rows * side * side * 32 + grid * side * 32
+    assert seen - positions == pytest.approx(last_forward_macs(model), rel=1e-3)
+
+
+def test_two_pictures_cost_two_passes():
+    kind = "ViltForImagesAndTextClassification"
+    model = pumer.apply(tiny.model(kind), pumer.PuMer(layers=(0, 2)))
+    inputs = full_text(kind)
+    with torch.no_grad():
+        model(**inputs)
+    one = pumer.report(model)
+    assert one.passes == 2
+    assert one.active
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "gmacs"), [(40, (2, 5, 8), 9.20), (32, (2, 5, 8), 8.70), (40, (2, 4, 6, 8), 8.09)]
+)
+def test_published_costs(text, layers, gmacs):
+    with torch.device("meta"):
+        model = ViltForQuestionAnswering(ViltConfig(num_labels=3129))
+    reducer = pumer.PuMer(0.1, 0.3, 0.2, layers, official=True)
+    pumer.apply(model, reducer)
+    shown = pumer.report(model, text=text)
+    own = shown.parts["reducer"]
+    assert (shown.macs - own) / 1e9 == pytest.approx(gmacs, rel=0.01)
+    assert shown.base_macs / 1e9 == pytest.approx({40: 16.69, 32: 15.96}[text], rel=0.005)
+    assert own < 0.01 * shown.macs
+
+
+def test_published_token_counts():
+    with torch.device("meta"):
+        model = ViltForQuestionAnswering(ViltConfig())
+    pumer.apply(model, pumer.PuMer(0.1, 0.3, 0.2, (2, 5, 8), official=True))
+    lengths = pumer.report(model, text=40).lengths[1:]
+    assert lengths == ((40, 145),) * 2 + ((32, 87),) * 3 + ((26, 52),) * 3 + ((21, 31),) * 4
+
+
+def test_it_says_whether_the_reduction_is_active():
+    model = tiny.model()
+    assert "nothing reduces this model" in str(pumer.report(model))
+    pumer.apply(model, pumer.PuMer(layers=(0, 2)))
+    assert "not run yet" in str(pumer.report(model))
+    with torch.no_grad():
+        model(**full_text("ViltForQuestionAnswering"))
+    shown = pumer.report(model)
+    assert shown.active
+    assert shown.to_dict()["active"] is True
+    assert shown.ratio > 1
+    pumer.active(model).lengths[-1] = (99, 99)
+    assert pumer.report(model).active is False
+
+
+def test_a_model_of_two_images_and_bad_lengths():
+    with torch.device("meta"):
+        model = ViltForImagesAndTextClassification(ViltConfig(num_images=2, modality_type_vocab_size=3))
+    shown = pumer.report(model, text=40)
+    assert shown.base_macs / 1e9 == pytest.approx(33.37, rel=0.005)
+    with pytest.raises(ValueError, match="at least 1 token"):
+        pumer.report(model, text=0)
