@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -86,7 +87,7 @@ def _variants() -> dict[str, tuple[str, Reducer | None]]:
     return {
         "base": (BASE, pumer.Unreduced()),
         "PuMer": (REDUCED, None),
-        "PuMer, not fine-tuned": (BASE, pumered.reducer),
+        "PuMer, untrained": (BASE, pumered.reducer),
         "ToMe": (BASE, pumer.ToMe(r=merged, depth=len(merged))),
         "random": (BASE, pumer.Random(prune=1 - kept, layers=layers)),
         "uniform": (BASE, pumer.Uniform(prune=1 - kept, layers=layers)),
@@ -144,14 +145,14 @@ def _record(name: str, row: dict[str, Any], questions: int, batch_size: int, see
 
 
 def _table(rows: dict[str, dict[str, Any]], questions: int) -> Table:
-    table = Table(title=f"Shipped ViLT, {questions} questions about unseen pictures")
-    for name in ("", "accuracy % (95 % interval)", "examples/s", "memory MB", "GFLOPs", "image tokens per layer"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(title=f"Shipped ViLT, {questions} questions about unseen pictures", box=box.SIMPLE, padding=0)
+    for name in ("", "accuracy, interval", "ex/s", "MB", "GFLOPs", "image tokens by layer"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name, row in rows.items():
         metric, report = row["metric"], row["report"]
         table.add_row(
             name,
-            f"{metric['accuracy']:.1f} ({metric['accuracy_low']:.1f} - {metric['accuracy_high']:.1f})",
+            f"{metric['accuracy']:.1f} ({metric['accuracy_low']:.1f}-{metric['accuracy_high']:.1f})",
             f"{row['per_second']:.0f}",
             f"{row['memory'] / 2**20:.0f}",
             f"{2 * report.macs / 1e9:.2f}",
@@ -179,9 +180,8 @@ def photograph_table(repeats: int = 5) -> Table:
     }
     calls = {name: partial(_as, model, reducer, batch) for name, reducer in variants.items()}
     medians = {name: timing.median for name, timing in alternate(calls, runs=repeats, warmup=1).items()}
-    table = Table(
-        title=f"ViLT-B/32 (random weights) on {len(rows)} photographs of different shapes, captions of up to 40 tokens"
-    )
+    title = f"ViLT-B/32 (random weights), {len(rows)} photographs of different shapes, 40 text tokens"
+    table = Table(title=title, box=box.SIMPLE)
     for name in ("", "examples/s", "x stock", "memory MB"):
         table.add_column(name, justify="left" if not name else "right")
     for name, call in calls.items():

@@ -236,6 +236,8 @@ def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> 
     patch = pumer.active(net)
     if patch is not None and isinstance(patch.reducer, pumer.Unreduced):
         pumer.remove(net)
+    elif patch is not None:  # trained with whatever attention was fastest there; used with the fused one
+        pumer.apply(net, patch.reducer)
     save(net, path)
     tokenizer.save_pretrained(path)
     save_transform(transform, path)
