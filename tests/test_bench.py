@@ -5,7 +5,6 @@ import csv
 import pytest
 import torch
 
-import pumer
 from pumer.bench import records
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.run import bench
@@ -104,4 +103,6 @@ def test_where_it_pays(measured):
 def test_command(capsys):
     assert main(["bench", "--model", "vilt-tiny", "--batch", "2", "--text", "20", "--runs", "1"]) == 0
     assert "stock" in capsys.readouterr().out
-    assert pumer.presets.PRESETS
+    sizes = ["--batches", "[1]", "--image_sizes", "[64]", "--runs", "1"]
+    assert main(["bench", "where", "--model", "vilt-tiny", *sizes]) == 0
+    assert "64" in capsys.readouterr().out

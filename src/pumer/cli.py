@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("pumer.commands.evaluate:evaluate_", "score a model on a task, with any reducer"),
     "predict": ("pumer.commands.evaluate:predict_", "write the prediction file that a task's server takes"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "bench where": ("pumer.commands.bench:where_", "show at which batch and picture sizes reduction pays"),
     "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
     "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
     "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),

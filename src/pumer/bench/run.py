@@ -19,7 +19,7 @@ from pumer.bench import models, records
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.overhead import overhead_share
 from pumer.bench.results import Bench, Row
-from pumer.bench.timing import alternate
+from pumer.bench.timing import Timing, alternate
 from pumer.presets import PRESETS
 from pumer.reducers import Reducer, Unreduced, from_dict
 from pumer.report import last_forward_macs, report
@@ -63,7 +63,7 @@ def bench(
         threads: CPU threads; torch's own choice if not given.
         runs: timed forwards of each variant.
         warmup: forwards before those, at least one.
-        memory: measure peak activation memory.
+        memory: measure peak activation memory; not of compiled code on a CPU, where no operator can be watched.
         overhead: measure what choosing and reducing tokens costs, in forwards of their own.
         record: CSV file to append the rows to.
         progress: called after every round of forwards.
@@ -98,12 +98,15 @@ def bench(
             nets = variants(net, named)
             calls = {name: forward(torch.compile(twin) if compiled else twin, data) for name, twin in nets.items()}
             timings = alternate(calls, runs, max(warmup, 1), place, progress)
-            peaks = {name: peak_activations(call, place) for name, call in calls.items()} if memory else {}
+            # At once: what is run below to watch it may have other lengths.
+            macs = _macs(nets, data)
+            watched = calls if memory and not (compiled and place == "cpu") else {}
+            peaks = {name: peak_activations(call, place) for name, call in watched.items()}
             shares = {
                 name: overhead_share(nets[name], calls[name], place)
                 for name in (named if overhead and not compiled else ())
             }
-            rows = _rows(nets, data, timings, peaks, shares)
+            rows = _rows(batch, macs, timings, peaks, shares)
             result = Bench(settings, records.environment(place), rows, weight_bytes(net))
     if record is not None:
         records.append(record, result.records())
@@ -158,20 +161,19 @@ def using_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rows(
-    nets: dict[str, nn.Module],
-    data: dict[str, Tensor],
-    timings: dict[str, Any],
-    peaks: dict[str, int],
-    shares: dict[str, float],
-) -> tuple[Row, ...]:
-    batch, text = data["input_ids"].shape
+def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]:
+    """MACs per example of the forwards that were just timed."""
     patch = active(nets[FUSED])
     assert patch is not None
     assert patch.entry is not None
-    macs = {name: last_forward_macs(twin) for name, twin in nets.items() if name != STOCK}
     # Stock transformers cuts padded pictures to the longest of the batch too, but never the text.
-    macs[STOCK] = report(nets[STOCK], text, patch.entry[1]).macs
+    stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
+    return {STOCK: stock, **{name: last_forward_macs(twin) for name, twin in nets.items() if name != STOCK}}
+
+
+def _rows(
+    batch: int, macs: dict[str, int], timings: dict[str, Timing], peaks: dict[str, int], shares: dict[str, float]
+) -> tuple[Row, ...]:
     rows = []
     for name, timing in timings.items():
         x_fused, ratio = timings[FUSED].median / timing.median, macs[FUSED] / macs[name]

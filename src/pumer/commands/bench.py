@@ -1,10 +1,11 @@
-"""`pumer bench`."""
+"""`pumer bench` and `pumer bench where`."""
 
 from __future__ import annotations
 
 from rich.progress import Progress
 
 from pumer.bench.run import Device, Dtype, bench
+from pumer.bench.where import where
 from pumer.commands.common import ReducerSettings
 
 
@@ -54,3 +55,42 @@ def bench_(
             progress=lambda: progress.advance(bar),
         )
     print(result)
+
+
+def where_(
+    model: str = "vilt-b32",
+    reducer: ReducerSettings = "vilt-vqav2",
+    batches: list[int] | None = None,
+    image_sizes: list[int] | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: int | None = None,
+    runs: int = 5,
+    record: str | None = None,
+) -> None:
+    """Show where token reduction pays on this machine: batch size against picture size.
+
+    Args:
+        model: a model of random weights and true architecture, such as vilt-b32.
+        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`.
+        batches: numbers of examples at a time; 1, 4 and 16 if not given.
+        image_sizes: sides of the pictures in pixels; 192, 384 and 576 if not given.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights and activations.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed forwards of each.
+        record: CSV file to add the rows to.
+    """
+    print(
+        where(
+            model=model,
+            reducer=reducer or "none",
+            batches=batches or (1, 4, 16),
+            image_sizes=image_sizes or (192, 384, 576),
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            runs=runs,
+            record=record,
+        )
+    )
