@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pumer.reducers import PuMer, Reducer
+from pumer.reducers import PuMer, Reducer, from_dict
 
 SHIPPED = Path(__file__).parent / "assets"
 """Folder of what comes with the package: small trained models, sample photographs."""
@@ -22,6 +23,15 @@ def preset(name: str) -> Reducer:
     if name not in PRESETS:
         raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def read_reducer(settings: str | dict[str, Any] | Reducer) -> Reducer:
+    """A reducer from a preset's or a reducer's name, or from `{"reducer": name, setting: value, ...}`."""
+    if isinstance(settings, Reducer):
+        return settings
+    if isinstance(settings, dict):
+        return from_dict(settings)
+    return PRESETS[settings] if settings in PRESETS else from_dict({"reducer": settings})
 
 
 def model_folder(model: str | Path) -> Path:

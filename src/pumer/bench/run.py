@@ -20,8 +20,8 @@ from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.overhead import overhead_share
 from pumer.bench.results import Bench, Row
 from pumer.bench.timing import Timing, alternate
-from pumer.presets import PRESETS
-from pumer.reducers import Reducer, Unreduced, from_dict
+from pumer.presets import read_reducer
+from pumer.reducers import Reducer, Unreduced
 from pumer.report import last_forward_macs, report
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -118,9 +118,9 @@ def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
     named: dict[str, Reducer] = {}
     for spec in specs:
         if isinstance(spec, str):
-            name, reducer = spec, PRESETS[spec] if spec in PRESETS else from_dict({"reducer": spec})
+            name, reducer = spec, read_reducer(spec)
         else:
-            reducer = spec if isinstance(spec, Reducer) else from_dict(spec)
+            reducer = read_reducer(spec)
             given = spec.settings() if isinstance(spec, Reducer) else {k: v for k, v in spec.items() if k != "reducer"}
             name = f"{reducer.name}({', '.join(f'{key}={value}' for key, value in given.items())})"
         if name in (STOCK, FUSED, *named):

@@ -11,21 +11,11 @@ import pumer
 from pumer.data.text import TextTransform
 from pumer.data.transforms import load_transform
 from pumer.hub import load
-from pumer.presets import PRESETS, model_folder
-from pumer.reducers import Reducer, from_dict
+from pumer.presets import model_folder, read_reducer
 from pumer.tasks import build
 from pumer.tasks.base import Collator
 
 ReducerSettings = str | dict[str, Any] | None
-
-
-def read_reducer(settings: ReducerSettings) -> Reducer:
-    """A reducer from a preset's or a reducer's name, or from `{"reducer": name, setting: value, ...}`."""
-    if isinstance(settings, dict):
-        return from_dict(settings)
-    if settings in PRESETS:
-        return PRESETS[settings]
-    return from_dict({"reducer": settings})
 
 
 def open_model(model: str, reducer: ReducerSettings) -> PreTrainedModel:

@@ -74,13 +74,10 @@ def demo(
 
 def _variants() -> dict[str, tuple[str, Reducer | None]]:
     """Name -> (shipped model, reducer; None for the model's own). Rivals act on the base model, at PuMer's lengths."""
-    pumered = pumer.active(open_model(REDUCED, None))
+    model = open_model(REDUCED, None)
+    pumered = pumer.active(model)
     assert pumered is not None
-    text, image = 14, 145
-    lengths = [image]
-    for layer in range(6):
-        text, image = pumered.reducer.lengths(text, image, layer)
-        lengths.append(image)
+    lengths = [image for _, image in pumer.report(model).lengths]
     merged = [before - after for before, after in pairwise(lengths)]
     layers = tuple(layer for layer, count in enumerate(merged) if count)
     kept = ((lengths[-1] - 1) / (lengths[0] - 1)) ** (1 / len(layers))

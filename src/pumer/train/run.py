@@ -18,7 +18,6 @@ from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.hub import load, save
 from pumer.models.vilt.start import start_local
-from pumer.reducers import Reducer, from_dict
 from pumer.tasks import Task, build
 from pumer.tasks.base import Collator, Example
 from pumer.train.grounding import Grounded
@@ -120,7 +119,7 @@ def train(
     set_seed(seed)
     net, tokenizer, the_task = _prepare(model, task)
     transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
-    settings = _reducer(reducer)
+    settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
     pumer.apply(net, settings, attention=attention)
     teacher = None
     if distill and distill.teacher:
@@ -224,12 +223,6 @@ def _label_names(task: Task) -> dict[str, Any]:
         "id2label": dict(enumerate(task.labels)),
         "label2id": {label: number for number, label in enumerate(task.labels)},
     }
-
-
-def _reducer(settings: str | dict[str, Any] | None) -> Reducer:
-    if settings is None:
-        return pumer.Unreduced()
-    return presets.preset(settings) if isinstance(settings, str) else from_dict(settings)
 
 
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> None:
