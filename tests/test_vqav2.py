@@ -19,7 +19,7 @@ from pumer.tasks.base import bootstrap_interval
 from pumer.tasks.vqa_answers import build_vocabulary, leave_one_out, normalize, soft_targets, vocabulary_of, vqa_score
 from pumer.tasks.vqav2 import read_vocabulary
 
-FIXTURE = Path(__file__).parent / "data" / "vqav2"
+FIXTURE = Path(__file__).parent / "data" / "fixtures" / "vqav2"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 LABELS = ("2", "red", "no", "tree", "brown", "4", "squares")
@@ -183,7 +183,7 @@ def test_zero_target_is_kept_and_no_labels_give_no_target():
 
 def test_images_lie_directly_in_a_folder(root, tmp_path):
     folder = (root / "val2014").rename(tmp_path / "pictures")
-    examples = VQAv2(root, image_root=folder).examples("val2014")
+    examples = VQAv2(root, images=folder).examples("val2014")
     assert examples[0].images[0].parent == folder
     for path in folder.iterdir():
         path.rename(root / path.name)
@@ -209,7 +209,18 @@ def test_test_split_has_no_annotations(root, tmp_path):
         (ANNOTATIONS, "annotations", lambda r: r[:5], r"3 of 8 questions \(2002, 3000, 3001\) have no annotation"),
         (ANNOTATIONS, "annotations", lambda r: [*r, r[0]], r"1 of 8 question ids \(1000\) repeat"),
         (QUESTIONS, "questions", lambda r: r + r[:2], r"2 of 8 question ids \(1000, 1001\) repeat"),
-        (QUESTIONS, "questions", lambda r: r[0].update(image_id=9), r"1 of 4 images \(9\) are neither in .*val2014"),
+        (
+            QUESTIONS,
+            "questions",
+            lambda r: r[0].update(image_id=9),
+            r"1 of 4 images \(COCO_val2014_0{11}9\) are not in .*val2014",
+        ),
+        (
+            QUESTIONS,
+            "questions",
+            lambda r: r[0].update(image_id="9"),
+            r"1 of 8 questions \(1000\) have an image_id that",
+        ),
         (QUESTIONS, "questions", lambda r: r[0].pop("question"), "is no VQAv2 questions file .*'question'"),
         (ANNOTATIONS, "annotations", lambda r: r[0]["answers"].pop(), r"1 of 8 questions \(1000\) do not have 10"),
     ],
@@ -227,7 +238,7 @@ def test_bad_files(root, file, key, change, message):
 def test_missing_images_are_counted(root):
     for path in (root / "val2014").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"3 of 3 images \(1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"3 of 3 images \(COCO_val2014_0{11}1, .*set images to where they are"):
         VQAv2(root).examples("val2014")
 
 

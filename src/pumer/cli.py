@@ -14,14 +14,19 @@ COMMANDS = {
     "train": ("pumer.train.run:train", "fine-tune a model with its reducer on, with or without a teacher"),
     "eval": ("pumer.commands.evaluate:evaluate_", "score a model on a task, with any reducer"),
     "predict": ("pumer.commands.evaluate:predict_", "write the prediction file that a task's server takes"),
+    "score": ("pumer.commands.score:score_", "score every image of a retrieval task with every caption; resumable"),
+    "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
     "bench where": ("pumer.commands.bench:where_", "show at which batch and picture sizes reduction pays"),
+    "bench pairs": ("pumer.commands.score:bench_pairs", "time scoring of a pool against the plain loop over its pairs"),
     "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
     "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
+    "data check": ("pumer.commands.data:check", "say what of a task's official files is there and what is missing"),
     "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes and tasks"),
 }
+POSITIONAL = {"convert", "data check"}  # their required arguments go by place, not by name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +52,7 @@ def _run(name: str, words: list[str]) -> int:
     function = _function(COMMANDS[name][0])
     parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    parser.add_function_arguments(function, as_positional=False)
+    parser.add_function_arguments(function, as_positional=name in POSITIONAL)
     settings = parser.instantiate(parser.parse_args([_recipe(word) for word in words]))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     try:

@@ -1,4 +1,4 @@
-"""Make data: pictures with questions, and tokenizers."""
+"""Check data, and make it: pictures with questions, and tokenizers."""
 
 from __future__ import annotations
 
@@ -6,29 +6,91 @@ from pathlib import Path
 from typing import Literal
 
 
+def check(task: str, root: str, images: str | None = None, decode: bool = False, missing: str | None = None) -> None:
+    """Count what is there of a task's official files and images, against what was published.
+
+    Fails if a file is broken or no split is complete.
+
+    Args:
+        task: vqav2, nlvr2, snli-ve or retrieval.
+        root: folder of the official files.
+        images: folder, LMDB file or Parquet files of the images; below `root` if not given.
+        decode: open every image, which takes minutes, and name those that cannot be decoded.
+        missing: file to write with the names of all images that are missing or cannot be decoded, one a line.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from pumer.tasks.base import first, replacing
+    from pumer.tasks.check import check_files
+
+    console = Console()
+    checks = check_files(task, root, images, decode, progress=True)
+    table = Table(title=f"{task} in {root}")
+    for column in ("split", "found", "published", "images missing", *(["undecodable"] if decode else [])):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in checks:
+        names = split.counts or split.published
+        counts = [f"{split.counts[name]:,} {name}" if split.counts else f"no {name}" for name in names]
+        published = [f"{split.published[name]:,}" if name in split.published else "?" for name in names]
+        images_wrong = [f"{len(keys):,}" if split.counts else "-" for keys in (split.missing, split.broken)]
+        cells = ["\n".join(counts), "\n".join(published), *images_wrong]
+        table.add_row(split.name, *cells[: len(table.columns) - 1])
+    console.print(table)
+    for split in checks:
+        notes = [split.problem] if split.problem else []
+        if split.missing:
+            notes.append(f"{first(split.missing, split.counts['images'], 'images')} are not in {split.store}")
+        for note in notes + list(split.broken.values())[:5]:
+            console.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+    if missing:
+        with replacing(missing) as file:
+            file.writelines(f"{key}\n" for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken)))
+    wrong = [split.name for split in checks if split.problem and not split.absent]
+    if wrong:
+        raise ValueError(f"the files of {', '.join(wrong)} cannot be read; the reasons stand above.")
+    if not any(split.complete for split in checks):
+        raise ValueError(f"no split of {task} in {root} is complete; what is missing stands above.")
+
+
 def scenes(
     out: str,
-    task: Literal["vqav2"] = "vqav2",
+    task: Literal["vqav2", "nlvr2", "snli-ve", "retrieval"] = "vqav2",
     split: str = "val2014",
     pictures: int = 1000,
     per_picture: int = 4,
+    splits: dict[str, int] | None = None,
+    dataset: Literal["flickr30k", "coco"] = "flickr30k",
     seed: int = 2,
     image_size: int = 96,
 ) -> None:
-    """Write generated pictures and questions in a task's official files.
+    """Write generated pictures with questions, sentences or captions in a task's official files.
 
     Args:
         out: folder to write; must not exist or be empty.
         task: whose files.
-        split: name of the split in the files' names.
-        pictures: number of pictures.
-        per_picture: questions about each.
+        split: vqav2: name of the split in the files' names.
+        pictures: number of pictures; but for vqav2 of the first split, the others having a tenth of it.
+        per_picture: vqav2: questions about each.
+        splits: but for vqav2: number of pictures of each split, instead of all official ones.
+        dataset: retrieval: whose files.
         seed: the shipped models were trained with 1; any other gives unseen pictures.
         image_size: side in pixels.
     """
+    from pumer.data import scene_set_files
     from pumer.data.scene_files import write_vqav2
 
-    write_vqav2(out, seed=seed, pictures=pictures, per_picture=per_picture, split=split, image_size=image_size)
+    if task == "vqav2":
+        write_vqav2(out, seed=seed, pictures=pictures, per_picture=per_picture, split=split, image_size=image_size)
+        return
+    names = scene_set_files.SPLITS[dataset if task == "retrieval" else task]
+    counts = splits or {name: pictures if name == names[0] else max(1, pictures // 10) for name in names}
+    if task == "nlvr2":
+        scene_set_files.write_nlvr2(out, seed, counts, image_size)
+    elif task == "snli-ve":
+        scene_set_files.write_snli_ve(out, seed, counts, image_size)
+    else:
+        scene_set_files.write_karpathy(out, seed, counts, dataset, image_size)
 
 
 def tokenizer(out: str, questions: int = 20000, sentences: list[str] | None = None, vocab_size: int = 800) -> None:

@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from .scene_questions import SceneQuestion, ask
 from .scenes import draw
@@ -29,30 +32,52 @@ def write_vqav2(
     """Write pictures 0 .. `pictures` - 1 of `seed` under the new folder `out` as VQAv2's official files; returns it.
 
     `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the images
-    `{split}/COCO_{split}_%012d.png`. PNG instead of COCO's JPEG keeps the pictures as drawn; readers must take either.
+    `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG.
     Picture number i is image i, its question j is i * 1000 + j, and all ten annotators agree. `out` appears only when
     everything is written. `progress` shows a bar if stderr is a terminal.
     Raises ValueError when `out` exists and is not empty, or for more than 1000 questions a picture.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose a new folder or delete it first.")
     if pictures < 1 or not 1 <= per_picture <= 1000:
         raise ValueError(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
             "picture (VQAv2's question ids leave room for no more)."
         )
+    with new_folder(out) as folder:
+        _write(folder, seed, pictures, per_picture, split, image_size, progress)
+    return Path(out)
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write that becomes `out` once everything in it is written.
+
+    Raises ValueError when `out` exists and is not empty.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose a new folder or delete it first.")
     unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
-        _write(unfinished, seed, pictures, per_picture, split, image_size, progress)
+        yield unfinished
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
     except BaseException:  # also when interrupted: nobody else would clear it away
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return out
+
+
+def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:
+    """The numbers some at a time; `progress` shows a bar if stderr is a terminal."""
+    parts = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
+    return track(parts, what, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()))
+
+
+def save(image: Tensor, path: Path) -> None:
+    """Write a picture, uint8 [3, S, S], as PNG: unlike JPEG it keeps it as drawn; readers must take either."""
+    # The noise hardly compresses, so that higher levels cost time and save nothing.
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
 
 
 def _write(
@@ -60,13 +85,10 @@ def _write(
 ) -> None:
     questions, annotations = [], []
     (folder / split).mkdir()
-    batches = [range(start, min(start + _BATCH, pictures)) for start in range(0, pictures, _BATCH)]
-    console = Console(stderr=True)
-    for index in track(batches, split, console=console, disable=not (progress and sys.stderr.isatty())):
+    for index in batches(range(pictures), split, progress):
         scenes = draw(seed, index, image_size=image_size)
-        for image_id, image in zip(index, scenes.images.permute(0, 2, 3, 1).numpy(), strict=True):
-            # The noise hardly compresses, so that higher levels cost time and save nothing.
-            Image.fromarray(image).save(folder / split / f"COCO_{split}_{image_id:012d}.png", compress_level=1)
+        for image_id, image in zip(index, scenes.images, strict=True):
+            save(image, folder / split / f"COCO_{split}_{image_id:012d}.png")
         for place, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):
             image_id = index[question.picture]
             ids = {"image_id": image_id, "question_id": image_id * 1000 + place % per_picture}

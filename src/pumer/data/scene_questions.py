@@ -8,11 +8,11 @@ from the wording or from how often things occur, the answer is drawn first and a
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .scene_views import APART, MIDDLE, Description, View, dice_of, many, one, pick, views, weighted, words
 from .scenes import COLOURS, SHAPES, SIZES, Scenes, patch_pixels
 
 KINDS = {"existence": 0.18, "colour": 0.18, "shape": 0.16, "size": 0.12, "count": 0.12, "position": 0.12,
@@ -37,10 +37,7 @@ _WORDINGS = {
 }
 # How much rarer than zero a count is among the pictures' possible count questions, roughly.
 _COUNT_WEIGHTS = (0.75, 0.75, 0.85, 1.3, 2.6, 6.0, 14.0)
-_MIDDLE = 0.08  # share of the side around the middle in which halves are not asked for
-_APART = 0.10  # share of the side by which two objects must differ for a relation
 _TRIES = 4  # at a question that the picture has not had yet
-_PLURALS = {**{shape: shape + "s" for shape in SHAPES}, "cross": "crosses"}
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,11 @@ def ask(
     numbers = torch.as_tensor(index).tolist()
     if len(numbers) != len(scenes.images):
         raise ValueError(f"{len(numbers)} indices for {len(scenes.images)} pictures; pass the index given to draw.")
-    columns = (scenes.colour, scenes.shape, scenes.size, scenes.x, scenes.y, scenes.present)
-    table = torch.stack([column.long() for column in columns], -1).tolist()
-    side = scenes.images.shape[-1]
     questions = []
-    for picture, (number, objects) in enumerate(zip(numbers, table, strict=True)):
-        view = _View(objects, side)
+    for picture, (number, view) in enumerate(zip(numbers, views(scenes), strict=True)):
         had: set[str] = set()
         for j in range(per_picture):
-            dice = random.Random(((seed & (2**64 - 1)) << 80) | (number << 16) | j)
+            dice = dice_of(seed, number, j)
             for _ in range(_TRIES):
                 kind, question, answer, referents = _ask(view, dice, kinds)
                 if question not in had:
@@ -113,155 +106,82 @@ def referent_targets(scenes: Scenes, questions: Sequence[SceneQuestion], patch_s
     return covered_QN | (fullest_BNK[picture_Q] & about_QK[:, None]).any(-1)
 
 
-# One picture, looked at by what can be said of its objects
-
-# A description is (size, colour, shape) with -1 for what is left unsaid.
-_Description = tuple[int, int, int]
-
-
-def _words(description: _Description, noun: str = "object") -> str:
-    size, colour, shape = description
-    words = [SIZES[size]] if size >= 0 else []
-    words += [COLOURS[colour]] if colour >= 0 else []
-    return " ".join([*words, SHAPES[shape] if shape >= 0 else noun])
-
-
-def _many(description: _Description) -> str:
-    *before, noun = _words(description).split()
-    return " ".join([*before, _PLURALS.get(noun, noun + "s")])
-
-
-def _a(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-class _View:
-    """The objects of one picture and which of them each description fits."""
-
-    def __init__(self, objects: list[list[int]], side: int):
-        self.side = side
-        self.x = [o[3] for o in objects]
-        self.y = [o[4] for o in objects]
-        self.traits = [tuple(o[:3]) for o in objects]  # colour, shape, size
-        self.present = [k for k, o in enumerate(objects) if o[5]]
-        self.fits: dict[_Description, list[int]] = {}
-        for k in self.present:
-            colour, shape, size = self.traits[k]
-            for description in (
-                (-1, colour, -1), (-1, -1, shape), (-1, colour, shape), (size, colour, -1), (size, -1, shape)
-            ):  # fmt: skip
-                self.fits.setdefault(description, []).append(k)
-        self._names: dict[int, list[_Description]] = {}
-
-    def unique(self, k: int, *levels: Sequence[str]) -> list[_Description]:
-        """Descriptions of object `k` alone, all from the first of `levels` that has any."""
-        colour, shape, size = self.traits[k]
-        for level in levels:
-            found = [
-                d
-                for said in level
-                if len(self.fits[d := (size if "z" in said else -1, colour if "c" in said else -1,
-                                       shape if "s" in said else -1)]) == 1
-            ]  # fmt: skip
-            if found:
-                return found
-        return []
-
-    def names(self, k: int) -> list[_Description]:
-        """The shortest unambiguous descriptions of object `k`; none if it has no unambiguous one."""
-        if k not in self._names:
-            self._names[k] = self.unique(k, ("s",), ("c", "cs", "zs"))
-        return self._names[k]
-
+# One question
 
 _Asked = tuple[str, str, Sequence[int]]  # the question, its answer and the referents
 
 
-def _pick(dice: random.Random, options: Sequence[Any]) -> Any:
-    """`dice.choice`, but only `random()` is promised to stay the same in future versions of Python."""
-    return options[int(dice.random() * len(options))]
-
-
-def _weighted(dice: random.Random, weights: Sequence[float]) -> int:
-    point = dice.random() * sum(weights)
-    for place, weight in enumerate(weights):
-        point -= weight
-        if point < 0:
-            return place
-    return max(place for place, weight in enumerate(weights) if weight)
-
-
-def _ask(view: _View, dice: random.Random, weights: Mapping[str, float]) -> tuple[str, str, str, Sequence[int]]:
+def _ask(view: View, dice: random.Random, weights: Mapping[str, float]) -> tuple[str, str, str, Sequence[int]]:
     """One question: of a kind drawn by weight, or of another where the picture allows none of that kind."""
     kinds = dict(weights)
     while kinds:
-        kind = list(kinds)[_weighted(dice, list(kinds.values()))]
+        kind = list(kinds)[weighted(dice, list(kinds.values()))]
         asked = _ASKERS[kind](view, dice)
         if asked:
-            words, answer, referents = asked
-            return kind, words, answer, referents
+            question, answer, referents = asked
+            return kind, question, answer, referents
         del kinds[kind]
     return "existence", *_existence(view, dice)  # always possible
 
 
 def _word(dice: random.Random, template: str, **parts: str) -> str:
-    return _pick(dice, _WORDINGS[template]).format(**parts)
+    return pick(dice, _WORDINGS[template]).format(**parts)
 
 
-def _existence(view: _View, dice: random.Random) -> _Asked:
-    colour, shape, _ = view.traits[_pick(dice, view.present)]
+def _existence(view: View, dice: random.Random) -> _Asked:
+    colour, shape, _ = view.traits[pick(dice, view.present)]
     absent_colours = [c for c in range(len(COLOURS)) if (-1, c, -1) not in view.fits]
     absent_shapes = [s for s in range(len(SHAPES)) if (-1, -1, s) not in view.fits]
     # A form is used only where the picture allows both answers, so that no form gives its answer away.
-    form = _pick(dice, ("cs", "cs", "cs", "c" if absent_colours else "cs", "s" if absent_shapes else "cs"))
+    form = pick(dice, ("cs", "cs", "cs", "c" if absent_colours else "cs", "s" if absent_shapes else "cs"))
     yes = dice.random() < 0.5
     if form == "c":
-        description = (-1, colour if yes else _pick(dice, absent_colours), -1)
+        description = (-1, colour if yes else pick(dice, absent_colours), -1)
     elif form == "s":
-        description = (-1, -1, shape if yes else _pick(dice, absent_shapes))
+        description = (-1, -1, shape if yes else pick(dice, absent_shapes))
     elif yes:
         description = (-1, colour, shape)
     else:  # near misses: this colour in a shape it does not come in, or the other way round
         misses = [(-1, colour, s) for s in range(len(SHAPES)) if (-1, colour, s) not in view.fits]
         others = [(-1, c, shape) for c in range(len(COLOURS)) if (-1, c, shape) not in view.fits]
         # One of the two always exists: taking both away needs twelve objects.
-        description = _pick(dice, misses if misses and dice.random() < 0.5 else others or misses)
-    words = _word(dice, "existence", a=_a(_words(description)))
-    return words, "yes" if yes else "no", view.fits.get(description, ())
+        description = pick(dice, misses if misses and dice.random() < 0.5 else others or misses)
+    question = _word(dice, "existence", a=one(description))
+    return question, "yes" if yes else "no", view.fits.get(description, ())
 
 
 def _trait(
-    view: _View, dice: random.Random, kind: str, column: int, values: Sequence[str], *levels: Sequence[str]
+    view: View, dice: random.Random, kind: str, column: int, values: Sequence[str], *levels: Sequence[str]
 ) -> _Asked | None:
     """Ask for a trait of an object that the levels' descriptions single out, all values being as likely."""
-    named: dict[int, list[tuple[int, list[_Description]]]] = {}
+    named: dict[int, list[tuple[int, list[Description]]]] = {}
     for k in view.present:
         names = view.unique(k, *levels)
         if names:
             named.setdefault(view.traits[k][column], []).append((k, names))
     if not named:
         return None
-    k, names = _pick(dice, named[_pick(dice, sorted(named))])
-    words = _word(dice, kind, the="the " + _words(_pick(dice, names)))
-    return words, values[view.traits[k][column]], (k,)
+    k, names = pick(dice, named[pick(dice, sorted(named))])
+    question = _word(dice, kind, the="the " + words(pick(dice, names)))
+    return question, values[view.traits[k][column]], (k,)
 
 
-def _colour(view: _View, dice: random.Random) -> _Asked | None:
+def _colour(view: View, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "colour", 0, COLOURS, ("s",), ("zs",))
 
 
-def _shape(view: _View, dice: random.Random) -> _Asked | None:
+def _shape(view: View, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "shape", 1, SHAPES, ("c",), ("zc",))
 
 
-def _size(view: _View, dice: random.Random) -> _Asked | None:
+def _size(view: View, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "size", 2, SIZES, ("s",), ("c", "cs"))
 
 
-def _count(view: _View, dice: random.Random) -> _Asked:
+def _count(view: View, dice: random.Random) -> _Asked:
     colours = [c for c in range(len(COLOURS)) if (-1, c, -1) in view.fits]
     shapes = [s for s in range(len(SHAPES)) if (-1, -1, s) in view.fits]
-    by_count: list[dict[str, list[_Description]]] = [{} for _ in range(MAX_COUNT + 1)]
+    by_count: list[dict[str, list[Description]]] = [{} for _ in range(MAX_COUNT + 1)]
     forms = {
         "c": [(-1, c, -1) for c in range(len(COLOURS))],
         "s": [(-1, -1, s) for s in range(len(SHAPES))],
@@ -273,37 +193,37 @@ def _count(view: _View, dice: random.Random) -> _Asked:
             if count <= MAX_COUNT:
                 by_count[count].setdefault(form, []).append(description)
     weights = [weight if found else 0.0 for weight, found in zip(_COUNT_WEIGHTS, by_count, strict=True)]
-    count = _weighted(dice, weights)
-    description = _pick(dice, by_count[count][_pick(dice, list(by_count[count]))])
-    return _word(dice, "count", many=_many(description)), str(count), view.fits.get(description, ())
+    count = weighted(dice, weights)
+    description = pick(dice, by_count[count][pick(dice, list(by_count[count]))])
+    return _word(dice, "count", many=many(description)), str(count), view.fits.get(description, ())
 
 
-def _position(view: _View, dice: random.Random) -> _Asked | None:
+def _position(view: View, dice: random.Random) -> _Asked | None:
     middle = (view.side - 1) / 2
     options = [
         (axis, k, before if at < middle else after)
         for axis, places, before, after in (("x", view.x, "left", "right"), ("y", view.y, "top", "bottom"))
         for k in view.present
-        if abs((at := places[k]) - middle) > _MIDDLE * view.side and view.names(k)
+        if abs((at := places[k]) - middle) > MIDDLE * view.side and view.names(k)
     ]
     if not options:
         return None
-    axis, k, answer = _pick(dice, options)
-    return _word(dice, axis, the="the " + _words(_pick(dice, view.names(k)))), answer, (k,)
+    axis, k, answer = pick(dice, options)
+    return _word(dice, axis, the="the " + words(pick(dice, view.names(k)))), answer, (k,)
 
 
-def _relation(view: _View, dice: random.Random) -> _Asked | None:
+def _relation(view: View, dice: random.Random) -> _Asked | None:
     named = [k for k in view.present if view.names(k)]
-    template = _pick(dice, ("left", "right", "above", "below"))
+    template = pick(dice, ("left", "right", "above", "below"))
     places, sign = (view.x if template in ("left", "right") else view.y), (1 if template in ("left", "above") else -1)
-    pairs = [(a, b) for a in named for b in named if sign * (places[b] - places[a]) >= _APART * view.side]
+    pairs = [(a, b) for a in named for b in named if sign * (places[b] - places[a]) >= APART * view.side]
     if not pairs:
         return None
-    a, b = _pick(dice, pairs)  # the template is true of a and b, so that the coin decides the answer
+    a, b = pick(dice, pairs)  # the template is true of a and b, so that the coin decides the answer
     yes = dice.random() < 0.5
     if not yes:
         a, b = b, a
-    the, other = ("the " + _words(_pick(dice, view.names(k))) for k in (a, b))
+    the, other = ("the " + words(pick(dice, view.names(k))) for k in (a, b))
     return _word(dice, template, the=the, other=other), "yes" if yes else "no", (a, b)
 
 

@@ -1,16 +1,39 @@
 """Benchmarks by name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pumer.tasks.base import Collator, Example, Task
 from pumer.tasks.nlvr import NLVR
+from pumer.tasks.nlvr2 import NLVR2
+from pumer.tasks.retrieval import Retrieval
+from pumer.tasks.scene_tasks import ScenesNLVR2, ScenesRetrieval, ScenesVE
 from pumer.tasks.scenes import Scenes
+from pumer.tasks.snli_ve import SNLIVE
 from pumer.tasks.vqav2 import VQAv2
 
-__all__ = ["NLVR", "Collator", "Example", "Scenes", "Task", "VQAv2", "build", "get", "list_tasks"]
+__all__ = [
+    "NLVR",
+    "NLVR2",
+    "SNLIVE",
+    "Collator",
+    "Example",
+    "Retrieval",
+    "Scenes",
+    "ScenesNLVR2",
+    "ScenesRetrieval",
+    "ScenesVE",
+    "Task",
+    "VQAv2",
+    "build",
+    "get",
+    "list_tasks",
+]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (NLVR, Scenes, VQAv2)}
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (NLVR, NLVR2, SNLIVE, Retrieval, Scenes, ScenesNLVR2, ScenesRetrieval, ScenesVE, VQAv2)
+}
 
 
 def get(name: str) -> type[Task]:
@@ -33,7 +56,7 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     """
     rest = dict(settings)
     kind = get(str(rest.pop("name", None)))
-    known = list(getattr(kind, "__dataclass_fields__", {}))
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every task is a dataclass
     unknown = sorted(set(rest) - set(known))
     if unknown:
         raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")

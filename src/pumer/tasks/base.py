@@ -22,18 +22,20 @@ from pumer.data.text import TextTransform
 class Example:
     """One thing to predict.
 
-    `images` are decoded only when collated. `target` is None where no label is known, else a class number
-    (loss kind "class") or a dict of the scores of some classes, 0 for the others ("soft"). Examples of one
-    `cluster`, usually a picture, are not independent: the bootstrap draws them together. `meta` is what the
-    task's metric needs besides.
+    `images` are read and decoded only when collated. `target` is None where no label is known, else a class
+    number (loss kind "class"), a dict of the scores of some classes, 0 for the others ("soft"), or the number of
+    the right one of `text` and `negatives` ("rank"). Examples of one `cluster`, usually a picture, are not
+    independent: the bootstrap draws them together. `meta` is what the task's metric needs besides. `negatives`
+    are texts that the images are not about.
     """
 
     id: int | str
     text: str
-    images: tuple[ImageSource, ...]
+    images: Sequence[ImageSource]
     target: Any
     cluster: int | str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    negatives: tuple[str, ...] = ()
 
 
 class Task(ABC):
@@ -45,8 +47,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    loss_kind: ClassVar[Literal["soft", "class"]]
-    """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy."""
+    loss_kind: ClassVar[Literal["soft", "class", "rank"]]
+    """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy. "rank": cross-entropy
+    over the scores of an example's texts."""
     image_count: ClassVar[int] = 1
     """How many images an example has."""
 
@@ -99,8 +102,8 @@ class Task(ABC):
         return [self.labels[index] for index in logits.argmax(-1).tolist()]
 
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:
-        """Targets of a batch as the loss takes them: float32 [B, labels] ("soft") or int64 [B] ("class")."""
-        if self.loss_kind == "class":
+        """Targets of a batch as the loss takes them: float32 [B, labels] ("soft") or int64 [B] (the others)."""
+        if self.loss_kind != "soft":
             return torch.tensor(targets, dtype=torch.int64)
         scores = torch.zeros(len(targets), len(self.labels))
         for row, target in zip(scores, targets, strict=True):
@@ -115,7 +118,9 @@ class Collator:
 
     Gives the text's `input_ids` and company [B, T], `pixel_values` [B, 3, H, W], `pixel_mask` [B, H, W] and,
     where every example has a target, `labels`; also `patch_labels` where examples carry them. For tasks with
-    several images B is followed by an axis of that size.
+    several images B is followed by an axis of that size. Examples with negatives, of which each has as many,
+    give K texts each, the right one first: [B * K, T], next to images that are not repeated, and K as the int
+    `texts_per_image`.
     Raises BrokenImageError (a ValueError) for unreadable images and ValueError for empty texts.
     """
 
@@ -123,8 +128,13 @@ class Collator:
     text: TextTransform
     image: ImageTransform
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        batch = self.text([example.text for example in examples], [example.id for example in examples])
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        texts = [text for example in examples for text in (example.text, *example.negatives)]
+        each = len(texts) // len(examples)
+        assert all(len(example.negatives) == each - 1 for example in examples)
+        batch: dict[str, Any] = self.text(texts, [example.id for example in examples for _ in range(each)])
+        if each > 1:
+            batch["texts_per_image"] = each
         images = [
             self.image(open_image(image, name=f"the image of example {example.id}"))
             for example in examples
@@ -157,6 +167,13 @@ def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> li
             f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the right split?"
         )
     return ids
+
+
+def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
+    """Raise ValueError unless every prediction is one of the labels."""
+    wrong = [name for name, label in predictions.items() if label not in labels]
+    if wrong:
+        raise ValueError(f"{first(wrong, len(predictions), 'predictions')} are none of {', '.join(labels)}.")
 
 
 def first(ids: Sequence[Any], total: int, what: str) -> str:

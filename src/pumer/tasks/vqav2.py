@@ -6,30 +6,48 @@ Goyal et al., "Making the V in VQA Matter", CVPR 2017. Files and images: visualq
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pumer.tasks.base import Example, Task, first
+from pumer.data.images import ImageSource
+from pumer.tasks.base import Example, first
+from pumer.tasks.files import FileTask, MissingFileError, wanted
 from pumer.tasks.vqa_answers import ANNOTATORS, build_vocabulary, soft_targets, vqa_score, write_answers
 
 _QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 _ANNOTATIONS = "v2_mscoco_{}_annotations.json"
 
 
+class _Annotation(NamedTuple):
+    question_type: str | None
+    answer_type: str | None
+    answers: tuple[str, ...] | None
+
+
+class _Row(NamedTuple):
+    id: int
+    question: str
+    image_id: int
+    key: str
+    annotation: _Annotation | None
+
+
 @dataclass(frozen=True)
-class VQAv2(Task):
+class VQAv2(FileTask):
     """VQAv2 in its official files.
 
+    `root` is the folder of `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json`.
+    Images: `train2014/`, `val2014/`, `test2015/`, or all in one folder; keys such as
+    `COCO_val2014_000000000012`.
+
     Args:
-        root: the folder of `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json`.
         labels: the answers that the model's head chooses from: `vocabulary_of(model.config.id2label)` for a
             trained model, `read_vocabulary(root)` for a new one. Not needed for a model that writes its answers.
-        image_root: the folder of `train2014/`, `val2014/`, `test2015/` or of the images themselves; default `root`.
 
     Splits: train2014, val2014, test2015, test-dev2015, or whatever the files are named for. Those beginning
     with "test" may lack annotations: they can be predicted and not scored. Targets give each answer the
@@ -40,26 +58,60 @@ class VQAv2(Task):
 
     name = "vqav2"
     loss_kind = "soft"
-    root: str | Path
     labels: tuple[str, ...] = ()
-    image_root: str | Path | None = None
+    published: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "train2014": {"questions": 443_757, "images": 82_783},
+        "val2014": {"questions": 214_354, "images": 40_504},
+        "test2015": {"questions": 447_793, "images": 81_434},
+        "test-dev2015": {"questions": 107_394},
+    }
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < len(self.labels):
             repeated = [label for label, count in Counter(self.labels).items() if count > 1]
             raise ValueError(f"{first(repeated, len(self.labels), 'labels')} repeat; give every answer once.")
 
-    def examples(self, split: str) -> Sequence[Example]:
+    def count(self, rows: Sequence[_Row]) -> dict[str, int]:
+        return {"questions": len(rows), "images": len(wanted(self, rows))}
+
+    def read(self, split: str) -> Sequence[_Row]:
         root = Path(self.root)
         path = root / _QUESTIONS.format(split)
         if not path.is_file():
             there = sorted(file.name for file in root.glob(_QUESTIONS.format("*")))
-            raise ValueError(f"{path} does not exist; {root} has {', '.join(there) or 'no questions file'}.")
+            raise MissingFileError(f"{path} does not exist; {root} has {', '.join(there) or 'no questions file'}.")
         questions = _by_question(path, "questions", ("question_id", "image_id", "question"))
+        odd = [question for question, row in questions.items() if not isinstance(row["image_id"], int)]
+        if odd:
+            raise ValueError(f"{path}: {first(odd, len(questions), 'questions')} have an image_id that is no number.")
         annotations = _annotations(root / _ANNOTATIONS.format(split), questions, needed=not split.startswith("test"))
-        wanted = {row["image_id"] for row in questions.values()}
-        images = _images(Path(self.image_root or root), split.replace("test-dev", "test"), wanted)
-        return _Examples(list(questions.values()), annotations, images, self.labels)
+        image = f"COCO_{_images_of(split)}_{{:012d}}"
+        return [
+            _Row(number, row["question"], row["image_id"], image.format(row["image_id"]), annotations.get(number))
+            for number, row in questions.items()
+        ]
+
+    def keys(self, row: _Row) -> tuple[str, ...]:
+        return (row.key,)
+
+    def places(self, split: str) -> Sequence[str]:
+        return _images_of(split), ""
+
+    def example(self, row: _Row, images: Sequence[ImageSource]) -> Example:
+        annotation = row.annotation or _Annotation(None, None, None)
+        answers = annotation.answers
+        return Example(
+            id=row.id,
+            text=row.question,
+            images=images,
+            target=soft_targets(answers, self._index) if answers and self.labels else None,
+            cluster=row.image_id,
+            meta=annotation._asdict(),
+        )
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
 
     def score(self, prediction: str, example: Example) -> float:
         if example.meta["answers"] is None:
@@ -94,40 +146,9 @@ def read_vocabulary(
     return build_vocabulary(answers, min_count, order)
 
 
-class _Annotation(NamedTuple):
-    question_type: str | None
-    answer_type: str | None
-    answers: tuple[str, ...] | None
-
-
-class _Examples(Sequence[Example]):
-    """The questions of a split in the order of the file."""
-
-    def __init__(
-        self,
-        questions: list[dict[str, Any]],
-        annotations: dict[int, _Annotation],
-        images: dict[int, Path],
-        labels: Sequence[str],
-    ):
-        self._questions, self._annotations, self._images = questions, annotations, images
-        self._index = {label: i for i, label in enumerate(labels)}
-
-    def __len__(self) -> int:
-        return len(self._questions)
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        row = self._questions[index]
-        annotation = self._annotations.get(row["question_id"], _Annotation(None, None, None))
-        answers = annotation.answers
-        return Example(
-            id=row["question_id"],
-            text=row["question"],
-            images=(self._images[row["image_id"]],),
-            target=soft_targets(answers, self._index) if answers and self._index else None,
-            cluster=row["image_id"],
-            meta=annotation._asdict(),
-        )
+def _images_of(split: str) -> str:
+    """The split whose images the questions are about."""
+    return split.replace("test-dev", "test")
 
 
 def _by_question(path: Path, key: str, columns: Sequence[str]) -> dict[int, dict[str, Any]]:
@@ -139,7 +160,7 @@ def _by_question(path: Path, key: str, columns: Sequence[str]) -> dict[int, dict
         )[key]
         rows = [{column: row[column] for column in columns} for row in rows]
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; get it from visualqa.org.") from None
+        raise MissingFileError(f"{path} does not exist; get it from visualqa.org.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}; fetch it again.") from error
     except (KeyError, TypeError) as error:
@@ -169,22 +190,3 @@ def _annotations(path: Path, questions: Mapping[int, Any], needed: bool) -> dict
         question: _Annotation(row["question_type"], row["answer_type"], tuple(row["answers"]))
         for question, row in rows.items()
     }
-
-
-def _images(root: Path, split: str, wanted: set[int]) -> dict[int, Path]:
-    """The file of every wanted image, from one listing of the folder rather than a look at each file."""
-    pattern = re.compile(rf"COCO_{re.escape(split)}_(\d{{12}})\.(jpg|png)")
-    folders = [folder for folder in (root / split, root) if folder.is_dir()]
-    found = {
-        int(match[1]): file
-        for folder in folders
-        for file in folder.iterdir()
-        if (match := pattern.fullmatch(file.name))
-    }
-    missing = sorted(wanted - found.keys())
-    if missing:
-        raise ValueError(
-            f"{first(missing, len(wanted), 'images')} are neither in {root / split} nor in {root} as "
-            f"COCO_{split}_<12 digits>.jpg or .png; set image_root to where they are."
-        )
-    return found
