@@ -26,13 +26,14 @@ class GroundedOutput(ModelOutput):
 
 
 class Grounded(nn.Module):
-    """A ViLT model with a linear head on its image tokens, for as long as it is trained on dense targets.
+    """A ViLT or METER with a linear head on its image tokens, for as long as it is trained on dense targets.
 
     `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in raster
     order), and gives the logits and the `grounding_loss`. The reducer in force must not shorten the image.
 
     Args:
-        layer: number of layers before the head. Not the last one: what a patch knows only then, no token can read.
+        layer: number of layers, in METER fusion layers, before the head. Not the last one: what a patch knows only
+            then, no token can read.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
@@ -48,6 +49,8 @@ class Grounded(nn.Module):
         if patch_labels is None:
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)
-        states = self.model.base_model.layernorm(output.hidden_states[self.layer][:, -patch_labels.shape[1] :])
+        states = output.hidden_states[self.layer][:, -patch_labels.shape[1] :]
+        if hasattr(self.model.base_model, "layernorm"):  # METER's layers end with their norms
+            states = self.model.base_model.layernorm(states)
         loss = grounding_loss(self.head(states).split(self.sizes, dim=-1), patch_labels)
         return GroundedOutput(logits=output.logits, grounding_loss=loss)

@@ -1,4 +1,4 @@
-"""What training minimises. Shape suffixes: B batch, L labels, P patches."""
+"""What training minimises. Shape suffixes: B batch, K texts per image, L labels, P patches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def task_loss(logits_BL: Tensor, labels: Tensor, kind: Literal["soft", "class"]) -> Tensor:
+def task_loss(logits_BL: Tensor, labels: Tensor, kind: Literal["soft", "class", "rank"]) -> Tensor:
     """Loss against the task's labels, in float32.
 
     "soft": binary cross-entropy with scores [B,L], mean over the batch, sum over the labels (ViLT's);
-    "class": cross-entropy with class numbers [B].
+    "class": cross-entropy with class numbers [B]; "rank": the same over the K texts of an image, of which the labels
+    say which is its own.
     """
     logits = logits_BL.float()
-    if kind == "class":
-        return functional.cross_entropy(logits, labels)
-    return functional.binary_cross_entropy_with_logits(logits, labels) * logits.shape[1]
+    if kind == "soft":
+        return functional.binary_cross_entropy_with_logits(logits, labels) * logits.shape[1]
+    return functional.cross_entropy(logits, labels)
+
+
+def matching_loss(logits_N2: Tensor, own_B: Tensor) -> Tensor:
+    """Cross-entropy of image-text matching over all N = B * K pairs, each image's K texts in a row.
+
+    Args:
+        logits_N2: for no and yes.
+        own_B: int64, which of an image's texts is its own.
+    """
+    texts = len(logits_N2) // len(own_B)
+    return functional.cross_entropy(logits_N2.float(), functional.one_hot(own_B, texts).flatten())
 
 
 def distillation_loss(student_BL: Tensor, teacher_BL: Tensor, temperature: float = 1.0) -> Tensor:

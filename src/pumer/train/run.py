@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 import pumer
 from pumer import presets
+from pumer.data.augment import RandAugment
+from pumer.data.images import open_image
 from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
-from pumer.hub import load, save
-from pumer.models.vilt.start import start_local
-from pumer.tasks import Task, build
+from pumer.hub import save
 from pumer.tasks.base import Collator, Example
 from pumer.train.grounding import Grounded
+from pumer.train.model import ModelSettings, prepare, read_model
+from pumer.train.optimizer import OptimizerSettings, parameter_groups
 from pumer.train.trainer import TaskTrainer, accuracy
-
-
-@dataclass
-class ModelSettings:
-    """Where the model comes from.
-
-    Args:
-        path: a model folder to start from; its tokenizer and image transform are taken along.
-        kind: the model class for a new model, or for a new head on `path`.
-        config: of a new model, as transformers' ViltConfig takes it.
-        tokenizer: folder of the tokenizer of a new model.
-        patch_size: cut pictures into patches of this size, in pixels, if the model at `path` has another.
-        max_length: longest text in tokens.
-    """
-
-    path: str | None = None
-    kind: str = "ViltForQuestionAnswering"
-    config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
-    patch_size: int | None = None
-    max_length: int = 40
 
 
 @dataclass
@@ -80,7 +61,10 @@ def train(
     reducer: str | dict[str, Any] | None = None,
     distill: DistillSettings | None = None,
     image: dict[str, Any] | None = None,
+    augment: RandAugment | None = None,
     grounding: GroundingSettings | None = None,
+    optimizer: OptimizerSettings | None = None,
+    itm_weight: float = 0.5,
     train_split: str = "train",
     eval_split: str | None = "val",
     attention: Literal["sdpa", "eager"] = "sdpa",
@@ -97,7 +81,10 @@ def train(
         reducer: a preset's name, or `reducer` and its settings; none trains the fused but unreduced model.
         distill: teacher and weight.
         image: image transform, `kind` and its settings; the model's own if not given.
+        augment: change the pictures that are trained on.
         grounding: a loss on dense targets, for tasks that have them.
+        optimizer: the published parameter groups; transformers' own if not given.
+        itm_weight: of image-text matching in retrieval, next to 1 for ranking, for models that have a head for it.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
@@ -111,35 +98,44 @@ def train(
     Raises:
         ValueError: for settings that do not fit each other; nothing is written then.
     """
+    recipe = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     out = Path(output)
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(
             f"{out} is not empty: give another --output, or --resume true to go on from its last checkpoint"
         )
     set_seed(seed)
-    net, tokenizer, the_task = _prepare(model, task)
+    net, tokenizer, the_task = prepare(model, task)
     transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
     settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
     pumer.apply(net, settings, attention=attention)
     teacher = None
     if distill and distill.teacher:
-        teacher = pumer.apply(
-            load(presets.model_folder(distill.teacher), dtype=torch.float32), pumer.Unreduced(), attention=attention
-        )
+        teacher = pumer.apply(read_model(distill.teacher), pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
     if dense and any(settings.reduces_at(layer) for layer in range(-1, net.config.num_hidden_layers)):
         raise ValueError("dense targets need every patch: train them without a reducer")
+    if dense and augment:
+        raise ValueError("dense targets say what is where in the picture as it is: train them without augment")
+    if dense and optimizer:
+        raise ValueError("the published optimizer knows no head for dense targets: leave one of the two out")
 
     chosen = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
     arguments = TrainingArguments(
         output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
     )
+    groups = None
+    if optimizer:
+        kind, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
+        options["params"] = parameter_groups(net, optimizer, arguments.learning_rate, arguments.weight_decay)
+        groups = (kind, options)
+    examples = Examples(the_task.examples(train_split), augment, seed)
     collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform)
     runner = TaskTrainer(
         model=Grounded(net, dense.layer) if dense else net,
         args=arguments,
         data_collator=collator,
-        train_dataset=Examples(the_task.examples(train_split)),
+        train_dataset=examples,
         eval_dataset=Examples(the_task.examples(eval_split)) if eval_split else None,
         compute_metrics=lambda prediction: {
             "accuracy": accuracy(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)).item()
@@ -149,80 +145,59 @@ def train(
         distill_weight=distill.weight if distill else 0.0,
         temperature=distill.temperature if distill else 1.0,
         grounding_weight=dense.weight if dense else 0.0,
+        itm_weight=itm_weight,
+        optimizer_cls_and_kwargs=groups,
+        callbacks=[_Epochs(examples, the_task, train_split)],
     )
     runner.train(resume_from_checkpoint=True if resume else None)
     metrics = runner.evaluate() if eval_split else {}
     if runner.is_world_process_zero():
         _write(out / "model", net, tokenizer, transform)
-        recipe = {
-            "task": task,
-            "model": vars(model),
-            "reducer": reducer,
-            "image": image,
-            "grounding": vars(grounding) if grounding else None,
-            "distill": vars(distill) if distill else None,
-            "attention": attention,
-            "seed": seed,
-            "trainer": trainer,
-        }
-        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
+        (out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         (out / "log.json").write_text(json.dumps(runner.state.log_history, indent=1) + "\n")
     return metrics
 
 
 class Examples(torch.utils.data.Dataset):
-    """A task's examples as the loader wants them, several at a time where the task can do that."""
+    """A task's examples as the loader wants them, several at a time where the task can do that.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    With `augment` their pictures are changed in each epoch in another way. It depends on `seed`, epoch and number of
+    the example alone, so that a resumed run, or one with other loaders, sees the same.
+    """
+
+    def __init__(self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0) -> None:
+        self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
         many = getattr(self.examples, "__getitems__", None)
-        return many(indices) if many else [self.examples[index] for index in indices]
+        examples = many(indices) if many else [self.examples[index] for index in indices]
+        return list(map(self._augmented, indices, examples)) if self.augment else examples
+
+    def _augmented(self, index: int, example: Example) -> Example:
+        assert self.augment is not None
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
+        name = f"the image of example {example.id}"
+        images = tuple(self.augment(open_image(image, name=name), generator) for image in example.images)
+        return replace(example, images=images)
 
 
-def _prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedModel, Any, Task]:
-    """Model, tokenizer and task; a new head where the labels are others."""
-    if settings.path is None:
-        if settings.tokenizer is None:
-            raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
-        the_task = build(task)
-        config = _class("ViltConfig")(**settings.config, **_label_names(the_task))
-        return start_local(_class(settings.kind)(config)), AutoTokenizer.from_pretrained(settings.tokenizer), the_task
-    net = pumer.remove(load(presets.model_folder(settings.path), dtype=torch.float32))
-    the_task = build(task, list(net.config.id2label.values()))
-    if list(net.config.id2label.values()) != list(the_task.labels):
-        config = net.config
-        for name, value in _label_names(the_task).items():
-            setattr(config, name, value)
-        headless = {name: value for name, value in net.state_dict().items() if not name.startswith("classifier")}
-        net = _class(settings.kind)(config)
-        net.load_state_dict(headless, strict=False)
-    if settings.patch_size and settings.patch_size != net.config.patch_size:
-        from pumer.models.vilt.resize import resize_patches
+class _Epochs(TrainerCallback):
+    """Tells examples their epoch before a loader's workers take them along; texts to rank are drawn anew for each."""
 
-        net = resize_patches(net, settings.patch_size)
-    return net, AutoTokenizer.from_pretrained(presets.model_folder(settings.path)), the_task
+    def __init__(self, examples: Examples, task: Any, split: str) -> None:
+        self.examples, self.task, self.split = examples, task, split
 
-
-def _class(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)
-
-
-def _label_names(task: Task) -> dict[str, Any]:
-    return {
-        "num_labels": len(task.labels),
-        "id2label": dict(enumerate(task.labels)),
-        "label2id": {label: number for number, label in enumerate(task.labels)},
-    }
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.examples.epoch = epoch = int(state.epoch or 0)
+        if epoch and self.task.loss_kind == "rank":
+            self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
 
 
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from pumer.tasks.base import Task
-from pumer.train.losses import distillation_loss, task_loss
+from pumer.train.losses import distillation_loss, matching_loss, task_loss
 
 
 class TaskTrainer(Trainer):
@@ -24,6 +25,7 @@ class TaskTrainer(Trainer):
         distill_weight: of KL(teacher || student), next to 1 for the task's own loss.
         temperature: of that divergence.
         grounding_weight: of the grounding loss, where the model gives one.
+        itm_weight: of image-text matching, where the model has a head for it and the task ranks texts.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class TaskTrainer(Trainer):
         distill_weight: float = 1.0,
         temperature: float = 1.0,
         grounding_weight: float = 1.0,
+        itm_weight: float = 0.5,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.task, self.teacher = task, teacher
-        self.distill_weight, self.temperature, self.grounding_weight = distill_weight, temperature, grounding_weight
+        self.distill_weight, self.temperature = distill_weight, temperature
+        self.grounding_weight, self.itm_weight = grounding_weight, itm_weight
         self._parts: dict[str, list[Tensor]] = {}
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
@@ -47,19 +51,25 @@ class TaskTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        parts = {"task": task_loss(outputs.logits, labels, self.task.loss_kind)}
+        texts = inputs.pop("texts_per_image", 1)
+        outputs = model(**_paired(self.model, inputs, texts))
+        logits = outputs.logits.reshape(len(labels), -1)  # of texts that are ranked: from one each to a row per image
+        parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
         if self.teacher is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
-            with torch.no_grad():
-                teacher_logits = self.teacher(**shown).logits
-            parts["distill"] = self.distill_weight * distillation_loss(outputs.logits, teacher_logits, self.temperature)
+            # Accelerate wraps only the student's forward in the mixed precision asked for.
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.teacher(**_paired(self.teacher, shown, texts)).logits.reshape(len(labels), -1)
+            # Of ranked texts over all of an image's, where the published code has the softmax of a single score: 0.
+            parts["distill"] = self.distill_weight * distillation_loss(logits, taught, self.temperature)
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
+        if "itm_logits" in outputs:
+            parts["itm"] = self.itm_weight * matching_loss(outputs["itm_logits"], labels)
         if model.training:
-            self._note(parts, outputs.logits, labels)
+            self._note(parts, logits, labels)
         loss = sum(parts.values(), torch.zeros((), device=labels.device))
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -81,6 +91,16 @@ class TaskTrainer(Trainer):
         right = accuracy(logits, labels)
         for name, value in {**{f"{name}_loss": part for name, part in parts.items()}, "accuracy": right}.items():
             self._parts.setdefault(name, []).append(value.detach())
+
+
+def _paired(model: PreTrainedModel, inputs: dict[str, Any], texts_per_image: int) -> dict[str, Any]:
+    """Inputs with an image for every text; models that can repeat images after their vision tower do it themselves."""
+    if texts_per_image == 1:
+        return inputs
+    if "texts_per_image" in inspect.signature(type(model.base_model).forward).parameters:
+        return {**inputs, "texts_per_image": texts_per_image}
+    images = {name: inputs[name].repeat_interleave(texts_per_image, 0) for name in ("pixel_values", "pixel_mask")}
+    return {**inputs, **images}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,200 @@
+"""The model that a training starts from: a new one, a trained one, or a trained one with a new head."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+import pumer
+from pumer import presets
+from pumer.hub import load, load_official, model_class
+from pumer.models.meter.start import start_from_vilt
+from pumer.models.vilt.resize import resize_patches
+from pumer.models.vilt.start import start_local
+from pumer.tasks import Task, VQAv2, build, get
+from pumer.tasks.vqav2 import read_vocabulary
+
+_LOG = logging.getLogger(__name__)
+_MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
+
+
+@dataclass
+class ModelSettings:
+    """Where the model comes from.
+
+    Args:
+        path: a model to start from: a folder of `pumer.save` or whatever `pumer.load_official` reads; tokenizer and
+            image transform are taken along where they lie in it.
+        kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not given.
+        config: of a new model, as its configuration class takes it; with `path`, settings to change.
+        start: a ViLT of as wide blocks, whose word embeddings and first blocks a new METER starts from: its vision
+            tower has then seen pictures, as that of the real one has.
+        tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does not lie in `path`.
+        image_size: side of the pictures in pixels, if the published checkpoint at `path` is for another.
+        patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has another.
+        max_length: longest text in tokens.
+    """
+
+    path: str | None = None
+    kind: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    tokenizer: str | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    max_length: int = 40
+
+
+def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedModel, Any, Task]:
+    """Model, tokenizer and task, with a new head where the class or the labels are others.
+
+    Raises ValueError for settings that do not fit each other.
+    """
+    if settings.path is None:
+        if settings.tokenizer is None:
+            raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
+        the_task = _build(task, ())
+        kind = model_class(settings.kind or "ViltForQuestionAnswering")
+        net = kind(kind.config_class(**settings.config, **_label_names(the_task)))
+        if net.config.model_type == "vilt":
+            start_local(net)
+        elif settings.start:
+            start_from_vilt(net, read_model(settings.start))
+    else:
+        # Ranking starts as the matching of a published checkpoint, for which its class of pretraining has no place.
+        ranks = get(str(task.get("name"))).loss_kind == "rank"
+        start = read_model(settings.path, settings.image_size, settings.kind if ranks else None)
+        kind = model_class(settings.kind) if settings.kind else type(start)
+        labels = list(start.config.id2label.values())
+        the_task = _build(task, labels if kind is type(start) else ())
+        same = kind is type(start) and (the_task.loss_kind == "rank" or labels == list(the_task.labels))
+        net = start if same and not settings.config else rebuild(start, kind, the_task, settings.config)
+        if settings.patch_size and settings.patch_size != net.config.patch_size:
+            net = resize_patches(net, settings.patch_size)
+    _check_fit(net, the_task)
+    named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
+    shipped = presets.SHIPPED / named
+    return net, AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named), the_task
+
+
+def read_model(path: str, image_size: int | None = None, kind: str | None = None) -> PreTrainedModel:
+    """The model of `pumer.save` or of a published checkpoint, unreduced, in float32.
+
+    Args:
+        path: its folder, or an original checkpoint's file.
+        image_size: see `load_official`; for published checkpoints alone.
+        kind: see `load_official`; for published checkpoints alone.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot be read.
+    """
+    source = Path(path) if path.endswith(".ckpt") else presets.model_folder(path)
+    if (source / "pumer.json").is_file():
+        if image_size:
+            raise ValueError(
+                f"model.image_size is for published checkpoints, {path} is one of pumer.save: leave it out"
+            )
+        return pumer.remove(load(source, dtype=torch.float32))
+    return pumer.remove(load_official(source, image_size, kind=kind))
+
+
+def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, Any]) -> PreTrainedModel:
+    """A model of another class, for other labels or with other settings, with all weights that fit.
+
+    A head is taken over whole, if its shapes and, for a classifier, its labels stay the same; what is new is logged.
+    For several pictures the types of the further ones start as that of the last known, as in ViLT and METER.
+
+    Args:
+        start: the model whose weights are taken.
+        kind: the class.
+        task: tells labels and pictures.
+        changes: settings of the configuration.
+
+    Raises:
+        ValueError: for a class of another family, unknown settings, and weights of the trunk with other shapes.
+    """
+    if kind.config_class is not type(start.config):
+        raise ValueError(f"model.kind {kind.__name__} cannot start from a {type(start).__name__}: take one family")
+    config = copy.deepcopy(start.config)
+    unknown = [name for name in changes if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no setting {', '.join(unknown)}")
+    names = {} if task.loss_kind == "rank" else _label_names(task)
+    if task.image_count > 1:
+        names["num_images"] = task.image_count
+        names["modality_type_vocab_size"] = max(config.modality_type_vocab_size, task.image_count + 1)
+    for name, value in {**names, **changes}.items():
+        setattr(config, name, value)
+    net = kind(config)
+    new = net.state_dict()
+    old = {
+        name: _more_rows(value, len(new[name])) if name in _MODALITIES else value
+        for name, value in start.state_dict().items()
+        if name in new
+    }
+    wrong = {name for name, value in old.items() if value.shape != new[name].shape}
+    trunk = f"{net.base_model_prefix}."
+    if bad := [name for name in wrong if name.startswith(trunk)]:
+        raise ValueError(f"weights at model.path have other shapes than the settings ask for: {', '.join(sorted(bad))}")
+    left = {_head(name) for name in (set(new) - set(old)) | wrong if not name.startswith(trunk)}
+    if list(start.config.id2label.values()) != list(config.id2label.values()):
+        left.add("classifier")
+    taken = {name: value for name, value in old.items() if _head(name) not in left}
+    net.load_state_dict(taken, strict=False)
+    if not changes:
+        # The published dropout of text embeddings is on the module, as no setting of the configuration can say it.
+        before = dict(start.named_modules())
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Dropout) and name in before:
+                module.p = before[name].p
+    fresh = sorted({name.rpartition(".")[0] for name in set(new) - set(taken)})
+    if fresh:
+        _LOG.warning("weights that start anew: %s", ", ".join(fresh))
+    return net
+
+
+def _head(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _more_rows(table: Tensor, rows: int) -> Tensor:
+    """The table, its last row repeated where it is short."""
+    return torch.cat([table, table[-1:].expand(max(rows - len(table), 0), -1)])
+
+
+def _build(task: dict[str, Any], labels: Any) -> Task:
+    """The task; answers that no model has fixed yet are counted in the annotations."""
+    built = build(task, labels)
+    if isinstance(built, VQAv2) and not built.labels:
+        return replace(built, labels=read_vocabulary(built.root))
+    return built
+
+
+def _label_names(task: Task) -> dict[str, Any]:
+    return {
+        "num_labels": len(task.labels),
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: number for number, label in enumerate(task.labels)},
+    }
+
+
+def _check_fit(net: PreTrainedModel, task: Task) -> None:
+    kind = type(net).__name__
+    images = net.config.num_images if kind.endswith("ForImagesAndTextClassification") else 1
+    if images != task.image_count:
+        raise ValueError(
+            f"{task.name} has {task.image_count} pictures per example, {kind} takes {images}: for several give "
+            "--model.kind ViltForImagesAndTextClassification, or Meter..."
+        )
+    if hasattr(net, "rank_output") != (task.loss_kind == "rank"):
+        raise ValueError(
+            f"{kind} does not fit the task {task.name}: texts are ranked by ViltForImageAndTextRetrieval, or Meter..., "
+            "and by no other class; give --model.kind"
+        )
