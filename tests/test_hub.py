@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel
 import matrix
 import pumer
 import tiny
+from pumer.hub import model_class
 from pumer.models.vilt.entailment import ViltForVisualEntailment
 
 # --- save and load ---
@@ -144,6 +145,16 @@ def test_the_model_class_has_to_be_known(saved):
         change(saved / "config.json", architectures=[name])
         with pytest.raises(ValueError, match=rf"names the model class \['{name}'\]"):
             pumer.load(saved)
+
+
+def test_model_classes_by_name():
+    assert model_class("ViltForVisualEntailment") is ViltForVisualEntailment
+    assert model_class("BertModel") is BertModel
+    for kind in tiny.METER:
+        assert model_class(kind).__name__ == kind
+    for name in ("MyVilt", "ViltConfig", "AutoModel", ""):
+        with pytest.raises(ValueError, match=f"neither transformers nor pumer has a model class '{name}'"):
+            model_class(name)
 
 
 def test_code_in_a_file_is_not_run(saved, tmp_path, monkeypatch):

@@ -3,10 +3,11 @@
 from pumer._version import __version__
 from pumer.api import active, apply, reduced, remove, trace
 from pumer.hub import load, load_official, save
-from pumer.reducers import NoVision, Plan, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
+from pumer.reducers import Compose, NoVision, Plan, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 from pumer.report import Report, report
 
 __all__ = [
+    "Compose",
     "NoVision",
     "Plan",
     "Pool",

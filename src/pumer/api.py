@@ -42,7 +42,9 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
         raise ValueError(f"expected a reducer such as PuMer(), or a preset's name, not {reducer!r}")
     if attention not in BACKENDS:
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
+    reducer = adapter.settle(reducer)
     reducer.check(adapter.depth(model))
+    _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)
     remove(model)
     patch = Patch(reducer, adapter, attention, trim)
@@ -55,11 +57,26 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
     return model
 
 
+def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
+    """Raise ValueError for a reducer in the vision tower of a model that has none, or not as many layers."""
+    if reducer.in_tower is None:
+        return
+    depth = adapter.tower_depth(model)
+    if depth == 0:
+        raise ValueError(f"{type(model).__name__} has no vision tower: give the reducer `inside` alone")
+    if any(layer < 0 for layer in reducer.in_tower.layers):
+        raise ValueError(f"{reducer.in_tower.name} in the tower reduces in layers 0 to {depth - 1}")
+    reducer.in_tower.check(depth)
+
+
 def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
     """Raise ValueError if nothing would be left of a picture of the configured size."""
     if isinstance(reducer, NoVision):  # asked for
         return
     text, image = adapter.default_lengths(model)
+    if reducer.in_tower is not None:
+        for layer in range(adapter.tower_depth(model)):
+            _, image = reducer.in_tower.lengths(0, image, layer)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
         text, image = reducer.lengths(text, image, layer, grid=adapter.default_grid(model))
         if image <= 1:

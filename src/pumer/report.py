@@ -22,6 +22,7 @@ from pumer.reducers.base import Grid
 
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
+TOWERS = ("text encoder", "vision tower", "projection")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Report:
         reducer: the reducer's name and settings, None where nothing reduces the model.
         entry: (text, image) tokens at the model's entry, both with their [CLS].
         lengths: (text, image) tokens before the first layer and after every one.
+        tower: image tokens before the first layer of the vision tower and after every one; empty without a tower.
         layers: every layer's tokens and cost.
-        parts: MACs by part: embedding, attention, mlp, head and reducer.
+        parts: MACs by part: embedding, attention, mlp, head and reducer, and those of the towers where there are any.
         base_parts: those of the unreduced model at the same entry.
         passes: how often one example goes through the layers; costs are for all passes together.
         ran: lengths of the last forward, None if there was none.
@@ -64,6 +66,7 @@ class Report:
     reducer: dict[str, Any] | None
     entry: tuple[int, int]
     lengths: Lengths
+    tower: tuple[int, ...]
     layers: tuple[LayerCost, ...]
     parts: dict[str, int]
     base_parts: dict[str, int]
@@ -112,7 +115,9 @@ class Report:
             )
         pairs = zip(self.ran, self.planned, strict=True)
         number, (real, planned) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        number -= len(self.ran) - len(self.lengths)
         where = f"after layer {number - 1}" if number else "before the first layer"
+        where = "in the vision tower" if number < 0 else where
         return f"NOT AS PLANNED: {where} the last forward had {real} (text, image) tokens instead of {planned}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +127,7 @@ class Report:
             "reducer": self.reducer,
             "entry": list(self.entry),
             "passes": self.passes,
+            "tower": list(self.tower),
             "layers": [dict(vars(layer)) for layer in self.layers],
             "average_tokens": list(self.average_tokens),
             "macs": self.macs,
@@ -140,6 +146,10 @@ class Report:
         whole = sum(self.entry)
         rows: list[tuple[str, ...]] = [("layer", "text", "image", "tokens", "GMACs", "unreduced")]
         rows.append(("entry", *map(str, self.entry), "100 %", *self._giga("embedding")))
+        for part in TOWERS:
+            if part in self.parts:
+                # What the tower hands on is seen in the next line.
+                rows.append((part, "", "", "", *self._giga(part)))
         if self.lengths[0] != self.entry:
             text, image = self.lengths[0]
             rows.append(("before", str(text), str(image), f"{(text + image) / whole * 100:.0f} %", "", ""))
@@ -196,21 +206,21 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         raise ValueError(f"a text and an image have at least 1 token each, their [CLS], not {entry[0]} and {entry[1]}")
     depth, passes = adapter.depth(model), adapter.passes(model)
     reducer = Unreduced() if patch is None else patch.reducer
-    lengths = planned_lengths(reducer, depth, *entry, grid)
-    own = _reducer_macs(reducer, adapter, model, entry, lengths, grid)
+    tower, lengths, own = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
-    layers = zip(adapter.layer_macs(model, list(lengths)), adapter.layer_macs(model, base), strict=True)
-    ran, planned = _last_forward(patch, depth)
+    layers = zip(adapter.layer_macs(model, lengths), adapter.layer_macs(model, base), strict=True)
+    ran, planned = _last_forward(patch, adapter, model)
     return Report(
         model=type(model).__name__,
         reducer=None if patch is None else to_dict(reducer),
         entry=entry,
         lengths=lengths,
+        tower=tower,
         layers=tuple(
-            LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number + 1]), passes * sum(base_macs))
+            LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number]), passes * sum(base_macs))
             for number, (macs, base_macs) in enumerate(layers)
         ),
-        parts=adapter.macs(model, list(lengths), entry) | {"reducer": passes * sum(own)},
+        parts=adapter.macs(model, lengths, entry, tower) | {"reducer": passes * sum(own.values())},
         base_parts=adapter.macs(model, base) | {"reducer": 0},
         passes=passes,
         ran=ran,
@@ -227,9 +237,9 @@ def last_forward_macs(model: nn.Module) -> int:
     if patch is None or patch.entry is None:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
-    lengths = planned_lengths(patch.reducer, adapter.depth(model), text, image, grid)
-    own = _reducer_macs(patch.reducer, adapter, model, (text, image), lengths, grid)
-    return sum(adapter.macs(model, list(lengths), (text, image)).values()) + adapter.passes(model) * sum(own)
+    tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid)
+    macs = adapter.macs(model, lengths, (text, image), tower)
+    return sum(macs.values()) + adapter.passes(model) * sum(own.values())
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
@@ -263,30 +273,74 @@ def planned_lengths(reducer: Reducer, depth: int, text: int, image: int, grid: G
     return tuple(lengths)
 
 
-def _last_forward(patch: Patch | None, depth: int) -> tuple[Lengths | None, Lengths | None]:
-    """Lengths that the last forward had, and those it had to have."""
+def _plan(
+    reducer: Reducer, adapter: Adapter, model: nn.Module, text: int, image: int, grid: Grid | None
+) -> tuple[tuple[int, ...], Lengths, dict[int, int]]:
+    """Lengths in the vision tower and after it, and the reducers' own MACs: by layer, all of the tower at `EMBEDDINGS`.
+
+    Args as for `planned_lengths`; in tensors without data where the model lies on a device.
+    """
+    place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
+    tower, first, spent = _planned_tower(reducer, adapter, model, image, grid), (text, image), 0
+    if reducer.in_tower is not None:
+        # Its tokens have no text before them.
+        inside = [(0, length) for length in tower]
+        shape = adapter.tower_attention_shape(model)
+        spent = sum(_reducer_macs(reducer.in_tower, shape, (0, image), inside, grid, place).values())
+        first, grid = (text, tower[-1]), None if tower[-1] != image else grid
+    lengths = planned_lengths(reducer, adapter.depth(model), *first, grid)
+    own = _reducer_macs(reducer, adapter.attention_shape(model), first, lengths, grid, place, adapter.crosses)
+    own[EMBEDDINGS] += spent
+    return tower, lengths, own
+
+
+def _planned_tower(
+    reducer: Reducer, adapter: Adapter, model: nn.Module, image: int, grid: Grid | None
+) -> tuple[int, ...]:
+    """Image tokens before the first layer of the vision tower and after every one."""
+    depth = adapter.tower_depth(model)
+    if reducer.in_tower is None:
+        return (image,) * (depth + 1) if depth else ()
+    return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, image, grid))
+
+
+def _last_forward(
+    patch: Patch | None, adapter: Adapter, model: nn.Module
+) -> tuple[Lengths | None, Lengths | None]:
+    """Lengths that the last forward had, and those it had to have: in the vision tower first, if it is reduced."""
     if patch is None or patch.entry is None:
         return None, None
     text, image, grid = patch.entry
-    return tuple(patch.lengths), planned_lengths(patch.reducer, depth, text, image, grid)
+    tower = _planned_tower(patch.reducer, adapter, model, image, grid)
+    if patch.reducer.in_tower is None:
+        return tuple(patch.lengths), planned_lengths(patch.reducer, adapter.depth(model), text, image, grid)
+    rest = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1], None)
+    ran = tuple((text, length) for length in patch.tower) + tuple(patch.lengths)
+    return ran, tuple((text, length) for length in tower) + rest
 
 
 def _reducer_macs(
-    reducer: Reducer, adapter: Adapter, model: nn.Module, entry: tuple[int, int], lengths: Lengths, grid: Grid | None
-) -> list[int]:
+    reducer: Reducer,
+    shape: tuple[int, int],
+    entry: tuple[int, int],
+    lengths: Sequence[tuple[int, int]],
+    grid: Grid | None,
+    place: str,
+    cross: bool = False,
+) -> dict[int, int]:
     """MACs of planning and of applying the plan, before the first layer and in every one.
 
     Counted by letting the reducer run on tokens without content, so that it holds for every method. A CPU is counted
     as it is; for anything else tensors that have shapes and no data do.
     """
-    place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
-    heads, channels = adapter.attention_shape(model)
-    macs = []
+    heads, channels = shape
+    macs = {}
     for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
         if not reducer.reduces_at(layer):
-            macs.append(0)
+            macs[layer] = 0
             continue
         count = text + image
+        seen = (text, image) if cross else (count, count)
         states = torch.ones(1, count, heads * channels, device=place)
         heads_apart = None if layer == EMBEDDINGS else states.unflatten(-1, (heads, channels)).transpose(1, 2)
         mask = torch.ones(1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool)
@@ -300,10 +354,11 @@ def _reducer_macs(
             states_BND=states,
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
-            attention_BHNN=torch.ones(1, heads, count, count, device=place) if reducer.needs_attention else None,
+            attention_BHNN=torch.ones(1, heads, *seen, device=place) if reducer.needs_attention else None,
+            cross=cross,
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             reducer.plan(tokens).reduce(states)
-        macs.append(counter.get_total_flops() // 2)
+        macs[layer] = counter.get_total_flops() // 2
         grid = None
     return macs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -55,6 +55,8 @@ class Patch:
     is active."""
     entry: tuple[int, int, Grid | None] | None = None
     """(text, image, grid) of the last forward before anything was reduced; None if there was no forward."""
+    tower: list[int] = field(default_factory=list)
+    """Image tokens before the first layer of the vision tower and after every one, of the last forward."""
     steps: list[Step] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
     _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
@@ -80,10 +82,24 @@ class Adapter:
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     """Names of the model classes it knows; names, so that the family need not be imported to look."""
+    crosses: ClassVar[bool] = False
+    """Whether text looks at the image by an attention of its own, as in co-attention."""
 
     def depth(self, model: nn.Module) -> int:
         """Number of layers that a reducer can act in."""
         raise NotImplementedError
+
+    def tower_depth(self, model: nn.Module) -> int:
+        """Number of layers of the vision tower, 0 where there is none."""
+        return 0
+
+    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        """(heads, channels of a head) of the vision tower."""
+        raise NotImplementedError
+
+    def settle(self, reducer: Reducer) -> Reducer:
+        """The reducer as this family takes it, where a setting means something else in each."""
+        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         """Change the instance so that `patch.reducer` acts, recording every change in `patch`."""
@@ -105,12 +121,16 @@ class Adapter:
         """(heads, channels of a head)."""
         raise NotImplementedError
 
-    def layer_macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Multiply-accumulates of every layer's (attention, MLP), of one pass; `lengths` as for `macs`."""
         raise NotImplementedError
 
     def macs(
-        self, model: nn.Module, lengths: list[tuple[int, int]], entry: tuple[int, int] | None = None
+        self,
+        model: nn.Module,
+        lengths: Sequence[tuple[int, int]],
+        entry: tuple[int, int] | None = None,
+        tower: Sequence[int] = (),
     ) -> dict[str, int]:
         """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are twice that.
 
@@ -119,6 +139,7 @@ class Adapter:
         Args:
             lengths: (text, image) tokens before the first layer and after every one.
             entry: (text, image) tokens that were embedded, if something is reduced before the first layer.
+            tower: image tokens before the first layer of the vision tower and after every one.
         """
         raise NotImplementedError
 
@@ -158,7 +179,12 @@ def _inside(model: Any) -> str | None:
 
 def replace_forward(patch: Patch, module: nn.Module, forward: Callable[..., Any], *bound: Any) -> None:
     """Give one module instance another `forward(module, *bound, *args)`."""
-    patch.set(module, "forward", _Bound(forward, (module, *bound)))
+    replace_method(patch, module, "forward", forward, *bound)
+
+
+def replace_method(patch: Patch, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any) -> None:
+    """Give one module instance another `name(module, *bound, *args)`."""
+    patch.set(module, name, _Bound(method, (module, *bound)))
 
 
 class _Bound:

@@ -1,4 +1,4 @@
-"""Seam A: reduction inside the blocks of an encoder that carries text and image on one token axis.
+"""Seam A: reduction inside the blocks of an encoder that carries text, image, or both on one token axis.
 
 Shape suffixes: B batch, N tokens of the layer, S source tokens (unreduced), D channels.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, Step
-from pumer.reducers import Plan, Tokens
+from pumer.adapters.base import Step
+from pumer.reducers import Plan, Reducer, Tokens
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,22 @@ class Axis:
 
 
 def reduce(
-    patch: Patch,
+    reducer: Reducer,
     layer: int,
     states_BND: Tensor,
     axis: Axis,
     queries_BHNC: Tensor | None = None,
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
-) -> tuple[Tensor, Axis]:
-    """States and axis after the reducer acted in this layer; unchanged if it does not act there."""
-    reducer = patch.reducer
+    cross: bool = False,
+    steps: list[Step] | None = None,
+) -> tuple[Tensor, Axis, Plan | None]:
+    """States and axis after the reducer acted in this layer, and its plan; unchanged and None if it does not act there.
+
+    Queries, keys, attention and `cross` are as in `Tokens`; `steps` is where the reduction is noted.
+    """
     if not reducer.reduces_at(layer):
-        return states_BND, axis
+        return states_BND, axis, None
     whole = axis.plan is None
     tokens = Tokens(
         mask_BN=axis.mask_BN,
@@ -69,12 +73,13 @@ def reduce(
         queries_BHNC=queries_BHNC,
         keys_BHNC=keys_BHNC,
         attention_BHNN=attention_BHNN,
+        cross=cross,
     )
     # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
     with torch.no_grad():
         plan = reducer.plan(tokens)
-    if patch.steps is not None:
-        patch.steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
+    if steps is not None:
+        steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
     text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
     reduced = replace(
         axis,
@@ -83,4 +88,4 @@ def reduce(
         sizes_BN=plan.total(axis.sizes_BN),
         plan=plan if axis.plan is None else axis.plan.then(plan),
     )
-    return plan.reduce(states_BND), reduced
+    return plan.reduce(states_BND), reduced, plan

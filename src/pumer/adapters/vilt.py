@@ -6,6 +6,7 @@ R rows, L columns of patches, P = R * L patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters import inplace, probes
+from pumer.adapters import encoder, inplace, probes
 from pumer.adapters.base import Adapter, Patch, register, replace_forward
-from pumer.adapters.encoder import Axis, reduce
+from pumer.adapters.encoder import Axis
 from pumer.reducers import EMBEDDINGS
 from pumer.reducers.base import Grid
 
@@ -74,7 +75,7 @@ class ViltAdapter(Adapter):
         heads = _config(model).num_attention_heads
         return heads, _config(model).hidden_size // heads
 
-    def layer_macs(self, model: nn.Module, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         width, inner = _config(model).hidden_size, _config(model).intermediate_size
         counts = [sum(pair) for pair in lengths]
         return [
@@ -83,7 +84,11 @@ class ViltAdapter(Adapter):
         ]
 
     def macs(
-        self, model: nn.Module, lengths: list[tuple[int, int]], entry: tuple[int, int] | None = None
+        self,
+        model: nn.Module,
+        lengths: Sequence[tuple[int, int]],
+        entry: tuple[int, int] | None = None,
+        tower: Sequence[int] = (),
     ) -> dict[str, int]:
         config, vilt, passes = _config(model), _vilt(model), self.passes(model)
         text, image = entry or lengths[0]
@@ -231,7 +236,7 @@ def _encode(
 ) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """All layers; hidden states come back in the original length, attention maps in the reduced one."""
     entry = (*start[1].lengths, start[1].grid)
-    states, axis = reduce(patch, EMBEDDINGS, *start)
+    states, axis, _ = encoder.reduce(patch.reducer, EMBEDDINGS, *start, steps=patch.steps)
     del start
     all_states, all_attentions, lengths = [axis.expand(states)] if hidden else [], [], [axis.lengths]
     for layer in vilt.encoder.layer:
@@ -270,7 +275,9 @@ def _attend_and_reduce(
     states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions)
     # Scores come from queries and keys wherever they can, so that the kernel makes no difference to what is kept.
     looked_at = attention if patch.reducer.needs_attention else None
-    states, axis = reduce(patch, number, states, axis, queries, keys, looked_at)
+    states, axis, _ = encoder.reduce(
+        patch.reducer, number, states, axis, queries, keys, looked_at, steps=patch.steps
+    )
     return states, axis, attention if attentions else None
 
 

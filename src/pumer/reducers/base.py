@@ -37,6 +37,9 @@ class Tokens:
         states_BND: hidden states.
         queries_BHNC, keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         attention_BHNN: attention probabilities, only for a reducer that `needs` them.
+        cross: whether the text attends to the image by itself, as in co-attention: the queries are those of the text
+            alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
+            image. The keys of the text are those of its self-attention.
     """
 
     mask_BN: Tensor
@@ -50,6 +53,7 @@ class Tokens:
     queries_BHNC: Tensor | None = None
     keys_BHNC: Tensor | None = None
     attention_BHNN: Tensor | None = None
+    cross: bool = False
 
     @property
     def valid_BN(self) -> Tensor:
@@ -100,6 +104,16 @@ class Reducer:
     def weighs_by_size(self) -> bool:
         """Whether attention is to count a merged token as often as its size says (adds log size to the logits)."""
         return False
+
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether slots may stay empty although every token is real, because the data decide how many are filled."""
+        return False
+
+    @property
+    def in_tower(self) -> Reducer | None:
+        """What acts inside the vision tower before this reducer does; see `Compose`."""
+        return None
 
     def reduces_at(self, layer: int) -> bool:
         """Whether the method acts in this layer."""

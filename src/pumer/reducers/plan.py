@@ -96,6 +96,11 @@ class Plan:
         """Number of slots, K: the length of the token axis afterwards, padding included."""
         return self.mask_BK.shape[1]
 
+    def head(self, tokens: int, slots: int) -> Plan:
+        """The part for the first source tokens, where these and no others go into the first slots."""
+        index = None if self.index_BK is None else self.index_BK[:, :slots]
+        return Plan(self.slot_BN[:, :tokens], self.weight_BN[:, :tokens], self.mask_BK[:, :slots], index)
+
     def then(self, later: Plan) -> Plan:
         """This plan followed by another one that acts on its slots."""
         slot = self.slot_BN.clamp_min(0)

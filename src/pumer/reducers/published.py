@@ -37,9 +37,13 @@ def masked_softmax(logits_BHQN: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 def cosine(keys_BND: Tensor) -> Tensor:
-    """Similarity of every token at an even position with every one at an odd position, [B,A,C]."""
+    """Similarity of every token at an even position with every one at an odd position, [B,A,C].
+
+    In steps of a millionth: METER's padded tokens are all the same, and which of them merge should be told by their
+    places, not by the last bit, which is another one on every processor.
+    """
     unit = torch.nn.functional.normalize(keys_BND, dim=-1)
-    return unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    return (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).round(decimals=6)
 
 
 def closeness(score_BN: Tensor) -> Tensor:
@@ -96,6 +100,29 @@ def lengths(text: int, image: int, prune: float, merge: float, merge_text: float
     return text - merged_text, kept - min(merged, (kept - protected) // 2)
 
 
+def lengths_meter(text: int, image: int, prune: float, merge: float, merge_text: float) -> tuple[int, int]:
+    """Text and image length after a reduction in METER's fusion layer."""
+    if prune == 0:
+        return text, image
+    kept, merged = counts(image, prune, merge)
+    left = image if merged == 0 else kept - min(merged, (kept - 1) // 2)
+    return text - min(round(text * merge_text), (text - 1) // 2), left
+
+
+def plan_meter(tokens: Tokens, prune: float, merge: float, merge_text: float) -> Plan:
+    """The published token reducer of METER's fusion layer: it prunes only where it merges, and the other way round."""
+    text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
+    mask_BN, keys_BNC = tokens.mask_BN.float(), tokens.mean_keys_BNC
+    if prune == 0:
+        return Plan.identity(mask_BN)
+    kept, merged = counts(image, prune, merge)
+    image_plan = Plan.identity(torch.ones_like(mask_BN[:, text:]))
+    if merged > 0:
+        image_plan, _ = _most_attended(tokens, "mean_head", kept)
+        image_plan = image_plan.then(match(cosine(image_plan.reduce(keys_BNC[:, text:])), merged))
+    return Plan.side_by_side([_merged_text(mask_BN[:, :text], keys_BNC[:, :text], merge_text), image_plan])
+
+
 def plan(tokens: Tokens, prune: float, merge: float, merge_text: float, score: str, style: str) -> Plan:
     """The published token reducer of ViLT's block."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
@@ -108,19 +135,29 @@ def plan(tokens: Tokens, prune: float, merge: float, merge_text: float, score: s
         return Plan.identity(mask_BN)
 
     kept, merged = counts(image, prune, merge)
-    rows_BT = torch.ones(mask_BN.shape[0], text, device=mask_BN.device)  # padded rows vote too
-    score_BI = text_saliency(tokens, score, rows_BT) / mask_BN[:, :text].sum(1, keepdim=True)
-    score_BK, order_BK = score_BI.topk(kept)
-    image_plan = Plan.select(order_BK, torch.ones_like(score_BK), image)
+    image_plan, score_BK = _most_attended(tokens, score, kept)
     if merged > 0:
         if style == "diff":
             image_plan = image_plan.then(match(closeness(score_BK), merged, protect_first=False, average=False))
         else:
             similarity = cosine(image_plan.reduce(keys_BNC[:, text:]))
             image_plan = image_plan.then(match(similarity, merged, average=style == "tome"))
+    return Plan.side_by_side([_merged_text(mask_BN[:, :text], keys_BNC[:, :text], merge_text), image_plan])
 
-    text_plan = Plan.identity(mask_BN[:, :text])
-    if round(text * merge_text) > 0:
-        text_plan = match(cosine(keys_BNC[:, :text]), round(text * merge_text))
-        text_plan = Plan(text_plan.slot_BN, text_plan.weight_BN, text_plan.reduce(mask_BN[:, :text]))
-    return Plan.side_by_side([text_plan, image_plan])
+
+def _most_attended(tokens: Tokens, score: str, kept: int) -> tuple[Plan, Tensor]:
+    """The `kept` image tokens with the highest scores, in order of these, and the scores [B,K]."""
+    text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
+    rows_BT = torch.ones(tokens.mask_BN.shape[0], text, device=tokens.mask_BN.device)  # padded rows vote too
+    score_BI = text_saliency(tokens, score, rows_BT) / tokens.mask_BN[:, :text].sum(1, keepdim=True)
+    score_BK, order_BK = score_BI.topk(kept)
+    return Plan.select(order_BK, torch.ones_like(score_BK), image), score_BK
+
+
+def _merged_text(mask_BT: Tensor, keys_BTC: Tensor, merge_text: float) -> Plan:
+    """Text merging; the mask is averaged along."""
+    merged = round(mask_BT.shape[1] * merge_text)
+    if merged == 0:
+        return Plan.identity(mask_BT)
+    merging = match(cosine(keys_BTC), merged)
+    return Plan(merging.slot_BN, merging.weight_BN, merging.reduce(mask_BT))

@@ -6,6 +6,7 @@ Cao, Paranjape, Hajishirzi, "PuMer: Pruning and Merging Tokens for Efficient Vis
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -32,8 +33,8 @@ class PuMer(Reducer):
         layers: layers that reduce, counted from 0, between their attention and their MLP.
         score: how the text scores an image token, one of `scores.SCORES`.
         official: reproduce the published code bug for bug instead (see `published`); for released checkpoints.
-            There `merge` >= 1 with `prune` 0 is a count, for matching text and image together, and
-            `layers=None` means every layer.
+            True: as the model at hand has it; "meter": as in METER's fusion layers. In ViLT `merge` >= 1 with `prune`
+            0 is a count, for matching text and image together, and `layers=None` means every layer.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
     """
 
@@ -43,10 +44,12 @@ class PuMer(Reducer):
     merge_text: float = 0.2
     layers: tuple[int, ...] | None = (2, 5, 8)  # type: ignore[assignment]
     score: str = "mean_head"
-    official: bool = False
+    official: bool | Literal["meter"] = False
     style: str = "tome"
 
     def __post_init__(self) -> None:
+        if self.official not in (False, True, "meter"):
+            raise ValueError(f"official is False, True or 'meter', not {self.official!r}")
         counted = self.official and self.prune == 0 and self.merge >= 1
         check_ratios(prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text)
         if self.prune + self.merge >= 1 and not self.official:
@@ -64,7 +67,7 @@ class PuMer(Reducer):
 
     @property
     def needs_attention(self) -> bool:
-        return self.official
+        return bool(self.official)
 
     def reduces_at(self, layer: int) -> bool:
         return layer >= 0 if self.layers is None else layer in self.layers
@@ -76,12 +79,16 @@ class PuMer(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if not self.reduces_at(layer):
             return text, image
+        if self.official == "meter":
+            return published.lengths_meter(text, image, self.prune, self.merge, self.merge_text)
         if self.official:
             return published.lengths(text, image, self.prune, self.merge, self.merge_text, self.style)
         kept, merged = prune_then_merge(image - prefix, self.prune, self.merge)
         return text - self._merged_text(text - prefix), prefix + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
+        if self.official == "meter":
+            return published.plan_meter(tokens, self.prune, self.merge, self.merge_text)
         if self.official:
             return published.plan(tokens, self.prune, self.merge, self.merge_text, self.score, self.style)
         prefix, valid_BN = tokens.prefix, tokens.valid_BN

@@ -39,10 +39,17 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> Reducer:
     """The reducer that `to_dict` described; raises ValueError for unknown names and settings."""
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    settings = {key: _read(value) for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     return kind(**settings)
+
+
+def _read(value: Any) -> Any:
+    """A setting as it was before JSON: tuples, and reducers inside reducers."""
+    if isinstance(value, list):
+        return tuple(value)
+    return from_dict(value) if isinstance(value, dict) else value

@@ -18,18 +18,20 @@ mean-query-key products (names as in the published PuMer code)."""
 
 
 def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
-    """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys.
+    """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys it is over.
 
     Only these rows are computed, whatever attention kernel the layer itself uses.
     """
     if tokens.queries_BHNC is None or tokens.keys_BHNC is None:
         raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
     if tokens.attention_BHNN is not None:
-        return tokens.attention_BHNN[:, heads, : tokens.text, tokens.image]
-    queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads]
+        attention = tokens.attention_BHNN[:, heads]
+        return attention if tokens.cross else attention[:, :, : tokens.text, tokens.image]
+    first = tokens.text if tokens.cross else 0
+    queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads, first:]
     logits = (queries @ keys.transpose(2, 3)).float() / math.sqrt(queries.shape[3])
-    logits = logits.masked_fill(~tokens.valid_BN[:, None, None], -torch.inf)
-    return logits.softmax(-1)[..., tokens.image]
+    logits = logits.masked_fill(~tokens.valid_BN[:, None, None, first:], -torch.inf)
+    return logits.softmax(-1)[..., tokens.text - first :]
 
 
 def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | None = None) -> Tensor:

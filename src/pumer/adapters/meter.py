@@ -1,0 +1,349 @@
+"""METER: reduction in the co-attention layers, and inside its vision tower.
+
+Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, D channels, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import encoder, inplace, probes, tower
+from pumer.adapters.base import Adapter, Patch, Step, register, replace_forward, replace_method
+from pumer.adapters.encoder import Axis
+from pumer.adapters.tower import Encoded
+from pumer.reducers import EMBEDDINGS, Compose, Plan, PuMer, Reducer
+from pumer.reducers.base import Grid
+
+POOLED = (
+    "MeterForQuestionAnswering",
+    "MeterForImagesAndTextClassification",
+    "MeterForVisualEntailment",
+    "MeterForImageAndTextRetrieval",
+)
+"""Classes whose answer leaves through the pooled states alone: nothing with a token axis comes out."""
+PER_TOKEN = ("MeterModel", "MeterForMaskedLM")
+
+
+@register
+class MeterAdapter(Adapter):
+    """All of our METER classes."""
+
+    family = "METER"
+    classes = POOLED + PER_TOKEN
+    crosses = True
+
+    def depth(self, model: nn.Module) -> int:
+        return len(_meter(model).layers)
+
+    def tower_depth(self, model: nn.Module) -> int:
+        return len(_meter(model).vision_model.encoder.layers)
+
+    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        vision = _config(model).vision_config
+        return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
+
+    def settle(self, reducer: Reducer) -> Reducer:
+        if isinstance(reducer, Compose):
+            return replace(reducer, inside=self.settle(reducer.inside))
+        if isinstance(reducer, PuMer) and reducer.official:
+            if reducer.layers is None:
+                raise ValueError("METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)")
+            return replace(reducer, official="meter")
+        return reducer
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        meter = _meter(model)
+        pooled = _is_a(model, POOLED)
+        replace_method(patch, meter, "encode_text", _encode_text, patch, pooled)
+        replace_method(patch, meter, "encode_image", _encode_image, patch)
+        replace_method(patch, meter, "fuse", _fuse, patch, pooled)
+        for number, layer in enumerate(meter.layers):
+            replace_forward(patch, layer, _layer, patch, number)
+
+    def default_lengths(self, model: nn.Module) -> tuple[int, int]:
+        rows, columns = self.default_grid(model)
+        return _config(model).max_position_embeddings, rows * columns + 1
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        side = _config(model).image_size // _config(model).patch_size
+        return side, side
+
+    def passes(self, model: nn.Module) -> int:
+        return _config(model).num_images if _is_a(model, ("MeterForImagesAndTextClassification",)) else 1
+
+    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        heads = _config(model).num_attention_heads
+        return heads, _config(model).hidden_size // heads
+
+    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        width, inner = _config(model).hidden_size, _config(model).intermediate_size
+        costs = []
+        for (text, image), (new_text, new_image) in pairwise(lengths):
+            attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
+            attention += _attention_macs(new_image, new_image, width) + _attention_macs(new_image, new_text, width)
+            costs.append((attention, 2 * (new_text + new_image) * width * inner))
+        return costs
+
+    def macs(
+        self,
+        model: nn.Module,
+        lengths: Sequence[tuple[int, int]],
+        entry: tuple[int, int] | None = None,
+        tower: Sequence[int] = (),
+    ) -> dict[str, int]:
+        config, passes = _config(model), self.passes(model)
+        text_config, vision = config.text_config, config.vision_config
+        text, image = entry or lengths[0]
+        tower = tower or [image] * (self.tower_depth(model) + 1)
+        # The text is encoded once, however many pictures there are.
+        text_layer = _attention_macs(text, text, text_config.hidden_size)
+        text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
+        vision_layers = sum(
+            _attention_macs(before, before, vision.hidden_size)
+            + 2 * after * vision.hidden_size * vision.intermediate_size
+            for before, after in pairwise(tower)
+        )
+        projected = text * text_config.hidden_size + passes * tower[-1] * vision.hidden_size
+        patches = (tower[0] - 1) * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+        layers = self.layer_macs(model, lengths)
+        inside = set(_meter(model).modules())
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]
+        times = text if _is_a(model, PER_TOKEN) else 1
+        return {
+            "embedding": passes * patches,
+            "text encoder": text_config.num_hidden_layers * text_layer,
+            "vision tower": passes * vision_layers,
+            "projection": projected * config.hidden_size,
+            "attention": passes * sum(attention for attention, _ in layers),
+            "mlp": passes * sum(mlp for _, mlp in layers),
+            "head": passes * 2 * config.hidden_size**2
+            + times * sum(head.in_features * head.out_features for head in heads),
+        }
+
+
+def _attention_macs(queries: int, keys: int, width: int) -> int:
+    return 2 * queries * width**2 + 2 * keys * width**2 + 2 * queries * keys * width
+
+
+def _meter(model: nn.Module) -> Any:
+    return model if hasattr(model, "fuse") else model.meter
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _is_a(model: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def _official(patch: Patch) -> bool:
+    inside = patch.reducer.inside if isinstance(patch.reducer, Compose) else patch.reducer
+    return bool(getattr(inside, "official", False))
+
+
+def _encode_text(
+    meter: Any,
+    patch: Patch,
+    pooled: bool,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if attention_mask is None:
+        attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+    # The published code counts padded text.
+    if patch.trim and pooled and not _official(patch) and not torch.compiler.is_compiling():
+        places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        length = int((places * attention_mask.bool()).max())
+        attention_mask = attention_mask[:, :length]
+        input_ids, token_type_ids, inputs_embeds = (
+            None if x is None else x[:, :length] for x in (input_ids, token_type_ids, inputs_embeds)
+        )
+    # A mask of four dimensions is taken as it is; of two, transformers would ask the device whether it masks anything.
+    dtype = meter.text_projection.weight.dtype
+    hidden = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    hidden = hidden.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)
+    length = attention_mask.shape[1]
+    states = meter.text_model(
+        input_ids=input_ids,
+        attention_mask=hidden[:, None, None].expand(-1, 1, length, length),
+        token_type_ids=token_type_ids,
+        inputs_embeds=inputs_embeds,
+    ).last_hidden_state
+    return meter.text_projection(states), attention_mask
+
+
+def _encode_image(meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_mask: Tensor | None = None) -> Encoded:
+    """In place of `MeterModel.encode_image`."""
+    from pumer.models.meter.modeling import check_pictures
+
+    check_pictures(pixel_values, pixel_mask)
+    assert pixel_values is not None
+    encoded = tower.encode(meter.vision_model, pixel_values, patch)
+    return replace(encoded, states_BID=meter.image_projection(encoded.states_BID))
+
+
+def _fuse(
+    meter: Any,
+    patch: Patch,
+    pooled: bool,
+    text_BTD: Tensor,
+    mask_BT: Tensor,
+    image: Any,
+    image_token_type_idx: int = 1,
+    texts_per_image: int = 1,
+    output_hidden_states: bool | None = None,
+) -> Any:
+    """In place of `MeterModel.fuse`; `image` is what `encode_image` gave, or states of any other origin."""
+    from pumer.models.meter.modeling import MeterModelOutput, repeat_images
+
+    if output_hidden_states is None:
+        output_hidden_states = meter.config.output_hidden_states
+    encoded: Encoded = repeat_images(image if isinstance(image, Encoded) else Encoded(image), text_BTD, texts_per_image)
+    axis = _axis(patch, mask_BT, encoded)
+    source = axis.plan.slot_BN.shape[1] if axis.plan is not None else sum(axis.lengths)
+    patch.entry = (axis.text, source - axis.text, encoded.grid)
+    kinds = meter.modality_embeddings.weight
+    joint = torch.cat([text_BTD + kinds[0], encoded.states_BID + kinds[image_token_type_idx]], dim=1)
+    joint, axis, _ = encoder.reduce(patch.reducer, EMBEDDINGS, joint, axis, steps=patch.steps)
+    text, picture = joint[:, : axis.text], joint[:, axis.text :]
+    del joint
+    lengths, texts, images = [axis.lengths], [], []
+    for layer in (None, *meter.layers):
+        if layer is not None:
+            text, picture, axis = layer(text, picture, axis)
+            lengths.append(axis.lengths)
+        if output_hidden_states:
+            whole = _expand(axis, mask_BT.shape[1], text, picture)
+            texts.append(whole[0])
+            images.append(whole[1])
+    patch.lengths = lengths
+    # Without any image token, the pooled image is that of nothing.
+    first = picture if picture.shape[1] else picture.new_zeros(len(picture), 1, picture.shape[2])
+    pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
+    if not pooled:
+        text, picture = _expand(axis, mask_BT.shape[1], text, picture)
+    return MeterModelOutput(
+        text_states=text,
+        image_states=picture,
+        pooler_output=pooler_output,
+        text_hidden_states=tuple(texts) if output_hidden_states else None,
+        image_hidden_states=tuple(images) if output_hidden_states else None,
+    )
+
+
+def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
+    """The token axis before the first fusion layer, with what the tower has made of the image."""
+    batch, text = mask_BT.shape
+    states = image.states_BID
+    ones_BI = torch.ones(batch, states.shape[1], device=states.device)
+    sizes_BI = ones_BI if image.sizes_BI is None else image.sizes_BI
+    real_BI = ones_BI.bool() if image.plan is None else image.plan.mask_BK
+    mask = torch.cat([mask_BT.bool(), real_BI], dim=1)
+    sizes = torch.cat([torch.ones(batch, text, device=states.device), sizes_BI], dim=1)
+    plan = None if image.plan is None else Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
+    count = states.shape[1] if image.plan is None else image.plan.slot_BN.shape[1]
+    # Patches lie behind [CLS] in raster order.
+    place = torch.arange(count, device=states.device) - 1
+    patch_BS = torch.nn.functional.pad(place, (text, 0), value=-1).expand(batch, -1)
+    if plan is not None and patch.steps is not None:
+        patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
+    axis = Axis(text, mask, sizes, plan, image.grid, patch_BS)
+    return replace(axis, mask_BN=mask.float()) if _official(patch) else axis
+
+
+def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Text and image states in their original lengths; dropped tokens are zeros."""
+    if axis.plan is None:
+        return text, image
+    joint = axis.expand(torch.cat([text, image], dim=1))
+    return joint[:, :whole_text], joint[:, whole_text:]
+
+
+def _layer(
+    layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
+) -> tuple[Tensor, Tensor, Axis]:
+    """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers wraps around it."""
+    block = partial(_block, layer, patch, number)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(block, text, image, axis)
+    return block(text, image, axis)
+
+
+def _block(
+    layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
+) -> tuple[Tensor, Tensor, Axis]:
+    """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
+    half = layer.text
+    attended, _, text_keys, _ = _attend(half.attention, patch, text, text, axis, of_text=True)
+    attended, queries, image_keys, attention = _attend(half.crossattention, patch, attended, image, axis, of_text=False)
+    if patch.reducer.reduces_at(number):
+        joint, axis, plan = encoder.reduce(
+            patch.reducer,
+            number,
+            torch.cat([attended, image], dim=1),
+            axis,
+            queries,
+            torch.cat([text_keys, image_keys], dim=2),
+            attention if patch.reducer.needs_attention else None,
+            cross=True,
+            steps=patch.steps,
+        )
+        assert plan is not None
+        attended, image = joint[:, : axis.text], joint[:, axis.text :]
+        text = text if layer.sequential else plan.head(text.shape[1], axis.text).reduce(text)
+    new_text = _feed_forward(half, attended)
+    half = layer.image
+    image = _attend(half.attention, patch, image, image, axis, of_text=False)[0]
+    image = _attend(half.crossattention, patch, image, new_text if layer.sequential else text, axis, of_text=True)[0]
+    return new_text, _feed_forward(half, image), axis
+
+
+def _attend(
+    attention: Any, patch: Patch, states: Tensor, other: Tensor, axis: Axis, of_text: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """In place of `BertAttention.forward` -> states that have looked at others, queries, keys, probabilities.
+
+    `of_text`: `other` are the states of the text, else those of the image.
+    """
+    module = attention.self
+    queries, keys, values = (
+        project(looked_at).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+        for project, looked_at in ((module.query, states), (module.key, other), (module.value, other))
+    )
+    columns = slice(0, axis.text) if of_text else slice(axis.text, None)
+    mask = axis.mask_BN[:, columns]
+    dropout = module.dropout.p if module.training else 0.0
+    probabilities: Tensor | None
+    if _official(patch):
+        context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
+    else:
+        weighs = patch.reducer.weighs_by_size and axis.plan is not None
+        seen = None
+        if of_text or weighs or patch.reducer.leaves_gaps:  # pictures have no padding
+            seen = probes.visibility(mask, axis.sizes_BN[:, columns] if weighs else None, states.dtype)
+        wanted = patch.reducer.needs_attention
+        context, probabilities = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
+    output = attention.output
+    projected = output.dropout(output.dense(context.transpose(1, 2).flatten(2)))
+    return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities
+
+
+def _feed_forward(half: Any, states: Tensor) -> Tensor:
+    """In place of `BertIntermediate.forward` and `BertOutput.forward`."""
+    inner = inplace.activate(half.intermediate.intermediate_act_fn, half.intermediate.dense(states))
+    output = half.output
+    return output.LayerNorm(inplace.add(output.dropout(output.dense(inner)), states))

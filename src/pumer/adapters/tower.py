@@ -1,0 +1,94 @@
+"""Seam A inside a vision tower: CLIP's encoder, as transformers has it.
+
+Shape suffixes: B batch, I image tokens, D channels, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumer.adapters import encoder, inplace, probes
+from pumer.adapters.base import Patch
+from pumer.adapters.encoder import Axis
+from pumer.reducers import Plan, Reducer
+from pumer.reducers.base import Grid
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a vision tower gives; rows can be taken like those of a tensor.
+
+    Args:
+        states_BID: with [CLS] first.
+        sizes_BI: patches that each token stands for, None if one each.
+        plan: where the tower's own tokens went, None if nothing was reduced.
+        grid: rows and columns of patches.
+    """
+
+    states_BID: Tensor
+    sizes_BI: Tensor | None = None
+    plan: Plan | None = None
+    grid: Grid | None = None
+
+    def __len__(self) -> int:
+        return len(self.states_BID)
+
+    def __getitem__(self, rows: Any) -> Encoded:
+        plan = self.plan
+        if plan is not None:
+            index = None if plan.index_BK is None else plan.index_BK[rows]
+            plan = Plan(plan.slot_BN[rows], plan.weight_BN[rows], plan.mask_BK[rows], index)
+        sizes = None if self.sizes_BI is None else self.sizes_BI[rows]
+        return Encoded(self.states_BID[rows], sizes, plan, self.grid)
+
+
+def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
+    """Every token of a `CLIPVisionModel` after its last layer, normed; reduced on the way if the patch says so."""
+    reducer = patch.reducer.in_tower
+    grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
+    if reducer is None:
+        states = vision(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        patch.tower = [states.shape[1]] * (len(vision.encoder.layers) + 1)
+        return Encoded(vision.post_layernorm(states), grid=grid)
+    states = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+    ones = torch.ones(states.shape[:2], device=states.device)
+    raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
+    axis = Axis(0, ones.bool(), ones, None, grid, raster)
+    lengths = [states.shape[1]]
+    for number, layer in enumerate(vision.encoder.layers):
+        states, axis = _layer(layer, patch, reducer, number, states, axis)
+        lengths.append(states.shape[1])
+    patch.tower = lengths
+    return Encoded(vision.post_layernorm(states), axis.sizes_BN, axis.plan, grid)
+
+
+def _layer(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:
+    block = partial(_block, layer, patch, reducer, number)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(block, states, axis)
+    return block(states, axis)
+
+
+def _block(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:
+    """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
+    module = layer.self_attn
+    normed = layer.layer_norm1(states)
+    queries, keys, values = (
+        project(normed).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    seen = None
+    if axis.plan is not None and (reducer.weighs_by_size or reducer.leaves_gaps):
+        seen = probes.visibility(axis.mask_BN, axis.sizes_BN if reducer.weighs_by_size else None, states.dtype)
+    dropout = module.dropout if module.training else 0.0
+    context, attention = probes.attend(
+        queries, keys, values, seen, patch.attention, dropout, reducer.needs_attention and reducer.reduces_at(number)
+    )
+    states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
+    states, axis, _ = encoder.reduce(reducer, number, states, axis, queries, keys, attention)
+    return inplace.add(layer.mlp(layer.layer_norm2(states)), states), axis

@@ -1,0 +1,19 @@
+"""Models on disk: our own folders, and the checkpoints that were published.
+
+Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file never runs.
+"""
+
+from pumer.hub.files import new_folder
+from pumer.hub.folders import load, model_class, save
+from pumer.hub.official import Official, load_official, read_official, save_official
+
+__all__ = [
+    "Official",
+    "load",
+    "load_official",
+    "model_class",
+    "new_folder",
+    "read_official",
+    "save",
+    "save_official",
+]

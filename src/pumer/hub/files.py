@@ -1,0 +1,188 @@
+"""Files that others have written, and folders of ours: what is damaged is named, what is unfinished is not there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LISTED = 12
+_LIGHTNING = ("pytorch_lightning.", "lightning.")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names in order, and how many more there are."""
+    names = sorted(names)
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write that becomes `path` once the block is through; if it fails nothing is left.
+
+    Raises:
+        ValueError: if `path` is there already, and no empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder: give another one, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the last step is a rename within one file system.
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder
+        if path.exists():
+            path.rmdir()
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def read_json(file: Path, hint: str) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError, with the hint where there is no file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}: {hint}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): get it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged, it should hold a JSON object: get it again")
+    return content
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The weights in a folder, from `model.safetensors` or `pytorch_model.bin`.
+
+    Raises:
+        ValueError: if there are none, or the file is damaged or holds something else, such as code.
+    """
+    files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{directory} has neither model.safetensors nor pytorch_model.bin: download one of them")
+    with _named(file):
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    return _check(state, file, "save the model's state_dict() alone")
+
+
+def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a PyTorch Lightning checkpoint, and what the model was made with, as far as the file says.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or holds something else, such as code.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: give a checkpoint's folder, or an original .ckpt file")
+    with _named(file):
+        stand_ins: list[Any] = []
+        if zipfile.is_zipfile(file):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            stand_ins = [
+                (dict if name.endswith(".AttributeDict") else _StandIn, name)
+                for name in names
+                if name.startswith(_LIGHTNING)
+            ]
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{file} is no Lightning checkpoint, it has no state_dict: for other files give their folder")
+    made_with = content.get("hyper_parameters")
+    config = made_with.get("config") if isinstance(made_with, dict) else None
+    state = _check(content["state_dict"], file, "its state_dict should be weights alone")
+    return state, config if isinstance(config, dict) else {}
+
+
+class _StandIn:
+    """In place of Lightning's own classes, which its checkpoints mention for their callbacks: does nothing."""
+
+    def __new__(cls, *args: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} is damaged, or holds pickled code, which is never run: get it again, or as safetensors ({error})"
+        ) from error
+    except Exception as error:  # a cut-off file fails in as many ways as there are places to cut
+        raise ValueError(f"{file} is damaged, get it again: {error}") from error
+
+
+def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds something else than named weights: {hint}")
+    return dict(state)
+
+
+# --- answers ---
+
+ANSWERS = ("vqa2_label2ans.json", "vqa2_ans2label.json", "vqa_dict.json")
+"""Names of answer vocabularies: PuMer's list and object, and ViLT's. The projects number the answers differently."""
+
+
+def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] | None:
+    """The answer vocabulary that lies in a folder, None if there is none.
+
+    Raises:
+        ValueError: if one is damaged, or they contradict each other.
+    """
+    found = {file: read_answers(file) for name in names if (file := directory / name).exists()}
+    if len({tuple(answers) for answers in found.values()}) > 1:
+        raise ValueError(f"{' and '.join(map(str, found))} number the answers differently: delete the wrong one")
+    return next(iter(found.values()), None)
+
+
+def read_answers(file: Path) -> list[str]:
+    """Answers in the order of their numbers: from a list, or an object answer -> number or number -> answer.
+
+    Raises:
+        ValueError: if the file is damaged, or the numbers are not 0, 1, 2, ...
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): get it again, or delete it") from error
+    if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
+        content = [content.get(str(number)) for number in range(len(content))]
+    elif isinstance(content, dict) and all(isinstance(value, int) for value in content.values()):
+        answers = {number: answer for answer, number in content.items()}
+        content = [answers.get(number) for number in range(len(content))]
+    valid = isinstance(content, list) and all(isinstance(answer, str) for answer in content)
+    if not valid or len(set(content)) != len(content) or not content:
+        raise ValueError(
+            f"{file} should be a list of answers, or an object of answers and their numbers from 0, each once: "
+            "get it again, or delete it"
+        )
+    return content
+
+
+def write_answers(directory: Path, answers: list[str]) -> None:
+    """Write an answer vocabulary as PuMer does, both ways."""
+    by_answer = {answer: number for number, answer in enumerate(answers)}
+    (directory / "vqa2_label2ans.json").write_text(json.dumps(answers), encoding="utf-8")
+    (directory / "vqa2_ans2label.json").write_text(json.dumps(by_answer, indent=2), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Our own folders: what transformers writes, and `pumer.json` with the reduction in force."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pumer._version import __version__
+from pumer.api import active, apply
+from pumer.hub.files import new_folder, read_json, some
+from pumer.reducers import Reducer, from_dict, to_dict
+
+FORMAT = 1
+"""Version of what `pumer.json` holds."""
+SETTINGS = "pumer.json"
+_METER = (
+    "MeterModel",
+    "MeterForImageAndTextRetrieval",
+    "MeterForImagesAndTextClassification",
+    "MeterForMaskedLM",
+    "MeterForQuestionAnswering",
+    "MeterForVisualEntailment",
+)
+_OWN = {"ViltForVisualEntailment": "pumer.models.vilt.entailment", **dict.fromkeys(_METER, "pumer.models.meter")}
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Write a model with the reduction in force: what `save_pretrained` writes, and `pumer.json`.
+
+    The folder appears complete or not at all. A model that nothing reduces may be saved too.
+
+    Args:
+        model: any Hugging Face model.
+        path: a folder that does not exist yet, or is empty.
+
+    Raises:
+        ValueError: if the folder holds files already, or the model is none of Hugging Face's.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"{type(model).__name__} is not a Hugging Face model: save the one inside it")
+    patch = active(model)
+    settings = {
+        "format": FORMAT,
+        "pumer": __version__,
+        "reducer": None if patch is None else to_dict(patch.reducer),
+        "attention": "sdpa" if patch is None else patch.attention,
+        "trim": True if patch is None else patch.trim,
+    }
+    with new_folder(path) as folder:
+        model.save_pretrained(folder)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+    """Read what `save` wrote: the model in eval mode, with the same reduction in force.
+
+    Args:
+        path: the folder.
+        dtype: of the weights; as they were saved if not given.
+        device: where the model goes; the CPU if not given.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or was written by a newer pumer.
+    """
+    path = Path(path)
+    settings = read_json(
+        path / SETTINGS,
+        "pumer.save writes it; for published checkpoints use pumer.load_official, for other folders from_pretrained "
+        "and pumer.apply",
+    )
+    reducer = _read_settings(settings, path / SETTINGS)
+    config = read_json(path / "config.json", "save the model again")
+    kind = class_in(config, path)
+    try:
+        model, info = kind.from_pretrained(
+            path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
+        raise ValueError(f"the model in {path} cannot be read, save it again: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"the weights in {path} lack {some(info['missing_keys'])}: save the model again")
+    if device is not None:
+        model.to(device)
+    if reducer is not None:
+        apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
+    return model
+
+
+def model_class(name: str) -> Any:
+    """The model class of that name, ours or transformers'; raises ValueError if there is none."""
+    import transformers
+
+    module = importlib.import_module(_OWN[name]) if name in _OWN else transformers
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"neither transformers nor pumer has a model class {name!r}")
+    return kind
+
+
+def class_in(config: dict[str, Any], where: Path) -> Any:
+    """The model class named in the `architectures` of the config.json in a folder."""
+    names = config.get("architectures")
+    try:
+        (name,) = names if isinstance(names, list) else (None,)
+        return model_class(str(name))
+    except ValueError:
+        raise ValueError(
+            f"config.json in {where} names the model class {names!r}, which neither transformers nor pumer has: read "
+            "it with its own class, then call pumer.apply"
+        ) from None
+
+
+def _read_settings(settings: dict[str, Any], file: Path) -> Reducer | None:
+    version = settings.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
+    if version > FORMAT:
+        raise ValueError(
+            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
+            f"which reads format {FORMAT}: upgrade pumer"
+        )
+    names = {"format", "pumer", "reducer", "attention", "trim"}
+    if set(settings) != names:
+        raise ValueError(f"{file} should have the entries {sorted(names)}, not {sorted(settings)}")
+    if settings["reducer"] is None:
+        return None
+    try:
+        return from_dict(settings["reducer"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the reducer in {file} cannot be made: {error}") from error

@@ -1,0 +1,33 @@
+"""METER (Dou et al., CVPR 2022), which transformers lacks; importing this registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForVisualQuestionAnswering, AutoProcessor
+
+from pumer.models.meter.configuration import MeterConfig
+from pumer.models.meter.heads import (
+    MeterForImageAndTextRetrieval,
+    MeterForImagesAndTextClassification,
+    MeterForMaskedLM,
+    MeterForQuestionAnswering,
+    MeterForVisualEntailment,
+)
+from pumer.models.meter.modeling import MeterModel, MeterModelOutput, MeterPreTrainedModel
+from pumer.models.meter.processing import MeterProcessor
+
+__all__ = [
+    "MeterConfig",
+    "MeterForImageAndTextRetrieval",
+    "MeterForImagesAndTextClassification",
+    "MeterForMaskedLM",
+    "MeterForQuestionAnswering",
+    "MeterForVisualEntailment",
+    "MeterModel",
+    "MeterModelOutput",
+    "MeterPreTrainedModel",
+    "MeterProcessor",
+]
+
+AutoConfig.register("meter", MeterConfig)
+AutoModel.register(MeterConfig, MeterModel)
+AutoModelForVisualQuestionAnswering.register(MeterConfig, MeterForQuestionAnswering)
+AutoModelForMaskedLM.register(MeterConfig, MeterForMaskedLM)
+AutoProcessor.register(MeterConfig, MeterProcessor)

@@ -1,0 +1,312 @@
+"""Checkpoints in the layout of the published PuMer code (csarron/PuMer): what its ViLT and METER have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+TASKS = {"nlvr2_classifier": ("False", "True"), "ve_classifier": ("contradiction", "neutral", "entailment")}
+"""The classes of the heads that have always the same, in the published order."""
+TYPES = "token_type_embeddings.weight"
+REDUCTION = {
+    "prune_r": ("prune_r", "prune"),
+    "merge_r": ("merge_r", "merge_image"),
+    "merge_text": ("merge_text",),
+    "sim_method": ("sim_method", "score"),
+    "merge_style": ("merge_style", "style"),
+}
+"""Published settings of the reducer, and all names they go by."""
+OURS = ("official", "update")
+"""Settings that only we write: is the reducer PuMer's published code, is METER's fusion the published one?"""
+
+# What the published configuration has besides: of training, or fixed by the shapes of the weights.
+_WITHOUT_EFFECT = [
+    "vqa_label_size",
+    "max_text_len",
+    "tokenizer",
+    "vocab_size",
+    "whole_word_masking",
+    "mlm_prob",
+    "draw_false_text",
+    "token_types",
+    "keep_ratio",
+    "merge_ratio",
+    "distill",
+    "contrast_method",
+    "ib_kl",
+    "vit",
+    "hidden_size",
+    "num_layers",
+    "mlp_ratio",
+    "prune_method",
+    "freeze_patterns",
+    "itm_loss",
+    "mlm_loss",
+    "mpp_loss",
+    "initializer_range",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "torch_dtype",
+    "patch_size",
+]
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What weights are called in the published code, and here; `#` is the first number in a name, a layer's.
+
+    Args:
+        model: the name in front of all weights but the heads'.
+        classes: published name of a head -> the class that has its place.
+        names: beginning of a published name -> of ours; the first that fits counts.
+        joint: the same for weights that hold queries, keys and values in one.
+        text: beginning of the published names of the text embeddings.
+    """
+
+    model: str
+    classes: Mapping[str, str]
+    names: Mapping[str, str]
+    joint: Mapping[str, tuple[str, str, str]]
+    text: str
+
+    @property
+    def position_ids(self) -> str:
+        """The published name of what is no weight: 0, 1, 2, ..."""
+        return f"{self.text}position_ids"
+
+    @property
+    def classifiers(self) -> list[str]:
+        """Heads that are called `classifier` here."""
+        return [head for head in self.classes if head.endswith("_classifier")]
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under our names; those that have no place here (ViLT's `itm_score`) keep their own.
+
+        Args:
+            state: weights under the published names, of any task.
+        """
+        names = {**self.names, **{f"{head}.": "classifier." for head in self.classifiers}}
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name == self.position_ids:
+                continue
+            if old := _beginning(name, self.joint):
+                for new, rows in zip(self.joint[old], tensor.chunk(3), strict=True):
+                    renamed[_rename(name, old, new)] = rows
+            else:
+                old = _beginning(name, names)
+                renamed[_rename(name, old, names[old]) if old else name] = tensor
+        return renamed
+
+    def from_ours(self, state: Mapping[str, Tensor], head: str | None = None) -> dict[str, Tensor]:
+        """The opposite of `to_ours`.
+
+        Args:
+            state: weights under our names, all of them.
+            head: published name of the module called `classifier`, for the classes that have one.
+
+        Raises:
+            ValueError: if there is a classifier, and `head` does not name it.
+        """
+        names = {new: old for old, new in self.names.items()}
+        if any(name.startswith("classifier.") for name in state):
+            if head not in self.classifiers:
+                raise ValueError(
+                    f"head says what the classifier is, one of {', '.join(self.classifiers)}, not {head!r}"
+                )
+            names["classifier."] = f"{head}."
+        queries = {parts[0]: (old, parts) for old, parts in self.joint.items()}
+        others = [part for parts in self.joint.values() for part in parts[1:]]
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if new := _beginning(name, queries):
+                old, parts = queries[new]
+                renamed[_rename(name, new, old)] = torch.cat([state[_rename(name, new, part)] for part in parts])
+            elif not _beginning(name, others):
+                new = _beginning(name, names)
+                renamed[_rename(name, new, names[new]) if new else name] = tensor
+        positions = renamed.get(f"{self.text}position_embeddings.weight")
+        if positions is not None:
+            renamed[self.position_ids] = torch.arange(len(positions), device=positions.device)[None]
+        return renamed
+
+    def find_head(self, state: Mapping[str, Tensor]) -> str:
+        """The published name of a checkpoint's head, a key of `classes`; raises ValueError if there is none."""
+        for head in self.classes:
+            if any(name.startswith(f"{head}.") for name in state):
+                return head
+        raise ValueError(f"the weights have no head that is known: {', '.join(self.classes)}")
+
+    def head_of(self, kind: str) -> str:
+        """The published name of the head of a class; raises ValueError if it has none."""
+        for head, name in self.classes.items():
+            if name == kind:
+                return head
+        raise ValueError(f"the published layout has no place for {kind}, only for {', '.join(self.classes.values())}")
+
+    def with_head(self, state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+        """Weights as a start for another task, as the published code has it: the old heads are gone.
+
+        The second picture of `nlvr2_classifier` is of the kind that the first one is, and `rank_output` says what
+        `itm_score` says for yes, where the checkpoint has it; other new heads are for the caller to make.
+        """
+        old = [f"{name}." for name in self.classes if name != head]
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(old))}
+        types = f"{self.model}.{TYPES}"
+        if head == "nlvr2_classifier" and types in kept and len(kept[types]) == 2:
+            kept[types] = torch.cat([kept[types], kept[types][1:]])
+        if head == "rank_output" and "itm_score.fc.weight" in kept:
+            for part in ("weight", "bias"):
+                kept.setdefault(f"rank_output.{part}", kept[f"itm_score.fc.{part}"][1:])
+        return kept
+
+
+def _beginning(name: str, beginnings: Iterable[str]) -> str:
+    pattern = _NUMBER.sub("#", name, count=1)
+    return next((beginning for beginning in beginnings if pattern.startswith(beginning)), "")
+
+
+def _rename(name: str, old: str, new: str) -> str:
+    number = _NUMBER.search(name)
+    renamed = new + _NUMBER.sub("#", name, count=1).removeprefix(old)
+    return renamed.replace("#", number[0], 1) if number else renamed
+
+
+def check_support(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a checkpoint with learned pruning."""
+    if settings.get("prune_layers") or any("token_pruner." in name for name in state):
+        raise ValueError(
+            "the checkpoint prunes by learned predictors (prune_layers, token_pruner), which load_official does not "
+            "support yet: use one that was trained without them"
+        )
+
+
+def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """Names in a published config.json that mean nothing to us, `known` being those of one model alone."""
+    reduction = ["prune_layers", "reduce_layers", *(name for names in REDUCTION.values() for name in names)]
+    return sorted(set(settings) - {"num_heads", "drop_rate", *OURS, *reduction, *_WITHOUT_EFFECT, *known})
+
+
+def reduction(settings: Mapping[str, Any]) -> tuple[float, float, float, list[int] | None]:
+    """`prune_r`, `merge_r`, `merge_text` and `reduce_layers`, as config.json has them.
+
+    Raises:
+        ValueError: for settings that contradict each other, or are no numbers.
+    """
+    prune, merge, merge_text = (number(settings, name, 0) for name in ("prune_r", "merge_r", "merge_text"))
+    layers = settings.get("reduce_layers")
+    if layers is None and prune > 0:
+        raise ValueError("config.json has prune_r but no reduce_layers: name them, for example [2, 5, 8]")
+    if layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
+        raise ValueError(f"reduce_layers in config.json is a list of numbers, for example [2, 5, 8], not {layers!r}")
+    return prune, merge, merge_text, layers
+
+
+def is_official(settings: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is one for the published code; all are but those that we have written of other models."""
+    official = settings.get("official", True)
+    if not isinstance(official, bool):
+        raise ValueError(f"official in config.json is true or false, not {official!r}")
+    return official
+
+
+def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting of the reducer under any of its names; raises ValueError if they contradict each other."""
+    given = {alias: settings[alias] for alias in REDUCTION[name] if settings.get(alias) is not None}
+    if len(set(map(str, given.values()))) > 1:
+        raise ValueError(f"{' and '.join(REDUCTION[name])} in config.json contradict each other: {given}")
+    return next(iter(given.values()), default)
+
+
+def number(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A setting of the reducer that is a number."""
+    value = setting(settings, name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} in config.json is a number, not {value!r}")
+    return value
+
+
+def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
+    """A setting that is a whole number."""
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} in config.json is a whole number, not {value!r}")
+    return value
+
+
+def heads(settings: Mapping[str, Any], name: str, default: int, width: int) -> int:
+    """A number of attention heads, which weights do not show."""
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or width % value:
+        raise ValueError(f"{name} in config.json is a divisor of the width {width}, not {value!r}")
+    return value
+
+
+def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of a weight; raises ValueError if it is missing or has another number of dimensions."""
+    if name not in state or state[name].ndim != dimensions:
+        found = f"has shape {list(state[name].shape)}" if name in state else "is missing"
+        raise ValueError(f"{name} {found}: these are not the weights of a published {name.split('.')[0]} checkpoint")
+    return state[name].shape
+
+
+def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
+    """Number of layers, where the names of their weights begin with `layers` and a number.
+
+    `least` is what config.json says: a checkpoint that lacks whole layers must not pass for a shallower one.
+    """
+    found = [int(name.removeprefix(layers).split(".")[0]) for name in state if name.startswith(layers)]
+    return max([least, *(layer + 1 for layer in found)])
+
+
+def set_labels(config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None) -> None:
+    """Give a configuration the classes of a head and their names, and the number of pictures.
+
+    Args:
+        config: to change.
+        head: its published name.
+        state: weights under the published names; those of a new head are not there.
+        pooled: channels that one picture gives to the head.
+        answers: of question answering, in order.
+
+    Raises:
+        ValueError: if the number of answers is another one, or is not known.
+    """
+    if not head.endswith("_classifier"):
+        return
+    names = answers if head == "vqa_classifier" else TASKS[head]
+    new = f"{head}.3.weight" not in state
+    if new and names is None:
+        raise ValueError("a new head for question answering needs its answers: give them")
+    count = len(names or ()) if new else shape(state, f"{head}.3.weight", 2)[0]
+    config.num_labels = count
+    if head == "nlvr2_classifier":
+        config.num_images = 2 if new else shape(state, f"{head}.0.weight", 2)[1] // pooled
+    if names is not None and len(names) != count and head == "vqa_classifier":
+        raise ValueError(f"the vocabulary has {len(names)} answers, the weights {count}: give the one they belong to")
+    if names is not None and len(names) == count:
+        set_label_names(config, names)
+
+
+def set_label_names(config: PreTrainedConfig, names: list[str] | tuple[str, ...]) -> None:
+    """Give the classes their names, in order."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def check_labels(config: PreTrainedConfig, head: str) -> None:
+    """Raise ValueError if classes are not in the order that the published head has them in."""
+    names = TASKS.get(head)
+    found = tuple(config.id2label[number] for number in sorted(config.id2label))
+    if names is not None and sorted(found) == sorted(names) and found != names:
+        raise ValueError(
+            f"the published layout has the classes in the order {', '.join(names)}, not {', '.join(found)}"
+        )
