@@ -1,7 +1,12 @@
-"""Put a trained model into the package, in half precision: python benchmarks/ship.py runs/NAME NAME."""
+"""Put a trained model into the package, in half precision: python benchmarks/ship.py runs/NAME NAME [CHANGES].
 
+CHANGES are settings of its reducer that it is to have from now on, as JSON.
+"""
+
+import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +17,9 @@ from pumer.presets import SHIPPED
 
 run, name = Path(sys.argv[1]), sys.argv[2]
 model = pumer.load(run / "model").to(torch.float16)
+if sys.argv[3:]:
+    patch = pumer.active(model)
+    pumer.apply(model, replace(patch.reducer, **json.loads(sys.argv[3])))
 if (SHIPPED / name).exists():
     shutil.rmtree(SHIPPED / name)
 pumer.save(model, SHIPPED / name)

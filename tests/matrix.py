@@ -1,6 +1,9 @@
 """Every reducer in one or two settings that do something in a model of `tiny.LAYERS` layers."""
 
-from pumer import NoVision, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
+import pytest
+
+import tiny
+from pumer import Compose, NoVision, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 from pumer.reducers import list_reducers
 
 REDUCERS: dict[str, Reducer] = {
@@ -15,6 +18,12 @@ REDUCERS: dict[str, Reducer] = {
     "pool-inside": Pool(window=3, layer=1),
     "no-vision": NoVision(),
 }
+COMPOSED: dict[str, Reducer] = {
+    "tome+pumer": Compose(ToMe(r=4, depth=tiny.TOWER), PuMer(prune=0.2, merge=0.2, merge_text=0.3, layers=(0, 2))),
+    "tome+tome": Compose(ToMe(r=3, depth=2, proportional=False), ToMe(r=2, depth=4)),
+    "uniform+random": Compose(Uniform(prune=0.3, layers=(0, 2)), Random(prune=0.3)),
+}
+"""Two at once, for models with a vision tower of `tiny.TOWER` layers."""
 OFFICIAL = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(1, 2), official=True)
 """The published code's mode: it keeps none of the rules on padding, so the shared tests leave it out."""
 IDENTITIES: dict[str, Reducer] = {
@@ -36,6 +45,15 @@ PRUNING: dict[str, Reducer] = {
 """Those that only drop tokens."""
 
 
+def on_every_family(**more: Reducer) -> list:
+    """Cases (kind of model, reducer): every reducer on every family, and what is given besides."""
+    return [
+        pytest.param(kind, reducer, id=f"{family}-{name}")
+        for family, kind in tiny.FAMILIES.items()
+        for name, reducer in (REDUCERS | (COMPOSED if family == "METER" else {}) | more).items()
+    ]
+
+
 def missing() -> set[str]:
     """Registered reducers that the matrix lacks."""
-    return set(list_reducers()) - {reducer.name for reducer in REDUCERS.values()}
+    return set(list_reducers()) - {reducer.name for reducer in (*REDUCERS.values(), *COMPOSED.values())}

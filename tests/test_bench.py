@@ -7,6 +7,7 @@ import torch
 
 from pumer.bench import records
 from pumer.bench.memory import peak_activations, weight_bytes
+from pumer.bench.models import build, inputs
 from pumer.bench.run import bench
 from pumer.bench.timing import Timing, alternate
 from pumer.bench.where import Where
@@ -77,6 +78,35 @@ def test_the_table_has_every_variant(measured):
     assert {"cpu", "threads", "torch", "transformers", "median_s"} <= set(rows[0])
 
 
+@pytest.fixture(scope="module")
+def measured_meter():
+    return bench("meter-tiny", batch=2, text=20, runs=1, warmup=1)
+
+
+def test_a_model_that_transformers_lacks(measured_meter):
+    names = [row.variant for row in measured_meter.rows]
+    assert names == ["stock", "fused", "meter-vqav2", "meter-vqav2-tower"]
+    inside, tower = measured_meter.rows[2:]
+    assert tower.flops_ratio > inside.flops_ratio > 1
+    for row in (inside, tower):
+        assert 0 < row.overhead < 1
+    assert tower.peak_bytes < inside.peak_bytes < measured_meter.row("stock").peak_bytes
+    assert "stock: our own METER, unreduced: transformers has none" in str(measured_meter)
+    assert measured_meter.records()[0]["note"].startswith("our own METER")
+    assert not measured_meter.row("fused").note
+
+
+def test_inputs_are_as_the_processors_give_them():
+    for name, padding in (("vilt-tiny", 0), ("meter-tiny", 1)):
+        data = inputs(build(name), batch=3, text=20)
+        mask = data["attention_mask"].bool()
+        assert sorted(mask.sum(1).tolist())[::2] == [8, 16]
+        assert (data["input_ids"][~mask] == padding).all()
+        assert (data["input_ids"][mask] > padding).all()
+        assert ("token_type_ids" in data) == (name == "vilt-tiny")
+        assert data["pixel_values"].shape == (3, 3, 96, 96)
+
+
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -94,10 +124,11 @@ def test_bad_names_are_explained(measured):
         measured[0].row("nothing")
 
 
-def test_where_it_pays(measured):
+def test_where_it_pays(measured, measured_meter):
     cells = Where((measured[0],)).cells()
     assert cells[0]["batch"] == 4
     assert cells[0]["x_fused"] == measured[0].rows[-1].x_fused
+    assert str(Where((measured_meter, measured_meter))).count("stock: our own METER") == 1
 
 
 def test_command(capsys):

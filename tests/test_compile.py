@@ -9,10 +9,10 @@ import matrix
 import pumer
 import tiny
 
-EVERY_REDUCER = pytest.mark.parametrize(
-    "reducer", [*matrix.REDUCERS.values(), matrix.OFFICIAL], ids=[*matrix.REDUCERS, "official"]
-)
-COMPILED = ["pumer", "tome", "pool-inside", "random"]
+CASES = matrix.on_every_family(official=matrix.OFFICIAL)
+EVERY_FAMILY = pytest.mark.parametrize("kind", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+EVERY_REDUCER = pytest.mark.parametrize(("kind", "reducer"), CASES)
+COMPILED = ("pumer", "tome", "pool-inside", "random", "tome+pumer", "uniform+random", "official")
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 """Operators whose result, or its shape, the host has to wait for."""
 
@@ -36,23 +36,27 @@ def test_waiting_is_seen():
 
 
 @EVERY_REDUCER
-def test_a_forward_never_waits_for_the_device(reducer):
-    model, inputs = tiny.model(), tiny.batch()
+def test_a_forward_never_waits_for_the_device(kind, reducer):
+    model, inputs = tiny.model(kind), tiny.batch(kind)
     with torch.no_grad(), pumer.reduced(model, reducer, trim=False), NoWaiting():
         model(**inputs)
 
 
 @EVERY_REDUCER
-def test_a_forward_needs_no_data(reducer):
+def test_a_forward_needs_no_data(kind, reducer):
     """Tensors on the meta device have shapes alone: whatever reads one, `tolist` included, fails there."""
-    model, inputs = tiny.model().to("meta"), tiny.batch()
+    model, inputs = tiny.model(kind).to("meta"), tiny.batch(kind)
     with torch.no_grad(), pumer.reduced(model, reducer, trim=False):
         output = model(**{name: tensor.to("meta") for name, tensor in inputs.items()})
     assert output.logits.shape == (4, 7)
 
 
-def test_training_never_waits_for_the_device():
-    model, inputs = tiny.model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train(), tiny.batch()
+@EVERY_FAMILY
+def test_training_never_waits_for_the_device(kind):
+    model, inputs = (
+        tiny.model(kind, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train(),
+        tiny.batch(kind),
+    )
     pumer.apply(model, matrix.REDUCERS["pumer"], trim=False)
     with NoWaiting():
         model(**inputs).logits.sum().backward()
@@ -63,12 +67,12 @@ def shuffled(inputs):
     return {name: tensor.flip(0) for name, tensor in inputs.items()}
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "official"])
-def test_one_graph_for_every_batch(name):
+@pytest.mark.parametrize(("kind", "reducer"), [case for case in CASES if case.id.split("-", 1)[1] in COMPILED])
+def test_one_graph_for_every_batch(kind, reducer):
     torch._dynamo.reset()
-    model, inputs = tiny.model(), tiny.batch()
-    pumer.apply(model, matrix.OFFICIAL if name == "official" else matrix.REDUCERS[name], trim=False)
-    counter = CompileCounterWithBackend("aot_eager" if name == "pumer" else "eager")
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    pumer.apply(model, reducer, trim=False)
+    counter = CompileCounterWithBackend("aot_eager" if reducer == matrix.REDUCERS["pumer"] else "eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         for batch in (inputs, shuffled(inputs)):
@@ -76,10 +80,11 @@ def test_one_graph_for_every_batch(name):
     assert counter.frame_count == 1, "the second batch was compiled anew"
 
 
-def test_trimming_is_left_out_of_a_graph():
+@EVERY_FAMILY
+def test_trimming_is_left_out_of_a_graph(kind):
     """With the default `trim=True` too: the host cannot read lengths inside a graph."""
     torch._dynamo.reset()
-    model, inputs = tiny.model(), tiny.batch()
+    model, inputs = tiny.model(kind), tiny.batch(kind)
     expected = pumer.apply(model, matrix.REDUCERS["uniform"])(**inputs).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=0, atol=1e-5)
@@ -87,9 +92,9 @@ def test_trimming_is_left_out_of_a_graph():
 
 @pytest.mark.gpu
 @EVERY_REDUCER
-def test_a_cuda_forward_never_waits_and_can_be_captured(reducer):
-    model = tiny.model().cuda()
-    inputs = {name: tensor.cuda() for name, tensor in tiny.batch().items()}
+def test_a_cuda_forward_never_waits_and_can_be_captured(kind, reducer):
+    model = tiny.model(kind).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in tiny.batch(kind).items()}
     with torch.no_grad(), pumer.reduced(model, reducer, trim=False):
         expected = model(**inputs).logits  # the first call sets up libraries, which may wait
         torch.cuda.synchronize()

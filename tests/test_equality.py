@@ -11,14 +11,24 @@ import tiny
 from pumer.reducers import Plan
 
 TOLERANCE = 1e-5
-EVERY_REDUCER = pytest.mark.parametrize("reducer", matrix.REDUCERS.values(), ids=matrix.REDUCERS)
+EVERY_REDUCER = pytest.mark.parametrize(("answering", "reducer"), matrix.on_every_family(), indirect=["answering"])
+WITH_OFFICIAL = pytest.mark.parametrize(
+    ("answering", "reducer"), matrix.on_every_family(official=matrix.OFFICIAL), indirect=["answering"]
+)
 EVERY_CLASS = pytest.mark.parametrize("kind", tiny.CLASSES)
+EVERY_FAMILY = pytest.mark.parametrize("kind", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def answering():
+@pytest.fixture(scope="module", params=tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+def answering(request):
     """A model that no test leaves changed."""
-    return tiny.model()
+    return tiny.model(request.param)
+
+
+@pytest.fixture
+def inputs(answering):
+    """A padded batch for it."""
+    return tiny.batch(type(answering).__name__)
 
 
 @pytest.fixture
@@ -117,8 +127,7 @@ def test_embeddings_may_be_given(in_order):
 
 
 @EVERY_REDUCER
-def test_a_row_of_a_batch_equals_the_sample_alone(answering, reducer):
-    inputs = tiny.batch()
+def test_a_row_of_a_batch_equals_the_sample_alone(answering, inputs, reducer):
     with pumer.reduced(answering, reducer):
         together = forward(answering, inputs).logits
         for row in range(len(together)):
@@ -136,24 +145,23 @@ def test_a_row_of_a_batch_equals_the_sample_alone_in_every_class(kind):
 
 
 @EVERY_REDUCER
-def test_eager_equals_sdpa_and_trimming_changes_nothing(answering, reducer):
-    inputs = tiny.batch()
-    logits, lengths = [], []
+def test_eager_equals_sdpa_and_trimming_changes_nothing(answering, inputs, reducer):
+    logits, lengths, entries = [], [], []
     for attention, trim in (("sdpa", True), ("eager", True), ("sdpa", False)):
         with pumer.reduced(answering, reducer, attention=attention, trim=trim):
             logits.append(forward(answering, inputs).logits)
             lengths.append(pumer.active(answering).lengths)
+            entries.append(pumer.active(answering).entry)
+            assert pumer.report(answering).active
     close(logits[0], logits[1])
     close(logits[0], logits[2])
     assert lengths[0] == lengths[1]
-    text, image = lengths[2][0]
-    assert reducer.name == "no-vision" or (text, image) == reducer.lengths(12, 49, -1, grid=(6, 8))
+    assert entries[2] in ((12, 49, (6, 8)), (12, 37, (6, 6)))
     assert lengths[0][0][0] == 9, "the text was not cut to the longest of the batch"
 
 
-def test_the_published_mode_is_given_all_padded_text(answering):
+def test_the_published_mode_is_given_all_padded_text(answering, inputs):
     """The published code counts padded text and lets it vote: cutting it would change the published results."""
-    inputs = tiny.batch()
     with pumer.reduced(answering, matrix.OFFICIAL):
         trimmed = forward(answering, inputs).logits
         assert pumer.active(answering).lengths[0][0] == 12
@@ -241,10 +249,14 @@ def test_merging_twins_changes_nothing_when_sizes_count(in_order):
         assert torch.allclose(found, stock, rtol=0, atol=TOLERANCE) == same
 
 
-@pytest.mark.parametrize("name", ["pumer", "tome"])
-def test_every_source_token_counts_the_same_however_often_it_was_merged(answering, name):
-    with pumer.reduced(answering, matrix.REDUCERS[name]), pumer.trace(answering) as steps:
-        tiny.logits(answering, tiny.batch())
+@pytest.mark.parametrize(
+    ("answering", "reducer"),
+    [case for case in matrix.on_every_family() if case.id.split("-", 1)[1] in ("pumer", "tome", "tome+pumer")],
+    indirect=["answering"],
+)
+def test_every_source_token_counts_the_same_however_often_it_was_merged(answering, inputs, reducer):
+    with pumer.reduced(answering, reducer), pumer.trace(answering) as steps:
+        tiny.logits(answering, inputs)
     plan = steps[0].plan
     for step in steps[1:]:
         plan = plan.then(step.plan)
@@ -264,9 +276,9 @@ def everything(model):
     return attributes, settings, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("reducer", [*matrix.REDUCERS.values(), matrix.OFFICIAL], ids=[*matrix.REDUCERS, "official"])
-def test_remove_leaves_no_trace(answering, reducer):
-    inputs = tiny.alone(tiny.batch(), 2)
+@WITH_OFFICIAL
+def test_remove_leaves_no_trace(answering, inputs, reducer):
+    inputs = tiny.alone(inputs, 2)
     before, logits = everything(answering), forward(answering, inputs).logits
     pumer.apply(answering, reducer)
     forward(answering, inputs)
@@ -279,17 +291,17 @@ def test_remove_leaves_no_trace(answering, reducer):
     close(forward(answering, inputs).logits, logits)
 
 
-def test_remove_is_exact_to_the_bit(in_order, answering):
-    inputs = tiny.batch()
+def test_remove_is_exact_to_the_bit(in_order, answering, inputs):
     logits = forward(answering, inputs).logits
     with pumer.reduced(answering, matrix.OFFICIAL):
         assert not torch.equal(forward(answering, inputs).logits, logits)
     assert torch.equal(forward(answering, inputs).logits, logits)
 
 
-def test_two_models_side_by_side():
-    one, other, stock = tiny.model(), tiny.model(), tiny.model()
-    inputs, expected = tiny.batch(), []
+@EVERY_FAMILY
+def test_two_models_side_by_side(kind):
+    one, other, stock = tiny.model(kind), tiny.model(kind), tiny.model(kind)
+    inputs, expected = tiny.batch(kind), []
     for reducer in (matrix.REDUCERS["pumer"], matrix.REDUCERS["tome"]):
         with pumer.reduced(stock, reducer):
             expected.append(forward(stock, inputs).logits)
@@ -302,8 +314,7 @@ def test_two_models_side_by_side():
     assert torch.equal(forward(other, inputs).logits, expected[1])
 
 
-def test_reduced_nests(answering):
-    inputs = tiny.batch()
+def test_reduced_nests(answering, inputs):
     assert pumer.active(answering) is None
     with pumer.reduced(answering, matrix.REDUCERS["pumer"], attention="eager", trim=False):
         outer = forward(answering, inputs).logits
@@ -321,8 +332,9 @@ def test_reduced_cleans_up_after_an_error(answering):
     assert pumer.active(answering) is None
 
 
-def test_a_copy_of_a_reduced_model_is_its_own_model():
-    model, inputs = pumer.apply(tiny.model(), matrix.REDUCERS["pumer"]), tiny.batch()
+@EVERY_FAMILY
+def test_a_copy_of_a_reduced_model_is_its_own_model(kind):
+    model, inputs = pumer.apply(tiny.model(kind), matrix.REDUCERS["pumer"]), tiny.batch(kind)
     logits = forward(model, inputs).logits
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -334,53 +346,13 @@ def test_a_copy_of_a_reduced_model_is_its_own_model():
     assert torch.equal(forward(twin, inputs).logits, logits)
     pumer.remove(twin)
     assert pumer.active(twin) is None
-    close(forward(twin, inputs).logits, forward(tiny.model(), inputs).logits)
+    close(forward(twin, inputs).logits, forward(tiny.model(kind), inputs).logits)
     assert all("forward" not in vars(part) for part in twin.modules())
 
 
-# --- training ---
-
-
-def gradients(model, inputs):
-    model.zero_grad()
-    logits = model(**inputs).logits
-    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(
-    "reducer", [matrix.REDUCERS["pumer"], matrix.REDUCERS["tome"], matrix.OFFICIAL], ids=["pumer", "tome", "official"]
-)
-def test_gradient_checkpointing_gives_the_same_gradients(reducer, reentrant):
-    model, inputs = tiny.model().train(), tiny.batch()
-    pumer.apply(model, reducer)
-    expected = gradients(model, inputs)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    again = []
-    layer = model.vilt.encoder.layer[1].intermediate
-    layer.register_forward_hook(lambda *_: again.append(torch.is_grad_enabled()))
-    found = gradients(model, inputs)
-    assert len(again) == 2, "the layer was not computed again on the way back, so nothing was saved"
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("reducer", [*matrix.REDUCERS.values(), matrix.OFFICIAL], ids=[*matrix.REDUCERS, "official"])
-def test_training_with_dropout(reducer):
-    model = tiny.model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
-    inputs = tiny.batch()
-    pumer.apply(model, reducer)
-    found = gradients(model, inputs)
-    assert all(gradient is None or gradient.isfinite().all() for gradient in found.values())
-    assert found["vilt.encoder.layer.0.attention.attention.query.weight"].abs().sum() > 0
-    with torch.no_grad():
-        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
-
-
-def test_plans_of_a_forward_are_those_of_its_lengths(answering):
+def test_plans_of_a_forward_are_those_of_its_lengths(answering, inputs):
     with pumer.reduced(answering, matrix.REDUCERS["pumer"]), pumer.trace(answering) as steps:
-        forward(answering, tiny.batch())
+        forward(answering, inputs)
         lengths = pumer.active(answering).lengths
     assert [step.layer for step in steps] == [1, 2]
     for step in steps:

@@ -1,6 +1,8 @@
 """Evaluation: scores, samples, prediction files, broken pictures; the commands on top."""
 
+import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +10,17 @@ from PIL import Image
 
 import pumer
 from pumer.cli import main
-from pumer.data.images import BrokenImageError, Square
+from pumer.data.images import BrokenImageError, KeepAspect, Square
 from pumer.data.scene_questions import ask
 from pumer.data.scenes import draw
 from pumer.data.text import TextTransform, train_tokenizer
 from pumer.data.transforms import build_transform, load_transform, save_transform
-from pumer.evaluate import evaluate, predict, write_samples
+from pumer.evaluate import constant_accuracy, evaluate, predict, take, write_samples
 from pumer.hub import save
 from pumer.tasks.base import Collator, Example
+from pumer.tasks.scene_tasks import ScenesNLVR2, ScenesRetrieval, ScenesVE
 from pumer.tasks.scenes import Scenes, dense_labels
+from tiny import meter_config
 from tiny import model as tiny_model
 
 
@@ -129,6 +133,81 @@ def test_command_list_names_everything(capsys):
     shown = capsys.readouterr().out
     for word in ("pumer", "tome", "vilt-vqav2", "ViltForQuestionAnswering", "vqav2", "nlvr"):
         assert word in shown
+
+
+@pytest.mark.parametrize("kind", [Scenes, ScenesNLVR2])
+def test_what_a_blind_model_is_not_shown_says_nothing(kind, tokenizer):
+    task = kind(questions=6)
+    examples = task.examples("test")[:]
+    seen, unseen = examples[0], replace(examples[5], text=examples[0].text)
+    wide = tuple(Image.new("RGB", (200, 90), (255, 0, 0)) for _ in unseen.images)
+    sighted = Collator(task, TextTransform(tokenizer, 24), KeepAspect(64, multiple=16))
+    text_alone, image_alone = (replace(sighted, blind=blind) for blind in ("text", "image"))
+    one, other = (text_alone([example]) for example in (seen, replace(unseen, images=wide)))
+    assert all(torch.equal(one[name], other[name]) for name in one if name != "labels")
+    assert one["pixel_values"].abs().max() < 0.01
+    assert torch.equal(one["input_ids"], sighted([seen])["input_ids"])
+    two = image_alone([seen, examples[5]])
+    assert torch.equal(*two["input_ids"])
+    assert two["attention_mask"].all()
+    assert torch.equal(two["pixel_values"], sighted([seen, examples[5]])["pixel_values"])
+
+
+def test_of_equal_texts_there_is_none_to_rank(tokenizer):
+    with pytest.raises(ValueError, match="blind text"):
+        Collator(ScenesRetrieval(), TextTransform(tokenizer), Square(32), "image")
+
+
+def test_the_best_constant_answer_is_found(task):
+    for some in (Scenes(questions=30), ScenesVE(questions=9)):
+        examples = some.examples("test")[:]
+        best = max(some.metric({e.id: label for e in examples}, examples)["accuracy"] for label in some.labels)
+        assert constant_accuracy(examples) == best
+    assert constant_accuracy(ScenesRetrieval(questions=3, negatives=4).examples("test")[:]) == 20
+
+
+def test_texts_are_ranked_as_alone(tokenizer, monkeypatch):
+    task = ScenesRetrieval(questions=5, negatives=2, image_size=32)
+    words = {"vocab_size": 300, "max_position_embeddings": 24}
+    changes = {"Vilt": words, "Meter": {"text_config": meter_config().text_config.to_dict() | words}}
+    for family in changes:
+        model = tiny_model(f"{family}ForImageAndTextRetrieval", **changes[family])
+        collator = Collator(task, TextTransform(tokenizer, 20), Square(96))
+        assert evaluate(model, task.examples("test"), collator, batch_size=2).metric["constant"] == 33.33
+        with monkeypatch.context() as patch:  # all scores instead of the best one's number
+            patch.setattr(ScenesRetrieval, "decode", lambda self, logits: logits)
+            found = predict(model, task.examples("test"), collator, batch_size=2).predictions
+        for example in task.examples("test")[:]:
+            scores = []
+            for text in (example.text, *example.negatives):
+                pair = collator([replace(example, text=text, negatives=())])
+                with torch.no_grad():
+                    logits = model(**{name: pair[name] for name in pair if name != "labels"}).logits
+                scores.append(logits.flatten())
+            torch.testing.assert_close(found[example.id], torch.cat(scores), atol=1e-5, rtol=1e-4)
+        alone = torch.stack(list(found.values()))
+        assert (alone[0] - alone[1]).abs().min() > 1e-4
+
+
+def test_the_command_hides_and_says_so(folder, tmp_path, capsys):
+    record = tmp_path / "record.csv"
+    task = json.dumps({"name": "scenes", "questions": 8})
+    for blind in ("text", "image"):
+        more = ["--blind", blind, "--record", str(record)]
+        assert main(["eval", "--model", str(folder), "--task", task, *more]) == 0
+        shown = capsys.readouterr().out
+        assert f"{blind} alone" in " ".join(shown.split())
+        assert "constant" in shown
+    with record.open(newline="") as file:
+        details = [json.loads(row["details"]) for row in csv.DictReader(file)]
+    assert [row["blind"] for row in details] == ["text", "image"]
+    assert details[0]["constant"] == constant_accuracy(Scenes(questions=8).examples("test")[:])
+
+
+def test_examples_are_taken_from_sequences_that_cannot_be_sliced():
+    assert take(("a", "b", "c"), range(3)[:2]) == ["a", "b"]
+    examples = Scenes(questions=4, image_size=32).examples("test")
+    assert [example.id for example in take(examples, range(4)[1:])] == [1, 2, 3]
 
 
 def test_predictions_are_of_the_eval_mode(model, collator, task):

@@ -154,7 +154,7 @@ def test_schedules_of_tome(folder):
 # --- the reducer ---
 
 
-def reducer_of(setting, layers=(0,)):
+def reducer_of(setting, layers=(0,), official=True):
     return PuMer(
         prune=setting.get("prune", 0),
         merge=setting.get("merge_image", setting.get("joint_r", 0)),
@@ -162,7 +162,7 @@ def reducer_of(setting, layers=(0,)):
         score=setting.get("score", "mean_head"),
         style=setting.get("style", "tome"),
         layers=layers,
-        official=True,
+        official=official,
     )
 
 
@@ -200,6 +200,36 @@ def test_reducer_of_vilt(folder):
             same(states[:, text:], data[f"{case}.image_states"], case)
             same(plan.mask_BK[:, :text], data[f"{case}.text_mask"], case)
             same(plan.mask_BK[:, text:], data[f"{case}.image_mask"], case)
+
+
+def test_reducer_of_meter(folder):
+    settings, data = read(folder, "reducer_meter")
+    for case, setting in settings["cases"].items():
+        names = ("text_states", "image_states", "text_mask", "image_mask", "text_key_metric", "image_key_metric")
+        given = {name: data[f"{setting['input']}.in.{name}"] for name in names}
+        text, image = given["text_states"].shape[1], given["image_states"].shape[1]
+        reducer = reducer_of(setting, official="meter")
+        tokens = Tokens(
+            mask_BN=torch.cat([given["text_mask"], given["image_mask"]], 1).float(),
+            text=text,
+            sizes_BN=torch.ones(len(given["text_mask"]), text + image),
+            queries_BHNC=torch.zeros_like(given["text_key_metric"])[:, None],  # unread: probabilities are given
+            keys_BHNC=torch.cat([given["text_key_metric"], given["image_key_metric"]], 1)[:, None],
+            attention_BHNN=data[f"{setting['input']}.in.text_to_image_attn"],
+            cross=True,
+        )
+        if setting.get("raises"):
+            with pytest.raises(ValueError, match="too few to merge"):
+                reducer.plan(tokens)
+            continue
+        plan = reducer.plan(tokens)
+        states = plan.reduce(torch.cat([given["text_states"], given["image_states"]], 1))
+        lengths = reducer.lengths(text, image, 0)
+        assert states.shape[1] == plan.slots == sum(lengths), case
+        text = lengths[0]
+        for part, where in (("text", slice(0, text)), ("image", slice(text, None))):
+            same(states[:, where], data[f"{case}.{part}_states"], case)
+            same(plan.mask_BK[:, where], data[f"{case}.{part}_mask"], case)
 
 
 # --- whole models ---

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_parity import FUNCTION, MODEL, folder, inputs_of, loss_of, read, same  # noqa: F401  # folder is a fixture
 
 import pumer
 from pumer.models.meter import published
+from test_parity import FUNCTION, MODEL, folder, inputs_of, loss_of, read, same  # noqa: F401  # folder is a fixture
 
 NAMES = {"prune": "prune_r", "merge_image": "merge_r"}
 

@@ -1,8 +1,6 @@
 """Plans: what holds for every reducer on any tokens, and slow loops that say what matching and PuMer mean."""
 
-import math
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import matrix
+import slow
 from pumer.reducers import Plan, PuMer, Tokens
 from pumer.reducers.budget import merge_schedule, portion, prune_then_merge
 from pumer.reducers.matching import bipartite
@@ -229,37 +228,7 @@ def test_merge_schedules(r, expected):
     assert merge_schedule(r, 4) == expected
 
 
-# --- slow loops ---
-
-
-def dot(one, other):
-    return sum(a * b for a, b in zip(one, other, strict=True))
-
-
-def slow_bipartite(keys, merged):
-    """Groups of tokens, in order, by the words of the ToMe paper; and the smallest gap between what was compared."""
-    unit = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
-    best, gaps = [], [math.inf]
-    for even in range(0, len(keys), 2):
-        ranked = sorted(((dot(unit[even], unit[odd]), odd) for odd in range(1, len(keys), 2)), reverse=True)
-        if ranked:
-            best.append((*ranked[0], even))
-        gaps += [a[0] - b[0] for a, b in pairwise(ranked)][:1]
-    best.sort(reverse=True)
-    gaps += [a[0] - b[0] for a, b in pairwise(best)]
-    group = {token: {token} for token in range(len(keys))}
-    for _, odd, even in best[:merged]:
-        group[odd].add(even)
-        del group[even]
-    return [frozenset(group[token]) for token in sorted(group)], min(gaps)
-
-
-def slow_average(values, sizes, groups):
-    """Averages of the groups, weighted by size."""
-    return [
-        [sum(sizes[token] * values[token][i] for token in group) / sum(sizes[token] for token in group) for i in (0, 1)]
-        for group in groups
-    ]
+# --- what the papers say, in slow loops ---
 
 
 @given(
@@ -279,42 +248,12 @@ def test_bipartite_matching_is_what_the_paper_says(counts, padding, ratio, seed)
     plan = bipartite(keys, valid, torch.tensor(merged), slots, sizes)
     reduced = plan.reduce(x)
     for row, count in enumerate(counts):
-        expected, gap = slow_bipartite(keys[row, :count].tolist(), merged[row])
+        expected, gap = slow.bipartite(keys[row, :count].tolist(), merged[row])
         assume(gap > 1e-5)
         assert groups(plan, row) == expected
         assert int(plan.mask_BK[row].sum()) == count - merged[row]
-        averages = slow_average(x[row].tolist(), sizes[row].tolist(), expected)
+        averages = slow.average(x[row].tolist(), sizes[row].tolist(), expected)
         torch.testing.assert_close(reduced[row, : len(expected)], torch.tensor(averages), atol=1e-5, rtol=1e-4)
-
-
-def slow_pumer(reducer, queries, keys, text):
-    """Groups of tokens of one sample by the words of the PuMer paper, and the smallest gap that decided."""
-    count = len(keys[0])
-    attention = [0.0] * count
-    for head in range(HEADS):
-        for row in range(text):
-            logits = [dot(queries[head][row], key) / math.sqrt(CHANNELS) for key in keys[head]]
-            total = sum(math.exp(logit) for logit in logits)
-            for token in range(count):
-                attention[token] += math.exp(logits[token]) / total / HEADS
-    mean = [[sum(parts) / HEADS for parts in zip(*vectors, strict=True)] for vectors in zip(*keys, strict=True)]
-
-    # Prune the image tokens that the text attends to least.
-    image = list(range(text + 1, count))
-    pruned = round(reducer.prune * len(image))
-    ranked = sorted(image, key=lambda token: -attention[token])
-    kept = sorted(ranked[: len(image) - pruned])
-    gaps = [attention[a] - attention[b] for a, b in pairwise(ranked)]
-    # Merge image tokens with image tokens, text tokens with text tokens.
-    merged = min(round((reducer.prune + reducer.merge) * len(image)) - pruned, len(kept) // 2)
-    words = list(range(1, text))
-    merged_words = min(round(reducer.merge_text * len(words)), len(words) // 2)
-    found = []
-    for tokens, gone in ((words, merged_words), (kept, merged)):
-        matched, gap = slow_bipartite([mean[token] for token in tokens], gone)
-        found.append([frozenset(tokens[i] for i in group) for group in matched])
-        gaps.append(gap)
-    return [frozenset({0}), *found[0], frozenset({text}), *found[1]], min(gaps, default=1.0)
 
 
 @given(
@@ -322,14 +261,18 @@ def slow_pumer(reducer, queries, keys, text):
     prune=st.sampled_from([0, 0.1, 0.25, 0.5]),
     merge=st.sampled_from([0, 0.3, 0.45]),
     merge_text=st.sampled_from([0, 0.2, 0.5]),
+    cross=st.booleans(),
 )
-def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text):
+def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text, cross):
     reducer = PuMer(prune=prune, merge=merge, merge_text=merge_text, layers=(0,))
     tokens = tokens_of(*batch)
+    if cross:  # the text asks the image alone
+        tokens = replace(tokens, cross=True, queries_BHNC=tokens.queries_BHNC[:, :, : tokens.text])
     plan = reducer.plan(tokens)
     for row, sample in enumerate(batch[0]):
         real = tokens.mask_BN[row]
-        queries, keys = (probe[row, :, real].tolist() for probe in (tokens.queries_BHNC, tokens.keys_BHNC))
-        expected, gap = slow_pumer(reducer, queries, keys, sample.text)
+        queries = tokens.queries_BHNC[row, :, : sample.text].tolist()
+        keys = tokens.keys_BHNC[row, :, real].tolist()
+        expected, gap = slow.pumer(reducer, queries, keys, sample.text, cross)
         assume(gap > 1e-5)
         assert groups(plan, row, real) == expected

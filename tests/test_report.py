@@ -8,6 +8,7 @@ from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltFor
 import matrix
 import pumer
 import tiny
+from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
 from pumer.report import last_forward_macs
 
 
@@ -39,6 +40,58 @@ def test_the_formula_is_what_torch_counts(name):
     rows = inputs["pixel_values"].shape[2] // tiny.PATCH
     positions = rows * side * side * 32 + grid * side * 32
     assert seen - positions == pytest.approx(last_forward_macs(model), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", tiny.METER)
+@pytest.mark.parametrize("name", ["none", "pumer", "tome", "pool", *matrix.COMPOSED])
+def test_the_formula_is_what_torch_counts_of_meter(kind, name):
+    model, inputs = tiny.model(kind), tiny.batch(kind, padding=0)
+    model.set_attn_implementation("eager")
+    inputs = {key: value[:1] for key, value in inputs.items()}  # the longest text, so that nothing is trimmed
+    unreduced = counted(model, inputs)
+    assert unreduced == pytest.approx(pumer.report(model, text=9).macs, rel=0.01)
+    pumer.apply(model, (matrix.REDUCERS | matrix.COMPOSED)[name], attention="eager")
+    assert counted(model, inputs) == pytest.approx(last_forward_macs(model), rel=1e-3)
+    shown = pumer.report(model, text=9)
+    assert shown.active
+    assert (shown.macs, shown.base_macs) == (last_forward_macs(model), pytest.approx(unreduced, rel=1e-3))
+
+
+def test_a_tower_is_part_of_the_report():
+    model, inputs = tiny.model("MeterForQuestionAnswering"), tiny.batch("MeterForQuestionAnswering")
+    pumer.apply(model, matrix.COMPOSED["tome+pumer"])
+    with torch.no_grad():
+        model(**inputs)
+    shown = pumer.report(model)
+    assert shown.tower == (37, 33, 29, 25)
+    assert shown.lengths[0] == (20, 25)
+    assert shown.parts["vision tower"] < shown.base_parts["vision tower"]
+    assert shown.parts["text encoder"] == shown.base_parts["text encoder"]
+    assert shown.to_dict()["tower"] == [37, 33, 29, 25]
+    assert "vision tower" in str(shown)
+    pumer.active(model).tower[1] = 36
+    assert "in the vision tower" in pumer.report(model).state
+
+
+@pytest.mark.parametrize(
+    ("text", "reducer", "gmacs"),
+    [
+        (40, pumer.PuMer(0.2, 0.2, 0.2, (0, 1, 2, 3), official=True), 65.56),
+        (40, pumer.PuMer(0.3, 0.5, 0.2, (0, 1, 2, 3), official=True), 59.93),
+        (32, pumer.PuMer(0.2, 0.2, 0.2, (0, 1, 2, 3), official=True), 64.59),
+    ],
+)
+def test_published_costs_of_meter(text, reducer, gmacs):
+    with torch.device("meta"):
+        model = MeterForQuestionAnswering(MeterConfig(num_labels=3129))
+    pumer.apply(model, reducer)
+    shown = pumer.report(model, text=text)
+    own = shown.parts["reducer"]
+    assert (shown.macs - own) / 1e9 == pytest.approx(gmacs, rel=0.01)
+    assert shown.base_macs / 1e9 == pytest.approx({40: 93.13, 32: 91.89}[text], rel=0.005)
+    assert own < 0.01 * shown.macs
+    if gmacs == 65.56:
+        assert shown.lengths[1:] == ((32, 347), (26, 209), (21, 125), *[(17, 75)] * 3)
 
 
 def test_two_pictures_cost_two_passes():

@@ -104,7 +104,7 @@ def test_wrong_splits_write_nothing(tmp_path, write):
             write(tmp_path / "new", 4, splits)
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(ValueError, match="choose a new folder"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         write(tmp_path, 4, {"train": 1})
 
 

@@ -324,7 +324,7 @@ def test_official_files(tmp_path):
 
 def test_a_full_folder_is_refused(tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(ValueError, match="choose a new folder"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         write_vqav2(tmp_path, seed=0, pictures=1, per_picture=1)
     assert (tmp_path / "mine").read_text() == "keep"
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""The stock methods that the ViLT adapter stands in for are still those that it was written against.
+"""The stock methods that our adapters stand in for are still those that they were written against.
 
 Only for the version of transformers that constraints.txt pins: raising the pin runs these on the new one.
 """
@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.clip import modeling_clip as clip
+from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.vilt import modeling_vilt as vilt
 
 PINS = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8").split()
@@ -28,7 +31,21 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "82aebb1693aa0448",
         "_attend in adapters/vilt.py, adapters/probes.py",
     ),
-    (GradientCheckpointingLayer, "__init_subclass__"): ("2196b62df474d5a4", "_layer in adapters/vilt.py"),
+    (GradientCheckpointingLayer, "__init_subclass__"): (
+        "2196b62df474d5a4",
+        "_layer in adapters/vilt.py, adapters/meter.py and adapters/tower.py",
+    ),
+    (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in adapters/tower.py"),
+    (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in adapters/tower.py"),
+    (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in adapters/tower.py"),
+    (clip.CLIPAttention, "forward"): ("124d8a01d30df424", "_attend_and_reduce in adapters/tower.py"),
+    (bert.BertAttention, "forward"): ("24dd5fe80045ff58", "_attend in adapters/meter.py"),
+    (bert.BertSelfAttention, "forward"): ("1663e0dd4c0b10aa", "_attend in adapters/meter.py"),
+    (bert.BertCrossAttention, "forward"): ("0701a034b8b36c71", "_attend in adapters/meter.py"),
+    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in adapters/meter.py"),
+    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
+    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
+    (roberta.RobertaModel, "_create_attention_masks"): ("897c781af2f223e6", "_encode_text in adapters/meter.py"),
 }
 
 

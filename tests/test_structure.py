@@ -19,7 +19,7 @@ LAYERS = [
     {"adapters", "models"},
     {"", "api", "presets", "hub", "report"},
     {"tasks", "data", "bench", "viz"},
-    {"evaluate", "train"},
+    {"evaluate", "score", "train"},
     {"cli", "commands", "app"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

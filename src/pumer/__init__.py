@@ -2,7 +2,7 @@
 
 from pumer._version import __version__
 from pumer.api import active, apply, reduced, remove, trace
-from pumer.hub import load, load_official, save
+from pumer.hub import load, load_official, save, save_official
 from pumer.reducers import Compose, NoVision, Plan, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 from pumer.report import Report, report
 
@@ -27,5 +27,6 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_official",
     "trace",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,16 @@ def predict(
             chunk = _readable(chunk, broken)
         if not chunk:
             continue
-        batch = model_inputs(collator(chunk), device)
+        batch = collator(chunk)
+        inputs = paired(model, model_inputs(batch, device), batch.get("texts_per_image", 1))
         start = time.perf_counter()
         with torch.inference_mode():
-            logits = model(**batch).logits
+            logits = model(**inputs).logits
         logits = logits.float().cpu()
         seconds += time.perf_counter() - start
-        predictions |= zip((example.id for example in chunk), collator.task.decode(logits), strict=True)
+        # Of texts that are ranked: from one score each to a row per image.
+        decoded = collator.task.decode(logits.reshape(len(chunk), -1))
+        predictions |= zip((example.id for example in chunk), decoded, strict=True)
     return Result(predictions, {}, seconds, len(predictions), broken)
 
 
@@ -85,13 +90,45 @@ def model_inputs(batch: dict[str, Tensor], device: torch.device | str = "cpu") -
     return {name: batch[name].to(device) for name in names if name in batch}
 
 
+def paired(model: Any, inputs: dict[str, Tensor], texts_per_image: int) -> dict[str, Any]:
+    """Inputs with an image for every text; models that can repeat images after their vision tower do it themselves."""
+    if texts_per_image == 1:
+        return inputs
+    if "texts_per_image" in inspect.signature(type(model.base_model).forward).parameters:
+        return {**inputs, "texts_per_image": texts_per_image}
+    images = {name: inputs[name].repeat_interleave(texts_per_image, 0) for name in ("pixel_values", "pixel_mask")}
+    return {**inputs, **images}
+
+
 def evaluate(
     model: nn.Module, examples: Sequence[Example], collator: Collator, *, batch_size: int = 32, progress: bool = False
 ) -> Result:
-    """Predict and score every example of a labelled split."""
+    """Predict and score every example of a labelled split; `constant` in the metric is that of `constant_accuracy`."""
     result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
-    metric = collator.task.metric(result.predictions, examples)
+    examples = [replace(example, images=()) for example in examples]  # once, as they may be made on the fly
+    metric = collator.task.metric(result.predictions, examples) | {"constant": constant_accuracy(examples)}
     return Result(result.predictions, metric, result.seconds, result.examples)
+
+
+def constant_accuracy(examples: Sequence[Example]) -> float:
+    """What the best answer that is always the same would score on these examples, in percent.
+
+    Where texts are ranked no answer can be the same; there it is what drawing one by lot scores.
+    """
+    if any(example.negatives for example in examples):
+        return round(100 * sum(1 / (1 + len(example.negatives)) for example in examples) / len(examples), 2)
+    scores: defaultdict[int, float] = defaultdict(float)
+    for example in examples:
+        target = example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
+        for label, score in target.items():
+            scores[label] += score
+    return round(100 * max(scores.values(), default=0.0) / len(examples), 2)
+
+
+def take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
+    """The examples with these numbers, made together where a task can do that."""
+    many = getattr(examples, "__getitems__", None)
+    return many(list(numbers)) if many else [examples[number] for number in numbers]
 
 
 def write_samples(path: str | Path, result: Result, examples: Sequence[Example], collator: Collator) -> None:
@@ -108,10 +145,8 @@ def write_samples(path: str | Path, result: Result, examples: Sequence[Example],
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    many = getattr(examples, "__getitems__", None)
     for start in range(0, len(examples), size):
-        numbers = list(range(start, min(start + size, len(examples))))
-        yield many(numbers) if many else [examples[number] for number in numbers]
+        yield take(examples, range(start, min(start + size, len(examples))))
 
 
 def _readable(chunk: Sequence[Example], broken: dict[Any, str]) -> list[Example]:

@@ -304,9 +304,7 @@ def _planned_tower(
     return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, image, grid))
 
 
-def _last_forward(
-    patch: Patch | None, adapter: Adapter, model: nn.Module
-) -> tuple[Lengths | None, Lengths | None]:
+def _last_forward(patch: Patch | None, adapter: Adapter, model: nn.Module) -> tuple[Lengths | None, Lengths | None]:
     """Lengths that the last forward had, and those it had to have: in the vision tower first, if it is reduced."""
     if patch is None or patch.entry is None:
         return None, None
@@ -314,7 +312,8 @@ def _last_forward(
     tower = _planned_tower(patch.reducer, adapter, model, image, grid)
     if patch.reducer.in_tower is None:
         return tuple(patch.lengths), planned_lengths(patch.reducer, adapter.depth(model), text, image, grid)
-    rest = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1], None)
+    left = grid if tower[-1] == image else None
+    rest = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1], left)
     ran = tuple((text, length) for length in patch.tower) + tuple(patch.lengths)
     return ran, tuple((text, length) for length in tower) + rest
 

@@ -76,6 +76,14 @@ def _layer(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tens
 
 def _block(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:
     """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
+    states, axis = _attend_and_reduce(layer, patch, reducer, number, states, axis)
+    return inplace.add(layer.mlp(layer.layer_norm2(states)), states), axis
+
+
+def _attend_and_reduce(
+    layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis
+) -> tuple[Tensor, Axis]:
+    """A function of its own, so that queries, keys and values are gone when the MLP runs."""
     module = layer.self_attn
     normed = layer.layer_norm1(states)
     queries, keys, values = (
@@ -90,5 +98,4 @@ def _block(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tens
         queries, keys, values, seen, patch.attention, dropout, reducer.needs_attention and reducer.reduces_at(number)
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
-    states, axis, _ = encoder.reduce(reducer, number, states, axis, queries, keys, attention)
-    return inplace.add(layer.mlp(layer.layer_norm2(states)), states), axis
+    return encoder.reduce(reducer, number, states, axis, queries, keys, attention)[:2]

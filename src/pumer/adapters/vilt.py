@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from pumer.adapters import encoder, inplace, probes
 from pumer.adapters.base import Adapter, Patch, register, replace_forward
 from pumer.adapters.encoder import Axis
-from pumer.reducers import EMBEDDINGS
+from pumer.reducers import EMBEDDINGS, Reducer
 from pumer.reducers.base import Grid
 
 POOLED = (
@@ -43,6 +43,11 @@ class ViltAdapter(Adapter):
 
     def depth(self, model: nn.Module) -> int:
         return len(_vilt(model).encoder.layer)
+
+    def settle(self, reducer: Reducer) -> Reducer:
+        if getattr(reducer, "official", False) == "meter":
+            raise ValueError("official='meter' is METER's published reducer: give ViLT official=True")
+        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vilt = _vilt(model)
@@ -275,9 +280,7 @@ def _attend_and_reduce(
     states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions)
     # Scores come from queries and keys wherever they can, so that the kernel makes no difference to what is kept.
     looked_at = attention if patch.reducer.needs_attention else None
-    states, axis, _ = encoder.reduce(
-        patch.reducer, number, states, axis, queries, keys, looked_at, steps=patch.steps
-    )
+    states, axis, _ = encoder.reduce(patch.reducer, number, states, axis, queries, keys, looked_at, steps=patch.steps)
     return states, axis, attention if attentions else None
 
 

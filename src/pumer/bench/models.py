@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
 
-CONFIGS: dict[str, ViltConfig] = {
+from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
+
+CONFIGS: dict[str, ViltConfig | MeterConfig] = {
     "vilt-b32": ViltConfig(num_labels=3129),
     "vilt-tiny": ViltConfig(
         hidden_size=64,
@@ -18,8 +20,34 @@ CONFIGS: dict[str, ViltConfig] = {
         vocab_size=100,
         num_labels=10,
     ),
+    "meter-base": MeterConfig(num_labels=3129),
+    "meter-tiny": MeterConfig(
+        text_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 100,
+            "max_position_embeddings": 42,
+            "type_vocab_size": 1,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 11,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 96,
+            "patch_size": 8,
+        },
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=10,
+    ),
 }
-"""ViLT-B/32 for VQAv2; and a model to try things out with, of which no time means anything."""
+"""ViLT-B/32 and METER-CLIP16-RoBERTa at 384 pixels for VQAv2; and of each a model to try things out with, of which no
+time means anything."""
+_REDUCERS = {"vilt": ("vilt-vqav2",), "meter": ("meter-vqav2", "meter-vqav2-tower")}
 
 
 def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
@@ -29,7 +57,9 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViltForQuestionAnswering(_config(name)).eval()
+        config = _config(name)
+        kind = MeterForQuestionAnswering if isinstance(config, MeterConfig) else ViltForQuestionAnswering
+        return kind(config).eval()
 
 
 def image_size(name: str) -> int:
@@ -37,7 +67,17 @@ def image_size(name: str) -> int:
     return _config(name).image_size
 
 
-def _config(name: str) -> ViltConfig:
+def default_reducers(name: str) -> tuple[str, ...]:
+    """Presets made for a model; raises ValueError listing the known names."""
+    return _REDUCERS[_config(name).model_type]
+
+
+def stock_note(name: str) -> str:
+    """What stands for stock transformers where they lack the model; raises ValueError listing the known names."""
+    return "our own METER, unreduced: transformers has none" if isinstance(_config(name), MeterConfig) else ""
+
+
+def _config(name: str) -> ViltConfig | MeterConfig:
     if name not in CONFIGS:
         raise ValueError(f"no model to measure is named {name!r}; there are {', '.join(CONFIGS)}")
     return CONFIGS[name]
@@ -51,7 +91,7 @@ def inputs(
     real: tuple[int, int] = (8, 16),
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """A batch as ViltProcessor gives it for square pictures and questions padded to a fixed length.
+    """A batch as the model's processor gives it for square pictures and questions padded to a fixed length.
 
     Args:
         model: for which.
@@ -78,12 +118,14 @@ def inputs(
     lengths = torch.randint(few, many + 1, (batch,), generator=generator)
     lengths[-1], lengths[0] = few, many
     mask = (torch.arange(text) < lengths[:, None]).long()
-    ids = torch.randint(1, config.vocab_size, (batch, text), generator=generator)
+    padding = config.pad_token_id or 0
+    ids = torch.randint(padding + 1, config.vocab_size, (batch, text), generator=generator)
     made = {
-        "input_ids": ids * mask,
-        "token_type_ids": torch.zeros_like(ids),
+        "input_ids": torch.where(mask.bool(), ids, padding),
         "attention_mask": mask,
-        "pixel_values": torch.randn(batch, config.num_channels, size, size, generator=generator).to(model.dtype),
+        "pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(model.dtype),
         "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
     }
+    if config.model_type == "vilt":  # RoBERTa's tokenizer gives none
+        made["token_type_ids"] = torch.zeros_like(ids)
     return {name: tensor.to(model.device) for name, tensor in made.items()}

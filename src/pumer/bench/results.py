@@ -25,7 +25,7 @@ class Row:
         peak_bytes: peak activation memory of the batch, weights and inputs not counted.
         memory_share: of stock's peak.
         overhead: time of choosing and reducing tokens, as a share of the forward.
-        note: why something was not measured.
+        note: why something was not measured, or what else has to be known of it.
     """
 
     variant: str

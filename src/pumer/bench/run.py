@@ -2,6 +2,7 @@
 
 Three kinds of variant: stock transformers; the same model with fused kernels and trimmed padding but nothing reduced
 ("fused"); and each reducer on top of that. Only against the second one is token reduction itself measured.
+Where transformers lacks a model, as METER, ours stands for it and the row says so.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STOCK, FUSED = "stock", "fused"
 
 def bench(
     model: str = "vilt-b32",
-    reducers: Sequence[ReducerSpec] = ("vilt-vqav2",),
+    reducers: Sequence[ReducerSpec] | None = None,
     batch: int = 8,
     image_size: int | None = None,
     text: int = 40,
@@ -52,7 +53,8 @@ def bench(
 
     Args:
         model: a name in `bench.models.CONFIGS`.
-        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers.
+        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers; the model's own presets
+            for VQAv2 if not given.
         batch: examples at a time.
         image_size: side of the square pictures in pixels; the model's own if not given.
         text: text tokens, padding included.
@@ -74,7 +76,7 @@ def bench(
     Raises:
         ValueError: for unknown names and settings that do not fit.
     """
-    named = name_reducers(reducers)
+    named = name_reducers(models.default_reducers(model) if reducers is None else reducers)
     size = models.image_size(model) if image_size is None else image_size
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = {
@@ -106,7 +108,7 @@ def bench(
                 name: overhead_share(nets[name], calls[name], place)
                 for name in (named if overhead and not compiled else ())
             }
-            rows = _rows(batch, macs, timings, peaks, shares)
+            rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
             result = Bench(settings, records.environment(place), rows, weight_bytes(net))
     if record is not None:
         records.append(record, result.records())
@@ -166,13 +168,18 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     patch = active(nets[FUSED])
     assert patch is not None
     assert patch.entry is not None
-    # Stock transformers cuts padded pictures to the longest of the batch too, but never the text.
+    # Stock ViLT cuts padded pictures to the longest of the batch too, but no stock model ever cuts the text.
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
     return {STOCK: stock, **{name: last_forward_macs(twin) for name, twin in nets.items() if name != STOCK}}
 
 
 def _rows(
-    batch: int, macs: dict[str, int], timings: dict[str, Timing], peaks: dict[str, int], shares: dict[str, float]
+    batch: int,
+    macs: dict[str, int],
+    timings: dict[str, Timing],
+    peaks: dict[str, int],
+    shares: dict[str, float],
+    notes: dict[str, str],
 ) -> tuple[Row, ...]:
     rows = []
     for name, timing in timings.items():
@@ -190,6 +197,7 @@ def _rows(
                 peak_bytes=peaks.get(name),
                 memory_share=peaks[name] / peaks[STOCK] if peaks else None,
                 overhead=shares.get(name),
+                note=notes.get(name, ""),
             )
         )
     return tuple(rows)

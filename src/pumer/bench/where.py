@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pumer.bench import records
+from pumer.bench.models import default_reducers
 from pumer.bench.results import Bench
 from pumer.bench.run import FUSED, Device, Dtype, ReducerSpec, bench
 from pumer.report import align
@@ -60,14 +61,14 @@ class Where:
                 *align(rows),
                 "",
                 "x fused (x stock); a - marks where the runs overlap with the unreduced ones: it does not pay there.",
-                *sorted({row.note for one in self.benches for row in one.rows if row.note}),
+                *dict.fromkeys(f"{row.variant}: {row.note}" for one in self.benches for row in one.rows if row.note),
             ]
         )
 
 
 def where(
     model: str = "vilt-b32",
-    reducer: ReducerSpec = "vilt-vqav2",
+    reducer: ReducerSpec | None = None,
     batches: Sequence[int] = (1, 4, 16),
     image_sizes: Sequence[int] = (192, 384, 576),
     text: int = 40,
@@ -85,7 +86,8 @@ def where(
 
     Args:
         model: a name in `bench.models.CONFIGS`.
-        reducer: a preset, a reducer's name, `{"reducer": name, setting: value}`, or a reducer.
+        reducer: a preset, a reducer's name, `{"reducer": name, setting: value}`, or a reducer; the model's first
+            preset for VQAv2 if not given.
         batches: numbers of examples at a time.
         image_sizes: sides of the square pictures in pixels.
         text: text tokens, padding included.
@@ -104,6 +106,8 @@ def where(
     """
     if not batches or not image_sizes:
         raise ValueError("give at least one batch size and one picture size")
+    if reducer is None:
+        reducer = default_reducers(model)[0]
     benches = []
     for batch in batches:
         for size in image_sizes:

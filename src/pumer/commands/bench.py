@@ -25,8 +25,9 @@ def bench_(
     """Time stock transformers, the fused but unreduced model and reduced ones, taking turns in one process.
 
     Args:
-        model: a model of random weights and true architecture, such as vilt-b32.
-        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the preset vilt-vqav2 if not given.
+        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's presets for VQAv2 if
+            not given.
         batch: examples at a time.
         image_size: side of the pictures in pixels; the model's own if not given.
         text: text tokens, padding included; 8 to 16 of them are real.
@@ -37,7 +38,7 @@ def bench_(
         runs: timed forwards of each.
         record: CSV file to add the rows to.
     """
-    wanted = [spec for spec in reducers or ["vilt-vqav2"] if spec is not None]
+    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=runs + 2)
         result = bench(
@@ -59,7 +60,7 @@ def bench_(
 
 def where_(
     model: str = "vilt-b32",
-    reducer: ReducerSettings = "vilt-vqav2",
+    reducer: ReducerSettings = None,
     batches: list[int] | None = None,
     image_sizes: list[int] | None = None,
     device: Device = "auto",
@@ -71,8 +72,9 @@ def where_(
     """Show where token reduction pays on this machine: batch size against picture size.
 
     Args:
-        model: a model of random weights and true architecture, such as vilt-b32.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`.
+        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's first preset for VQAv2
+            if not given.
         batches: numbers of examples at a time; 1, 4 and 16 if not given.
         image_sizes: sides of the pictures in pixels; 192, 384 and 576 if not given.
         device: "auto" takes a CUDA device if there is one.
@@ -84,7 +86,7 @@ def where_(
     print(
         where(
             model=model,
-            reducer=reducer or "none",
+            reducer=reducer,
             batches=batches or (1, 4, 16),
             image_sizes=image_sizes or (192, 384, 576),
             device=device,

@@ -27,9 +27,10 @@ def open_model(model: str, reducer: ReducerSettings) -> PreTrainedModel:
 
 
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:
-    """A task with the labels, the tokenizer and the image transform of a model."""
+    """A task with the labels, the tokenizer and the image transform of a model; texts are cut as in its training."""
     folder = model_folder(model)
     settings = {"name": task} if isinstance(task, str) else task
     built = build(settings, list(net.config.id2label.values()))
-    length = net.config.max_position_embeddings
-    return Collator(built, TextTransform(AutoTokenizer.from_pretrained(folder), length), load_transform(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = min(net.config.max_position_embeddings, tokenizer.model_max_length)
+    return Collator(built, TextTransform(tokenizer, length), load_transform(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +12,11 @@ from rich.table import Table
 import pumer
 from pumer.bench.records import append, environment
 from pumer.commands.common import ReducerSettings, open_model, open_task
-from pumer.evaluate import Result, evaluate, predict, write_samples
+from pumer.evaluate import Result, evaluate, predict, take, write_samples
 from pumer.reducers import to_dict
+from pumer.score.ray import predict_on_ray
+from pumer.score.run import Engine
+from pumer.tasks.base import Blind
 
 
 def evaluate_(
@@ -22,10 +26,11 @@ def evaluate_(
     reducer: ReducerSettings = None,
     batch_size: int = 32,
     limit: int | None = None,
+    blind: Blind = None,
     samples: str | None = None,
     record: str | None = None,
 ) -> None:
-    """Score a model on a task.
+    """Score a model on a task; next to its accuracy stands `constant`, that of the best answer that is always the same.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
@@ -34,18 +39,23 @@ def evaluate_(
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
         batch_size: examples at a time.
         limit: only the first so many examples.
+        blind: show the model the "text" alone, every image a grey square, or the "image" alone, every text "a picture":
+            what it still gets right, it needs no look, or no question, for. The baseline proper is a model that was
+            trained so too, with the same option.
         samples: file to write with one JSON line per example.
         record: CSV file to add a row to, with settings, machine and versions.
     """
     net = open_model(model, reducer)
-    collator = open_task(model, net, task)
-    examples = collator.task.examples(split)[:limit]
+    collator = replace(open_task(model, net, task), blind=blind)
+    examples = collator.task.examples(split)
+    examples = take(examples, range(len(examples))[:limit])
     result = evaluate(net, examples, collator, batch_size=batch_size, progress=True)
     if samples:
         write_samples(samples, result, examples, collator)
     if record:
-        append(record, [_row(model, net, task, split, batch_size, result)])
-    table = Table(title=f"{model} on {collator.task.name} {split}: {result.examples} examples")
+        append(record, [_row(model, net, task, split, batch_size, blind, result)])
+    shown = f", {blind} alone" if blind else ""
+    table = Table(title=f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in {**result.metric, "examples/s": round(result.per_second, 1)}.items():
@@ -60,6 +70,9 @@ def predict_(
     split: str = "test2015",
     reducer: ReducerSettings = None,
     batch_size: int = 32,
+    engine: Engine = "plain",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> None:
     """Write the prediction file that a task's evaluation server takes; broken images are reported and left out.
 
@@ -70,11 +83,17 @@ def predict_(
         split: which part of its data.
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
         batch_size: examples at a time.
+        engine: "ray" spreads the work over a Ray cluster.
+        workers: of Ray; its GPUs, or 2, if not given.
+        address: of the Ray cluster; one is started on this machine if not given.
     """
     net = open_model(model, reducer)
     collator = open_task(model, net, task)
     examples = collator.task.examples(split)
-    result = predict(net, examples, collator, batch_size=batch_size, skip_broken=True, progress=True)
+    if engine == "ray":
+        result = predict_on_ray(net, examples, collator, batch_size=batch_size, workers=workers, address=address)
+    else:
+        result = predict(net, examples, collator, batch_size=batch_size, skip_broken=True, progress=True)
     done = [example for example in (examples[i] for i in range(len(examples))) if example.id in result.predictions]
     collator.task.write_predictions(out, result.predictions, done)
     console = Console()
@@ -84,10 +103,11 @@ def predict_(
 
 
 def _row(
-    model: str, net: Any, task: str | dict[str, Any], split: str, batch_size: int, result: Result
+    model: str, net: Any, task: str | dict[str, Any], split: str, batch_size: int, blind: Blind, result: Result
 ) -> dict[str, Any]:
     patch = pumer.active(net)
     metric = {name: result.metric[name] for name in ("accuracy", "accuracy_low", "accuracy_high")}
+    details = {name: value for name, value in result.metric.items() if name not in metric}
     return {
         "model": model,
         "reducer": json.dumps(to_dict(patch.reducer)) if patch else "",
@@ -95,7 +115,7 @@ def _row(
         "split": split,
         "examples": result.examples,
         **metric,
-        "details": json.dumps({name: value for name, value in result.metric.items() if name not in metric}),
+        "details": json.dumps(details | ({"blind": blind} if blind else {})),
         "batch_size": batch_size,
         **environment(),
     }

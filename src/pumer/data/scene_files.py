@@ -2,16 +2,16 @@
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+
+from pumer.hub import new_folder
 
 from .scene_questions import SceneQuestion, ask
 from .scenes import draw
@@ -42,30 +42,9 @@ def write_vqav2(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
             "picture (VQAv2's question ids leave room for no more)."
         )
-    with new_folder(out) as folder:
+    with new_folder(Path(out)) as folder:
         _write(folder, seed, pictures, per_picture, split, image_size, progress)
     return Path(out)
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write that becomes `out` once everything in it is written.
-
-    Raises ValueError when `out` exists and is not empty.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose a new folder or delete it first.")
-    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException:  # also when interrupted: nobody else would clear it away
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:

@@ -54,6 +54,10 @@ class Compose(Reducer):
     def weighs_by_size(self) -> bool:
         return self.inside.weighs_by_size or self.tower.weighs_by_size
 
+    @property
+    def leaves_gaps(self) -> bool:
+        return self.inside.leaves_gaps or self.tower.leaves_gaps
+
     def reduces_at(self, layer: int) -> bool:
         return self.inside.reduces_at(layer)
 

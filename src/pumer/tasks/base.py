@@ -12,10 +12,15 @@ from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pumer.data.images import ImageSource, ImageTransform, open_image, pad_images
 from pumer.data.text import TextTransform
+
+Blind = Literal["text", "image"] | None
+"""Which of the two alone a model is shown; both if None. See `Collator`."""
+_NO_IMAGE, _NO_TEXT = Image.new("RGB", (32, 32), (127, 127, 127)), "a picture"
 
 
 @dataclass(frozen=True)
@@ -121,22 +126,37 @@ class Collator:
     several images B is followed by an axis of that size. Examples with negatives, of which each has as many,
     give K texts each, the right one first: [B * K, T], next to images that are not repeated, and K as the int
     `texts_per_image`.
-    Raises BrokenImageError (a ValueError) for unreadable images and ValueError for empty texts.
+
+    `blind` measures what can be had without looking, or without reading: with "text" every image is a grey square
+    of always the same size and the text is all there is to see; with "image" every text is "a picture". Questions
+    about images have answers that are likely whatever is seen, and a model shall be judged by how far it gets
+    beyond them.
+    Raises BrokenImageError (a ValueError) for unreadable images, and ValueError for empty texts and for `blind`
+    "image" where texts are what is chosen from.
     """
 
     task: Task
     text: TextTransform
     image: ImageTransform
+    blind: Blind = None
+
+    def __post_init__(self) -> None:
+        if self.blind == "image" and self.task.loss_kind == "rank":
+            raise ValueError(
+                f"blind: of equal texts {self.task.name} has none to choose; hide its images, which is blind text"
+            )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         texts = [text for example in examples for text in (example.text, *example.negatives)]
         each = len(texts) // len(examples)
         assert all(len(example.negatives) == each - 1 for example in examples)
+        if self.blind == "image":
+            texts = [_NO_TEXT] * len(texts)
         batch: dict[str, Any] = self.text(texts, [example.id for example in examples for _ in range(each)])
         if each > 1:
             batch["texts_per_image"] = each
         images = [
-            self.image(open_image(image, name=f"the image of example {example.id}"))
+            self.image(_NO_IMAGE if self.blind == "text" else open_image(image, f"the image of example {example.id}"))
             for example in examples
             for image in example.images
         ]
@@ -148,6 +168,11 @@ class Collator:
         if all("patch_labels" in example.meta for example in examples):
             batch["patch_labels"] = torch.stack([example.meta["patch_labels"] for example in examples])
         return batch
+
+
+def last_argmax(scores: Tensor) -> Tensor:
+    """Number of the highest score of every row, the last of equal ones, int64 [B]; scores are [B, K]."""
+    return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
 
 
 def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> list[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pumer.data.images import ImageSource
-from pumer.tasks.base import Example, bootstrap_interval, check_ids, replacing
+from pumer.tasks.base import Example, bootstrap_interval, check_ids, last_argmax, replacing
 from pumer.tasks.files import FileTask, MissingFileError, read_rows, strings, usable
 from pumer.tasks.snli_ve import FLICKR30K
 
@@ -224,8 +224,11 @@ class Retrieval(FileTask):
         )
 
     def decode(self, logits: Tensor) -> list[Any]:
-        """For each example of a batch the number of the text with the highest score; logits [B, K]."""
-        return logits.argmax(-1).tolist()
+        """For each example of a batch the number of the text with the highest score; logits [B, K].
+
+        The last of equal ones: the first text is the right one, and a model that tells none apart is not right.
+        """
+        return last_argmax(logits).tolist()
 
     def score(self, prediction: int, example: Example) -> float:
         return float(prediction == example.target)

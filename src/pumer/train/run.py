@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from pumer.data.augment import RandAugment
 from pumer.data.images import open_image
 from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
+from pumer.evaluate import take
 from pumer.hub import save
-from pumer.tasks.base import Collator, Example
+from pumer.tasks.base import Blind, Collator, Example
 from pumer.train.grounding import Grounded
 from pumer.train.model import ModelSettings, prepare, read_model
 from pumer.train.optimizer import OptimizerSettings, parameter_groups
@@ -65,6 +67,7 @@ def train(
     grounding: GroundingSettings | None = None,
     optimizer: OptimizerSettings | None = None,
     itm_weight: float = 0.5,
+    blind: Blind = None,
     train_split: str = "train",
     eval_split: str | None = "val",
     attention: Literal["sdpa", "eager"] = "sdpa",
@@ -85,6 +88,7 @@ def train(
         grounding: a loss on dense targets, for tasks that have them.
         optimizer: the published parameter groups; transformers' own if not given.
         itm_weight: of image-text matching in retrieval, next to 1 for ranking, for models that have a head for it.
+        blind: show the model the text alone, or the image alone, as a baseline; see `pumer.tasks.base.Collator`.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
@@ -117,10 +121,14 @@ def train(
         raise ValueError("dense targets need every patch: train them without a reducer")
     if dense and augment:
         raise ValueError("dense targets say what is where in the picture as it is: train them without augment")
+    if dense and blind:
+        raise ValueError("dense targets tell of the picture and of the question: leave blind out")
     if dense and optimizer:
         raise ValueError("the published optimizer knows no head for dense targets: leave one of the two out")
 
     chosen = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
+    # YAML takes the word no, by which the Trainer means never, for false.
+    chosen |= {name: "no" for name, value in chosen.items() if name.endswith("_strategy") and value is False}
     arguments = TrainingArguments(
         output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
     )
@@ -130,7 +138,7 @@ def train(
         options["params"] = parameter_groups(net, optimizer, arguments.learning_rate, arguments.weight_decay)
         groups = (kind, options)
     examples = Examples(the_task.examples(train_split), augment, seed)
-    collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform)
+    collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform, blind)
     runner = TaskTrainer(
         model=Grounded(net, dense.layer) if dense else net,
         args=arguments,
@@ -152,7 +160,9 @@ def train(
     runner.train(resume_from_checkpoint=True if resume else None)
     metrics = runner.evaluate() if eval_split else {}
     if runner.is_world_process_zero():
-        _write(out / "model", net, tokenizer, transform)
+        if resume:  # of a run that was finished, and now goes on for longer
+            shutil.rmtree(out / "model", ignore_errors=True)
+        _write(out / "model", net, tokenizer, model.max_length, transform)
         plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
         (out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         (out / "log.json").write_text(json.dumps(runner.state.log_history, indent=1) + "\n")
@@ -176,8 +186,7 @@ class Examples(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
-        many = getattr(self.examples, "__getitems__", None)
-        examples = many(indices) if many else [self.examples[index] for index in indices]
+        examples = take(self.examples, indices)
         return list(map(self._augmented, indices, examples)) if self.augment else examples
 
     def _augmented(self, index: int, example: Example) -> Example:
@@ -200,12 +209,13 @@ class _Epochs(TrainerCallback):
             self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
 
 
-def _write(path: Path, net: PreTrainedModel, tokenizer: Any, transform: Any) -> None:
+def _write(path: Path, net: PreTrainedModel, tokenizer: Any, max_length: int, transform: Any) -> None:
     patch = pumer.active(net)
     if patch is not None and isinstance(patch.reducer, pumer.Unreduced):
         pumer.remove(net)
     elif patch is not None:  # trained with whatever attention was fastest there; used with the fused one
         pumer.apply(net, patch.reducer)
     save(net, path)
+    tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(path)
     save_transform(transform, path)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from pumer.tasks.base import Task
+from pumer.evaluate import paired
+from pumer.tasks.base import Task, last_argmax
 from pumer.train.losses import distillation_loss, matching_loss, task_loss
 
 
@@ -52,14 +52,14 @@ class TaskTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
-        outputs = model(**_paired(self.model, inputs, texts))
+        outputs = model(**paired(self.model, inputs, texts))
         logits = outputs.logits.reshape(len(labels), -1)  # of texts that are ranked: from one each to a row per image
         parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
         if self.teacher is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(**_paired(self.teacher, shown, texts)).logits.reshape(len(labels), -1)
+                taught = self.teacher(**paired(self.teacher, shown, texts)).logits.reshape(len(labels), -1)
             # Of ranked texts over all of an image's, where the published code has the softmax of a single score: 0.
             parts["distill"] = self.distill_weight * distillation_loss(logits, taught, self.temperature)
         if "grounding_loss" in outputs:
@@ -93,19 +93,9 @@ class TaskTrainer(Trainer):
             self._parts.setdefault(name, []).append(value.detach())
 
 
-def _paired(model: PreTrainedModel, inputs: dict[str, Any], texts_per_image: int) -> dict[str, Any]:
-    """Inputs with an image for every text; models that can repeat images after their vision tower do it themselves."""
-    if texts_per_image == 1:
-        return inputs
-    if "texts_per_image" in inspect.signature(type(model.base_model).forward).parameters:
-        return {**inputs, "texts_per_image": texts_per_image}
-    images = {name: inputs[name].repeat_interleave(texts_per_image, 0) for name in ("pixel_values", "pixel_mask")}
-    return {**inputs, **images}
-
-
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean score of the most likely label: a share for class numbers, the soft score for scores."""
-    best = logits.argmax(-1)
+    best = last_argmax(logits)
     if labels.ndim == 1:
         return (best == labels).float().mean()
     return labels.gather(1, best[:, None]).mean()

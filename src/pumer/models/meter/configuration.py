@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import CLIPVisionConfig, PreTrainedConfig, RobertaConfig
 
@@ -24,7 +24,7 @@ class MeterConfig(PreTrainedConfig):
     """
 
     model_type = "meter"
-    sub_configs = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
+    sub_configs: ClassVar = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
 
     def __init__(
         self,

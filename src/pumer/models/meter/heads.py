@@ -26,17 +26,17 @@ class MeterRetrievalOutput(ModelOutput):
     Args:
         logits: [B,1], for ranking.
         itm_logits: [B,2], for saying no (0) or yes (1).
+        hidden_states: [B,T+I,D] each, before the first fusion layer and after every one, if asked for.
     """
 
     logits: Tensor | None = None
     itm_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 def _classifier(config: MeterConfig, width: int) -> nn.Sequential:
     inner = 2 * config.hidden_size
-    return nn.Sequential(
-        nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_labels)
-    )
+    return nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_labels))
 
 
 class MeterForQuestionAnswering(MeterPreTrainedModel):
@@ -109,14 +109,14 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits [B,L], and the cross-entropy if `labels` int64 [B] are given.
 
-        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`.
+        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`. No hidden states come out.
         """
         if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != self.config.num_images:
             found = None if pixel_values is None else list(pixel_values.shape)
             raise ValueError(f"pixel_values is [batch, {self.config.num_images}, 3, height, width], not {found}")
         text, mask = self.meter.encode_text(input_ids, attention_mask, token_type_ids, inputs_embeds)
         image = self.meter.encode_image(pixel_values.flatten(0, 1), pixel_mask)
-        pooled = [
+        pooled: list[Any] = [
             self.meter.fuse(text, mask, picture, image_token_type_idx=number).pooler_output
             for number, picture in enumerate(_per_picture(image, self.config.num_images), 1)
         ]
@@ -142,7 +142,10 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
 
     def forward(self, **inputs: Any) -> MeterRetrievalOutput:
         """Scores of pairs; inputs are those of `MeterModel`."""
-        return self.score(self.meter(**inputs).pooler_output)
+        output = self.meter(**inputs)
+        scores = self.score(output.pooler_output)
+        scores.hidden_states = output.joint_hidden_states
+        return scores
 
     def score(self, pooled: Tensor) -> MeterRetrievalOutput:
         """Scores from the pooled states [B,2D] of pairs."""
@@ -170,6 +173,7 @@ class MeterForMaskedLM(MeterPreTrainedModel):
 
         Other inputs are those of `MeterModel`.
         """
-        logits = self.decoder(self.transform(self.meter(**inputs).text_states))
+        output = self.meter(**inputs)
+        logits = self.decoder(self.transform(output.text_states))
         loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.joint_hidden_states)

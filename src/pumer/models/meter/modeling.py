@@ -9,7 +9,7 @@ Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class MeterPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MeterFusionLayer", "CLIPEncoderLayer", "RobertaLayer"]
+    _no_split_modules: ClassVar = ["MeterFusionLayer", "CLIPEncoderLayer", "RobertaLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
