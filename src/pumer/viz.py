@@ -171,8 +171,8 @@ def gallery(items: Sequence[tuple[Image.Image, str]], path: str | Path, heading:
     for image, caption in items:
         data = base64.b64encode(png(image)).decode()
         text = html.escape(caption)
-        image_tag = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-        figures.append(f"<figure>{image_tag}<figcaption>{text}</figcaption></figure>")
+        # The caption stands in the picture already; this is for those who cannot see it.
+        figures.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}"></figure>')
     style = "body{font:16px sans-serif;margin:2em;color:#1c2026}img{max-width:100%}figure{margin:0 0 2em}"
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(heading)}</title>'
