@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Grid
@@ -84,6 +85,8 @@ class Adapter:
     """Names of the model classes it knows; names, so that the family need not be imported to look."""
     crosses: ClassVar[bool] = False
     """Whether text looks at the image by an attention of its own, as in co-attention."""
+    separate: ClassVar[tuple[str, ...]] = ()
+    """Classes in which every picture of an example goes through the layers by itself."""
 
     def depth(self, model: nn.Module) -> int:
         """Number of layers that a reducer can act in."""
@@ -111,15 +114,17 @@ class Adapter:
 
     def default_grid(self, model: nn.Module) -> Grid:
         """Rows and columns of patches of a picture of the configured size."""
-        raise NotImplementedError
+        side = config_of(model).image_size // config_of(model).patch_size
+        return side, side
 
     def passes(self, model: nn.Module) -> int:
         """How often one example goes through the layers: the number of pictures where each is a pass of its own."""
-        return 1
+        return config_of(model).num_images if is_a(model, self.separate) else 1
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
         """(heads, channels of a head)."""
-        raise NotImplementedError
+        heads = config_of(model).num_attention_heads
+        return heads, config_of(model).hidden_size // heads
 
     def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Multiply-accumulates of every layer's (attention, MLP), of one pass; `lengths` as for `macs`."""
@@ -160,9 +165,8 @@ def adapters() -> tuple[Adapter, ...]:
 
 def find(model: nn.Module) -> Adapter:
     """The adapter of a model; raises ValueError saying what is supported."""
-    names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in _ADAPTERS:
-        if any(name in adapter.classes for name in names):
+        if is_a(model, adapter.classes):
             return adapter
     known = "; ".join(f"{adapter.family}: {', '.join(adapter.classes)}" for adapter in _ADAPTERS)
     inner = _inside(model)
@@ -175,6 +179,44 @@ def _inside(model: Any) -> str | None:
         return None
     supported = {name for adapter in _ADAPTERS for name in adapter.classes}
     return next((type(module).__name__ for module in model.modules() if type(module).__name__ in supported), None)
+
+
+def is_a(model: Any, names: tuple[str, ...]) -> bool:
+    """Whether the class of a model, or one that it inherits from, has one of these names."""
+    return any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def config_of(model: nn.Module) -> Any:
+    """The model's configuration, which nn.Module does not know to be there."""
+    return model.config
+
+
+def head_macs(model: nn.Module, trunk: nn.Module) -> int:
+    """Multiply-accumulates of one state's way through the linear layers outside the trunk."""
+    inside = set(trunk.modules())
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
+    return sum(head.in_features * head.out_features for head in heads)
+
+
+def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
+    """`block(*args)` in place of a layer's forward, and of the gradient checkpointing around it."""
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
+def exactly_one(**inputs: Tensor | None) -> Tensor:
+    """The one input that is given; raises ValueError for none or several."""
+    given = [value for value in inputs.values() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(inputs)}")
+    return given[0]
+
+
+def extent(mask_BN: Tensor) -> Tensor:
+    """Position after the last real token of any row."""
+    places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
+    return (places * mask_BN.bool()).max()
 
 
 def replace_forward(patch: Patch, module: nn.Module, forward: Callable[..., Any], *bound: Any) -> None:

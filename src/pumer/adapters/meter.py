@@ -15,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters import encoder, inplace, probes, tower
-from pumer.adapters.base import Adapter, Patch, Step, register, replace_forward, replace_method
+from pumer.adapters.base import (
+    Adapter,
+    Patch,
+    Step,
+    config_of,
+    exactly_one,
+    extent,
+    head_macs,
+    is_a,
+    register,
+    replace_forward,
+    replace_method,
+    run_block,
+)
 from pumer.adapters.encoder import Axis
 from pumer.adapters.tower import Encoded
 from pumer.reducers import EMBEDDINGS, Compose, Plan, PuMer, Reducer
-from pumer.reducers.base import Grid
 
 POOLED = (
     "MeterForQuestionAnswering",
@@ -38,6 +50,7 @@ class MeterAdapter(Adapter):
     family = "METER"
     classes = POOLED + PER_TOKEN
     crosses = True
+    separate = ("MeterForImagesAndTextClassification",)
 
     def depth(self, model: nn.Module) -> int:
         return len(_meter(model).layers)
@@ -46,7 +59,7 @@ class MeterAdapter(Adapter):
         return len(_meter(model).vision_model.encoder.layers)
 
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
-        vision = _config(model).vision_config
+        vision = config_of(model).vision_config
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
 
     def settle(self, reducer: Reducer) -> Reducer:
@@ -60,7 +73,7 @@ class MeterAdapter(Adapter):
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         meter = _meter(model)
-        pooled = _is_a(model, POOLED)
+        pooled = is_a(model, POOLED)
         replace_method(patch, meter, "encode_text", _encode_text, patch, pooled)
         replace_method(patch, meter, "encode_image", _encode_image, patch)
         replace_method(patch, meter, "fuse", _fuse, patch, pooled)
@@ -69,21 +82,10 @@ class MeterAdapter(Adapter):
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
-        return _config(model).max_position_embeddings, rows * columns + 1
-
-    def default_grid(self, model: nn.Module) -> Grid:
-        side = _config(model).image_size // _config(model).patch_size
-        return side, side
-
-    def passes(self, model: nn.Module) -> int:
-        return _config(model).num_images if _is_a(model, ("MeterForImagesAndTextClassification",)) else 1
-
-    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
-        heads = _config(model).num_attention_heads
-        return heads, _config(model).hidden_size // heads
+        return config_of(model).max_position_embeddings, rows * columns + 1
 
     def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        width, inner = _config(model).hidden_size, _config(model).intermediate_size
+        width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
         costs = []
         for (text, image), (new_text, new_image) in pairwise(lengths):
             attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
@@ -98,7 +100,7 @@ class MeterAdapter(Adapter):
         entry: tuple[int, int] | None = None,
         tower: Sequence[int] = (),
     ) -> dict[str, int]:
-        config, passes = _config(model), self.passes(model)
+        config, passes = config_of(model), self.passes(model)
         text_config, vision = config.text_config, config.vision_config
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
@@ -113,9 +115,7 @@ class MeterAdapter(Adapter):
         projected = text * text_config.hidden_size + passes * tower[-1] * vision.hidden_size
         patches = (tower[0] - 1) * vision.num_channels * vision.patch_size**2 * vision.hidden_size
         layers = self.layer_macs(model, lengths)
-        inside = set(_meter(model).modules())
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]
-        times = text if _is_a(model, PER_TOKEN) else 1
+        times = text if is_a(model, PER_TOKEN) else 1
         return {
             "embedding": passes * patches,
             "text encoder": text_config.num_hidden_layers * text_layer,
@@ -123,8 +123,7 @@ class MeterAdapter(Adapter):
             "projection": projected * config.hidden_size,
             "attention": passes * sum(attention for attention, _ in layers),
             "mlp": passes * sum(mlp for _, mlp in layers),
-            "head": passes * 2 * config.hidden_size**2
-            + times * sum(head.in_features * head.out_features for head in heads),
+            "head": passes * 2 * config.hidden_size**2 + times * head_macs(model, _meter(model)),
         }
 
 
@@ -134,19 +133,6 @@ def _attention_macs(queries: int, keys: int, width: int) -> int:
 
 def _meter(model: nn.Module) -> Any:
     return model if hasattr(model, "fuse") else model.meter
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _is_a(model: nn.Module, names: tuple[str, ...]) -> bool:
-    return any(kind.__name__ in names for kind in type(model).__mro__)
-
-
-def _official(patch: Patch) -> bool:
-    inside = patch.reducer.inside if isinstance(patch.reducer, Compose) else patch.reducer
-    return bool(getattr(inside, "official", False))
 
 
 def _encode_text(
@@ -159,15 +145,12 @@ def _encode_text(
     inputs_embeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch."""
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if attention_mask is None:
         attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
     # The published code counts padded text.
-    if patch.trim and pooled and not _official(patch) and not torch.compiler.is_compiling():
-        places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-        length = int((places * attention_mask.bool()).max())
+    if patch.trim and pooled and not patch.reducer.published and not torch.compiler.is_compiling():
+        length = int(extent(attention_mask))
         attention_mask = attention_mask[:, :length]
         input_ids, token_type_ids, inputs_embeds = (
             None if x is None else x[:, :length] for x in (input_ids, token_type_ids, inputs_embeds)
@@ -262,7 +245,7 @@ def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
     if plan is not None and patch.steps is not None:
         patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
     axis = Axis(text, mask, sizes, plan, image.grid, patch_BS)
-    return replace(axis, mask_BN=mask.float()) if _official(patch) else axis
+    return replace(axis, mask_BN=mask.float()) if patch.reducer.published else axis
 
 
 def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,10 +260,7 @@ def _layer(
     layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor, Axis]:
     """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers wraps around it."""
-    block = partial(_block, layer, patch, number)
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(block, text, image, axis)
-    return block(text, image, axis)
+    return run_block(layer, partial(_block, layer, patch, number), text, image, axis)
 
 
 def _block(
@@ -328,7 +308,7 @@ def _attend(
     mask = axis.mask_BN[:, columns]
     dropout = module.dropout.p if module.training else 0.0
     probabilities: Tensor | None
-    if _official(patch):
+    if patch.reducer.published:
         context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
     else:
         weighs = patch.reducer.weighs_by_size and axis.plan is not None

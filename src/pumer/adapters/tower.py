@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pumer.adapters import encoder, inplace, probes
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, run_block
 from pumer.adapters.encoder import Axis
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Grid
@@ -39,10 +39,7 @@ class Encoded:
         return len(self.states_BID)
 
     def __getitem__(self, rows: Any) -> Encoded:
-        plan = self.plan
-        if plan is not None:
-            index = None if plan.index_BK is None else plan.index_BK[rows]
-            plan = Plan(plan.slot_BN[rows], plan.weight_BN[rows], plan.mask_BK[rows], index)
+        plan = None if self.plan is None else self.plan.rows(rows)
         sizes = None if self.sizes_BI is None else self.sizes_BI[rows]
         return Encoded(self.states_BID[rows], sizes, plan, self.grid)
 
@@ -68,10 +65,7 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
 
 
 def _layer(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:
-    block = partial(_block, layer, patch, reducer, number)
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(block, states, axis)
-    return block(states, axis)
+    return run_block(layer, partial(_block, layer, patch, reducer, number), states, axis)
 
 
 def _block(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:

@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters import encoder, inplace, probes
-from pumer.adapters.base import Adapter, Patch, register, replace_forward
+from pumer.adapters.base import (
+    Adapter,
+    Patch,
+    config_of,
+    exactly_one,
+    extent,
+    head_macs,
+    is_a,
+    register,
+    replace_forward,
+    run_block,
+)
 from pumer.adapters.encoder import Axis
 from pumer.reducers import EMBEDDINGS, Reducer
-from pumer.reducers.base import Grid
 
 POOLED = (
     "ViltForQuestionAnswering",
@@ -40,6 +50,7 @@ class ViltAdapter(Adapter):
 
     family = "ViLT"
     classes = POOLED + PER_TOKEN
+    separate = ("ViltForImagesAndTextClassification",)
 
     def depth(self, model: nn.Module) -> int:
         return len(_vilt(model).encoder.layer)
@@ -51,8 +62,8 @@ class ViltAdapter(Adapter):
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vilt = _vilt(model)
-        replace_forward(patch, vilt, _forward, patch, _is_a(model, POOLED))
-        published = getattr(patch.reducer, "official", False)
+        replace_forward(patch, vilt, _forward, patch, is_a(model, POOLED))
+        published = patch.reducer.published
         for number, layer in enumerate(vilt.encoder.layer):
             replace_forward(patch, layer, _layer, patch, number, published)
             replace_forward(patch, layer.intermediate, _intermediate)
@@ -65,23 +76,12 @@ class ViltAdapter(Adapter):
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
-        limit = _config(model).max_image_length
+        limit = config_of(model).max_image_length
         patches = min(rows * columns, limit) if isinstance(limit, int) and limit > 0 else rows * columns
-        return _config(model).max_position_embeddings, patches + 1
-
-    def default_grid(self, model: nn.Module) -> Grid:
-        side = _config(model).image_size // _config(model).patch_size
-        return side, side
-
-    def passes(self, model: nn.Module) -> int:
-        return _config(model).num_images if _is_a(model, ("ViltForImagesAndTextClassification",)) else 1
-
-    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
-        heads = _config(model).num_attention_heads
-        return heads, _config(model).hidden_size // heads
+        return config_of(model).max_position_embeddings, patches + 1
 
     def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        width, inner = _config(model).hidden_size, _config(model).intermediate_size
+        width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
         counts = [sum(pair) for pair in lengths]
         return [
             (4 * before * width**2 + 2 * before**2 * width, 2 * after * width * inner)
@@ -95,33 +95,23 @@ class ViltAdapter(Adapter):
         entry: tuple[int, int] | None = None,
         tower: Sequence[int] = (),
     ) -> dict[str, int]:
-        config, vilt, passes = _config(model), _vilt(model), self.passes(model)
+        config, vilt, passes = config_of(model), _vilt(model), self.passes(model)
         text, image = entry or lengths[0]
         layers = self.layer_macs(model, lengths)
         patch_size = config.num_channels * config.patch_size**2
-        inside = set(vilt.modules())
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]
         # A head on the pooled state works once per example, one on the states once per text token.
-        times = text if _is_a(model, PER_TOKEN) else 1
+        times = text if is_a(model, PER_TOKEN) else 1
         pooler = config.hidden_size**2 if vilt.pooler is not None else 0
         return {
             "embedding": passes * (image - 1) * patch_size * config.hidden_size,
             "attention": passes * sum(attention for attention, _ in layers),
             "mlp": passes * sum(mlp for _, mlp in layers),
-            "head": passes * pooler + times * sum(head.in_features * head.out_features for head in heads),
+            "head": passes * pooler + times * head_macs(model, vilt),
         }
 
 
 def _vilt(model: nn.Module) -> Any:
     return model if hasattr(model, "encoder") else model.vilt
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _is_a(model: nn.Module, names: tuple[str, ...]) -> bool:
-    return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
 def _forward(
@@ -196,9 +186,9 @@ def _embed(
     image_token_type_idx: int | None,
 ) -> tuple[Tensor, Axis]:
     """In place of `ViltEmbeddings.forward`: states [B,N,D] and their axis, trimmed."""
-    published = getattr(patch.reducer, "official", False)
-    text = _exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    image = _exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
+    published = patch.reducer.published
+    text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    image = exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
     if len(text) != len(image):
         raise ValueError(f"{len(text)} texts and {len(image)} images: the batch sizes must agree")
     if attention_mask is None:
@@ -212,7 +202,7 @@ def _embed(
         image_mask, patch_BI, grid = pixel_mask.flatten(1).bool(), None, None
     if patch.trim and not torch.compiler.is_compiling():
         # The one place where the host reads lengths; a collator that trims, or trim=False, saves even that.
-        text_length, image_length = torch.stack([_extent(attention_mask), _extent(image_mask)]).tolist()
+        text_length, image_length = torch.stack([extent(attention_mask), extent(image_mask)]).tolist()
         image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
         patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
         if pooled and not published:  # the published code counts padded text
@@ -259,10 +249,7 @@ def _layer(
     layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool = False
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """In place of `ViltLayer.forward`, and of the gradient checkpointing that transformers wraps around it."""
-    block = partial(_block, layer, patch, number, published)
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(block, states, axis, attentions)
-    return block(states, axis, attentions)
+    return run_block(layer, partial(_block, layer, patch, number, published), states, axis, attentions)
 
 
 def _block(
@@ -380,16 +367,3 @@ def _hat_weights(size_B: Tensor, length: int, side: int) -> Tensor:
     source_BL = place * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]
     source_BL = torch.where(size_B[:, None] > 1, source_BL, 0.0).clamp_max(side - 1)
     return (1 - (source_BL[..., None] - torch.arange(side, device=size_B.device)).abs()).clamp_min(0)
-
-
-def _extent(mask_BN: Tensor) -> Tensor:
-    """Position after the last real token of any row."""
-    places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
-    return (places * mask_BN.bool()).max()
-
-
-def _exactly_one(**inputs: Tensor | None) -> Tensor:
-    given = [value for value in inputs.values() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {' and '.join(inputs)}")
-    return given[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 
 import pumer
@@ -24,6 +27,16 @@ def open_model(model: str, reducer: ReducerSettings) -> PreTrainedModel:
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()
+
+
+def print_metrics(title: str, values: Mapping[str, float]) -> None:
+    """A table of metrics on the console."""
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.2f}")
+    Console().print(table)
 
 
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 import pumer
 from pumer.bench.records import append, environment
-from pumer.commands.common import ReducerSettings, open_model, open_task
+from pumer.commands.common import ReducerSettings, open_model, open_task, print_metrics
 from pumer.evaluate import Result, evaluate, predict, take, write_samples
 from pumer.reducers import to_dict
 from pumer.score.ray import predict_on_ray
@@ -55,12 +54,10 @@ def evaluate_(
     if record:
         append(record, [_row(model, net, task, split, batch_size, blind, result)])
     shown = f", {blind} alone" if blind else ""
-    table = Table(title=f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in {**result.metric, "examples/s": round(result.per_second, 1)}.items():
-        table.add_row(name, f"{value:.2f}")
-    Console().print(table)
+    print_metrics(
+        f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples",
+        {**result.metric, "examples/s": round(result.per_second, 1)},
+    )
 
 
 def predict_(

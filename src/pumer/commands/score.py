@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pumer.commands.common import ReducerSettings, open_model, open_task
+from pumer.commands.common import ReducerSettings, open_model, open_task, print_metrics
 from pumer.data.images import BrokenImageError
 from pumer.score import Job, stream_pairs
 from pumer.score.measure import measure
@@ -69,12 +69,10 @@ def score_(
         raise ValueError(f"{error} Images count from 0 in the order of {split}.") from error
     if os.environ.get("RANK", "0") != "0":
         return
-    table = Table(title=f"{model} on {collator.task.name} {split}: {len(pool.images)} x {len(pool.captions)} pairs")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in recalls(scores, pool.image_of).items():
-        table.add_row(name, f"{value:.2f}")
-    console.print(table)
+    print_metrics(
+        f"{model} on {collator.task.name} {split}: {len(pool.images)} x {len(pool.captions)} pairs",
+        recalls(scores, pool.image_of),
+    )
 
 
 def bench_pairs(

@@ -267,6 +267,12 @@ def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
     return max([least, *(layer + 1 for layer in found)])
 
 
+def check_image_size(image_size: int, patch_size: int) -> None:
+    """Raise ValueError if pictures of this size, in pixels, have no whole number of patches."""
+    if image_size < 1 or image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is no multiple of the patches' {patch_size} pixels")
+
+
 def set_labels(config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None) -> None:
     """Give a configuration the classes of a head and their names, and the number of pictures.
 

@@ -106,6 +106,11 @@ class Reducer:
         return False
 
     @property
+    def published(self) -> bool:
+        """Whether this reproduces published code, with its softmax and its counting of padded text."""
+        return False
+
+    @property
     def leaves_gaps(self) -> bool:
         """Whether slots may stay empty although every token is real, because the data decide how many are filled."""
         return False

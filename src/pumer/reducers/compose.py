@@ -55,6 +55,10 @@ class Compose(Reducer):
         return self.inside.weighs_by_size or self.tower.weighs_by_size
 
     @property
+    def published(self) -> bool:
+        return self.inside.published
+
+    @property
     def leaves_gaps(self) -> bool:
         return self.inside.leaves_gaps or self.tower.leaves_gaps
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,11 @@ class Plan:
     def slots(self) -> int:
         """Number of slots, K: the length of the token axis afterwards, padding included."""
         return self.mask_BK.shape[1]
+
+    def rows(self, index: Any) -> Plan:
+        """The plan of some samples of the batch, `index` as for a tensor."""
+        kept = None if self.index_BK is None else self.index_BK[index]
+        return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept)
 
     def head(self, tokens: int, slots: int) -> Plan:
         """The part for the first source tokens, where these and no others go into the first slots."""

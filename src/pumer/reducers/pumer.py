@@ -66,8 +66,12 @@ class PuMer(Reducer):
                 raise ValueError("PuMer scores by attention, so it cannot act before layer 0")
 
     @property
-    def needs_attention(self) -> bool:
+    def published(self) -> bool:
         return bool(self.official)
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.published
 
     def reduces_at(self, layer: int) -> bool:
         return layer >= 0 if self.layers is None else layer in self.layers

@@ -97,5 +97,4 @@ def pairs(model: nn.Module) -> Pairs:
 def counts_padding(model: nn.Module) -> bool:
     """Whether padded text changes the scores, as in the published mode."""
     patch = active(model)
-    reducer = None if patch is None else getattr(patch.reducer, "inside", patch.reducer)
-    return bool(getattr(reducer, "official", False))
+    return patch is not None and patch.reducer.published

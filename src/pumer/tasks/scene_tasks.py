@@ -6,7 +6,7 @@ The same pictures and sentences as official files come from `pumer data scenes`;
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from pumer.data.scenes import Scenes, draw
 from pumer.tasks.base import Example, Task
 from pumer.tasks.nlvr2 import NLVR2
 from pumer.tasks.retrieval import Pool, Retrieval
-from pumer.tasks.scenes import SEEDS
+from pumer.tasks.scenes import SEEDS, MadeExamples
 from pumer.tasks.snli_ve import SNLIVE
 
 _OTHERS = 8  # pictures that lend each other their captions
@@ -239,27 +239,6 @@ class ScenesRetrieval(SceneTask):
             caption_ids=list(range(len(captions))),
             image_of=np.arange(len(captions)) // each,
         )
-
-
-class MadeExamples(Sequence[Example]):
-    """Examples made when asked for, many at a time where a loader asks for many."""
-
-    def __init__(self, make: Callable[[list[int]], list[Example]], length: int) -> None:
-        self._make, self._length = make, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.__getitems__(list(range(*index.indices(len(self)))))
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Example]:
-        """The examples with these numbers, their pictures drawn together."""
-        if any(not 0 <= index < len(self) for index in indices):
-            raise IndexError("example number out of range")
-        return self._make(indices)
 
 
 def _images(scenes: Scenes) -> list[ImageSource]:

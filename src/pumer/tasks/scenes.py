@@ -5,8 +5,9 @@ The same pictures as official VQAv2 files come from `pumer data scenes`; both ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -54,10 +55,34 @@ class Scenes(Task):
     def labels(self) -> Sequence[str]:
         return ANSWERS
 
-    def examples(self, split: str) -> SceneExamples:
+    def examples(self, split: str) -> MadeExamples:
         if split not in SEEDS:
             raise ValueError(f"scenes have the splits {', '.join(SEEDS)}, not {split!r}")
-        return SceneExamples(self, SEEDS[split] + 10 * self.seed)
+        return MadeExamples(partial(self.make, SEEDS[split] + 10 * self.seed), self.questions)
+
+    def make(self, seed: int, indices: list[int]) -> list[Example]:
+        """The examples of a seed with these numbers, their pictures drawn together."""
+        each = self.per_picture
+        pictures = sorted({index // each for index in indices})
+        scenes = draw(seed, pictures, image_size=self.image_size)
+        questions = ask(scenes, seed, pictures, per_picture=each, kinds=self.kinds or KINDS)
+        row = {picture: number for number, picture in enumerate(pictures)}
+        chosen = [questions[row[index // each] * each + index % each] for index in indices]
+        size = self.patch_size
+        labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
+        images = scenes.images.permute(0, 2, 3, 1).numpy()
+        return [
+            Example(
+                id=index,
+                text=question.question,
+                images=(Image.fromarray(images[question.picture]),),
+                target={ANSWERS.index(question.answer): 1.0},
+                cluster=index // each,
+                meta={"kind": question.kind, "answer": question.answer}
+                | ({} if label is None else {"patch_labels": label}),
+            )
+            for index, question, label in zip(indices, chosen, labels, strict=True)
+        ]
 
     def score(self, prediction: Any, example: Example) -> float:
         return float(ANSWERS.index(prediction) in example.target)
@@ -73,14 +98,14 @@ class Scenes(Task):
         write_answers(path, predictions, examples)
 
 
-class SceneExamples(Sequence[Example]):
-    """Examples of one seed; drawn when asked for, many at a time where a loader asks for many."""
+class MadeExamples(Sequence[Example]):
+    """Examples made when asked for, many at a time where a loader asks for many."""
 
-    def __init__(self, task: Scenes, seed: int) -> None:
-        self.task, self.seed = task, seed
+    def __init__(self, make: Callable[[list[int]], list[Example]], length: int) -> None:
+        self._make, self._length = make, length
 
     def __len__(self) -> int:
-        return self.task.questions
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -91,27 +116,7 @@ class SceneExamples(Sequence[Example]):
         """The examples with these numbers, their pictures drawn together."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError("example number out of range")
-        each = self.task.per_picture
-        pictures = sorted({index // each for index in indices})
-        scenes = draw(self.seed, pictures, image_size=self.task.image_size)
-        questions = ask(scenes, self.seed, pictures, per_picture=each, kinds=self.task.kinds or KINDS)
-        row = {picture: number for number, picture in enumerate(pictures)}
-        chosen = [questions[row[index // each] * each + index % each] for index in indices]
-        size = self.task.patch_size
-        labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
-        images = scenes.images.permute(0, 2, 3, 1).numpy()
-        return [
-            Example(
-                id=index,
-                text=question.question,
-                images=(Image.fromarray(images[question.picture]),),
-                target={ANSWERS.index(question.answer): 1.0},
-                cluster=index // each,
-                meta={"kind": question.kind, "answer": question.answer}
-                | ({} if label is None else {"patch_labels": label}),
-            )
-            for index, question, label in zip(indices, chosen, labels, strict=True)
-        ]
+        return self._make(indices)
 
 
 def dense_labels(scenes: scene_data.Scenes, questions: Sequence[SceneQuestion], patch_size: int) -> Tensor:

@@ -167,8 +167,7 @@ def resize(state: Mapping[str, Tensor], config: MeterConfig, image_size: int) ->
     Raises:
         ValueError: if the pictures have no whole number of patches.
     """
-    if image_size < 1 or image_size % config.patch_size:
-        raise ValueError(f"image_size {image_size} is no multiple of the patches' {config.patch_size} pixels")
+    published.check_image_size(image_size, config.patch_size)
     config.vision_config.image_size = image_size
     return {**state, _POSITIONS: resize_positions(state[_POSITIONS], image_size // config.patch_size)}
 

@@ -113,8 +113,7 @@ def resize(state: Mapping[str, Tensor], config: ViltConfig, image_size: int) -> 
     Raises:
         ValueError: if the pictures have no whole number of patches.
     """
-    if image_size < 1 or image_size % config.patch_size:
-        raise ValueError(f"image_size {image_size} is no multiple of the patches' {config.patch_size} pixels")
+    published.check_image_size(image_size, config.patch_size)
     return state
 
 
