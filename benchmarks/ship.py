@@ -1,6 +1,7 @@
-"""Put a trained model into the package, in half precision: python benchmarks/ship.py runs/NAME NAME [CHANGES].
+"""Put a trained model where it stays, in half precision: python benchmarks/ship.py runs/NAME PLACE [CHANGES].
 
-CHANGES are settings of its reducer that it is to have from now on, as JSON.
+PLACE is the name it gets in the package, or a folder for one too large for that (benchmarks/models/NAME). CHANGES are
+settings of its reducer that it is to have from now on, as JSON.
 """
 
 import json
@@ -15,19 +16,20 @@ import pumer
 from pumer.data.transforms import load_transform, save_transform
 from pumer.presets import SHIPPED
 
-run, name = Path(sys.argv[1]), sys.argv[2]
+run, place = Path(sys.argv[1]), Path(sys.argv[2])
+place = place if len(place.parts) > 1 else SHIPPED / place
 model = pumer.load(run / "model").to(torch.float16)
 if sys.argv[3:]:
     patch = pumer.active(model)
     pumer.apply(model, replace(patch.reducer, **json.loads(sys.argv[3])))
-if (SHIPPED / name).exists():
-    shutil.rmtree(SHIPPED / name)
-pumer.save(model, SHIPPED / name)
+if place.exists():
+    shutil.rmtree(place)
+pumer.save(model, place)
 for file in ("tokenizer.json", "tokenizer_config.json"):
-    shutil.copy(run / "model" / file, SHIPPED / name / file)
-save_transform(load_transform(run / "model"), SHIPPED / name)
-logs = Path(__file__).parent / "logs" / name
+    shutil.copy(run / "model" / file, place / file)
+save_transform(load_transform(run / "model"), place)
+logs = Path(__file__).parent / "logs" / place.name
 logs.mkdir(parents=True, exist_ok=True)
 for file in ("recipe.yaml", "log.json"):
     shutil.copy(run / file, logs / file)
-print(f"{SHIPPED / name}: {sum(f.stat().st_size for f in (SHIPPED / name).iterdir()) / 1e6:.1f} MB")
+print(f"{place}: {sum(f.stat().st_size for f in place.iterdir()) / 1e6:.1f} MB")
