@@ -5,12 +5,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 
 import random
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from pumer.reducers import DynamicViT, SmartTrim
 
 settings.register_profile("pumer", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("pumer")
@@ -33,6 +36,22 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_parts(monkeypatch):
+    """New parts of learned reducers are the same every time, and decide about as often for as against a token."""
+    for kind in (DynamicViT, SmartTrim):
+        monkeypatch.setattr(kind, "parts", partialmethod(_same_parts, kind.parts))
+
+
+def _same_parts(self, parts, *shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = parts(self, *shape)
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -246,7 +246,10 @@ def test_settings_of_what_was_never_published():
         (REDUCED | {"reduce_layers": [2, 40]}, r"reduces in layers \[40\]"),
         (REDUCED | {"sim_method": "guess"}, "score is one of"),
         (REDUCED | {"merge_style": "guess"}, "style is one of"),
-        ({"prune_layers": [1, 3], "keep_ratio": 0.5}, "learned predictors .* does not support yet"),
+        ({"prune_layers": [1, 3], "keep_ratio": 0.5}, r"missing: 1\.layers\.0\.bias"),
+        ({"prune_layers": [1], "prune_method": "all_heads"}, "load_official supports mlp_states"),
+        ({"prune_layers": 1}, "prune_layers in config.json is a list of numbers"),
+        ({"prune_layers": [1], "keep_ratio": "half"}, "keep_ratio in config.json is a number"),
         ({"num_heads": 5}, "num_heads in config.json is a divisor of the width 32"),
         ({"num_layers": 5}, r"missing: vilt\.transformer\.blocks\.4\.attn\.proj\.bias, .*blocks\.4\.norm2\.weight"),
         ({"num_layers": "many"}, "num_layers in config.json is a whole number"),
@@ -288,9 +291,6 @@ def test_weights_that_are_missing_or_have_wrong_shapes_are_named(tmp_path):
             pumer.load_official(tmp_path / "model")
     save_file({name: tensor for name, tensor in weights.items() if "classifier" not in name}, file)
     with pytest.raises(ValueError, match="no head that is known: vqa_classifier, "):
-        pumer.load_official(tmp_path / "model")
-    save_file(weights | {"vilt.token_pruner.token_predictors.1.0.weight": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match="learned predictors"):
         pumer.load_official(tmp_path / "model")
 
 

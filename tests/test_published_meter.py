@@ -156,7 +156,7 @@ def test_settings(settings, expected):
         ({"prune_r": 0.1}, "no reduce_layers: name them"),
         (REDUCED | {"reduce_layers": [40]}, r"reduces in layers \[20\]"),
         (REDUCED | {"prune": 0.3}, "contradict each other"),
-        ({"prune_layers": [2]}, "learned predictors"),
+        ({"prune_layers": [2]}, r"missing: 0\.layers\.0\.bias"),
         ({"num_heads": 5}, "num_heads in config.json is a divisor of the width 32"),
         ({"image_encoder": {"heads": 5}}, "heads in config.json is a divisor of the width 48"),
         ({"text_encoder": 3}, "text_encoder in config.json is an object"),

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from pumer.adapters import Adapter, Patch, Step, find
+from pumer.adapters.base import PARTS
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import preset
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
@@ -20,7 +22,8 @@ _ATTRIBUTE = "_pumer_patch"
 def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> M:
     """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
 
-    Applying again replaces the reducer in force.
+    Applying again replaces the reducer in force. A learned reducer brings new parts to train, which belong to the model
+    until `remove`; they are kept where it replaces one with the same parts.
 
     Args:
         model: a supported Hugging Face model (`pumer list` names them).
@@ -35,6 +38,11 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
     Raises:
         ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
     """
+    before = active(model)
+    return _apply(model, reducer, attention, trim, None if before is None else before.parts)
+
+
+def _apply(model: M, reducer: Reducer | str, attention: str, trim: bool, parts: nn.ModuleDict | None) -> M:
     adapter = find(model)
     if isinstance(reducer, str):
         reducer = preset(reducer)
@@ -46,15 +54,34 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
     reducer.check(adapter.depth(model))
     _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)
+    parts = _fitting(model, adapter, reducer, parts)
     remove(model)
-    patch = Patch(reducer, adapter, attention, trim)
+    patch = Patch(reducer, adapter, attention, trim, parts, passes=adapter.passes(model))
     try:
         adapter.patch(model, patch)
+        if parts is not None:
+            patch.set(model, PARTS, parts)
     except BaseException:
         patch.undo()
         raise
     setattr(model, _ATTRIBUTE, patch)
     return model
+
+
+def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None) -> nn.ModuleDict | None:
+    """What a learned reducer trains: `parts` if they are its own, else new ones; None for any other reducer."""
+    if reducer.learned is None:
+        return None
+    heads, channels = adapter.attention_shape(model)
+    new = reducer.learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
+    if parts is not None and _shapes(parts) == _shapes(new):
+        return parts
+    weight = next(model.parameters())
+    return new.to(weight.device, weight.dtype).train(model.training)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
@@ -78,8 +105,8 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
         for layer in range(adapter.tower_depth(model)):
             _, image = reducer.in_tower.lengths(0, image, layer)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
-        text, image = reducer.lengths(text, image, layer, grid=adapter.default_grid(model))
-        if image <= 1:
+        text, image = reducer.lengths(text, image, layer, adapter.prefix, adapter.default_grid(model))
+        if image <= adapter.prefix:
             raise ValueError(
                 f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or reduce in fewer layers"
             )
@@ -103,7 +130,23 @@ def reduced(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: 
     finally:
         remove(model)
         if before is not None:
-            apply(model, before.reducer, attention=before.attention, trim=before.trim)
+            _apply(model, before.reducer, before.attention, before.trim, before.parts)
+
+
+@contextmanager
+def unreduced(model: nn.Module) -> Iterator[None]:
+    """Let a reduced model see every token inside the with block, the reducer and its parts staying in place.
+
+    For a model that is being trained and is its own teacher; `remove` is for all else.
+    """
+    patch = active(model)
+    if patch is None:
+        raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
+    patch.whole = True
+    try:
+        yield
+    finally:
+        patch.whole = False
 
 
 def active(model: nn.Module) -> Patch | None:

@@ -16,9 +16,12 @@ COMMANDS = {
     "predict": ("pumer.commands.evaluate:predict_", "write the prediction file that a task's server takes"),
     "score": ("pumer.commands.score:score_", "score every image of a retrieval task with every caption; resumable"),
     "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
+    "study": ("pumer.commands.study:study_", "compare methods at many settings: trainings, tables, plots; resumable"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "bench train": ("pumer.commands.bench:train_", "time steps of training, with and without reducer and teacher"),
     "bench where": ("pumer.commands.bench:where_", "show at which batch and picture sizes reduction pays"),
     "bench pairs": ("pumer.commands.score:bench_pairs", "time scoring of a pool against the plain loop over its pairs"),
+    "tune": ("pumer.commands.tune:tune_", "find the fastest setting within a bound on accuracy, speed or memory"),
     "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
     "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
     "data check": ("pumer.commands.data:check", "say what of a task's official files is there and what is missing"),
@@ -26,7 +29,7 @@ COMMANDS = {
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes and tasks"),
 }
-POSITIONAL = {"convert", "data check"}  # their required arguments go by place, not by name
+POSITIONAL = {"convert", "data check", "study"}  # their required arguments go by place, not by name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

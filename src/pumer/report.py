@@ -7,6 +7,7 @@ is counted too and stands in a part of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +209,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     reducer = Unreduced() if patch is None else patch.reducer
     tower, lengths, own = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
-    layers = zip(adapter.layer_macs(model, lengths), adapter.layer_macs(model, base), strict=True)
+    layers = zip(adapter.layer_macs(model, lengths, reducer.after_layer), adapter.layer_macs(model, base), strict=True)
     ran, planned = _last_forward(patch, adapter, model)
     return Report(
         model=type(model).__name__,
@@ -220,7 +221,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
             LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number]), passes * sum(base_macs))
             for number, (macs, base_macs) in enumerate(layers)
         ),
-        parts=adapter.macs(model, lengths, entry, tower) | {"reducer": passes * sum(own.values())},
+        parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer) | {"reducer": passes * sum(own.values())},
         base_parts=adapter.macs(model, base) | {"reducer": 0},
         passes=passes,
         ran=ran,
@@ -237,8 +238,9 @@ def last_forward_macs(model: nn.Module) -> int:
     if patch is None or patch.entry is None:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
-    tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid)
-    macs = adapter.macs(model, lengths, (text, image), tower)
+    ran = (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None  # the data have decided
+    tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid, ran)
+    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
     return sum(macs.values()) + adapter.passes(model) * sum(own.values())
 
 
@@ -274,22 +276,33 @@ def planned_lengths(reducer: Reducer, depth: int, text: int, image: int, grid: G
 
 
 def _plan(
-    reducer: Reducer, adapter: Adapter, model: nn.Module, text: int, image: int, grid: Grid | None
+    reducer: Reducer,
+    adapter: Adapter,
+    model: nn.Module,
+    text: int,
+    image: int,
+    grid: Grid | None,
+    ran: tuple[tuple[int, ...], Lengths] | None = None,
 ) -> tuple[tuple[int, ...], Lengths, dict[int, int]]:
     """Lengths in the vision tower and after it, and the reducers' own MACs: by layer, all of the tower at `EMBEDDINGS`.
 
-    Args as for `planned_lengths`; in tensors without data where the model lies on a device.
+    Args as for `planned_lengths`, in tensors without data where the model lies on a device; `ran` are the lengths of
+    the tower and after it, where they are known.
     """
     place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
-    tower, first, spent = _planned_tower(reducer, adapter, model, image, grid), (text, image), 0
+    tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
+    first, spent = (text, image), 0
     if reducer.in_tower is not None:
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
         spent = sum(_reducer_macs(reducer.in_tower, shape, (0, image), inside, grid, place).values())
         first, grid = (text, tower[-1]), None if tower[-1] != image else grid
-    lengths = planned_lengths(reducer, adapter.depth(model), *first, grid)
-    own = _reducer_macs(reducer, adapter.attention_shape(model), first, lengths, grid, place, adapter.crosses)
+    lengths = ran[1] if ran else planned_lengths(reducer, adapter.depth(model), *first, grid)
+    patch = active(model)
+    own = _reducer_macs(
+        reducer, adapter.attention_shape(model), first, lengths, grid, place, adapter.crosses, patch and patch.parts
+    )
     own[EMBEDDINGS] += spent
     return tower, lengths, own
 
@@ -310,12 +323,17 @@ def _last_forward(patch: Patch | None, adapter: Adapter, model: nn.Module) -> tu
         return None, None
     text, image, grid = patch.entry
     tower = _planned_tower(patch.reducer, adapter, model, image, grid)
-    if patch.reducer.in_tower is None:
-        return tuple(patch.lengths), planned_lengths(patch.reducer, adapter.depth(model), text, image, grid)
-    left = grid if tower[-1] == image else None
-    rest = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1], left)
-    ran = tuple((text, length) for length in patch.tower) + tuple(patch.lengths)
-    return ran, tuple((text, length) for length in tower) + rest
+    left = grid if not tower or tower[-1] == image else None
+    ran = tuple(patch.lengths)
+    planned = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1] if tower else image, left)
+    if patch.reducer.in_tower is not None:
+        ran = (*((text, length) for length in patch.tower), *ran)
+        planned = (*((text, length) for length in tower), *planned)
+    if patch.reducer.leaves_gaps and all(
+        max(real) <= max(most) and sum(real) <= sum(most) for real, most in zip(ran, planned, strict=True)
+    ):
+        return ran, ran  # what is planned is the most that the data may leave
+    return ran, planned
 
 
 def _reducer_macs(
@@ -326,6 +344,7 @@ def _reducer_macs(
     grid: Grid | None,
     place: str,
     cross: bool = False,
+    parts: nn.ModuleDict | None = None,
 ) -> dict[int, int]:
     """MACs of planning and of applying the plan, before the first layer and in every one.
 
@@ -355,6 +374,7 @@ def _reducer_macs(
             keys_BHNC=heads_apart,
             attention_BHNN=torch.ones(1, heads, *seen, device=place) if reducer.needs_attention else None,
             cross=cross,
+            part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval() if parts is not None else None,
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             reducer.plan(tokens).reduce(states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Grid
+
+
+PARTS = "reducer_parts"
+"""Name of the submodule that holds what a learned reducer trains."""
 
 
 class _Absent:
@@ -45,12 +50,22 @@ class Patch:
         adapter: the family's adapter.
         attention: attention kernel, "sdpa" or "eager".
         trim: cut padded text and images to the longest of the batch at the model's entry.
+        parts: what a learned reducer has trained, by layer; a submodule of the model as long as the patch is in force.
     """
 
     reducer: Reducer
     adapter: Adapter
     attention: str = "sdpa"
     trim: bool = True
+    parts: nn.ModuleDict | None = None
+    whole: bool = False
+    """Let a learned reducer's model see everything in the next forwards, as its own teacher."""
+    progress: float = 1.0
+    """Of the training of those parts, 0 to 1."""
+    passes: int = 1
+    """How often one example goes through the layers."""
+    decided: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
+    """What `Learned.budget_loss` takes, of every pass of the last forward in training."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(text, image) tokens before the first layer and after every one of the last forward: evidence that the reduction
     is active."""
@@ -61,14 +76,38 @@ class Patch:
     steps: list[Step] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
     _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    _hooks: list[Any] = field(default_factory=list)
+
+    def part(self, layer: int) -> Any:
+        """What is trained for one layer."""
+        return None if self.parts is None else self.parts[str(layer)]
+
+    def budget_loss(self) -> Tensor | None:
+        """The price of what a learned reducer decided in the last forward in training; None if it decided nothing."""
+        learned = self.reducer.learned
+        if learned is None or not self.decided:
+            return None
+        losses = [learned.budget_loss(spent, self.progress, heads) for spent, heads in self.decided]
+        return torch.stack(losses).mean()
+
+    def note(self, spent: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+        """Keep what a learned reducer decided in one pass."""
+        if spent:
+            self.decided = [*self.decided, (spent, heads)][-self.passes :]
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance, remembering what was there."""
         self._changes.append((owner, name, vars(owner).get(name, _Absent)))
         setattr(owner, name, value)
 
+    def hook(self, handle: Any) -> None:
+        """Remember a hook that was registered."""
+        self._hooks.append(handle)
+
     def undo(self) -> None:
-        """Put every attribute back, last change first."""
+        """Take every hook off and put every attribute back, last change first."""
+        while self._hooks:
+            self._hooks.pop().remove()
         while self._changes:
             owner, name, before = self._changes.pop()
             if before is _Absent:
@@ -85,6 +124,8 @@ class Adapter:
     """Names of the model classes it knows; names, so that the family need not be imported to look."""
     crosses: ClassVar[bool] = False
     """Whether text looks at the image by an attention of its own, as in co-attention."""
+    prefix: ClassVar[int] = 1
+    """Structure tokens at the head of each modality that a reducer sees."""
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes in which every picture of an example goes through the layers by itself."""
 
@@ -126,8 +167,10 @@ class Adapter:
         heads = config_of(model).num_attention_heads
         return heads, config_of(model).hidden_size // heads
 
-    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Multiply-accumulates of every layer's (attention, MLP), of one pass; `lengths` as for `macs`."""
+    def layer_macs(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
+    ) -> list[tuple[int, int]]:
+        """Multiply-accumulates of every layer's (attention, MLP), of one pass; arguments as for `macs`."""
         raise NotImplementedError
 
     def macs(
@@ -136,6 +179,7 @@ class Adapter:
         lengths: Sequence[tuple[int, int]],
         entry: tuple[int, int] | None = None,
         tower: Sequence[int] = (),
+        after_layer: bool = False,
     ) -> dict[str, int]:
         """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are twice that.
 
@@ -145,6 +189,7 @@ class Adapter:
             lengths: (text, image) tokens before the first layer and after every one.
             entry: (text, image) tokens that were embedded, if something is reduced before the first layer.
             tower: image tokens before the first layer of the vision tower and after every one.
+            after_layer: whether tokens leave after the layers, in place of between their attention and MLP.
         """
         raise NotImplementedError
 
@@ -192,10 +237,15 @@ def config_of(model: nn.Module) -> Any:
 
 
 def head_macs(model: nn.Module, trunk: nn.Module) -> int:
-    """Multiply-accumulates of one state's way through the linear layers outside the trunk."""
-    inside = set(trunk.modules())
+    """Multiply-accumulates of one state's way through the linear layers outside the trunk and the reducer."""
+    inside = {*trunk.modules(), *getattr(model, PARTS, nn.Module()).modules()}
     heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
     return sum(head.in_features * head.out_features for head in heads)
+
+
+def inside(lengths: Sequence[tuple[int, int]], after_layer: bool) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(text, image) tokens of every layer's attention and of its MLP."""
+    return [(before, before if after_layer else after) for before, after in pairwise(lengths)]
 
 
 def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:

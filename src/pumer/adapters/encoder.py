@@ -1,6 +1,6 @@
 """Seam A: reduction inside the blocks of an encoder that carries text, image, or both on one token axis.
 
-Shape suffixes: B batch, N tokens of the layer, S source tokens (unreduced), D channels.
+Shape suffixes: B batch, N tokens of the layer, A, E some of them, S source tokens (unreduced), D channels, H heads.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Step
-from pumer.reducers import Plan, Reducer, Tokens
+from pumer.adapters.base import Patch, Step
+from pumer.reducers import Plan, Tokens
+
+BUCKET = 8
+"""Where the data decide how many tokens stay, lengths are rounded up to multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Axis:
         plan: from the source tokens to these ones; None while nothing was reduced.
         grid: rows and columns of patches of the unreduced picture, None if unknown.
         patch_BS: raster number of every source token's patch, -1 for tokens that are none.
+        gate_BN: while a learned reducer is trained, 1 for tokens that it has not decided against; None before it does.
+        spent, heads: what its decisions are charged for.
     """
 
     text: int
@@ -33,6 +38,9 @@ class Axis:
     plan: Plan | None = None
     grid: tuple[int, int] | None = None
     patch_BS: Tensor | None = None
+    gate_BN: Tensor | None = None
+    spent: tuple[Tensor, ...] = ()
+    heads: tuple[Tensor, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -45,7 +53,7 @@ class Axis:
 
 
 def reduce(
-    reducer: Reducer,
+    patch: Patch,
     layer: int,
     states_BND: Tensor,
     axis: Axis,
@@ -53,34 +61,52 @@ def reduce(
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
     cross: bool = False,
-    steps: list[Step] | None = None,
+    tower: bool = False,
 ) -> tuple[Tensor, Axis, Plan | None]:
-    """States and axis after the reducer acted in this layer, and its plan; unchanged and None if it does not act there.
+    """States and axis after the reducer acted in this layer, and its plan; None if no token went anywhere.
 
-    Queries, keys, attention and `cross` are as in `Tokens`; `steps` is where the reduction is noted.
+    While a learned reducer is trained, its decisions are noted in the axis instead.
+
+    Args:
+        patch: whose reducer acts.
+        layer: where.
+        states_BND: before it does.
+        axis: of those states.
+        queries_BHNC, keys_BHNC, attention_BHNN, cross: as in `Tokens`.
+        tower: whether it is the reducer of the vision tower that acts.
     """
-    if not reducer.reduces_at(layer):
+    reducer = patch.reducer.in_tower if tower else patch.reducer
+    assert reducer is not None
+    if patch.whole or not reducer.reduces_at(layer):
         return states_BND, axis, None
-    whole = axis.plan is None
+    unreduced = axis.plan is None
     tokens = Tokens(
         mask_BN=axis.mask_BN,
         text=axis.text,
         sizes_BN=axis.sizes_BN,
         layer=layer,
-        grid=axis.grid if whole else None,
-        patch_BN=axis.patch_BS if whole else None,
+        grid=axis.grid if unreduced else None,
+        patch_BN=axis.patch_BS if unreduced else None,
         states_BND=states_BND,
         queries_BHNC=queries_BHNC,
         keys_BHNC=keys_BHNC,
         attention_BHNN=attention_BHNN,
         cross=cross,
+        part=patch.part(layer) if reducer.learned else None,
+        gate_BN=axis.gate_BN,
+        progress=patch.progress,
     )
+    if reducer.learned and tokens.part is not None and tokens.part.training:
+        gate = reducer.learned.gate(tokens)
+        return states_BND, replace(axis, gate_BN=gate.token_BN, spent=(*axis.spent, gate.spent)), None
     # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
     with torch.no_grad():
         plan = reducer.plan(tokens)
-    if steps is not None:
-        steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
-    text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
+        text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
+        if reducer.leaves_gaps and patch.trim and not torch.compiler.is_compiling():
+            plan, text = plan.cut(text, BUCKET)
+    if patch.steps is not None and not tower:
+        patch.steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
     reduced = replace(
         axis,
         text=text,
@@ -89,3 +115,36 @@ def reduce(
         plan=plan if axis.plan is None else axis.plan.then(plan),
     )
     return plan.reduce(states_BND), reduced, plan
+
+
+def hear(
+    patch: Patch,
+    layer: int,
+    name: str,
+    axis: Axis,
+    asking_BAD: Tensor,
+    asked_BED: Tensor,
+    asking: slice,
+    asked: slice,
+) -> tuple[Tensor | None, Axis]:
+    """Which heads of an attention a learned reducer lets be heard, [B,H]: 1 or 0; None if it has no say.
+
+    Args:
+        patch: whose reducer decides.
+        layer: where.
+        name: of the attention, as the reducer's parts have it.
+        axis: while training the share of heads is noted in it.
+        asking_BAD, asked_BED: states of those who ask, and of those who are asked.
+        asking, asked: where on the axis they are.
+    """
+    learned = patch.reducer.learned
+    if patch.whole or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
+        return None, axis
+    seen_BN = axis.mask_BN.float() if axis.gate_BN is None else axis.gate_BN
+    part = patch.part(layer)
+    pooled = []
+    for states, columns in ((asking_BAD, asking), (asked_BED, asked)):
+        weights = seen_BN[:, columns, None].to(states.dtype)
+        pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
+    heard_BH = part[name](*pooled, part.training, learned.temperature_at(patch.progress))
+    return heard_BH, replace(axis, heads=(*axis.heads, heard_BH.mean(1))) if part.training else axis

@@ -23,6 +23,7 @@ from pumer.adapters.base import (
     exactly_one,
     extent,
     head_macs,
+    inside,
     is_a,
     register,
     replace_forward,
@@ -84,10 +85,12 @@ class MeterAdapter(Adapter):
         rows, columns = self.default_grid(model)
         return config_of(model).max_position_embeddings, rows * columns + 1
 
-    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def layer_macs(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
+    ) -> list[tuple[int, int]]:
         width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
         costs = []
-        for (text, image), (new_text, new_image) in pairwise(lengths):
+        for (text, image), (new_text, new_image) in inside(lengths, after_layer):
             attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
             attention += _attention_macs(new_image, new_image, width) + _attention_macs(new_image, new_text, width)
             costs.append((attention, 2 * (new_text + new_image) * width * inner))
@@ -99,6 +102,7 @@ class MeterAdapter(Adapter):
         lengths: Sequence[tuple[int, int]],
         entry: tuple[int, int] | None = None,
         tower: Sequence[int] = (),
+        after_layer: bool = False,
     ) -> dict[str, int]:
         config, passes = config_of(model), self.passes(model)
         text_config, vision = config.text_config, config.vision_config
@@ -114,7 +118,7 @@ class MeterAdapter(Adapter):
         )
         projected = text * text_config.hidden_size + passes * tower[-1] * vision.hidden_size
         patches = (tower[0] - 1) * vision.num_channels * vision.patch_size**2 * vision.hidden_size
-        layers = self.layer_macs(model, lengths)
+        layers = self.layer_macs(model, lengths, after_layer)
         times = text if is_a(model, PER_TOKEN) else 1
         return {
             "embedding": passes * patches,
@@ -201,7 +205,7 @@ def _fuse(
     patch.entry = (axis.text, source - axis.text, encoded.grid)
     kinds = meter.modality_embeddings.weight
     joint = torch.cat([text_BTD + kinds[0], encoded.states_BID + kinds[image_token_type_idx]], dim=1)
-    joint, axis, _ = encoder.reduce(patch.reducer, EMBEDDINGS, joint, axis, steps=patch.steps)
+    joint, axis, _ = encoder.reduce(patch, EMBEDDINGS, joint, axis)
     text, picture = joint[:, : axis.text], joint[:, axis.text :]
     del joint
     lengths, texts, images = [axis.lengths], [], []
@@ -214,6 +218,7 @@ def _fuse(
             texts.append(whole[0])
             images.append(whole[1])
     patch.lengths = lengths
+    patch.note(axis.spent, axis.heads)
     # Without any image token, the pooled image is that of nothing.
     first = picture if picture.shape[1] else picture.new_zeros(len(picture), 1, picture.shape[2])
     pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
@@ -267,37 +272,82 @@ def _block(
     layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor, Axis]:
     """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
-    half = layer.text
-    attended, _, text_keys, _ = _attend(half.attention, patch, text, text, axis, of_text=True)
-    attended, queries, image_keys, attention = _attend(half.crossattention, patch, attended, image, axis, of_text=False)
-    if patch.reducer.reduces_at(number):
-        joint, axis, plan = encoder.reduce(
-            patch.reducer,
-            number,
-            torch.cat([attended, image], dim=1),
-            axis,
-            queries,
-            torch.cat([text_keys, image_keys], dim=2),
-            attention if patch.reducer.needs_attention else None,
-            cross=True,
-            steps=patch.steps,
-        )
-        assert plan is not None
-        attended, image = joint[:, : axis.text], joint[:, axis.text :]
-        text = text if layer.sequential else plan.head(text.shape[1], axis.text).reduce(text)
-    new_text = _feed_forward(half, attended)
-    half = layer.image
-    image = _attend(half.attention, patch, image, image, axis, of_text=False)[0]
-    image = _attend(half.crossattention, patch, image, new_text if layer.sequential else text, axis, of_text=True)[0]
-    return new_text, _feed_forward(half, image), axis
+    attended, text_keys, axis = _look(layer, patch, number, "text_self", text, text, axis)[:3]
+    attended, image_keys, axis, queries, attention = _look(layer, patch, number, "text_cross", attended, image, axis)
+    if not patch.reducer.after_layer:
+        before = axis.text
+        keys = torch.cat([text_keys, image_keys], dim=2)
+        looked_at = attention if patch.reducer.needs_attention else None
+        attended, image, axis, plan = _reduce(patch, number, attended, image, axis, queries, keys, looked_at)
+        if plan is not None and not layer.sequential:
+            text = plan.head(before, axis.text).reduce(text)
+    new_text = _feed_forward(layer.text, attended)
+    image, _, axis = _look(layer, patch, number, "image_self", image, image, axis)[:3]
+    asked = new_text if layer.sequential else text
+    image, _, axis = _look(layer, patch, number, "image_cross", image, asked, axis)[:3]
+    text, image = new_text, _feed_forward(layer.image, image)
+    if patch.reducer.after_layer:
+        text, image, axis, _ = _reduce(patch, number, text, image, axis)
+    return text, image, axis
+
+
+def _reduce(
+    patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis, *seen: Tensor | None
+) -> tuple[Tensor, Tensor, Axis, Plan | None]:
+    """Text, image and axis after the reducer acted; `seen` are the queries, the keys and the probabilities."""
+    if not patch.reducer.reduces_at(number):
+        return text, image, axis, None
+    joint, axis, plan = encoder.reduce(patch, number, torch.cat([text, image], dim=1), axis, *seen, cross=True)
+    return joint[:, : axis.text], joint[:, axis.text :], axis, plan
+
+
+def _look(
+    layer: Any, patch: Patch, number: int, name: str, states: Tensor, other: Tensor, axis: Axis
+) -> tuple[Tensor, Tensor, Axis, Tensor, Tensor | None]:
+    """One of a layer's four attentions -> states, keys, axis, queries, and probabilities.
+
+    Args:
+        name: of the attention: whose states look, and at their own kind or at the other.
+        states: that look.
+        other: that are looked at.
+    """
+    kind, _, at = name.partition("_")
+    half = getattr(layer, kind)
+    own = at == "self"
+    of_text = own == (kind == "text")
+    heard, axis = _hear(patch, number, name, states, other, axis, kind == "text", of_text)
+    states, queries, keys, attention = _attend(
+        half.attention if own else half.crossattention, patch, states, other, axis, of_text, own, heard
+    )
+    return states, keys, axis, queries, attention
+
+
+def _hear(
+    patch: Patch, number: int, name: str, states: Tensor, other: Tensor, axis: Axis, from_text: bool, of_text: bool
+) -> tuple[Tensor | None, Axis]:
+    learned = patch.reducer.learned
+    if learned is None or not learned.trims_heads:
+        return None, axis
+    columns = {True: slice(0, axis.text), False: slice(axis.text, None)}
+    return encoder.hear(patch, number, name, axis, states, other, columns[from_text], columns[of_text])
 
 
 def _attend(
-    attention: Any, patch: Patch, states: Tensor, other: Tensor, axis: Axis, of_text: bool
+    attention: Any,
+    patch: Patch,
+    states: Tensor,
+    other: Tensor,
+    axis: Axis,
+    of_text: bool,
+    own: bool,
+    heard: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In place of `BertAttention.forward` -> states that have looked at others, queries, keys, probabilities.
 
-    `of_text`: `other` are the states of the text, else those of the image.
+    Args:
+        of_text: `other` are the states of the text, else those of the image.
+        own: they are `states` themselves.
+        heard: which heads are heard, [B,H]; None for all.
     """
     module = attention.self
     queries, keys, values = (
@@ -308,7 +358,10 @@ def _attend(
     mask = axis.mask_BN[:, columns]
     dropout = module.dropout.p if module.training else 0.0
     probabilities: Tensor | None
-    if patch.reducer.published:
+    if axis.gate_BN is not None:
+        gate = axis.gate_BN[:, columns]
+        context, probabilities = probes.attend_gated(queries, keys, values, mask, gate, own, dropout)
+    elif patch.reducer.published:
         context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
     else:
         weighs = patch.reducer.weighs_by_size and axis.plan is not None
@@ -317,6 +370,8 @@ def _attend(
             seen = probes.visibility(mask, axis.sizes_BN[:, columns] if weighs else None, states.dtype)
         wanted = patch.reducer.needs_attention
         context, probabilities = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
+    if heard is not None:
+        context = context * heard[..., None, None].to(context.dtype)
     output = attention.output
     projected = output.dropout(output.dense(context.transpose(1, 2).flatten(2)))
     return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities

@@ -49,6 +49,36 @@ def attend_published(
     return attention @ values_BHNC, attention
 
 
+def attend_gated(
+    queries_BHNC: Tensor,
+    keys_BHNC: Tensor,
+    values_BHNC: Tensor,
+    mask_BN: Tensor,
+    gate_BN: Tensor,
+    own: bool,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention that leaves out keys by gates of 0 and 1 through which gradients pass -> context, probabilities.
+
+    DynamicViT's (equation 11): the probabilities are those among the keys that are left.
+
+    Args:
+        mask_BN: bool, the real keys.
+        gate_BN: 1 for keys that may be seen.
+        own: whether the keys are the queries' own tokens, each of which sees itself whatever its gate.
+    """
+    logits = queries_BHNC @ keys_BHNC.transpose(-1, -2) / queries_BHNC.shape[-1] ** 0.5
+    attention = logits.masked_fill(~mask_BN.bool()[:, None, None], -torch.inf).softmax(-1)
+    gates = gate_BN[:, None, None]
+    if own:
+        eye = torch.eye(gate_BN.shape[1], device=gate_BN.device)
+        gates = eye + (1 - eye) * gates
+    attention = attention * gates.to(attention.dtype)
+    attention = attention / attention.sum(-1, keepdim=True).clamp_min(1e-6)
+    attention = torch.nn.functional.dropout(attention, dropout)
+    return attention.to(values_BHNC.dtype) @ values_BHNC, attention
+
+
 def visibility(mask_BN: Tensor, sizes_BN: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What attention is told of the keys, [B,1,1,N]: the mask, plus the log of the sizes where they are to count."""
     if sizes_BN is None:

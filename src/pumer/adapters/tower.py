@@ -92,4 +92,4 @@ def _attend_and_reduce(
         queries, keys, values, seen, patch.attention, dropout, reducer.needs_attention and reducer.reduces_at(number)
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
-    return encoder.reduce(reducer, number, states, axis, queries, keys, attention)[:2]
+    return encoder.reduce(patch, number, states, axis, queries, keys, attention, tower=True)[:2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from pumer.adapters.base import (
     exactly_one,
     extent,
     head_macs,
+    inside,
     is_a,
     register,
     replace_forward,
@@ -80,12 +80,13 @@ class ViltAdapter(Adapter):
         patches = min(rows * columns, limit) if isinstance(limit, int) and limit > 0 else rows * columns
         return config_of(model).max_position_embeddings, patches + 1
 
-    def layer_macs(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def layer_macs(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
+    ) -> list[tuple[int, int]]:
         width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
-        counts = [sum(pair) for pair in lengths]
         return [
-            (4 * before * width**2 + 2 * before**2 * width, 2 * after * width * inner)
-            for before, after in pairwise(counts)
+            (4 * sum(before) * width**2 + 2 * sum(before) ** 2 * width, 2 * sum(after) * width * inner)
+            for before, after in inside(lengths, after_layer)
         ]
 
     def macs(
@@ -94,10 +95,11 @@ class ViltAdapter(Adapter):
         lengths: Sequence[tuple[int, int]],
         entry: tuple[int, int] | None = None,
         tower: Sequence[int] = (),
+        after_layer: bool = False,
     ) -> dict[str, int]:
         config, vilt, passes = config_of(model), _vilt(model), self.passes(model)
         text, image = entry or lengths[0]
-        layers = self.layer_macs(model, lengths)
+        layers = self.layer_macs(model, lengths, after_layer)
         patch_size = config.num_channels * config.patch_size**2
         # A head on the pooled state works once per example, one on the states once per text token.
         times = text if is_a(model, PER_TOKEN) else 1
@@ -231,7 +233,7 @@ def _encode(
 ) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """All layers; hidden states come back in the original length, attention maps in the reduced one."""
     entry = (*start[1].lengths, start[1].grid)
-    states, axis, _ = encoder.reduce(patch.reducer, EMBEDDINGS, *start, steps=patch.steps)
+    states, axis, _ = encoder.reduce(patch, EMBEDDINGS, *start)
     del start
     all_states, all_attentions, lengths = [axis.expand(states)] if hidden else [], [], [axis.lengths]
     for layer in vilt.encoder.layer:
@@ -242,6 +244,7 @@ def _encode(
         if attentions:
             all_attentions.append(attention)
     patch.lengths, patch.entry = lengths, entry
+    patch.note(axis.spent, axis.heads)
     return states, axis, tuple(all_states) if hidden else None, tuple(all_attentions) if attentions else None
 
 
@@ -257,22 +260,28 @@ def _block(
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """One block: the stock one has no opening between attention and MLP."""
     states, axis, attention = _attend_and_reduce(layer, patch, number, published, states, axis, attentions)
-    return layer.output(layer.intermediate(layer.layernorm_after(states)), states), axis, attention
+    states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
+    if patch.reducer.after_layer:
+        states, axis, _ = encoder.reduce(patch, number, states, axis)
+    return states, axis, attention
 
 
 def _attend_and_reduce(
     layer: Any, patch: Patch, number: int, published: bool, states: Tensor, axis: Axis, attentions: bool
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """Parts of a block are functions of their own, so that large tensors of one are gone when the next one runs."""
-    states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions)
+    text, image = slice(0, axis.text), slice(axis.text, None)
+    heard, axis = encoder.hear(patch, number, "joint", axis, states[:, text], states[:, image], text, image)
+    states, queries, keys, attention = _attend(layer, patch, published, states, axis, attentions, heard)
     # Scores come from queries and keys wherever they can, so that the kernel makes no difference to what is kept.
     looked_at = attention if patch.reducer.needs_attention else None
-    states, axis, _ = encoder.reduce(patch.reducer, number, states, axis, queries, keys, looked_at, steps=patch.steps)
+    if not patch.reducer.after_layer:
+        states, axis, _ = encoder.reduce(patch, number, states, axis, queries, keys, looked_at)
     return states, axis, attention if attentions else None
 
 
 def _attend(
-    layer: Any, patch: Patch, published: bool, states: Tensor, axis: Axis, attentions: bool
+    layer: Any, patch: Patch, published: bool, states: Tensor, axis: Axis, attentions: bool, heard: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The attention half of a block -> states, queries, keys, and the probabilities if somebody wants them."""
     module = layer.attention.attention
@@ -283,13 +292,19 @@ def _attend(
     )
     dropout = module.dropout.p if module.training else 0.0
     attention: Tensor | None
-    if published:
+    if axis.gate_BN is not None:
+        context, attention = probes.attend_gated(
+            queries, keys, values, axis.mask_BN, axis.gate_BN, own=True, dropout=dropout
+        )
+    elif published:
         context, attention = probes.attend_published(queries, keys, values, axis.mask_BN, dropout)
     else:
         sizes = axis.sizes_BN if patch.reducer.weighs_by_size and axis.plan is not None else None
         seen = probes.visibility(axis.mask_BN, sizes, states.dtype)
         wanted = attentions or patch.reducer.needs_attention
         context, attention = probes.attend(queries, keys, values, seen, patch.attention, dropout, wanted)
+    if heard is not None:
+        context = context * heard[..., None, None].to(context.dtype)
     context = context.transpose(1, 2).flatten(2)
     return inplace.add(layer.attention.output(context, states), states), queries, keys, attention
 

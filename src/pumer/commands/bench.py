@@ -1,10 +1,11 @@
-"""`pumer bench` and `pumer bench where`."""
+"""`pumer bench`, `pumer bench train` and `pumer bench where`."""
 
 from __future__ import annotations
 
 from rich.progress import Progress
 
 from pumer.bench.run import Device, Dtype, bench
+from pumer.bench.training import bench_training
 from pumer.bench.where import where
 from pumer.commands.common import ReducerSettings
 
@@ -50,6 +51,49 @@ def bench_(
             device=device,
             dtype=dtype,
             compiled=compiled,
+            threads=threads,
+            runs=runs,
+            record=record,
+            progress=lambda: progress.advance(bar),
+        )
+    print(result)
+
+
+def train_(
+    model: str = "vilt-b32",
+    reducers: list[ReducerSettings] | None = None,
+    batch: int = 4,
+    teachers: list[bool] | None = None,
+    text: int = 40,
+    device: Device = "auto",
+    threads: int | None = None,
+    runs: int = 5,
+    record: str | None = None,
+) -> None:
+    """Time steps of training, unreduced and reduced, with and without a teacher, taking turns in one process.
+
+    Args:
+        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's presets for VQAv2 if
+            not given.
+        batch: examples at a time.
+        teachers: `[false]`, `[true]` or both; both if not given.
+        text: text tokens, padding included; 8 to 16 of them are real.
+        device: "auto" takes a CUDA device if there is one.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed steps of each.
+        record: CSV file to add the rows to.
+    """
+    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=runs + 1)
+        result = bench_training(
+            model=model,
+            reducers=wanted,
+            batch=batch,
+            teachers=teachers or (False, True),
+            text=text,
+            device=device,
             threads=threads,
             runs=runs,
             record=record,

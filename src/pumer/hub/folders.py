@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from pumer._version import __version__
+from pumer.adapters.base import PARTS
 from pumer.api import active, apply
 from pumer.hub.files import new_folder, read_json, some
 from pumer.reducers import Reducer, from_dict, to_dict
@@ -17,6 +20,8 @@ from pumer.reducers import Reducer, from_dict, to_dict
 FORMAT = 1
 """Version of what `pumer.json` holds."""
 SETTINGS = "pumer.json"
+LEARNED = "reducer.safetensors"
+"""File of what a learned reducer has trained."""
 _METER = (
     "MeterModel",
     "MeterForImageAndTextRetrieval",
@@ -50,8 +55,14 @@ def save(model: Any, path: str | Path) -> None:
         "attention": "sdpa" if patch is None else patch.attention,
         "trim": True if patch is None else patch.trim,
     }
+    parts = None if patch is None else patch.parts
     with new_folder(path) as folder:
-        model.save_pretrained(folder)
+        if parts is None:
+            model.save_pretrained(folder)
+        else:  # in a file of their own, so that the folder is still one for `from_pretrained`
+            weights = {name: x for name, x in model.state_dict().items() if not name.startswith(f"{PARTS}.")}
+            model.save_pretrained(folder, state_dict=weights)
+            save_file({name: x.contiguous() for name, x in parts.state_dict().items()}, folder / LEARNED)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -87,7 +98,23 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         model.to(device)
     if reducer is not None:
         apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
+        load_parts(model, path)
     return model
+
+
+def load_parts(model: Any, path: Path) -> None:
+    """Give a learned reducer in force the weights that `save` wrote; raises ValueError if they are not its own."""
+    patch = active(model)
+    if patch is None or patch.parts is None:
+        return
+    if not (path / LEARNED).is_file():
+        raise ValueError(
+            f"{path} lacks {LEARNED}, the weights of its reducer {patch.reducer.name}: save the model again"
+        )
+    try:
+        patch.parts.load_state_dict(load_file(path / LEARNED))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path / LEARNED} does not fit the reducer, save the model again: {error}") from error
 
 
 def model_class(name: str) -> Any:

@@ -25,7 +25,7 @@ from pumer.hub.files import (
     write_answers,
 )
 from pumer.hub.folders import SETTINGS, class_in, model_class
-from pumer.models.published import OURS, check_labels, check_support, set_label_names
+from pumer.models.published import OURS, check_labels, check_support, predictors, set_label_names
 from pumer.reducers import PuMer
 
 _FAMILIES = ("vilt", "meter")
@@ -84,7 +84,7 @@ def load_official(
 
     Raises:
         ValueError: if a file is missing or damaged or holds pickled code, if weights are missing or have wrong
-            shapes, and for checkpoints with learned pruning.
+            shapes, and for learned pruning by other predictors than those of the states.
     """
     read = read_official(source, image_size, answers=answers, kind=kind)
     if read.unknown:
@@ -133,7 +133,7 @@ def _build(
 ) -> Official:
     published = _family(state, source)
     layout = published.LAYOUT
-    check_support(settings, state)
+    check_support(settings)
     found = layout.find_head(state)
     head = layout.head_of(kind) if kind else found
     answers = answers if head == "vqa_classifier" else None
@@ -158,11 +158,21 @@ def _build(
     model.eval()
     if reducer := published.reducer(settings):
         apply(model, reducer)
+    learned = predictors(state, published.pruned_layer)
+    if parts := _parts(model):
+        _check_weights(parts.state_dict(), learned, source)
+        parts.load_state_dict(learned)
     return Official(
         model,
         origin,
         answers=answers is not None,
-        left_out=tuple(sorted(set(state) - set(needed) - {layout.position_ids})),
+        left_out=tuple(
+            sorted(
+                name
+                for name in set(state) - set(needed) - {layout.position_ids}
+                if not (parts and "token_pruner." in name)
+            )
+        ),
         new=tuple(sorted(new)),
         unknown=tuple(published.unknown_settings(settings)) if origin == "pumer" else (),
     )
@@ -235,6 +245,11 @@ def save_official(model: Any, directory: str | Path) -> None:
         answers = list(model.config.id2label.values())
         if head == "vqa_classifier" and answers != [f"LABEL_{number}" for number in range(len(answers))]:
             write_answers(folder, answers)
+
+
+def _parts(model: Any) -> Any:
+    patch = active(model)
+    return None if patch is None else patch.parts
 
 
 def _module(family: str) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from pumer.reducers import DynamicViT
 
 TASKS = {"nlvr2_classifier": ("False", "True"), "ve_classifier": ("contradiction", "neutral", "entailment")}
 """The classes of the heads that have always the same, in the published order."""
@@ -56,6 +58,7 @@ _WITHOUT_EFFECT = [
     "torch_dtype",
     "patch_size",
 ]
+_PREDICTOR = re.compile(r"token_pruner\.token_predictors\.(\d+)\.(.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -180,13 +183,43 @@ def _rename(name: str, old: str, new: str) -> str:
     return renamed.replace("#", number[0], 1) if number else renamed
 
 
-def check_support(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a checkpoint with learned pruning."""
-    if settings.get("prune_layers") or any("token_pruner." in name for name in state):
+def check_support(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a checkpoint with learned pruning by other predictors than those of the states."""
+    method = settings.get("prune_method", "mlp_states")
+    if settings.get("prune_layers") and method != "mlp_states":
         raise ValueError(
-            "the checkpoint prunes by learned predictors (prune_layers, token_pruner), which load_official does not "
-            "support yet: use one that was trained without them"
+            f"the checkpoint prunes by {method!r} (prune_method in config.json), load_official supports mlp_states"
         )
+
+
+def learned_pruning(settings: Mapping[str, Any], layer_of: Callable[[int], int]) -> DynamicViT | None:
+    """The learned pruning that a published config.json asks for, None without any.
+
+    Args:
+        settings: of the config.json.
+        layer_of: the layer that a number in `prune_layers` stands for.
+
+    Raises:
+        ValueError: for settings that are not what they should be.
+    """
+    numbers = settings.get("prune_layers")
+    if not numbers:
+        return None
+    if not (isinstance(numbers, list) and all(isinstance(layer, int) for layer in numbers)):
+        raise ValueError(f"prune_layers in config.json is a list of numbers, for example [2, 4, 6], not {numbers!r}")
+    keep = settings.get("keep_ratio", 1)
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise ValueError(f"keep_ratio in config.json is a number, not {keep!r}")
+    return DynamicViT(keep=keep, layers=tuple(map(layer_of, numbers)), official=True)
+
+
+def predictors(state: Mapping[str, Tensor], layer_of: Callable[[int], int]) -> dict[str, Tensor]:
+    """The weights of learned pruning under the names that `DynamicViT.parts` gives them."""
+    found = {}
+    for name, tensor in state.items():
+        if match := _PREDICTOR.search(name):
+            found[f"{layer_of(int(match[1]))}.layers.{match[2]}"] = tensor
+    return found
 
 
 def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[str]:

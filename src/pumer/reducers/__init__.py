@@ -1,26 +1,69 @@
 """Methods of token reduction as pure maths: tensors in, a `Plan` out. No model is known here."""
 
-from pumer.reducers.base import EMBEDDINGS, Reducer, Tokens
-from pumer.reducers.compose import Compose
+from pumer.reducers.base import EMBEDDINGS, Encoder, Reducer, Tokens
+from pumer.reducers.cdpruner import CDPruner
+from pumer.reducers.compose import Chain, Compose
+from pumer.reducers.dart import DART
+from pumer.reducers.divprune import DivPrune
+from pumer.reducers.dymu import Cutoffs, DyMU
+from pumer.reducers.dynamicvit import DynamicViT
+from pumer.reducers.energy import Energy, Spectra
+from pumer.reducers.fastv import FastV
+from pumer.reducers.fopru import FoPru
+from pumer.reducers.holov import HoloV
+from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
+from pumer.reducers.prumerge import PruMerge
 from pumer.reducers.pumer import PuMer
+from pumer.reducers.pyramiddrop import PyramidDrop
 from pumer.reducers.registry import from_dict, get, list_reducers, register, to_dict
+from pumer.reducers.scope import SCOPE
+from pumer.reducers.selector import Selector
 from pumer.reducers.simple import NoVision, Pool, Random, Uniform, Unreduced
+from pumer.reducers.smarttrim import SmartTrim
+from pumer.reducers.sparsevlm import SparseVLM
+from pumer.reducers.svd_prune import SVDPrune
 from pumer.reducers.tome import ToMe
+from pumer.reducers.visionzip import VisionZip
+from pumer.reducers.vispruner import FasterVLM, VisPruner
 
 __all__ = [
+    "DART",
     "EMBEDDINGS",
+    "SCOPE",
+    "CDPruner",
+    "Chain",
     "Compose",
+    "Cutoffs",
+    "DivPrune",
+    "DyMU",
+    "DynamicViT",
+    "Encoder",
+    "Energy",
+    "FastV",
+    "FasterVLM",
+    "FoPru",
+    "HoloV",
+    "Learned",
     "NoVision",
     "Plan",
     "Pool",
+    "PruMerge",
     "PuMer",
+    "PyramidDrop",
     "Random",
     "Reducer",
+    "SVDPrune",
+    "Selector",
+    "SmartTrim",
+    "SparseVLM",
+    "Spectra",
     "ToMe",
     "Tokens",
     "Uniform",
     "Unreduced",
+    "VisPruner",
+    "VisionZip",
     "from_dict",
     "get",
     "list_reducers",

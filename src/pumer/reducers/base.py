@@ -7,17 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumer.reducers.plan import Plan
+
+if TYPE_CHECKING:
+    from pumer.reducers.learned import Learned
 
 Grid = tuple[int, int]
 
 EMBEDDINGS = -1
 """The place before the first layer, where `layers` may ask a reducer that needs no attention to act."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a vision encoder knows of its image tokens; only what the reducer `needs`, else None.
+
+    Every tensor is over the image tokens of a row alone, in their order, structure tokens left out, padding last.
+
+    Args:
+        features_BND: the encoder's output, before the projector.
+        class_attention_BN: attention that [CLS] pays each token, mean over the heads.
+        received_BN: attention that each token receives, mean over heads and queries.
+        keys_BNC, queries_BNC: means over the heads.
+    """
+
+    features_BND: Tensor | None = None
+    class_attention_BN: Tensor | None = None
+    received_BN: Tensor | None = None
+    keys_BNC: Tensor | None = None
+    queries_BNC: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,12 @@ class Tokens:
         cross: whether the text attends to the image by itself, as in co-attention: the queries are those of the text
             alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
             image. The keys of the text are those of its self-attention.
+        place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
+            that come later. None where all tokens see each other.
+        encoder: what the vision encoder knows, between it and a language model; None elsewhere.
+        part: what a learned reducer has trained for this layer.
+        gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
+        progress: of that training, 0 to 1.
     """
 
     mask_BN: Tensor
@@ -54,6 +83,11 @@ class Tokens:
     keys_BHNC: Tensor | None = None
     attention_BHNN: Tensor | None = None
     cross: bool = False
+    place_BN: Tensor | None = None
+    encoder: Encoder | None = None
+    part: nn.Module | None = None
+    gate_BN: Tensor | None = None
+    progress: float = 1.0
 
     @property
     def valid_BN(self) -> Tensor:
@@ -101,6 +135,11 @@ class Reducer:
         return False
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Names of the fields of `Encoder` that `plan` reads: the adapter gets these and no others."""
+        return frozenset()
+
+    @property
     def weighs_by_size(self) -> bool:
         """Whether attention is to count a merged token as often as its size says (adds log size to the logits)."""
         return False
@@ -119,6 +158,16 @@ class Reducer:
     def in_tower(self) -> Reducer | None:
         """What acts inside the vision tower before this reducer does; see `Compose`."""
         return None
+
+    @property
+    def learned(self) -> Learned | None:
+        """The reducer, or the part of it, that decides by trained parts."""
+        return None
+
+    @property
+    def after_layer(self) -> bool:
+        """Whether it acts after a layer, in place of between the layer's attention and MLP."""
+        return False
 
     def reduces_at(self, layer: int) -> bool:
         """Whether the method acts in this layer."""

@@ -23,6 +23,27 @@ def portion(ratio: float, count: Count) -> Count:
     return round(ratio * count)
 
 
+def kept(keep: float | int, count: Count) -> Count:
+    """How many of `count` tokens stay: `keep` is a share of them, or a whole number.
+
+    At least one stays. Where there are fewer tokens than the number asks for, all stay: the pictures of one batch have
+    their own sizes, and a small one among them is no mistake.
+    """
+    if isinstance(count, Tensor):
+        return (
+            count.clamp_max(keep) if isinstance(keep, int) else torch.minimum(count, portion(keep, count).clamp_min(1))
+        )
+    return min(count, keep if isinstance(keep, int) else max(1, portion(keep, count)))
+
+
+def check_keep(**budgets: float | int) -> None:
+    """Raise ValueError unless every budget is a share in (0, 1] or a whole number from 1."""
+    for name, keep in budgets.items():
+        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        if not (whole or (isinstance(keep, float) and 0 < keep <= 1)):
+            raise ValueError(f"{name} is a share such as 0.25 or a whole number of tokens such as 128, not {keep!r}")
+
+
 def halves(count: Count) -> Count:
     """The most pairs that `count` tokens can form: what one bipartite matching can merge away."""
     return count // 2

@@ -1,4 +1,4 @@
-"""Two reducers in one model: the first inside the vision tower, the second where text and image meet."""
+"""Several reducers in one model: one inside the vision tower and one after it, or one after another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
 from pumer.reducers.registry import register, to_dict
@@ -47,6 +48,18 @@ class Compose(Reducer):
         return self.inside.layers
 
     @property
+    def learned(self) -> Learned | None:
+        return self.inside.learned
+
+    @property
+    def after_layer(self) -> bool:
+        return self.inside.after_layer
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.inside.needs
+
+    @property
     def needs_attention(self) -> bool:
         return self.inside.needs_attention
 
@@ -76,3 +89,82 @@ class Compose(Reducer):
 
     def settings(self) -> dict[str, Any]:
         return {"tower": to_dict(self.tower), "inside": to_dict(self.inside)}
+
+
+@register
+@dataclass(frozen=True)
+class Chain(Reducer):
+    """Reducers that act at different places of one token axis, such as before the language model and inside it.
+
+    Each sees what those before it have left.
+
+    Args:
+        reducers: no two of them act in the same layer.
+    """
+
+    name = "chain"
+    reducers: tuple[Reducer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.reducers or any(not isinstance(reducer, Reducer) for reducer in self.reducers):
+            raise ValueError(f"give a tuple of reducers, not {self.reducers!r}")
+        if any(reducer.in_tower is not None for reducer in self.reducers):
+            raise ValueError("what acts inside the vision tower goes around a chain: Compose(tower, Chain(...))")
+        layers = [layer for reducer in self.reducers for layer in reducer.layers]
+        twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+        if twice:
+            raise ValueError(f"more than one reducer acts in layers {twice}: give them layers of their own")
+        if sum(reducer.learned is not None for reducer in self.reducers) > 1:
+            raise ValueError("only one reducer of a chain can be a learned one")
+        if len({reducer.after_layer for reducer in self.reducers if max(reducer.layers, default=-1) >= 0}) > 1:
+            raise ValueError("some of these act inside layers and some after them: chain those that do the same")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(layer for reducer in self.reducers for layer in reducer.layers))
+
+    @property
+    def learned(self) -> Learned | None:
+        return next((reducer.learned for reducer in self.reducers if reducer.learned is not None), None)
+
+    @property
+    def after_layer(self) -> bool:
+        return any(reducer.after_layer for reducer in self.reducers)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(reducer.needs for reducer in self.reducers))
+
+    @property
+    def needs_attention(self) -> bool:
+        return any(reducer.needs_attention for reducer in self.reducers)
+
+    @property
+    def weighs_by_size(self) -> bool:
+        return any(reducer.weighs_by_size for reducer in self.reducers)
+
+    @property
+    def published(self) -> bool:
+        return any(reducer.published for reducer in self.reducers)
+
+    @property
+    def leaves_gaps(self) -> bool:
+        return any(reducer.leaves_gaps for reducer in self.reducers)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        reducer = self._acting(layer)
+        return (text, image) if reducer is None else reducer.lengths(text, image, layer, prefix, grid)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        reducer = self._acting(tokens.layer)
+        return Plan.identity(tokens.mask_BN) if reducer is None else reducer.plan(tokens)
+
+    def check(self, depth: int) -> None:
+        for reducer in self.reducers:
+            reducer.check(depth)
+
+    def settings(self) -> dict[str, Any]:
+        return {"reducers": [to_dict(reducer) for reducer in self.reducers]}
+
+    def _acting(self, layer: int) -> Reducer | None:
+        return next((reducer for reducer in self.reducers if reducer.reduces_at(layer)), None)

@@ -18,6 +18,21 @@ def rank(score_BN: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, places)
 
 
+def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Places when a row is sorted by group (numbers from 0), and from high to low inside each: int64, both [B,N].
+
+    Returns:
+        The place in the whole row, and the place inside the group.
+    """
+    order = score_BN.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group_BN.gather(1, order).argsort(dim=1, stable=True))
+    places = torch.arange(score_BN.shape[1], device=score_BN.device).expand(score_BN.shape)
+    place_BN = torch.empty_like(order).scatter(1, order, places)
+    size_BG = torch.zeros(len(score_BN), groups, dtype=torch.int64, device=score_BN.device)
+    size_BG = size_BG.scatter_add(1, group_BN, torch.ones_like(group_BN))
+    return place_BN, place_BN - (size_BG.cumsum(1) - size_BG).gather(1, group_BN)
+
+
 def partners(keys_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Best partner at an odd position for every token at an even one.
 
@@ -48,13 +63,19 @@ def bipartite(
         slots: number of slots, at least the real tokens less the merged ones of any row.
         sizes_BN: source tokens that each token stands for already (all one if not given): weights of the average.
     """
-    sizes = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
     if keys_BND.shape[1] < 2:
         return Plan.keep(valid_BN, slots)
     best_BA, partner_BA = partners(keys_BND, valid_BN)
     limit = merged[:, None] if isinstance(merged, Tensor) else merged
-    merges_BA = (rank(best_BA) < limit) & best_BA.isfinite()
+    return absorb((rank(best_BA) < limit) & best_BA.isfinite(), partner_BA, valid_BN, slots, sizes_BN)
 
+
+def absorb(merges_BA: Tensor, partner_BA: Tensor, valid_BN: Tensor, slots: int, sizes_BN: Tensor | None = None) -> Plan:
+    """Merge the marked tokens at even positions into their partners at odd ones.
+
+    `valid_BN`, `slots` and `sizes_BN` are as in `bipartite`.
+    """
+    sizes = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
     gone_BN = torch.zeros_like(valid_BN)
     gone_BN[:, ::2] = merges_BA
     stays_BN = valid_BN & ~gone_BN

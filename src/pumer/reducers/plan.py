@@ -97,6 +97,11 @@ class Plan:
         """Number of slots, K: the length of the token axis afterwards, padding included."""
         return self.mask_BK.shape[1]
 
+    def to(self, device: torch.device) -> Plan:
+        """The plan on another device."""
+        index = None if self.index_BK is None else self.index_BK.to(device)
+        return Plan(self.slot_BN.to(device), self.weight_BN.to(device), self.mask_BK.to(device), index)
+
     def rows(self, index: Any) -> Plan:
         """The plan of some samples of the batch, `index` as for a tensor."""
         kept = None if self.index_BK is None else self.index_BK[index]
@@ -106,6 +111,32 @@ class Plan:
         """The part for the first source tokens, where these and no others go into the first slots."""
         index = None if self.index_BK is None else self.index_BK[:, :slots]
         return Plan(self.slot_BN[:, :tokens], self.weight_BN[:, :tokens], self.mask_BK[:, :slots], index)
+
+    def cut(self, text: int, multiple: int) -> tuple[Plan, int]:
+        """Without the slots at the end of the text and of the image that stay empty in every sample.
+
+        The host reads two numbers for it.
+
+        Args:
+            text: slots of the text, the first ones.
+            multiple: lengths are rounded up to multiples of this, as far as there are slots.
+
+        Returns:
+            the plan, and the slots of its text.
+        """
+        parts = self.mask_BK[:, :text], self.mask_BK[:, text:]
+        used = [
+            (part * torch.arange(1, part.shape[1] + 1, device=part.device)).amax((0, 1))
+            for part in parts
+            if part.numel()
+        ]
+        whole = iter(torch.stack(used).tolist()) if used else iter(())
+        lengths = [min(-(-next(whole) // multiple) * multiple, part.shape[1]) if part.numel() else 0 for part in parts]
+        index = torch.arange(self.slots, device=self.mask_BK.device)
+        index = torch.cat([index[: lengths[0]], index[text : text + lengths[1]]])
+        moved = torch.where(self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN)
+        kept = None if self.index_BK is None else self.index_BK[:, index]
+        return Plan(moved, self.weight_BN, self.mask_BK[:, index], kept), lengths[0]
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by another one that acts on its slots."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pumer.reducers import published
 from pumer.reducers.base import Grid, Reducer, Tokens, check_layers, check_ratios
@@ -24,13 +25,15 @@ from pumer.reducers.scores import SCORES, text_saliency
 class PuMer(Reducer):
     """Prune image tokens the text does not attend to, then merge alike image tokens and alike text tokens.
 
-    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted.
+    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted. In a decoder,
+    whose prompt has none, the first and the last token of the text stay: all others look at the first, and the answer
+    comes out of the last.
 
     Args:
         prune: share of the image tokens to prune, the ones the text attends to least.
         merge: share of the image tokens (before pruning) to merge away.
         merge_text: share of the text tokens to merge away.
-        layers: layers that reduce, counted from 0, between their attention and their MLP.
+        layers: layers that reduce, counted from 0, between their attention and their MLP; in a decoder after both.
         score: how the text scores an image token, one of `scores.SCORES`.
         official: reproduce the published code bug for bug instead (see `published`); for released checkpoints.
             True: as the model at hand has it; "meter": as in METER's fusion layers. In ViLT `merge` >= 1 with `prune`
@@ -88,7 +91,8 @@ class PuMer(Reducer):
         if self.official:
             return published.lengths(text, image, self.prune, self.merge, self.merge_text, self.style)
         kept, merged = prune_then_merge(image - prefix, self.prune, self.merge)
-        return text - self._merged_text(text - prefix), prefix + kept - merged
+        mergeable = text - prefix if prefix else max(text - 2, 0)
+        return text - self._merged_text(mergeable), prefix + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
         if self.official == "meter":
@@ -115,14 +119,32 @@ class PuMer(Reducer):
             image_slots - prefix,
             pruning.reduce(tokens.sizes_BN[:, image]),
         )
-        text_merging = bipartite(
-            keys_BNC[:, text],
-            valid_BN[:, text],
-            self._merged_text(valid_BN[:, text].sum(1)),
-            text_slots - prefix,
-            tokens.sizes_BN[:, text],
-        )
+        if prefix:
+            text_merging = self._merge(tokens, text, valid_BN[:, text], text_slots - prefix)
+        else:
+            text_merging = self._merge_between(tokens, text_slots)
         return tokens.with_structure(text_merging, pruning.then(merging))
+
+    def _merge(self, tokens: Tokens, text: slice, valid_BT: Tensor, slots: int) -> Plan:
+        merged_B = self._merged_text(valid_BT.sum(1))
+        return bipartite(tokens.mean_keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
+
+    def _merge_between(self, tokens: Tokens, slots: int) -> Plan:
+        """Merges text, of which the first token stays in the first slot and the last real one in the last slot."""
+        valid_BT = tokens.valid_BN[:, : tokens.text]
+        first = Plan.identity(valid_BT[:, :1])
+        if self.merge_text == 0 or slots < 3:
+            return Plan.identity(valid_BT)
+        count_B1 = valid_BT.sum(1, keepdim=True)
+        places = torch.arange(1, tokens.text, device=valid_BT.device)
+        between = self._merge(tokens, slice(1, tokens.text), places < count_B1 - 1, slots - 2)
+        last_BT = places == count_B1 - 1
+        rest = Plan(
+            between.slot_BN.masked_fill(last_BT, slots - 2),
+            between.weight_BN.masked_fill(last_BT, 1.0),
+            torch.cat([between.mask_BK, last_BT.any(1, keepdim=True)], 1),
+        )
+        return Plan.side_by_side([first, rest])
 
     def _merged_text(self, count: Count) -> Count:
         return smaller(portion(self.merge_text, count), halves(count))

@@ -51,5 +51,5 @@ def from_dict(data: dict[str, Any]) -> Reducer:
 def _read(value: Any) -> Any:
     """A setting as it was before JSON: tuples, and reducers inside reducers."""
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(_read(part) for part in value)
     return from_dict(value) if isinstance(value, dict) else value

@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, N tokens, T text tokens, I image tokens, C cha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ mean-query-key products (names as in the published PuMer code)."""
 
 
 def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
-    """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys it is over.
+    """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys that a row sees.
 
     Only these rows are computed, whatever attention kernel the layer itself uses.
     """
@@ -30,8 +31,33 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
     first = tokens.text if tokens.cross else 0
     queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads, first:]
     logits = (queries @ keys.transpose(2, 3)).float() / math.sqrt(queries.shape[3])
-    logits = logits.masked_fill(~tokens.valid_BN[:, None, None, first:], -torch.inf)
+    seen_BTN = tokens.valid_BN[:, None, first:]
+    if tokens.place_BN is not None:
+        # Padding is let see all: a row of nothing but -inf would not be zero but NaN.
+        text_BT1 = tokens.place_BN[:, : tokens.text, None]
+        seen_BTN = seen_BTN & (
+            (tokens.place_BN[:, None, first:] <= text_BT1) | ~tokens.valid_BN[:, : tokens.text, None]
+        )
+    logits = logits.masked_fill(~seen_BTN[:, None], -torch.inf)
     return logits.softmax(-1)[..., tokens.text - first :]
+
+
+def last_text_attention(tokens: Tokens) -> Tensor:
+    """Attention of the last real token of the text to every image token, mean over the heads, float32 [B,I].
+
+    It comes last in a language model's prompt, so it sees all.
+    """
+    if tokens.text == 0:
+        raise ValueError("there is no text whose last token could rate the image")
+    if tokens.queries_BHNC is None:
+        raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
+    words_BT = tokens.valid_BN[:, : tokens.text]
+    last_B1 = (words_BT.sum(1, keepdim=True) - 1).clamp_min(0)
+    queries = tokens.queries_BHNC
+    shape = (-1, queries.shape[1], -1, queries.shape[3])
+    row = queries.gather(2, last_B1[:, None, :, None].expand(*shape))
+    one = replace(tokens, queries_BHNC=row, place_BN=None)
+    return text_attention(one).mean(1)[:, 0]
 
 
 def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | None = None) -> Tensor:

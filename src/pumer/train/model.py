@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import pumer
 from pumer import presets
 from pumer.hub import load, load_official, model_class
+from pumer.hub.folders import LEARNED, load_parts
 from pumer.models.meter.start import start_from_vilt
 from pumer.models.vilt.resize import resize_patches
 from pumer.models.vilt.start import start_local
@@ -103,6 +104,20 @@ def read_model(path: str, image_size: int | None = None, kind: str | None = None
             )
         return pumer.remove(load(source, dtype=torch.float32))
     return pumer.remove(load_official(source, image_size, kind=kind))
+
+
+def start_parts(net: PreTrainedModel, path: str | None) -> None:
+    """Let a learned reducer in force go on from what lies in the folder that the model starts from, if that fits."""
+    patch = pumer.active(net)
+    if path is None or patch is None or patch.parts is None:
+        return
+    folder = presets.model_folder(path)
+    if not (folder / LEARNED).is_file():
+        return
+    try:
+        load_parts(net, folder)
+    except ValueError:
+        _LOG.warning("the trained parts in %s are not those of this reducer: it starts with new ones", folder)
 
 
 def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, Any]) -> PreTrainedModel:

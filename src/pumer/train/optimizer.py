@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from pumer.adapters.base import PARTS
 from pumer.models.meter.published import LAYOUT as METER
 from pumer.models.vilt.published import LAYOUT as VILT
 
@@ -60,6 +61,26 @@ def parameter_groups(
         part, decays = group_of(names[name])
         new = {"params": [], "lr": learning_rate * rates[part], "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((part, decays), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def reducer_groups(
+    model: PreTrainedModel, multiplier: float, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """All parameters in groups, those of a learned reducer with a learning rate of their own.
+
+    Args:
+        model: with its reducer in force.
+        multiplier: of the learning rate of the reducer's parts.
+        learning_rate: of the rest.
+        weight_decay: of what is neither bias nor norm.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        key = name.startswith(f"{PARTS}."), not re.search("bias|norm", name.lower())
+        rate = learning_rate * (multiplier if key[0] else 1.0)
+        new = {"params": [], "lr": rate, "weight_decay": weight_decay if key[1] else 0.0}
+        groups.setdefault(key, new)["params"].append(parameter)
     return list(groups.values())
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 import pumer
 from pumer import presets
+from pumer.adapters import find
 from pumer.data.augment import RandAugment
 from pumer.data.images import open_image
 from pumer.data.text import TextTransform
@@ -23,8 +24,8 @@ from pumer.evaluate import take
 from pumer.hub import save
 from pumer.tasks.base import Blind, Collator, Example
 from pumer.train.grounding import Grounded
-from pumer.train.model import ModelSettings, prepare, read_model
-from pumer.train.optimizer import OptimizerSettings, parameter_groups
+from pumer.train.model import ModelSettings, prepare, read_model, start_parts
+from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
 from pumer.train.trainer import TaskTrainer, accuracy
 
 
@@ -66,6 +67,7 @@ def train(
     augment: RandAugment | None = None,
     grounding: GroundingSettings | None = None,
     optimizer: OptimizerSettings | None = None,
+    reducer_lr_multiplier: float = 10.0,
     itm_weight: float = 0.5,
     blind: Blind = None,
     train_split: str = "train",
@@ -87,6 +89,7 @@ def train(
         augment: change the pictures that are trained on.
         grounding: a loss on dense targets, for tasks that have them.
         optimizer: the published parameter groups; transformers' own if not given.
+        reducer_lr_multiplier: learning rate of what a learned reducer trains, as a multiple of the model's.
         itm_weight: of image-text matching in retrieval, next to 1 for ranking, for models that have a head for it.
         blind: show the model the text alone, or the image alone, as a baseline; see `pumer.tasks.base.Collator`.
         train_split: split to train on.
@@ -112,10 +115,14 @@ def train(
     net, tokenizer, the_task = prepare(model, task)
     transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
     settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
+    _use(attention, net)
     pumer.apply(net, settings, attention=attention)
+    start_parts(net, model.path)
     teacher = None
     if distill and distill.teacher:
-        teacher = pumer.apply(read_model(distill.teacher), pumer.Unreduced(), attention=attention)
+        teacher = read_model(distill.teacher)
+        _use(attention, teacher)
+        pumer.apply(teacher, pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
     if dense and any(settings.reduces_at(layer) for layer in range(-1, net.config.num_hidden_layers)):
         raise ValueError("dense targets need every patch: train them without a reducer")
@@ -123,6 +130,8 @@ def train(
         raise ValueError("dense targets say what is where in the picture as it is: train them without augment")
     if dense and blind:
         raise ValueError("dense targets tell of the picture and of the question: leave blind out")
+    if settings.learned and optimizer:
+        raise ValueError("the published optimizer knows no learned reducer: leave one of the two out")
     if dense and optimizer:
         raise ValueError("the published optimizer knows no head for dense targets: leave one of the two out")
 
@@ -133,9 +142,14 @@ def train(
         output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
     )
     groups = None
-    if optimizer:
+    if optimizer or settings.learned:
         kind, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
-        options["params"] = parameter_groups(net, optimizer, arguments.learning_rate, arguments.weight_decay)
+        rates = arguments.learning_rate, arguments.weight_decay
+        options["params"] = (
+            parameter_groups(net, optimizer, *rates)
+            if optimizer
+            else reducer_groups(net, reducer_lr_multiplier, *rates)
+        )
         groups = (kind, options)
     examples = Examples(the_task.examples(train_split), augment, seed)
     collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform, blind)
@@ -207,6 +221,12 @@ class _Epochs(TrainerCallback):
         self.examples.epoch = epoch = int(state.epoch or 0)
         if epoch and self.task.loss_kind == "rank":
             self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
+
+
+def _use(attention: str, net: PreTrainedModel) -> None:
+    """Set the kernel of the towers, which the adapter leaves alone."""
+    if find(net).tower_depth(net):
+        net.set_attn_implementation(attention)
 
 
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, max_length: int, transform: Any) -> None:

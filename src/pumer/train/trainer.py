@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from pumer.api import active, unreduced
 from pumer.evaluate import paired
 from pumer.tasks.base import Task, last_argmax
 from pumer.train.losses import distillation_loss, matching_loss, task_loss
@@ -26,6 +27,9 @@ class TaskTrainer(Trainer):
         temperature: of that divergence.
         grounding_weight: of the grounding loss, where the model gives one.
         itm_weight: of image-text matching, where the model has a head for it and the task ranks texts.
+
+    A learned reducer's price is added to the loss; where it asks for that, so is the loss of the whole model, which
+    then teaches the reduced one.
     """
 
     def __init__(
@@ -52,9 +56,23 @@ class TaskTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
+        patch = active(self.model)
+        whole = None
+        if patch is not None and patch.reducer.learned and model.training:
+            patch.progress = self.state.global_step / max(self.state.max_steps, 1)
+            if patch.reducer.learned.self_distils:
+                with unreduced(self.model):
+                    whole = model(**paired(self.model, inputs, texts)).logits.reshape(len(labels), -1)
         outputs = model(**paired(self.model, inputs, texts))
         logits = outputs.logits.reshape(len(labels), -1)  # of texts that are ranked: from one each to a row per image
         parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
+        if patch is not None and patch.reducer.learned and model.training:
+            price = patch.budget_loss()
+            assert price is not None
+            parts["budget"] = price
+        if whole is not None:
+            parts["whole"] = task_loss(whole, labels, self.task.loss_kind)
+            parts["self_distill"] = distillation_loss(logits, whole.detach())
         if self.teacher is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.

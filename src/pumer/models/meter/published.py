@@ -16,7 +16,7 @@ from pumer.models import published
 from pumer.models.meter.configuration import MeterConfig
 from pumer.models.meter.resize import resize_positions
 from pumer.models.published import setting, shape
-from pumer.reducers import PuMer
+from pumer.reducers import DynamicViT, PuMer
 
 CLASSES = {
     "vqa_classifier": "MeterForQuestionAnswering",
@@ -172,7 +172,12 @@ def resize(state: Mapping[str, Tensor], config: MeterConfig, image_size: int) ->
     return {**state, _POSITIONS: resize_positions(state[_POSITIONS], image_size // config.patch_size)}
 
 
-def reducer(settings: Mapping[str, Any]) -> PuMer | None:
+def pruned_layer(number: int) -> int:
+    """The layer after which a number in `prune_layers` prunes: it counts twice per fusion layer, from 2."""
+    return number // 2 - 1
+
+
+def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
     """The token reduction that a published config.json asks for, `official="meter"`.
 
     `reduce_layers` there counts twice per fusion layer, and odd numbers never come up; the scores are always mean
@@ -183,6 +188,8 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | None:
     Raises:
         ValueError: for settings that contradict each other or do not exist.
     """
+    if learned := published.learned_pruning(settings, pruned_layer):
+        return learned
     official: Literal[False, "meter"] = "meter" if published.is_official(settings) else False
     if not official and setting(settings, "prune_r", None) is None:
         return None

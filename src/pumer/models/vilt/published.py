@@ -13,7 +13,7 @@ from transformers.models.vilt.configuration_vilt import ViltConfig
 
 from pumer.models import published
 from pumer.models.published import setting, shape
-from pumer.reducers import PuMer
+from pumer.reducers import DynamicViT, PuMer
 
 CLASSES = {
     "vqa_classifier": "ViltForQuestionAnswering",
@@ -117,7 +117,12 @@ def resize(state: Mapping[str, Tensor], config: ViltConfig, image_size: int) -> 
     return state
 
 
-def reducer(settings: Mapping[str, Any]) -> PuMer | None:
+def pruned_layer(number: int) -> int:
+    """The layer after which a number in `prune_layers` prunes."""
+    return number
+
+
+def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
     """The token reduction that a published config.json asks for, `official=True`.
 
     Without any, it is one that reduces nothing and has the published softmax. None only for what was never meant
@@ -126,6 +131,8 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | None:
     Raises:
         ValueError: for settings that contradict each other or do not exist.
     """
+    if learned := published.learned_pruning(settings, pruned_layer):
+        return learned
     official = published.is_official(settings)
     if not official and setting(settings, "prune_r", None) is None:
         return None

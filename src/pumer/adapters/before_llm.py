@@ -1,0 +1,286 @@
+"""Seam B: between the vision tower and the language model, where every image is a row of its own.
+
+Shape suffixes: B samples, R images, P patches, N tokens of a view, T text tokens, I image tokens, D channels, H heads,
+C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from pumer.adapters import decoder_attention
+from pumer.adapters.base import Patch
+from pumer.adapters.prompt import Axis, Picture, to_device
+from pumer.reducers import EMBEDDINGS, Tokens
+from pumer.reducers.base import Encoder, Grid
+
+if TYPE_CHECKING:
+    from pumer.adapters.llm import DecoderAdapter
+
+CLASS_ATTENTION = "class_attention_BN"
+RECEIVED = "received_BN"
+
+
+def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor) -> tuple[Tokens, Tensor]:
+    """What a reducer sees before the first layer, one row per image with the text of its sample, and the places of
+    its tokens on the axis [R,N].
+
+    Args:
+        axis: of the prompts.
+        pictures: their images, in order.
+        owner: sample of every image.
+        states_BSD: embeddings.
+    """
+    device = axis.index_BK.device
+    at_BN, valid_BN = axis.view()
+    text, _ = axis.lengths
+    counts = [picture.patches for picture in pictures]
+    width = max(counts)
+    row_R = to_device(list(owner), device)
+    start = [sum(counts[other] for other in range(i) if owner[other] == owner[i]) for i in range(len(counts))]
+    number_I = torch.arange(width, device=device)
+    count_R1 = to_device(counts, device)[:, None]
+    own_RI = (to_device(start, device)[:, None] + number_I).clamp_max(at_BN.shape[1] - text - 1)
+    at_RN = torch.cat([at_BN[row_R, :text], at_BN[row_R, text:].gather(1, own_RI)], 1)
+    valid_RN = torch.cat([valid_BN[row_R, :text], number_I < count_R1], 1)
+    grid, patch_RI = raster(pictures, device)
+    flat = (row_R[:, None] * axis.index_BK.shape[1] + at_RN).flatten()
+    tokens = Tokens(
+        mask_BN=valid_RN,
+        text=text,
+        sizes_BN=axis.sizes_BK.flatten()[flat].view(at_RN.shape),
+        layer=EMBEDDINGS,
+        prefix=0,
+        grid=grid,
+        patch_BN=None if patch_RI is None else torch.nn.functional.pad(patch_RI, (text, 0), value=-1),
+        states_BND=states_BSD.flatten(0, 1)[flat.to(states_BSD.device)].view(*at_RN.shape, -1),
+        encoder=_encoder(pictures),
+    )
+    return tokens, at_RN
+
+
+def by_sample(
+    axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """(text, image) tokens of every sample, from those of rows that each belong to a sample: images, or samples."""
+    texts, images = [text for text, _ in axis.counts], [0] * len(axis.counts)
+    for row, (text, image) in zip(owner, counts, strict=True):
+        texts[row] = text
+        images[row] += image
+    return tuple(zip(texts, images, strict=True))
+
+
+def raster(pictures: Sequence[Picture], device: torch.device) -> tuple[Grid | None, Tensor | None]:
+    """The smallest grid that all pictures fit into, and every patch's number in it [R,I]; None if one has no grid."""
+    grids = [picture.grid for picture in pictures]
+    if any(grid is None for grid in grids):
+        return None, None
+    rows, columns = (max(sides) for sides in zip(*filter(None, grids), strict=True))
+    numbers = [torch.arange(rows * columns).view(rows, columns)[:r, :c].flatten() for r, c in filter(None, grids)]
+    return (rows, columns), to_device(pad_sequence(numbers, batch_first=True, padding_value=-1), device)
+
+
+def _encoder(pictures: Sequence[Picture]) -> Encoder | None:
+    known = [picture.encoder for picture in pictures if picture.encoder is not None]
+    if len(known) != len(pictures):
+        return None
+    if len(known) == 1:
+        return known[0]
+    joined = {}
+    for field in fields(Encoder):
+        values = [getattr(encoder, field.name) for encoder in known]
+        if values[0] is not None:
+            joined[field.name] = pad_sequence([value[0] for value in values], batch_first=True)
+    return Encoder(**joined)
+
+
+def summarise(look: Look, cls: bool, dropped: bool) -> dict[str, Tensor]:
+    """What a vision tower knows of the patches of every crop [R,P,...], from the layer that its features come from.
+
+    Args:
+        look: what was seen of the tower.
+        cls: whether its tokens begin with [CLS].
+        dropped: whether [CLS] was taken off before the projector.
+    """
+    (features, heads), needs = look.take(), look.needs
+    known = {} if features is None else {"features_BND": features if dropped or not cls else features[:, 1:]}
+    if heads:
+        known |= attention_of(needs, *heads[-1], cls)
+    return {name: known[name] for name in needs}
+
+
+def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, cls: bool) -> dict[str, Tensor]:
+    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the logits."""
+    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(cls) :], "queries_BNC": queries_RHPC.mean(1)[:, int(cls) :]}
+    scale = queries_RHPC.shape[-1] ** -0.5
+    if CLASS_ATTENTION in needs:
+        logits = (queries_RHPC[:, :, :1] @ keys_RHPC.transpose(2, 3)).float() * scale
+        known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
+    if RECEIVED in needs:
+        logits = (queries_RHPC @ keys_RHPC.transpose(2, 3)).float() * scale
+        known[RECEIVED] = logits.softmax(-1).mean((1, 2))[:, int(cls) :]
+    return known
+
+
+class Look:
+    """What is asked of the vision tower: queries and keys of one layer, and what goes into the projector."""
+
+    def __init__(self) -> None:
+        self.needs: frozenset[str] = frozenset()
+        self.features: Tensor | None = None
+        self.heads: list[tuple[Tensor, Tensor]] = []
+        self.packed: Any = None
+        """How a family puts its crops together."""
+
+    def install(self, patch: Patch, spec: DecoderAdapter, model: nn.Module, needs: frozenset[str]) -> None:
+        """Begin to look, if a reducer needs anything."""
+        self.needs = needs
+        if not needs:
+            return
+        patch.hook(spec.projector(model).register_forward_pre_hook(self._projected))
+        if needs - {"features_BND"}:
+            self.attention = spec.tower_attention(model)
+            decoder_attention.watch(patch, self.attention, self._see)
+
+    def _projected(self, _: nn.Module, args: Any) -> None:
+        self.features = args[0].detach()
+
+    def _see(self, queries: Tensor, keys: Tensor) -> None:
+        self.heads.append(comparable(self.attention, queries, keys))
+
+    def take(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+        """What was seen since the last time."""
+        seen = self.features, self.heads
+        self.features, self.heads = None, []
+        return seen
+
+
+def comparable(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by, detached."""
+    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+    factor = scaling * queries.shape[-1] ** 0.5
+    queries = queries.detach()
+    return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
+
+
+def assign(pictures: Sequence[Picture], placeholders: Sequence[int]) -> tuple[list[Picture], list[int]]:
+    """The pictures of a batch in order and the sample of each, from the placeholders of every sample.
+
+    Beams and returned sequences repeat samples, and their pictures with them.
+
+    Raises:
+        ValueError: where placeholders and pictures do not match.
+    """
+    have, need = sum(placeholders), sum(picture.length for picture in pictures)
+    copies, odd = divmod(have, need) if need else (0, 1)
+    wrong = ValueError(
+        f"the prompts have {have} image placeholders and the images {need} features: give every image its own "
+        "placeholders, and images that were encoded while this reducer was in force"
+    )
+    if odd or not copies or len(placeholders) % copies:
+        raise wrong
+    joined: list[Picture] = []
+    owner: list[int] = []
+    first = 0
+    for row, count in enumerate(placeholders):
+        if row % copies == 0:
+            last = first
+            while last < len(pictures) and count > sum(picture.length for picture in pictures[first:last]):
+                last += 1
+            own, first = pictures[first:last], last
+        if sum(picture.length for picture in own) != count:
+            raise wrong
+        joined += own
+        owner += [row] * len(own)
+    return joined, owner
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Crops that are pictures of their own to the vision tower, and parts of one image to the prompt.
+
+    Args:
+        joined_P: bool, whether each crop belongs to the image of the one before it.
+        between_BS: bool, tokens between crops of one image.
+    """
+
+    joined_P: Tensor
+    between_BS: Tensor
+
+    @classmethod
+    def of(cls, image_BS: Tensor, tile: int, features: int, ids_BS: Tensor | None) -> Tiles:
+        """Crops of `tile` placeholders each.
+
+        Those are of one image that follow upon each other without a token in between. Where there are tokens in
+        between (`ids_BS` given), every image ends with a crop that has the same token before it: that which the last
+        crop of the sample has.
+        """
+        length = image_BS.shape[1]
+        flat = (~image_BS).flatten().to(torch.uint8).argsort(stable=True)[:features]
+        first_P, last_P = flat[::tile], flat[tile - 1 :: tile]
+        row_P = first_P // length
+        same_P = row_P[1:] == row_P[:-1]
+        if ids_BS is None:
+            same_P = same_P & (first_P[1:] == last_P[:-1] + 1)
+        else:
+            label_P = ids_BS.flatten()[(first_P - 1).clamp_min(0)]
+            final_P = torch.searchsorted(row_P, row_P, right=True) - 1
+            same_P = same_P & (label_P != label_P[final_P])[:-1]
+        steps = torch.zeros(image_BS.numel() + 1, dtype=torch.int64, device=image_BS.device)
+        steps = steps.scatter_add(0, last_P[:-1] + 1, same_P.long()).scatter_add(0, first_P[1:], -same_P.long())
+        between = steps[:-1].cumsum(0).bool().view_as(image_BS)
+        return cls(nn.functional.pad(same_P, (1, 0)), between)
+
+
+def shift(x_BS: Tensor, step: int) -> Tensor:
+    """Every mark `step` places further on, or back."""
+    if step == 0:
+        return x_BS
+    return nn.functional.pad(x_BS[:, :-step], (step, 0)) if step > 0 else nn.functional.pad(x_BS[:, -step:], (0, -step))
+
+
+def join(
+    pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int]
+) -> tuple[list[Picture], list[int]]:
+    """Images of one or several crops, and the sample of each."""
+    groups: list[list[int]] = []
+    for number, with_last in enumerate(joined):
+        if with_last and groups:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    made = []
+    for group in groups:
+        parts = [pictures[number] for number in group]
+        made.append(parts[0] if len(parts) == 1 else Picture(sum(part.length for part in parts), None, None, _end_to_end(parts)))
+    return made, [owner[group[0]] for group in groups]
+
+
+def _end_to_end(parts: Sequence[Picture]) -> Encoder | None:
+    known = [part.encoder for part in parts if part.encoder is not None]
+    if len(known) != len(parts):
+        return None
+    return Encoder(
+        **{
+            field.name: torch.cat([getattr(encoder, field.name) for encoder in known], 1)
+            for field in fields(Encoder)
+            if getattr(known[0], field.name) is not None
+        }
+    )
+
+
+def patches(image_BS: Tensor, pictures: Sequence[Picture]) -> Tensor:
+    """Which placeholders are patches."""
+    if all(picture.structure is None for picture in pictures):
+        return image_BS
+    flat = [
+        torch.ones(picture.length, dtype=torch.bool) if picture.structure is None else ~picture.structure
+        for picture in pictures
+    ]
+    return torch.zeros_like(image_BS).masked_scatter(image_BS, to_device(torch.cat(flat), image_BS.device))

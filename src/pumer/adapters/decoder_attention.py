@@ -1,0 +1,145 @@
+"""What a stock attention module is asked and told: its queries and keys, and masks for fewer tokens.
+
+The module keeps its own kernel: queries and keys are seen through transformers' attention interface on their way to it,
+so they are the ones it uses, with rotary embeddings and norms on.
+
+Shape suffixes: B samples, H heads, Q queries, K keys, L keys as the model counts them, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pumer.adapters.base import Patch
+
+BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_PREFIX = "pumer_"
+
+Seen = Callable[[Tensor, Tensor], None]
+
+
+def check_backend(config: Any) -> None:
+    """Raise ValueError if the model's attention is none that is supported."""
+    name = config._attn_implementation
+    if name not in BACKENDS:
+        raise ValueError(
+            f"attention {name!r} cannot be given fewer tokens: call "
+            f"model.set_attn_implementation(...) first, with one of {', '.join(BACKENDS)}"
+        )
+    kinds = getattr(config, "layer_types", None) or ()
+    sliding = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
+    if sliding and name.startswith("flash"):
+        raise ValueError(
+            "flash attention counts its sliding window in tokens that are left, the model in tokens of the prompt: "
+            'call model.set_attn_implementation("sdpa") first'
+        )
+
+
+def watch(patch: Patch, attention: nn.Module, seen: Seen) -> None:
+    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C])` whenever an attention module of transformers runs."""
+    for name in BACKENDS:
+        ALL_ATTENTION_FUNCTIONS.register(_PREFIX + name, _attend)
+    patch.set(attention, "config", _Watched(attention.config, seen))
+
+
+class _Watched:
+    """A module's configuration, except that its attention goes by way of `_attend`."""
+
+    def __init__(self, config: Any, seen: Seen) -> None:
+        self.config, self.seen = config, seen
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _PREFIX + self.config._attn_implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("config", "seen"):  # not there yet while it is being copied
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The module's own attention, after somebody has had a look."""
+    watched = module.config
+    watched.seen(query, key)
+    name = watched.config._attn_implementation
+    attend: Any = _eager(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    module.config = watched.config  # kernels read it too
+    try:
+        return attend(module, query, key, value, *args, **kwargs)
+    finally:
+        module.config = watched
+
+
+def _eager(module: nn.Module) -> Any:
+    """The plain attention in the file of the module's class; wrappers of other libraries have none."""
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise ValueError(f"{type(module).__name__} has no eager attention: use sdpa")
+
+
+def cut_mask(
+    mask: Any,
+    rows_BQ: Tensor | None,
+    columns_BK: Tensor,
+    filled_BK: Tensor | None,
+    offset: int,
+    first: int,
+    queries: int,
+    backend: str,
+    dtype: torch.dtype,
+) -> Any:
+    """An attention mask for the tokens that are left.
+
+    Args:
+        mask: the stock one: [B,1,Q,L] (bool or added to the logits), [B,L] as flash attention takes it, or None where
+            the kernel's own causal rule is enough.
+        rows_BQ: which of the mask's queries are left; None for all.
+        columns_BK: places of the keys that are left, as the model counts them.
+        filled_BK: bool, false for empty slots among these keys; None where there are none.
+        offset: place of the mask's first key: later than 0 where a sliding window has passed.
+        first: place of the mask's first query.
+        queries: number of the mask's queries.
+        backend: the layer's attention.
+        dtype: of the layer.
+    """
+    if mask is None:
+        if filled_BK is None or backend.startswith("flash"):
+            return filled_BK
+        rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
+        seen = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
+        return _as(seen[:, None], backend, dtype)
+    device = mask.device
+    columns = columns_BK.to(device) - offset
+    hidden = None if offset == 0 else columns < 0
+    if filled_BK is not None:
+        empty = ~filled_BK.to(device)
+        hidden = empty if hidden is None else hidden | empty
+    columns = columns.clamp_min(0)
+    if mask.ndim == 2:
+        cut = mask.expand(len(columns), -1).gather(1, columns)
+        return cut if hidden is None else cut.masked_fill(hidden, 0)
+    cut = mask.expand(len(columns), -1, -1, -1)
+    heads = cut.shape[1]
+    if rows_BQ is not None:
+        rows = rows_BQ.to(device)[:, None, :, None].expand(-1, heads, -1, cut.shape[3])
+        cut = cut.gather(2, rows)
+    cut = cut.gather(3, columns[:, None, None].expand(-1, heads, cut.shape[2], -1))
+    if hidden is None:
+        return cut
+    nothing = False if cut.dtype == torch.bool else torch.finfo(cut.dtype).min
+    return cut.masked_fill(hidden[:, None, None], nothing)
+
+
+def _as(seen: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
+    if backend != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

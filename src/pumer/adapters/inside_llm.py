@@ -1,0 +1,381 @@
+"""Seam C: inside the layers of a language model, and the way of a whole prompt through a reduced one.
+
+Everything goes through hooks on the instance. A reduction "after layer k" happens before layer k + 1 runs, with the
+queries and keys of layer k; `EMBEDDINGS` is before layer 0. The model itself goes on counting unreduced tokens: masks
+and rotary embeddings are made by it in full and cut here, layer by layer, and so the cache's (`kv_cache`).
+
+Shape suffixes: B samples, S tokens of the prompt, K tokens of the layer, N tokens of a view, D channels, H heads,
+C channels of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import before_llm, decoder_attention, kv_cache
+from pumer.adapters.base import Patch, Step, replace_method
+from pumer.adapters.before_llm import Look, comparable
+from pumer.adapters.prompt import Axis, Picture, gather, place, to_device
+from pumer.reducers import EMBEDDINGS, Plan, Tokens
+
+if TYPE_CHECKING:
+    from pumer.adapters.llm import DecoderAdapter
+
+
+IGNORED = -100
+"""Label of tokens that are not learned."""
+
+
+@dataclass
+class Run:
+    """One forward of the model on its way.
+
+    Args:
+        inputs: what the model was called with.
+        labels: those of training, if any.
+        length: tokens of the prompts, S.
+        past: tokens in the cache before them, as the model counts them.
+        pictures: images of the prompts, in order.
+        owner: sample of every image.
+        rest: tokens of every sample that no reducer sees: padding and structure tokens.
+        axis: tokens of the layer that runs; None where the call brings no images.
+        plan: from the prompt to that axis; None while nothing was reduced.
+        axes: those of every layer that has run.
+        seen: queries and keys by layer.
+        cut: masks that were cut already.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None = None
+    length: int = 0
+    past: int = 0
+    pictures: list[Picture] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    rest: list[int] = field(default_factory=list)
+    axis: Axis | None = None
+    plan: Plan | None = None
+    axes: list[Axis] = field(default_factory=list)
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cut: dict[Any, Any] = field(default_factory=dict)
+
+
+class Reduction:
+    """A reducer at work in one model: the hooks, and what one forward hands from each to the next."""
+
+    def __init__(self, patch: Patch, spec: DecoderAdapter, model: nn.Module) -> None:
+        self.patch, self.spec = patch, spec
+        self.trunk: Any = spec.trunk(model)
+        self.language: Any = spec.language(model)
+        self.run: Run | None = None
+        self.labels: Tensor | None = None
+        self.pictures: list[Picture] = []
+        self.tower = Look()
+        self._install(model)
+
+    def _install(self, model: nn.Module) -> None:
+        patch, spec, reducer = self.patch, self.spec, self.patch.reducer
+        if model is not self.trunk:
+            patch.hook(model.register_forward_pre_hook(self._labelled, with_kwargs=True))
+        patch.hook(self.trunk.register_forward_pre_hook(self._enter, with_kwargs=True))
+        patch.hook(self.language.register_forward_hook(self._leave))
+        for number, layer in enumerate(self.language.layers):
+            patch.hook(layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True))
+            if reducer.reduces_at(number):
+                decoder_attention.watch(patch, layer.self_attn, partial(self._see, number))
+        self.tower.install(patch, spec, model, reducer.needs)
+        stock = self.trunk.get_image_features
+        replace_method(patch, self.trunk, "get_image_features", _features, self)
+        # `generate` reads from the signature which inputs the vision tower takes.
+        self.trunk.get_image_features.__signature__ = inspect.signature(stock)
+        if spec.merger == "get_placeholder_mask":
+            replace_method(patch, self.trunk, spec.merger, _placeholders, self)
+        else:
+            replace_method(patch, self.trunk, spec.merger, _merger, self)
+        spec.install(patch, model, self.tower)
+        if hasattr(self.language, "_deepstack_process"):
+            replace_method(patch, self.language, "_deepstack_process", _deepstack, self)
+
+    def start(self, image_BS: Tensor, features: int) -> None:
+        """Take in the prompts, whose placeholders are marked: the one place where the host reads from the device.
+
+        Args:
+            image_BS: bool, the placeholders.
+            features: how many of them the images fill.
+
+        Raises:
+            ValueError: for placeholders that do not match the images, and inputs that cannot be reduced.
+        """
+        run, spec = self.run, self.spec
+        assert run is not None
+        kv_cache.check(run.inputs.get("past_key_values"))
+        mask = run.inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("a reduced model takes a two-dimensional attention_mask, 1 for tokens and 0 for padding")
+        batch, run.length = image_BS.shape
+        real_BS = torch.ones_like(image_BS) if mask is None else mask[:, -run.length :].to(image_BS.device).bool()
+        tiles = spec.tiles(self.trunk, image_BS, features, run.inputs)
+        text_BS = real_BS & ~spec.no_text(self.trunk, image_BS, tiles, run.inputs)
+        if run.labels is not None:
+            # What is being learned must not guide what is kept.
+            question_BS = text_BS & (run.labels.to(text_BS.device) == IGNORED)
+            text_BS = torch.where(question_BS.any(1, keepdim=True), question_BS, text_BS)
+        text_BS = text_BS & image_BS.any(1, keepdim=True)  # a prompt without images is left alone
+        asked = [text_BS.sum(1), image_BS.sum(1), *([] if tiles is None else [tiles.joined_P.long()])]
+        numbers = torch.cat(asked).tolist()
+        texts, images, joined = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch :]
+
+        run.pictures, run.owner = before_llm.assign(self.pictures, images)
+        if tiles is not None:
+            run.pictures, run.owner = before_llm.join(run.pictures, run.owner, joined)
+        counts = [[text, 0] for text in texts]
+        for picture, row in zip(run.pictures, run.owner, strict=True):
+            counts[row][1] += picture.patches
+        run.rest = [run.length - text - image for text, image in counts]
+        run.axis = Axis(
+            index_BK=torch.arange(run.length, device=image_BS.device).expand(batch, run.length),
+            filled_BK=None,
+            text_BK=text_BS,
+            image_BK=before_llm.patches(image_BS, run.pictures),
+            sizes_BK=torch.ones(batch, run.length, device=image_BS.device),
+            counts=tuple((text, image) for text, image in counts),
+        )
+        grids = {picture.grid for picture in run.pictures}
+        self.patch.entry = (*run.axis.lengths, grids.pop() if len(grids) == 1 else None)
+
+    def _labelled(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.labels = kwargs.get("labels")
+
+    def _enter(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments
+        self.run, self.labels = Run(given | given.get("kwargs", {}), self.labels), None
+
+    def _see(self, number: int, queries_BHKC: Tensor, keys_BHKC: Tensor) -> None:
+        run = self.run
+        if run is None or run.axis is None or len(run.axes) != number + 1:
+            return  # nothing to reduce, or the layer is being computed again for its gradients
+        attention = self.language.layers[number].self_attn
+        run.seen[number] = comparable(attention, queries_BHKC, keys_BHKC[:, :, -queries_BHKC.shape[2] :])
+
+    def _before(self, number: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before a layer: reduce after the one before it, and cut what goes along with the tokens."""
+        run = self.run
+        if run is None:
+            return None
+        cache, states = kwargs.get("past_key_values"), args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            run.past, run.length = kv_cache.length(cache), states.shape[1]
+        if run.axis is not None:
+            states = self._reduce(run, number - 1, states)
+            run.axes.append(run.axis)
+        axis = None if run.axis is None or run.axis.whole else run.axis
+        book = kv_cache.book(cache)
+        held = None if book is None else book.held.get(number)
+        if axis is None and held is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        key = id(mask), id(axis), id(held)
+        if key not in run.cut:
+            run.cut[key] = mask, self._cut(run, number, mask, axis, cache, held, states)
+        kwargs = kwargs | {"attention_mask": run.cut[key][1]}
+        if axis is not None:
+            for name in ("position_embeddings", "position_ids"):
+                kwargs[name] = gather(kwargs.get(name), axis.index_BK, run.length)
+        if not args:
+            return (), kwargs | {"hidden_states": states}
+        return (states, *args[1:]), kwargs
+
+    def _cut(
+        self, run: Run, number: int, mask: Any, axis: Axis | None, cache: Any, held: kv_cache.Held | None, states: Tensor
+    ) -> Any:
+        """The attention mask of a layer, for the tokens it has and those that its cache holds."""
+        columns_BK, filled_BK = _places(axis, run, states)
+        offset = 0
+        if run.past:
+            layer = cache.layers[number]
+            _, offset = layer.get_mask_sizes(run.length)
+            columns_BK, filled_BK = kv_cache.before(held, run.past, layer.keys.shape[-2], columns_BK, filled_BK)
+        return decoder_attention.cut_mask(
+            mask,
+            None if axis is None else axis.index_BK,
+            columns_BK,
+            filled_BK,
+            offset,
+            run.past,
+            run.length,
+            self.language.config._attn_implementation,
+            states.dtype,
+        )
+
+    def _reduce(self, run: Run, layer: int, states_BKD: Tensor) -> Tensor:
+        """States after the reducer acted after this layer; the run has their axis."""
+        reducer, axis = self.patch.reducer, run.axis
+        assert axis is not None
+        if not reducer.reduces_at(layer):
+            return states_BKD
+        owner: Sequence[int] = range(len(axis.counts))
+        before = axis.counts
+        if layer == EMBEDDINGS:
+            owner = run.owner
+            before = tuple((axis.counts[row][0], picture.patches) for row, picture in zip(owner, run.pictures, strict=True))
+            tokens, at_RN = before_llm.view(axis, run.pictures, owner, states_BKD)
+            own_RN = tokens.mask_BN & (torch.arange(at_RN.shape[1], device=at_RN.device) >= tokens.text)
+        else:
+            tokens, at_RN = self._view(run, axis, layer, states_BKD)
+            own_RN = tokens.mask_BN
+        # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
+        with torch.no_grad():
+            plan = reducer.plan(tokens)
+        if self.patch.steps is not None:
+            self.patch.steps.append(Step(layer, tokens.text, plan, tokens.grid, tokens.patch_BN))
+        after = [reducer.lengths(*count, layer, prefix=0, grid=tokens.grid) for count in before]
+        if reducer.leaves_gaps and self.patch.trim and not torch.compiler.is_compiling():
+            # The data have decided: the one reducer for which the host waits.
+            filled = plan.mask_BK.sum(1).tolist()
+            after = [(text, full - text) for full, (text, _) in zip(filled, after, strict=True)]
+        counts = before_llm.by_sample(axis, owner, after)
+        row_R = None if layer != EMBEDDINGS else to_device(owner, at_RN.device)
+        left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
+        placed = place(plan, axis, row_R, at_RN, own_RN, max(left))
+        run.axis = axis.then(placed, counts, reducer.leaves_gaps or min(left) < max(left))
+        if plan.index_BK is None:
+            placed = replace(placed, index_BK=None)
+        run.plan = placed if run.plan is None else run.plan.then(placed)
+        return placed.to(states_BKD.device).reduce(states_BKD)
+
+    def _view(self, run: Run, axis: Axis, layer: int, states_BKD: Tensor) -> tuple[Tokens, Tensor]:
+        """What a reducer sees after a layer, one row per sample, and the places of its tokens on the axis [B,N]."""
+        at_BN, valid_BN = axis.view()
+        queries_BHKC, keys_BHKC = run.seen.pop(layer)
+        at = at_BN.to(states_BKD.device)
+        grid, patch_BN = None, None
+        if axis.whole and run.owner == list(range(len(at_BN))):  # one picture each
+            grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
+            text, _ = axis.lengths
+            patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
+        tokens = Tokens(
+            mask_BN=valid_BN,
+            text=axis.lengths[0],
+            sizes_BN=axis.sizes_BK.gather(1, at_BN),
+            layer=layer,
+            prefix=0,
+            grid=grid,
+            patch_BN=patch_BN,
+            states_BND=states_BKD.gather(1, at[..., None].expand(-1, -1, states_BKD.shape[2])),
+            queries_BHNC=_of_heads(queries_BHKC, at),
+            keys_BHNC=_of_heads(keys_BHKC, at, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
+            place_BN=at_BN if self.spec.causal else None,
+        )
+        return tokens, at_BN
+
+    def _leave(self, _: nn.Module, args: Any, output: Any) -> Any:
+        """After the last layer: states in the prompt's length again, and the cache told what it holds."""
+        run, self.run = self.run, None
+        if run is None or not run.axes:
+            return None
+        last = run.axes[-1]
+        self.patch.lengths = [axis.lengths for axis in (*run.axes, last)]
+        cache = output.past_key_values
+        if cache is not None:
+            kv_cache.write(cache, self._held(run, cache))
+        if last.whole:
+            return None
+        output.last_hidden_state = _spread(output.last_hidden_state, last, run.length)
+        if output.get("hidden_states") is not None:
+            axes = (run.axes[0], *run.axes)
+            output.hidden_states = tuple(
+                None if states is None else _spread(states, axis, run.length)
+                for states, axis in zip(output.hidden_states, axes, strict=True)
+            )
+        return output
+
+    def _held(self, run: Run, cache: Any) -> dict[int, kv_cache.Held]:
+        """What every layer with fewer tokens holds after this run."""
+        book = kv_cache.book(cache)
+        made: dict[Any, kv_cache.Held] = {}
+        result = {}
+        for number, axis in enumerate(run.axes):
+            if axis.whole or number >= len(cache.layers) or not cache.layers[number].is_initialized:
+                continue
+            held = None if book is None else book.held.get(number)
+            key = id(axis), id(held)
+            if key not in made:  # layers that hold the same share one, and one mask
+                places = axis.index_BK + run.past, axis.filled_BK
+                if run.past:
+                    places = kv_cache.before(held, run.past, None, *places)
+                made[key] = kv_cache.Held(*places, run.past + run.length)
+            result[number] = made[key]
+        return result
+
+
+def _places(axis: Axis | None, run: Run, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    if axis is None:
+        own = torch.arange(run.past, run.past + run.length, device=states.device)
+        return own.expand(len(states), -1), None
+    return axis.index_BK + run.past, axis.filled_BK
+
+
+def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
+    taken = x_BHKC.gather(2, at_BN[:, None, :, None].expand(-1, x_BHKC.shape[1], -1, x_BHKC.shape[3]))
+    return taken if repeats == 1 else taken.repeat_interleave(repeats, 1)
+
+
+def _spread(states_BKD: Tensor, axis: Axis, length: int) -> Tensor:
+    if axis.whole:
+        return states_BKD
+    at = axis.spread(length).to(states_BKD.device)
+    return states_BKD.gather(1, at[..., None].expand(-1, -1, states_BKD.shape[2]))
+
+
+def _features(trunk: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> Any:
+    """In place of `get_image_features`: the same, and the pictures noted."""
+    spec, stock = reduction.spec, type(trunk).get_image_features
+    names = list(inspect.signature(stock).parameters)[1:]
+
+    def near(name: str, value: Any) -> Any:
+        return value.cpu() if name in spec.on_host and isinstance(value, Tensor) else value
+
+    args = tuple(near(name, value) for name, value in zip(names, args, strict=False))
+    kwargs = {name: near(name, value) for name, value in kwargs.items()}
+    output = stock(trunk, *args, **kwargs)
+    reduction.pictures = spec.pictures(trunk, output, dict(zip(names, args, strict=False)) | kwargs, reduction.tower)
+    return output
+
+
+def _placeholders(trunk: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> Any:
+    """In place of `get_placeholder_mask`: the same marks, but of what it makes the host read more use is made."""
+    stock = type(trunk).get_placeholder_mask
+    given = inspect.signature(stock).bind(trunk, *args, **kwargs).arguments
+    features = given.get("image_features")
+    if reduction.run is None or features is None:
+        return stock(trunk, *args, **kwargs)
+    image, others = reduction.spec.marks(trunk, given.get("input_ids"), given["inputs_embeds"])
+    reduction.start(image, features.numel() // features.shape[-1])
+    return image[..., None] if others is None else (image[..., None], others[..., None])
+
+
+def _merger(
+    trunk: Any, reduction: Reduction, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor
+) -> Tensor:
+    """In place of `inputs_merger`, which puts the features there, too."""
+    image, _ = reduction.spec.marks(trunk, input_ids, inputs_embeds)
+    features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
+    reduction.start(image, features.numel() // features.shape[-1])
+    return inputs_embeds.masked_scatter(image[..., None], features)
+
+
+def _deepstack(language: Any, reduction: Reduction, states: Tensor, visual_pos_masks: Tensor, planes: Tensor) -> Tensor:
+    """In place of `_deepstack_process`, which adds a plane of visual features to the states of a layer."""
+    run = reduction.run
+    if run is None or run.plan is None:
+        return type(language)._deepstack_process(language, states, visual_pos_masks, planes)
+    mask = visual_pos_masks.to(states.device)[..., None]
+    whole = states.new_zeros(*mask.shape[:2], states.shape[2])
+    whole = whole.masked_scatter(mask, planes.to(states.device, states.dtype))
+    return states + run.plan.to(states.device).reduce(whole)

@@ -1,0 +1,44 @@
+"""InternVL (Chen et al., 2024) as transformers has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pumer.adapters.base import config_of, register
+from pumer.adapters.before_llm import Look, Tiles, summarise
+from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers, whole
+from pumer.adapters.prompt import Picture
+from pumer.reducers.base import Grid
+
+
+@register
+class InternVLAdapter(DecoderAdapter):
+    """An image is one crop or several, between a token that opens and one that closes it; four patches make a token."""
+
+    family = "InternVL"
+    classes = ("InternVLForConditionalGeneration", "InternVLModel")
+    tower_class = True
+    around = (1, 1)
+
+    def tower_attention(self, model: nn.Module) -> nn.Module:
+        layers = tower_layers(self.trunk(model).vision_tower)
+        return layers[config_of(model).vision_feature_layer].attention
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        rows, columns = super().default_grid(model)
+        factor = self._factor(model)
+        return rows // factor, columns // factor
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        known = pooled(summarise(look, self.tower_class, True), self._factor(trunk))
+        return plain(output.pooler_output, self.default_grid(trunk), known)
+
+    def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
+        rows, columns = self.default_grid(trunk)
+        return Tiles.of(image_BS, rows * columns, features, None)
+
+    @staticmethod
+    def _factor(model: nn.Module) -> int:
+        return round(1 / config_of(model).downsample_ratio)

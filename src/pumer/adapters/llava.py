@@ -1,0 +1,96 @@
+"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision (Liu et al., 2024; Li et al., 2024) as transformers has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters.base import Patch, config_of, register, replace_method
+from pumer.adapters.before_llm import Look, summarise
+from pumer.adapters.llm import DecoderAdapter, plain, tower_layer
+from pumer.adapters.prompt import Picture
+from pumer.reducers.base import Encoder
+
+Assemble = Callable[..., tuple[list[Tensor], Any]]
+
+
+@register
+class LlavaAdapter(DecoderAdapter):
+    """Every image is one grid of patches, of a CLIP tower whose [CLS] is left out."""
+
+    family = "LLaVA 1.5"
+    classes: tuple[str, ...] = ("LlavaForConditionalGeneration", "LlavaModel")
+    tower_class = True
+
+    def tower_attention(self, model: nn.Module) -> nn.Module:
+        return tower_layer(self.trunk(model), config_of(model).vision_feature_layer).self_attn
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
+        rows, columns = grid = self.default_grid(trunk)
+        structure = torch.arange(1 + rows * columns) == 0 if full else None
+        return plain(output.pooler_output, grid, summarise(look, self.tower_class, not full), structure)
+
+
+class _Packed(LlavaAdapter):
+    """Images are put together from a small picture of the whole and crops, with a newline token at every row's end."""
+
+    on_host = ("image_sizes",)
+
+    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+        replace_method(patch, self.trunk(model), "pack_image_features", _pack, look)
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        shapes, assemble = look.packed
+        # Newlines among nothing: the model's own way of putting images together says where they come.
+        blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
+        marks, _ = assemble(blank, image_newline=torch.ones(1))
+        made = []
+        known = {
+            name: _assembled(value, shapes, assemble) for name, value in summarise(look, self.tower_class, True).items()
+        }
+        for number, mark in enumerate(marks):
+            structure = mark[:, 0] > 0.5
+            patch_NI = (~structure).nonzero().T
+            encoder = {name: value[number][patch_NI.to(value[number].device)] for name, value in known.items()}
+            grid = self.default_grid(trunk) if shapes[number][0] == 1 else None
+            made.append(Picture(len(mark), structure, grid, Encoder(**encoder) if encoder else None))
+        return made
+
+
+@register
+class LlavaNextAdapter(_Packed):
+    """LLaVA-NeXT."""
+
+    family = "LLaVA-NeXT"
+    classes = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+
+
+@register
+class LlavaOnevisionAdapter(_Packed):
+    """LLaVA-OneVision, whose SigLIP tower has no [CLS]; videos are left as they are."""
+
+    family = "LLaVA-OneVision"
+    classes = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
+    tower_class = False
+
+
+def _pack(trunk: Any, look: Look, image_features: Sequence[Tensor], image_sizes: Tensor, **kwargs: Any) -> Any:
+    """In place of `pack_image_features`: the same, and how it was done noted."""
+    stock = type(trunk).pack_image_features
+    again = {name: value for name, value in kwargs.items() if name != "image_newline"}
+    shapes = [tuple(features.shape) for features in image_features]
+    look.packed = shapes, partial(stock, trunk, image_sizes=image_sizes.cpu(), **again)
+    return stock(trunk, image_features, image_sizes, **kwargs)
+
+
+def _assembled(value: Tensor, shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor]:
+    """What is known of the tokens of all crops, in the order of every image's tokens: a list of [N] or [N,C]."""
+    wide = value[..., None] if value.ndim == 2 else value
+    parts = list(torch.split(wide, [shape[0] for shape in shapes]))
+    packed, _ = assemble(parts, image_newline=wide.new_zeros(wide.shape[-1]))
+    return [part[..., 0] if value.ndim == 2 else part for part in packed]

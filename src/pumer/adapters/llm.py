@@ -1,0 +1,198 @@
+"""Vision-language models with a decoder: the base of every family, which is a short spec of what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import decoder_attention
+from pumer.adapters.base import Adapter, Patch, config_of
+from pumer.adapters.before_llm import CLASS_ATTENTION, Look, Tiles, shift
+from pumer.adapters.inside_llm import Reduction
+from pumer.adapters.prompt import Picture
+from pumer.reducers import Reducer
+from pumer.reducers.base import Encoder, Grid
+
+
+class DecoderAdapter(Adapter):
+    """A stock model of transformers whose language model gets image features in the place of placeholders.
+
+    Its parts go by the names that nearly all of them have; a family overrides what is different.
+    """
+
+    prefix = 0
+    causal: ClassVar[bool] = True
+    """Whether a token of the prompt sees only those before it."""
+    tower_class: ClassVar[bool] = False
+    """Whether the vision tower has a [CLS] token."""
+    around: ClassVar[tuple[int, int]] = (0, 0)
+    """How many tokens before an image and behind it mark where it begins and ends."""
+    on_host: ClassVar[tuple[str, ...]] = ()
+    """Inputs of `get_image_features` that the model reads on the host: brought there once, in place of again and
+    again."""
+    merger: ClassVar[str] = "get_placeholder_mask"
+    """The method that marks the placeholders, or puts the features there."""
+
+    def trunk(self, model: nn.Module) -> Any:
+        """The model without its language-modelling head, where text and images meet."""
+        return model.model if hasattr(model, "lm_head") else model
+
+    def language(self, model: nn.Module) -> Any:
+        """The decoder."""
+        return self.trunk(model).language_model
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        """What takes the vision tower's features to the language model's width."""
+        return self.trunk(model).multi_modal_projector
+
+    def tower_attention(self, model: nn.Module) -> nn.Module:
+        """The attention of the layer of the vision tower that its features come from."""
+        raise NotImplementedError
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        """Every image that went through `get_image_features`, whose output and inputs are given."""
+        raise NotImplementedError
+
+    def marks(self, trunk: Any, input_ids: Tensor | None, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which tokens are placeholders of images, bool [B,S], and of videos; None in families without video."""
+        image = self._is(trunk, trunk.config.image_token_id, input_ids, embeddings)
+        video = getattr(trunk.config, "video_token_id", None)
+        return image, None if video is None else self._is(trunk, video, input_ids, embeddings)
+
+    def _is(self, trunk: Any, token: int, input_ids: Tensor | None, embeddings: Tensor) -> Tensor:
+        if input_ids is not None:
+            return (input_ids == token).to(embeddings.device)
+        looked_up = trunk.get_input_embeddings()(torch.full((), token, device=embeddings.device))
+        return (embeddings == looked_up).all(-1)
+
+    def no_text(self, trunk: Any, image_BS: Tensor, joined: Tiles | None, inputs: dict[str, Any]) -> Tensor:
+        """Which tokens are no text: images, videos, and the structure around them and between their crops."""
+        none_BS = image_BS if joined is None else image_BS | joined.between_BS
+        before, behind = self.around
+        around_BS = none_BS
+        for step in range(-before, behind + 1):
+            around_BS = around_BS | shift(none_BS, step)
+        video, ids = getattr(trunk.config, "video_token_id", None), inputs.get("input_ids")
+        return around_BS if video is None or ids is None else around_BS | (ids == video).to(image_BS.device)
+
+    def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles | None:
+        """Which crops are of one image, where only the prompt says so; None where `pictures` are whole images.
+
+        Args:
+            features: image features in the prompts.
+        """
+        return None
+
+    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+        """Change what is peculiar to the family."""
+
+    def depth(self, model: nn.Module) -> int:
+        return len(self.language(model).layers)
+
+    def settle(self, reducer: Reducer) -> Reducer:
+        if reducer.published or reducer.needs_attention:
+            raise ValueError(f"{reducer.name} needs whole attention maps, which decoders do not make: give official=False")
+        if reducer.weighs_by_size:
+            raise ValueError(f"{reducer.name}: decoders do not count merged tokens by size; give proportional=False")
+        if reducer.learned is not None:
+            raise ValueError(f"{reducer.name} decides by trained parts, which decoders cannot train yet")
+        return reducer
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        reducer, depth = patch.reducer, self.depth(model)
+        decoder_attention.check_backend(self.language(model).config)
+        if reducer.reduces_at(depth - 1):
+            raise ValueError(
+                f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is left to be saved: "
+                f"give layers 0 to {depth - 2}"
+            )
+        if CLASS_ATTENTION in reducer.needs and not self.tower_class:
+            raise ValueError(
+                f"{reducer.name} asks what [CLS] attends to, and the vision tower of {type(model).__name__} has no "
+                '[CLS]: give saliency="received"'
+            )
+        Reduction(patch, self, model)
+
+    def default_lengths(self, model: nn.Module) -> tuple[int, int]:
+        rows, columns = self.default_grid(model)
+        return DEFAULT_TEXT, rows * columns
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        vision = config_of(model).vision_config
+        side = whole(vision.image_size) // whole(vision.patch_size)
+        return side, side
+
+    def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        config = config_of(model).get_text_config()
+        heads = config.num_attention_heads
+        return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+    def layer_macs(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
+    ) -> list[tuple[int, int]]:
+        """Attention is counted over all pairs of tokens, as kernels without a causal rule of their own compute it."""
+        config = config_of(model).get_text_config()
+        heads, channels = self.attention_shape(model)
+        width, inner = config.hidden_size, config.intermediate_size
+        projections = 2 * width * channels * (heads + config.num_key_value_heads)
+        counts = [sum(pair) for pair in lengths]
+        return [
+            (count * projections + 2 * count**2 * heads * channels, 3 * count * width * inner)
+            for count, _ in pairwise(counts)
+        ]
+
+
+DEFAULT_TEXT = 64
+"""Text tokens of a prompt, where nothing else is said."""
+
+
+def whole(size: Any) -> int:
+    """A side's length, which some configurations give twice."""
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def tower_layers(tower: Any) -> nn.ModuleList:
+    """The layers of a CLIP, SigLIP or InternVL tower."""
+    encoder = getattr(tower, "vision_model", tower).encoder
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+
+def tower_layer(trunk: Any, index: int | Sequence[int]) -> Any:
+    """The layer of the vision tower that gives the hidden states of this index, the last of several."""
+    layers = tower_layers(trunk.vision_tower)
+    last = index if isinstance(index, int) else index[-1]
+    return layers[(last if last >= 0 else len(layers) + 1 + last) - 1]
+
+
+def plain(
+    features: Sequence[Tensor] | Tensor, grid: Grid | None, known: dict[str, Tensor], structure: Tensor | None = None
+) -> list[Picture]:
+    """Images that are one row of features each and one of what the vision tower knows."""
+    made = []
+    for number, own in enumerate(features):
+        encoder = Encoder(**{name: value[number : number + 1] for name, value in known.items()}) if known else None
+        made.append(Picture(len(own), structure, grid, encoder))
+    return made
+
+
+def pooled(known: dict[str, Tensor], factor: int) -> dict[str, Tensor]:
+    """What is known of patches in a square, averaged over squares of `factor` patches on a side."""
+    result = {}
+    for name, value in known.items():
+        side = math.isqrt(value.shape[1])
+        if name == "features_BND" and value.shape[1] * factor**2 == known_patches(known):
+            result[name] = value  # the model has put these together itself
+            continue
+        square = value.unflatten(1, (side // factor, factor, side // factor, factor))
+        result[name] = square.mean((2, 4)).flatten(1, 2)
+    return result
+
+
+def known_patches(known: dict[str, Tensor]) -> int:
+    """The most patches that anything is known of."""
+    return max(value.shape[1] for value in known.values())

@@ -1,0 +1,47 @@
+"""PaliGemma and Gemma 3 (Beyer et al., 2024; Gemma Team, 2025) as transformers has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pumer.adapters.base import config_of, register
+from pumer.adapters.before_llm import Look, summarise
+from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
+from pumer.adapters.prompt import Picture
+from pumer.reducers.base import Grid
+
+
+@register
+class PaliGemmaAdapter(DecoderAdapter):
+    """Every token of the prompt sees every other."""
+
+    family = "PaliGemma"
+    classes: tuple[str, ...] = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
+    causal = False
+
+    def tower_attention(self, model: nn.Module) -> nn.Module:
+        return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        return plain(output.pooler_output, self.default_grid(trunk), summarise(look, False, True))
+
+
+@register
+class Gemma3Adapter(PaliGemmaAdapter):
+    """Image tokens see each other, text those before it, most layers within a window; patches are averaged by 4 x 4."""
+
+    family = "Gemma 3"
+    classes = ("Gemma3ForConditionalGeneration", "Gemma3Model")
+    causal = True
+    around = (1, 1)
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        side = round(config_of(model).mm_tokens_per_image**0.5)
+        return side, side
+
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+        vision, grid = trunk.config.vision_config, self.default_grid(trunk)
+        factor = vision.image_size // vision.patch_size // grid[0]
+        return plain(output.pooler_output, grid, pooled(summarise(look, False, True), factor))

@@ -1,0 +1,175 @@
+"""Where text and images lie on the token axis of a language model, and how a plan for them changes that axis.
+
+Shape suffixes: B samples, S tokens of the prompt, K tokens of the layer, R rows of a view, N tokens of a view,
+T text tokens, I image tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumer.reducers import Plan
+from pumer.reducers.base import Encoder, Grid
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as the language model gets it: all its crops, in the order in which the model puts them together.
+
+    Args:
+        length: placeholders that it takes in the prompt.
+        structure: bool on the host, true for placeholders that are no patches but rows' ends and the like; None if all
+            are patches.
+        grid: rows and columns, where the patches are all those of one grid in raster order.
+        encoder: what the vision tower knows of the patches, every tensor [1,I,...].
+    """
+
+    length: int
+    structure: Tensor | None = None
+    grid: Grid | None = None
+    encoder: Encoder | None = None
+
+    @property
+    def patches(self) -> int:
+        """How many of the placeholders are patches."""
+        return self.length if self.structure is None else self.length - int(self.structure.sum())
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The token axis between two layers; handed from layer to layer, never changed in place.
+
+    Args:
+        index_BK: place of every token in the prompt; a merged one is where its first member was.
+        filled_BK: bool, false for empty slots, which lie at the left; None where all are filled.
+        text_BK, image_BK: bool, tokens of the question and patches; both false for padding and structure tokens.
+        sizes_BK: tokens of the prompt that each token stands for.
+        counts: (text, image) tokens of every sample, on the host.
+        whole: whether nothing was reduced yet.
+    """
+
+    index_BK: Tensor
+    filled_BK: Tensor | None
+    text_BK: Tensor
+    image_BK: Tensor
+    sizes_BK: Tensor
+    counts: tuple[tuple[int, int], ...]
+    whole: bool = True
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(text, image) tokens, the most that any sample has."""
+        return max(text for text, _ in self.counts), max(image for _, image in self.counts)
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Places on this axis of a reducer's tokens, text first, then the image: int64 and bool [B,N]."""
+        text, image = self.lengths
+        parts = [Plan.keep(self.text_BK, text), Plan.keep(self.image_BK, image)]
+        places = [part.index_BK for part in parts if part.index_BK is not None]
+        return torch.cat(places, 1), torch.cat([part.mask_BK for part in parts], 1)
+
+    def then(self, placed: Plan, counts: tuple[tuple[int, int], ...], gaps: bool) -> Axis:
+        """The axis after a plan for it; `gaps` says whether that leaves empty slots."""
+        assert placed.index_BK is not None
+        filled = placed.mask_BK if gaps else None
+
+        def leaders(x_BK: Tensor) -> Tensor:
+            return x_BK.gather(1, placed.index_BK)
+
+        return replace(
+            self,
+            index_BK=leaders(self.index_BK),
+            filled_BK=filled,
+            text_BK=leaders(self.text_BK) & placed.mask_BK,
+            image_BK=leaders(self.image_BK) & placed.mask_BK,
+            sizes_BK=placed.total(self.sizes_BK),
+            counts=counts,
+            whole=False,
+        )
+
+    def spread(self, length: int) -> Tensor:
+        """For every place of a prompt of that length the token here that stands for it, int64 [B,S].
+
+        A token that is gone is stood for by the last one before it that is left, so that the label after it is asked
+        of what comes before it in the shorter prompt.
+        """
+        batch, tokens = self.index_BK.shape
+        filled = torch.ones_like(self.index_BK) if self.filled_BK is None else self.filled_BK.long()
+        marks = torch.zeros(batch, length, dtype=torch.int64, device=filled.device).scatter_add(
+            1, self.index_BK, filled
+        )
+        first = tokens - filled.sum(1, keepdim=True)
+        return torch.maximum(marks.cumsum(1) - 1, torch.zeros_like(marks)) + first
+
+
+def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN: Tensor, slots: int) -> Plan:
+    """A plan for a view, as a plan for the axis the view is of.
+
+    Tokens outside the view stay, those left keep their order, a merged one stands where its first member stood, and
+    empty slots come first, so that the last token is the last one again.
+
+    Args:
+        plan: of the view.
+        axis: the axis.
+        row_R: sample of every row of the view; None where they are the same.
+        at_RN: places of the view's tokens on the axis.
+        valid_RN: bool, false for padding of the view, and for tokens that the plan is not to touch.
+        slots: number of slots, at least the tokens left in any sample.
+    """
+    batch, count = axis.index_BK.shape
+    device = at_RN.device
+    row_R1 = torch.arange(batch, device=device)[:, None] if row_R is None else row_R[:, None]
+
+    # Of every slot the first place that goes into it, and of every token of the view that place.
+    slot_RN = torch.where((plan.slot_BN < 0) | ~valid_RN, plan.slots, plan.slot_BN)
+    first_RK = torch.full((len(at_RN), plan.slots + 1), count, device=device, dtype=torch.int64)
+    first_RK = first_RK.scatter_reduce(1, slot_RN, at_RN, "amin")
+    lead_RN = first_RK.gather(1, slot_RN).masked_fill(slot_RN == plan.slots, -1)
+
+    # The same for the whole axis: who is nobody's member leads itself. One place past the end takes what is no token.
+    target = torch.where(valid_RN, row_R1 * count + at_RN, batch * count)
+    places = torch.arange(count, device=device).expand(batch, count)
+    lead = places if axis.filled_BK is None else places.masked_fill(~axis.filled_BK, -1)
+    lead_BK = torch.cat([lead.flatten(), lead.new_zeros(1)]).scatter(0, target.flatten(), lead_RN.flatten())
+    lead_BK = lead_BK[:-1].view(batch, count)
+    weight = torch.ones(batch * count + 1, device=device).scatter(0, target.flatten(), plan.weight_BN.flatten())
+
+    stays_BK = lead_BK == places
+    left_B1 = stays_BK.sum(1, keepdim=True)
+    number_BK = stays_BK.long().cumsum(1) - 1 + slots - left_B1
+    slot_BK = torch.where(lead_BK < 0, -1, number_BK.gather(1, lead_BK.clamp_min(0)))
+    index = torch.zeros(batch, slots + 1, device=device, dtype=torch.int64)
+    index = index.scatter(1, torch.where(stays_BK, number_BK, slots), places)[:, :slots]
+    mask = torch.arange(slots, device=device) >= slots - left_B1
+    return Plan(slot_BK, weight[:-1].view(batch, count), mask, index)
+
+
+def gather(x: Any, index_BK: Tensor, length: int) -> Any:
+    """The tokens of that index of anything that goes along with the tokens; other things as they are.
+
+    Knows [B,S], [B,S,D], rotary embeddings as tuples of such, and positions of several kinds [P,B,S]; a batch of one
+    stands for all.
+    """
+    if isinstance(x, tuple):
+        return tuple(gather(part, index_BK, length) for part in x)
+    if not isinstance(x, Tensor):
+        return x
+    batch = len(index_BK)
+    index = index_BK.to(x.device)
+    if x.shape[-1] == length and x.ndim >= 2 and x.dtype in (torch.int64, torch.int32):
+        wide = (*x.shape[:-2], batch, index.shape[1])
+        return x.expand(*x.shape[:-2], batch, length).gather(-1, index.expand(wide))
+    if x.ndim == 3 and x.shape[1] == length:
+        return x.expand(batch, -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return x
+
+
+def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """A small tensor made on the host, on the device without the host's waiting for it."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

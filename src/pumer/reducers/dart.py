@@ -1,0 +1,88 @@
+"""DART: keep what is least like a few pivots; duplication matters more than importance.
+
+Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025,
+arXiv 2502.11494.
+
+Shape suffixes: B batch, N tokens, T text tokens, I image tokens, P pivots, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Tokens, check_layers
+from pumer.reducers.matching import rank
+from pumer.reducers.registry import register
+from pumer.reducers.selector import Selector, candidates, image_states
+
+
+@register
+@dataclass(frozen=True)
+class DART(Selector):
+    """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
+
+    Pivots choose one after the other, each the same number of tokens. The budget is kept exactly: it counts the pivots,
+    which the published code adds to it, and spends what the division leaves over on the first pivots.
+
+    Args:
+        pivots: image tokens and text tokens that are pivots, (image, text).
+        layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1. Before the first layer
+            (-1), where there are no keys, the size of the embeddings stands for theirs.
+    """
+
+    name = "dart"
+    pivots: tuple[int, int] = (4, 4)
+    layer: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers([self.layer])
+        if min(self.pivots) < 0 or sum(self.pivots) == 0:
+            raise ValueError(f"pivots are the numbers of image and of text tokens that are pivots, not {self.pivots}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        valid_BI, states_BID = candidates(tokens), image_states(tokens)
+        assert tokens.states_BND is not None
+        text, first, size_BN = tokens.text, tokens.text + tokens.prefix, _size(tokens)
+        image_BP, image_real_BP = _largest(size_BN[:, first:], valid_BI, min(self.pivots[0], most), kept_B)
+        words_BT = tokens.valid_BN[:, :text]
+        text_BP, text_real_BP = _largest(size_BN[:, :text], words_BT, min(self.pivots[1], text), words_BT.sum(1))
+        pivot_BP = torch.cat([first + image_BP, text_BP], 1)
+        real_BP = torch.cat([image_real_BP, text_real_BP], 1)
+
+        width = states_BID.shape[2]
+        pivots_BPD = tokens.states_BND.gather(1, pivot_BP[..., None].expand(-1, -1, width)).float()
+        normalize = torch.nn.functional.normalize
+        similarity_BPI = normalize(pivots_BPD, dim=-1) @ normalize(states_BID, dim=-1).transpose(1, 2)
+
+        places = torch.arange(valid_BI.shape[1], device=valid_BI.device)
+        chosen_BI = ((places == image_BP[..., None]) & image_real_BP[..., None]).any(1)
+        rest_B, number_B = kept_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
+        one_more_BP = real_BP.long().cumsum(1) <= (rest_B % number_B)[:, None]
+        quota_BP = ((rest_B // number_B)[:, None] + one_more_BP) * real_BP
+        for pivot in range(quota_BP.shape[1]):
+            free_BI = valid_BI & ~chosen_BI
+            unlike_BI = (-similarity_BPI[:, pivot]).masked_fill(~free_BI, -torch.inf)
+            chosen_BI = chosen_BI | free_BI & (rank(unlike_BI) < quota_BP[:, pivot, None])
+        return chosen_BI
+
+
+def _largest(size_BN: Tensor, valid_BN: Tensor, count: int, real_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The `count` largest tokens [B,P] in falling order, and which of these there are, given how many are wanted."""
+    index_BP = size_BN.masked_fill(~valid_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return index_BP, torch.arange(count, device=size_BN.device) < real_B[:, None]
+
+
+def _size(tokens: Tokens) -> Tensor:
+    """Sum of magnitudes of every token's key, all heads together, or of its embedding, float32 [B,N]."""
+    if tokens.keys_BHNC is not None:
+        return tokens.keys_BHNC.float().abs().sum((1, 3))
+    assert tokens.states_BND is not None
+    return tokens.states_BND.float().abs().sum(2)

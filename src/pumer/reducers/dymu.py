@@ -1,0 +1,111 @@
+"""DyMU: merging by a threshold, so that a simple picture is left with fewer tokens than a busy one.
+
+Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv 2504.17040. This is its
+dynamic merging; its virtual unmerging, in the language model, is not here.
+
+Shape suffixes: B batch, N tokens, A tokens at even positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.matching import absorb, partners
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+
+
+@dataclass(frozen=True)
+class _Merging(Reducer):
+    """Merge whatever is more alike than a threshold."""
+
+    @property
+    def weighs_by_size(self) -> bool:
+        return True
+
+    @property
+    def leaves_gaps(self) -> bool:
+        return True
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return text, image  # it may be that nothing is alike
+
+    def plan(self, tokens: Tokens) -> Plan:
+        first = tokens.text + tokens.prefix
+        valid_BN = tokens.valid_BN[:, first:]
+        if valid_BN.shape[1] < 2:
+            return Plan.identity(tokens.mask_BN)
+        similarity_BA, partner_BA = partners(tokens.mean_keys_BNC[:, first:], valid_BN)
+        merges_BA = similarity_BA > self._threshold(similarity_BA, tokens.layer)
+        image = absorb(merges_BA, partner_BA, valid_BN, valid_BN.shape[1], tokens.sizes_BN[:, first:])
+        return tokens.with_structure(None, image)
+
+    def _threshold(self, similarity_BA: Tensor, layer: int) -> Tensor | float:
+        raise NotImplementedError
+
+
+@register
+@dataclass(frozen=True)
+class DyMU(_Merging):
+    """In every layer merge each image token at an even place into its best match, if that is alike enough.
+
+    For vision towers; attention counts a merged token as often as its size says.
+
+    Args:
+        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs` finds them.
+    """
+
+    name = "dymu"
+    thresholds: tuple[float, ...] = (0.85,) * 12
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(threshold, (int, float)) for threshold in self.thresholds):
+            raise ValueError(f"thresholds are numbers, one for each layer, not {self.thresholds}")
+        object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, threshold in enumerate(self.thresholds) if threshold < 1)
+
+    def _threshold(self, similarity_BA: Tensor, layer: int) -> float:
+        return self.thresholds[layer]
+
+
+@dataclass(frozen=True)
+class Cutoffs(_Merging):
+    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per picture on average, and note the cut.
+
+    Put it on a model, run typical pictures through, then read `thresholds`.
+
+    Args:
+        r: pairs per picture and layer to merge, on average over a batch.
+        depth: layers that merge, the first ones.
+    """
+
+    name = "dymu-cutoffs"
+    r: int = 8
+    depth: int = 12
+    noted: dict[int, list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(range(self.depth))
+
+    def _threshold(self, similarity_BA: Tensor, layer: int) -> Tensor:
+        falling = similarity_BA.flatten().sort(descending=True).values
+        pairs = min(self.r * len(similarity_BA), len(falling) - 1)
+        # Halfway between the last pair that is merged and the first that is not, if that is a pair.
+        last, following = falling[max(pairs - 1, 0)], falling[pairs]
+        cut = torch.where(following.isfinite(), (last + following) / 2, last - 1e-6).clamp_min(-1)
+        self.noted.setdefault(layer, []).append(cut)
+        return cut
+
+    def thresholds(self) -> tuple[float, ...]:
+        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no picture was seen."""
+        if set(self.noted) != set(self.layers):
+            raise ValueError("there is nothing to average: run pictures through the model with this reducer first")
+        return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in self.layers)

@@ -1,0 +1,135 @@
+"""DynamicViT: prune image tokens by what a small trained predictor says of each.
+
+Rao, Zhao, Liu, Lu, Zhou, Hsieh, "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+NeurIPS 2021; and the port of it to ViLT and METER in the published PuMer code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pumer.reducers.base import Grid, Tokens, check_layers
+from pumer.reducers.budget import Count, portion
+from pumer.reducers.learned import Gate, Learned, decide, mean_of
+from pumer.reducers.matching import rank
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class DynamicViT(Learned):
+    """Keep the image tokens that a trained predictor rates highest, a fixed share of them, after some layers.
+
+    Args:
+        keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
+        layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5, 8.
+        weight: of the loss that holds the share of kept tokens to `keep`.
+        official: the port in the published PuMer code: predictors without the half that sees the whole picture, a
+            count that includes [CLS], tokens in the order of their scores, and the published softmax.
+    """
+
+    name = "dynamicvit"
+    keep: float = 0.7
+    layers: tuple[int, ...] = (2, 5, 8)  # type: ignore[assignment]
+    weight: float = 2.0
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a share above 0 and up to 1, not {self.keep}")
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        if min(self.layers, default=0) < 0:
+            raise ValueError("DynamicViT prunes after layers, which are counted from 0")
+
+    @property
+    def published(self) -> bool:
+        return self.official
+
+    @property
+    def after_layer(self) -> bool:
+        return True
+
+    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+        return nn.ModuleDict({str(layer): Predictor(width, whole=not self.official) for layer in self.layers})
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return (text, prefix + self._kept(image - prefix)) if layer in self.layers else (text, image)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
+        score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
+        most = self._kept(valid_BN.shape[1])
+        if self.official:
+            index_BK = score_BN.topk(most, dim=1).indices
+            # The published mask is of ones whatever was kept.
+            kept = Plan.select(index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1])
+            return tokens.with_structure(None, kept)
+        keep_BN = valid_BN & (rank(score_BN) < self._kept(valid_BN.sum(1))[:, None])
+        return tokens.with_structure(None, Plan.keep(keep_BN, most))
+
+    def gate(self, tokens: Tokens) -> Gate:
+        """Decisions on the image tokens that are still there; [CLS] and text stay."""
+        first = tokens.text + tokens.prefix
+        valid_BN = tokens.valid_BN[:, first:]
+        before = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
+        image_BN = decide(self._logits(tokens), training=True) * before[:, first:]
+        return Gate(torch.cat([before[:, :first], image_BN], dim=1), mean_of(image_BN, valid_BN))
+
+    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
+        """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ... (equation 14)."""
+        stages = [(kept_B - self.keep**stage).square().mean() for stage, kept_B in enumerate(spent, start=1)]
+        return self.weight * torch.stack(stages).mean()
+
+    def _logits(self, tokens: Tokens) -> Tensor:
+        """Log-probabilities of (keep, drop) of the image tokens without [CLS]."""
+        assert tokens.states_BND is not None
+        assert tokens.part is not None
+        first = tokens.text + tokens.prefix
+        there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
+        return tokens.part(tokens.states_BND[:, first:], there_BN[:, first:])
+
+    def _kept(self, count: Count) -> Count:
+        if not self.official:
+            return portion(self.keep, count)
+        # Of a count that has [CLS] in it, rounded down.
+        return int((count + 1) * self.keep) if isinstance(count, int) else ((count + 1).double() * self.keep).long()
+
+
+class Predictor(nn.Module):
+    """Rates every image token: log-probabilities of (keep, drop).
+
+    Args:
+        width: channels of a token.
+        whole: let half of the channels be the mean over the tokens that are still there, as in DynamicViT.
+    """
+
+    def __init__(self, width: int, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        # Numbered as in the published code.
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
+
+    def forward(self, states_BND: Tensor, there_BN: Tensor) -> Tensor:
+        embedded = self.layers[:3](states_BND)
+        if self.whole:
+            own, shared = embedded.chunk(2, dim=-1)
+            weights = there_BN[..., None].to(shared.dtype)
+            mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1)
+            embedded = torch.cat([own, mean.expand_as(own)], dim=-1)
+        rated: Tensor = self.layers[3:](embedded)
+        return rated

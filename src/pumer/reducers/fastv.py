@@ -1,0 +1,45 @@
+"""FastV: visual tokens that a decoder soon stops looking at.
+
+Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pumer.reducers.base import Tokens
+from pumer.reducers.registry import register
+from pumer.reducers.scores import last_text_attention
+from pumer.reducers.selector import Selector, best, candidates
+
+
+@register
+@dataclass(frozen=True)
+class FastV(Selector):
+    """Keep the image tokens that the last token of the prompt attends to most (mean over heads).
+
+    Args:
+        layer: the first layer that runs without the others; the attention is that of the layer before.
+    """
+
+    name = "fastv"
+    keep: float | int = 0.5
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise ValueError(f"FastV reads the attention of the layer before, so layer is at least 1, not {self.layer}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer - 1,)
+
+    @property
+    def after_layer(self) -> bool:
+        return True
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        return best(last_text_attention(tokens), candidates(tokens), kept_B)

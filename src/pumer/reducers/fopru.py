@@ -1,0 +1,101 @@
+"""FoPru: focal pruning.
+
+Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024, arXiv 2411.14164. Reconstructed
+from its abstract and introduction: how heads and rows are averaged, and what fills the last row, are our reading.
+
+Shape suffixes: B batch, I image tokens, R rows of the picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Grid, Tokens
+from pumer.reducers.budget import portion
+from pumer.reducers.matching import rank, rank_in_groups
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+
+STRATEGIES = ("rank", "row")
+
+
+@register
+@dataclass(frozen=True)
+class FoPru(Selector):
+    """Keep the image tokens that the vision encoder attends to most, or the rows of the picture with the most of it.
+
+    Args:
+        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such as a line of text,
+            stays in one piece.
+        saliency: "received" attention (mean over heads and queries) or that of the "class" token.
+        fill: with "row": make up the exact budget from the best tokens of the next row. Without it, the share of the
+            rows, rounded, at least one; `keep` is a share then.
+    """
+
+    name = "fopru"
+    strategy: str = "rank"
+    saliency: str = "received"
+    fill: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_saliency(self.saliency)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
+        if self._whole_rows and isinstance(self.keep, int):
+            raise ValueError(f"whole rows are a share of the rows: give keep=0.25, say, not {self.keep}, or fill=True")
+
+    @property
+    def _whole_rows(self) -> bool:
+        return self.strategy == "row" and not self.fill
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SALIENCY[self.saliency]})
+
+    @property
+    def leaves_gaps(self) -> bool:
+        return self._whole_rows  # pictures of one batch differ in the length of their rows
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        if not (self._whole_rows and self.reduces_at(layer)):
+            return super().lengths(text, image, layer, prefix, grid)
+        side = round((image - prefix) ** 0.5)
+        rows, columns = grid or (side, side)
+        return text, prefix + min(max(1, portion(self.keep, rows)) * columns, image - prefix)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        if not self._whole_rows:
+            return super().plan(tokens)
+        image = tokens.mask_BN.shape[1] - tokens.text
+        _, slots = self.lengths(tokens.text, image, tokens.layer, tokens.prefix, tokens.grid)
+        place_BI, _, rows_B = self._rows(tokens)
+        keep_BI = candidates(tokens) & (place_BI < portion(self.keep, rows_B).clamp_min(1)[:, None])
+        return tokens.with_structure(None, Plan.keep(keep_BI, slots - tokens.prefix))
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        if self.strategy == "rank":
+            return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
+        _, order_BI, _ = self._rows(tokens)
+        return candidates(tokens) & (order_BI < kept_B[:, None])
+
+    def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Place of every token's row among the rows, its own place when these stand in that order, and how many rows
+        each picture has."""
+        if tokens.grid is None or tokens.patch_BN is None:
+            raise ValueError('rows need all patches of the picture in a grid: take strategy="rank" here')
+        rows, columns = tokens.grid
+        valid_BI, score_BI = candidates(tokens), encoded(tokens, SALIENCY[self.saliency])
+        row_BI = torch.where(valid_BI, tokens.patch_BN[:, -valid_BI.shape[1] :] // columns, rows)
+        size_BR, total_BR = (
+            torch.zeros(len(row_BI), rows + 1, device=row_BI.device).scatter_add(1, row_BI, value)[:, :rows]
+            for value in (valid_BI.float(), score_BI)
+        )
+        mean_BR = (total_BR / size_BR.clamp_min(1)).masked_fill(size_BR == 0, -torch.inf)
+        place_BI = torch.nn.functional.pad(rank(mean_BR), (0, 1), value=rows).gather(1, row_BI)
+        order_BI, _ = rank_in_groups(score_BI, place_BI, rows + 1)
+        return place_BI, order_BI, (size_BR > 0).sum(1)

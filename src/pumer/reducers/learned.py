@@ -1,0 +1,102 @@
+"""What reducers with trained parts share: decisions that gradients can pass while training, and their price.
+
+While training every token stays, and attention leaves out those that are decided against; so a decision can be
+learned. Afterwards the tokens really go. Training therefore costs as much as without reduction, and a little more.
+
+Shape suffixes: B batch, N tokens, H heads, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pumer.reducers.base import Reducer, Tokens
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a learned reducer decides while training.
+
+    Args:
+        token_BN: 1 for tokens that stay, 0 for others; its gradient is that of the soft decision (straight-through).
+        spent: what `Learned.budget_loss` wants to know of this layer, per sample.
+    """
+
+    token_BN: Tensor
+    spent: Tensor
+
+
+@dataclass(frozen=True)
+class Learned(Reducer):
+    """A reducer that decides by trained parts."""
+
+    @property
+    def learned(self) -> Learned:
+        return self
+
+    @property
+    def trims_heads(self) -> bool:
+        """Whether it decides on attention heads too."""
+        return False
+
+    def temperature_at(self, progress: float) -> float:
+        """Temperature of the decisions at this point of the training."""
+        return 1.0
+
+    @property
+    def self_distils(self) -> bool:
+        """Whether the model's own answer without reduction is to teach the reduced one."""
+        return False
+
+    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+        """New parts, by layer.
+
+        Args:
+            width: channels of the states.
+            heads: of every attention.
+            depth: number of layers.
+            crosses: see `Adapter.crosses`.
+        """
+        raise NotImplementedError
+
+    def gate(self, tokens: Tokens) -> Gate:
+        """The decisions in one layer while training; `tokens.gate_BN` has those of the layers before."""
+        raise NotImplementedError
+
+    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
+        """What is to be paid for keeping more, or fewer, tokens than wanted.
+
+        Args:
+            spent: `Gate.spent` of every layer that decided.
+            progress: of the training, 0 to 1.
+            heads: share of the heads that every attention kept, [B], where heads are trimmed.
+        """
+        raise NotImplementedError
+
+
+def decide(logits: Tensor, training: bool, temperature: float = 1.0) -> Tensor:
+    """Keep (1) or not (0) from logits [..., (keep, drop)].
+
+    While training a sample of the two by the straight-through Gumbel trick (Jang et al., ICLR 2017), otherwise the
+    likelier one.
+    """
+    if training:
+        return nn.functional.gumbel_softmax(logits.float(), temperature, hard=True)[..., 0]
+    return (logits[..., 0] > logits[..., 1]).float()
+
+
+def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
+    """Mean over the real tokens, [B]."""
+    weights = mask_BN.to(values_BN.dtype)
+    return (values_BN * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def start_open(last: nn.Linear, bias: float) -> None:
+    """Let decisions, each of two logits in turn, begin as keeping: the logits start about `bias` apart."""
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.copy_(torch.tensor([bias, 0.0]).repeat(last.out_features // 2))

@@ -1,0 +1,60 @@
+"""PyramidDrop: fewer image tokens from stage to stage of the language model.
+
+Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
+2025, arXiv 2410.17247.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from pumer.reducers.base import Tokens, check_layers
+from pumer.reducers.budget import Count, check_keep, kept
+from pumer.reducers.registry import register
+from pumer.reducers.scores import last_text_attention
+from pumer.reducers.selector import Selector, best, candidates
+
+
+@register
+@dataclass(frozen=True)
+class PyramidDrop(Selector):
+    """At the end of every stage keep the image tokens that the last token of the text attends to most.
+
+    The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23. Attention is that of the
+    layer that it acts after, where the published code asks the next one.
+
+    Args:
+        keep: what is left after each stage, shares of the image's own number (each stage keeps its share of what the
+            one before left) or whole numbers; never rising.
+        layers: the layers after which it acts, counted from 0, one for each number.
+    """
+
+    name = "pyramiddrop"
+    keep: tuple[float | int, ...] = (0.5, 0.25, 0.125)  # type: ignore[assignment]
+    layers: tuple[int, ...] = (7, 15, 23)
+
+    def __post_init__(self) -> None:
+        check_stages(self.keep, self.layers)
+        if len({type(keep) for keep in self.keep}) > 1 or any(a < b for a, b in pairwise(self.keep)):
+            raise ValueError(f"keep is all shares or all whole numbers, never rising, not {self.keep}")
+
+    def budget(self, count: Count, layer: int) -> Count:
+        stage = self.layers.index(layer)
+        before = self.keep[stage - 1] if stage else 1.0
+        keep = self.keep[stage]
+        return kept(keep if isinstance(keep, int) else keep / before, count)
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        return best(last_text_attention(tokens)[:, tokens.prefix :], candidates(tokens), kept_B)
+
+
+def check_stages(keep: tuple[float | int, ...], layers: tuple[int, ...]) -> None:
+    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from 0 and rise."""
+    if not isinstance(keep, tuple) or len(keep) != len(layers) or layers != check_layers(layers):
+        raise ValueError(f"give one number to keep for each layer, in order, not {keep} for layers {layers}")
+    check_keep(**{f"keep[{stage}]": number for stage, number in enumerate(keep)})
+    if min(layers, default=0) < 0:
+        raise ValueError("attention scores the tokens, so it cannot act before layer 0")

@@ -1,0 +1,102 @@
+"""What methods have in common that keep a given number of image tokens, and what they read.
+
+The number is apart from the method: `keep` gives it, or `Energy` does, for every image its own.
+
+Shape suffixes: B batch, I image tokens without structure tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
+from pumer.reducers.budget import Count, check_keep, kept
+from pumer.reducers.matching import rank
+from pumer.reducers.plan import Plan
+
+SALIENCY = {"class": "class_attention_BN", "received": "received_BN"}
+"""What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no [CLS], what it receives
+from all."""
+
+
+@dataclass(frozen=True)
+class Selector(Reducer):
+    """Leave a given number of image tokens; acts between vision tower and language model unless it says otherwise.
+
+    Args:
+        keep: how many image tokens stay: a share of the image's own number (float), or a whole number (int). Images
+            that have fewer stay whole.
+    """
+
+    keep: float | int = 0.25
+
+    def __post_init__(self) -> None:
+        check_keep(keep=self.keep)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (EMBEDDINGS,)
+
+    def budget(self, count: Count, layer: int) -> Count:
+        """How many of `count` image tokens stay in this layer."""
+        return kept(self.keep, count)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        return (text, prefix + self.budget(image - prefix, layer)) if self.reduces_at(layer) else (text, image)
+
+    def plan(self, tokens: Tokens) -> Plan:
+        valid_BI = candidates(tokens)
+        kept_B = self.budget(valid_BI.sum(1), tokens.layer)
+        image = self.reduce_to(tokens, kept_B, self.budget(valid_BI.shape[1], tokens.layer))
+        return tokens.with_structure(None, image)
+
+    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+        """The plan for the image tokens, structure tokens left out, that fills `kept_B` of `most` slots."""
+        return Plan.keep(self.chosen(tokens, kept_B, most), most)
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        """Which image tokens stay, bool [B,I]: `kept_B` in every row, at most `most`, none of them padding."""
+        raise NotImplementedError
+
+
+def candidates(tokens: Tokens) -> Tensor:
+    """Which of the image tokens, structure tokens left out, are real: bool [B,I]."""
+    return tokens.valid_BN[:, tokens.text + tokens.prefix :]
+
+
+def image_states(tokens: Tokens) -> Tensor:
+    """States of these tokens, float32 [B,I,D], zero at padding."""
+    if tokens.states_BND is None:
+        raise ValueError("this method compares the states of tokens, and there are none here")
+    states_BID = tokens.states_BND[:, tokens.text + tokens.prefix :].float()
+    return states_BID * candidates(tokens)[..., None]
+
+
+def encoded(tokens: Tokens, name: str) -> Tensor:
+    """A field of `Tokens.encoder`, float32 [B,I] or [B,I,D], zero at padding.
+
+    Raises:
+        ValueError: where the encoder does not give it.
+    """
+    value = None if tokens.encoder is None else getattr(tokens.encoder, name)
+    if value is None:
+        raise ValueError(
+            f"the method needs the vision encoder's {name}, which this model or place does not give: "
+            'where there is no [CLS], saliency="received" may do'
+        )
+    valid_BI = candidates(tokens)
+    return torch.where(valid_BI if value.ndim == 2 else valid_BI[..., None], value.float(), 0.0)
+
+
+def check_saliency(saliency: str) -> None:
+    """Raise ValueError unless this names one of `SALIENCY`."""
+    if saliency not in SALIENCY:
+        raise ValueError(f"saliency is one of {', '.join(SALIENCY)}, not {saliency!r}")
+
+
+def best(score_BI: Tensor, valid_BI: Tensor, kept_B: Tensor) -> Tensor:
+    """The `kept_B` real tokens with the highest scores, bool [B,I]; the earlier one of equals."""
+    return valid_BI & (rank(score_BI.masked_fill(~valid_BI, -torch.inf)) < kept_B[:, None])

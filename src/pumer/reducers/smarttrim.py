@@ -1,0 +1,175 @@
+"""SmartTrim: trained trimmers decide per sample which tokens and which attention heads an example needs.
+
+Wang, Chen, Zhou, Zhu, et al., "SmartTrim: Adaptive Tokens and Attention Pruning for Efficient Vision-Language Models",
+LREC-COLING 2024. Its code was never published. From the paper are: light trimmers in every layer that see the other
+modality's summary, for tokens and for heads; a loss on the cost; self-distillation; a curriculum. How they are built is
+reconstructed: the shape of the trimmers, the straight-through Gumbel decisions, the form of the loss, and that tokens
+leave between attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pumer.reducers.base import Grid, Tokens, check_layers
+from pumer.reducers.learned import Gate, Learned, decide, mean_of, start_open
+from pumer.reducers.plan import Plan
+from pumer.reducers.registry import register
+
+_ATTENTION = 1 / 3
+"""Share of attention in the cost of a layer: four products of the width with itself, next to the MLP's eight."""
+_OPEN = 2.0
+"""How far apart the logits of (keep, drop) start: nearly everything is kept."""
+
+
+@register
+@dataclass(frozen=True)
+class SmartTrim(Learned):
+    """Drop the tokens of either modality, and silence the heads, that trained trimmers find needless in this sample.
+
+    How many stay is decided sample by sample; a batch is as long as its longest. Silenced heads save nothing: they are
+    computed and multiplied by zero, as every sample of a batch silences others.
+
+    Args:
+        target: share of the layers' cost that samples may use on average, once trained.
+        layers: layers that trim, counted from 0.
+        text: trim text tokens too.
+        heads: trim attention heads too.
+        weight: of the loss on the cost, next to 1 for the task's.
+        curriculum: share of the training in which the target goes down from 1.
+        temperature: of the decisions while training, at its beginning; at its end half of that.
+    """
+
+    name = "smarttrim"
+    target: float = 0.5
+    layers: tuple[int, ...] = tuple(range(12))  # type: ignore[assignment]
+    text: bool = True
+    heads: bool = True
+    weight: float = 2.0
+    curriculum: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target is a share of the cost above 0 and up to 1, not {self.target}")
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum is a share of the training, 0 to 1, not {self.curriculum}")
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        if min(self.layers, default=0) < 0:
+            raise ValueError("SmartTrim trims in layers, which are counted from 0")
+
+    @property
+    def leaves_gaps(self) -> bool:
+        return True
+
+    @property
+    def trims_heads(self) -> bool:
+        return self.heads
+
+    @property
+    def self_distils(self) -> bool:
+        return True
+
+    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+        attentions = ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+        layers = {}
+        for layer in self.layers:
+            trimmers: dict[str, nn.Module] = {"image": TokenTrimmer(width)}
+            if self.text:
+                trimmers["text"] = TokenTrimmer(width)
+            if self.heads:
+                trimmers |= {name: HeadTrimmer(width, heads) for name in attentions}
+            layers[str(layer)] = nn.ModuleDict(trimmers)
+        return nn.ModuleDict(layers)
+
+    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+        """The most that may stay: everything."""
+        return text, image
+
+    def plan(self, tokens: Tokens) -> Plan:
+        keep_BN = self._keep(tokens, training=False).bool() & tokens.valid_BN
+        text, image = keep_BN[:, tokens.prefix : tokens.text], keep_BN[:, tokens.text + tokens.prefix :]
+        return tokens.with_structure(
+            Plan.keep(text, text.shape[1]) if self.text else None, Plan.keep(image, image.shape[1])
+        )
+
+    def gate(self, tokens: Tokens) -> Gate:
+        before_BN = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
+        after_BN = self._keep(tokens, training=True) * before_BN
+        shares = [mean_of(gate_BN, tokens.valid_BN) for gate_BN in (before_BN, after_BN)]
+        return Gate(after_BN, torch.stack(shares, dim=-1))
+
+    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
+        """Distance of the batch's mean cost from the target, which goes down in the curriculum.
+
+        Args:
+            spent: share of the tokens before and after each layer's decision, [B,2].
+            progress: of the training, 0 to 1.
+            heads: share of the heads that every attention kept, [B].
+        """
+        shares = torch.stack(list(spent), dim=1)
+        kept_heads = torch.stack(list(heads), dim=1).mean(1) if heads else 1.0
+        cost_B = _ATTENTION * shares[..., 0].mean(1) * kept_heads + (1 - _ATTENTION) * shares[..., 1].mean(1)
+        done = min(progress / self.curriculum, 1.0) if self.curriculum else 1.0
+        return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
+
+    def temperature_at(self, progress: float) -> float:
+        """Temperature of the decisions at this point of the training."""
+        return self.temperature * (1 - 0.5 * progress)
+
+    def _keep(self, tokens: Tokens, training: bool) -> Tensor:
+        """Decisions [B,N]; structure tokens always stay."""
+        assert tokens.states_BND is not None
+        assert tokens.part is not None
+        states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
+        temperature = self.temperature_at(tokens.progress)
+        kept = []
+        for name, start, stop, other in (("text", 0, text, text), ("image", text, states.shape[1], 0)):
+            head = states.new_ones(len(states), min(prefix, stop - start), dtype=torch.float32)
+            if name in tokens.part:
+                logits = tokens.part[name](states[:, start + prefix : stop], states[:, other])
+                kept += [head, decide(logits, training, temperature)]
+            else:
+                kept.append(states.new_ones(len(states), stop - start, dtype=torch.float32))
+        return torch.cat(kept, dim=1)
+
+
+class TokenTrimmer(nn.Module):
+    """Logits of (keep, drop) for every token, from its state and a summary of the other modality."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inner = nn.Linear(2 * width, width // 4)
+        self.decision = nn.Linear(width // 4, 2)
+        start_open(self.decision, _OPEN)
+
+    def forward(self, states_BND: Tensor, other_BD: Tensor) -> Tensor:
+        other = self.other_norm(other_BD)[:, None].expand_as(states_BND)
+        hidden = nn.functional.gelu(self.inner(torch.cat([self.norm(states_BND), other], dim=-1)))
+        logits: Tensor = self.decision(hidden)
+        return logits
+
+
+class HeadTrimmer(nn.Module):
+    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those who are asked."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inner = nn.Linear(2 * width, width // 4)
+        self.decisions = nn.Linear(width // 4, 2 * heads)
+        start_open(self.decisions, _OPEN)
+
+    def forward(self, asking_BD: Tensor, asked_BD: Tensor, training: bool, temperature: float) -> Tensor:
+        pooled = torch.cat([self.norm(asking_BD), self.other_norm(asked_BD)], dim=-1)
+        hidden = nn.functional.gelu(self.inner(pooled))
+        logits = self.decisions(hidden).unflatten(-1, (-1, 2))
+        heard_BH = decide(logits, training, temperature)
+        # One head is always heard: the surest one.
+        surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
+        return torch.maximum(heard_BH, torch.zeros_like(heard_BH).scatter(1, surest, 1.0))

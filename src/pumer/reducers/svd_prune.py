@@ -1,0 +1,75 @@
+"""SVD-Prune: keep the tokens that span the image's main directions.
+
+Apedo et al., "SVD-Prune: Training-Free Token Pruning For Efficient VLMs", 2026, arXiv 2604.11530. Reconstructed from
+its abstract and from what others built after it: the share of energy and the mass budget are theirs.
+
+Shape suffixes: B batch, I image tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Tokens
+from pumer.reducers.registry import register
+from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
+from pumer.reducers.spectral import leverage
+
+FEATURES = ("encoder", "states")
+
+
+@register
+@dataclass(frozen=True)
+class SVDPrune(Selector):
+    """Keep the image tokens of the highest statistical leverage on the directions that hold most of the energy.
+
+    On CUDA the eigen-decomposition makes the host wait once.
+
+    Args:
+        energy: share of the spectral energy (squared singular values) that the directions hold.
+        mass: keep only the fewest tokens whose leverage adds up to this share, and no more than `keep`; None keeps as
+            many as `keep` says.
+        features: "encoder", its output before the projector, or the "states" that the language model is given.
+        center: subtract the image's mean feature first. Without it the strongest direction is close to that mean.
+        normalize: scale every feature to length 1 first, so that tokens of large norm count no more than others.
+    """
+
+    name = "svd-prune"
+    energy: float = 0.9
+    mass: float | None = None
+    features: str = "encoder"
+    center: bool = False
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, share in (("energy", self.energy), ("mass", self.mass)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name} is a share between 0 and 1, not {share}")
+        if self.features not in FEATURES:
+            raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"features_BND"} if self.features == "encoder" else ())
+
+    @property
+    def leaves_gaps(self) -> bool:
+        return self.mass is not None
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        valid_BI = candidates(tokens)
+        x_BID = encoded(tokens, "features_BND") if self.features == "encoder" else image_states(tokens)
+        if self.center:
+            count_B11 = valid_BI.sum(1)[:, None, None].clamp_min(1)
+            x_BID = (x_BID - x_BID.sum(1, keepdim=True) / count_B11) * valid_BI[..., None]
+        if self.normalize:
+            x_BID = torch.nn.functional.normalize(x_BID, dim=-1)
+        leverage_BI = leverage(x_BID, self.energy)
+        if self.mass is not None:
+            falling = leverage_BI.sort(1, descending=True).values
+            kept_B = torch.minimum(kept_B, (falling.cumsum(1) < self.mass).sum(1) + 1)
+        return best(leverage_BI, valid_BI, kept_B)

@@ -1,0 +1,67 @@
+"""VisionZip: dominant tokens, and contextual ones that the rest is merged into.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
+
+Shape suffixes: B batch, I image tokens, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Tokens
+from pumer.reducers.budget import portion
+from pumer.reducers.greedy import cosines
+from pumer.reducers.plan import DROPPED, Plan
+from pumer.reducers.registry import register
+from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+
+
+@register
+@dataclass(frozen=True)
+class VisionZip(Selector):
+    """Keep the image tokens that the encoder attends to most, and merge the others into evenly spaced ones of theirs.
+
+    What is merged into a token is averaged and then added to it, as published: it comes out about twice as long as it
+    was. The published budget counts the encoder's [CLS], which is handed to the language model there and is not here.
+
+    Args:
+        contextual: share of the kept tokens that others are merged into. Published: 10 of 64, 20 of 128, 30 of 192.
+        saliency: attention of the "class" token, or that "received" from all.
+    """
+
+    name = "visionzip"
+    contextual: float = 0.15625
+    saliency: str = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_saliency(self.saliency)
+        if not 0 <= self.contextual <= 1:
+            raise ValueError(f"contextual is a share in [0, 1], not {self.contextual}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SALIENCY[self.saliency], "keys_BNC"})
+
+    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+        valid_BI = candidates(tokens)
+        contextual_B = portion(self.contextual, kept_B)
+        dominant_BI = best(encoded(tokens, SALIENCY[self.saliency]), valid_BI, kept_B - contextual_B)
+
+        rest_BI = valid_BI & ~dominant_BI
+        place_BI = rest_BI.long().cumsum(1) - 1
+        step_B1 = (rest_BI.sum(1) // contextual_B.clamp_min(1)).clamp_min(1)[:, None]
+        target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B[:, None])
+
+        similarity = cosines(encoded(tokens, "keys_BNC")).masked_fill(~target_BI[:, None], -torch.inf)
+        keeping = Plan.keep(dominant_BI | target_BI, most)
+        joined_BI = torch.where(contextual_B[:, None] > 0, keeping.slot_BN.gather(1, similarity.argmax(2)), DROPPED)
+        merged_BI = rest_BI & ~target_BI
+        slot_BI = torch.where(merged_BI, joined_BI, keeping.slot_BN)
+        count_BK = Plan(slot_BI, keeping.weight_BN, keeping.mask_BK).total(merged_BI.float())
+        share_BI = 1 / count_BK.gather(1, slot_BI.clamp_min(0)).clamp_min(1)
+        return Plan(slot_BI, torch.where(merged_BI, share_BI, 1.0), keeping.mask_BK)

@@ -1,0 +1,119 @@
+"""FasterVLM and VisPruner: what the vision encoder's [CLS] attends to, and what differs from the rest.
+
+Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (VisPruner),
+ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (FasterVLM),
+2024. Both arXiv 2412.01818.
+
+Shape suffixes: B batch, I image tokens, L places in the list of remaining ones, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.base import Tokens
+from pumer.reducers.greedy import cosines
+from pumer.reducers.matching import rank
+from pumer.reducers.registry import register
+from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+
+AT_ONCE = 8
+"""Tokens that VisPruner removes between two comparisons, as published."""
+
+
+@register
+@dataclass(frozen=True)
+class FasterVLM(Selector):
+    """Keep the image tokens that the vision encoder attends to most.
+
+    Args:
+        saliency: attention of the "class" token, or that "received" from all.
+    """
+
+    name = "fastervlm"
+    saliency: str = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_saliency(self.saliency)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({SALIENCY[self.saliency]})
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
+
+
+@register
+@dataclass(frozen=True)
+class VisPruner(FasterVLM):
+    """Keep the image tokens attended to most, and of the others those that are left when duplicates are removed.
+
+    Args:
+        important: share of the kept tokens that are chosen by attention. Published: 0.5, at 64 tokens 0.75.
+    """
+
+    name = "vispruner"
+    important: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise ValueError(f"important is a share in [0, 1], not {self.important}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"features_BND"}
+
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        valid_BI = candidates(tokens)
+        place_BI = rank(encoded(tokens, SALIENCY[self.saliency]).masked_fill(~valid_BI, -torch.inf))
+        important_B = (kept_B * self.important).long()  # rounded down, as published
+        important_BI = valid_BI & (place_BI < important_B[:, None])
+
+        # A list of the others, from most to least attended, that loses its duplicates.
+        order_BL = place_BI.argsort(1)
+        start_BL = torch.arange(order_BL.shape[1], device=order_BL.device) + important_B[:, None]
+        list_BL = order_BL.gather(1, start_BL.clamp_max(max(order_BL.shape[1] - 1, 0)))
+        left_B = valid_BI.sum(1) - important_B
+        list_BL = _without_duplicates(
+            cosines(encoded(tokens, "features_BND")), list_BL, left_B, kept_B - important_B, valid_BI.shape[1] - most
+        )
+        places = torch.arange(list_BL.shape[1], device=list_BL.device)
+        diverse_BI = torch.zeros_like(valid_BI).long()
+        stays_BL = (places < (kept_B - important_B)[:, None]).long()
+        return important_BI | diverse_BI.scatter_add(1, list_BL, stays_BL).bool()
+
+
+def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wanted_B: Tensor, most: int) -> Tensor:
+    """The list after its first `left_B` tokens have been thinned out to `wanted_B`, which stand in front.
+
+    Up to eight at a time are removed, those at even places that are most like one at an odd place. The survivors at
+    even places, by rising similarity, and then the odd ones make up the next list.
+
+    Args:
+        most: the largest number of tokens that any row has to lose.
+    """
+    rows = torch.arange(len(list_BL), device=list_BL.device)[:, None]
+    # Below sixteen tokens a step can only take half of them: up to four steps more.
+    for _ in range(-(-most // AT_ONCE) + 4 if most else 0):
+        length = list_BL.shape[1]
+        real_BL = torch.arange(length, device=list_BL.device) < left_B[:, None]
+        even, odd = list_BL[:, ::2], list_BL[:, 1::2]
+        alike = cosine_BII[rows[..., None], even[:, :, None], odd[:, None]]
+        alike = alike.masked_fill(~real_BL[:, None, 1::2], -torch.inf).amax(2)
+        removed_B = torch.minimum(left_B - wanted_B, left_B // 2).clamp(0, AT_ONCE)
+
+        # Sort keys: even survivors by similarity, real odd places, then what has gone.
+        goes = rank(alike.masked_fill(~real_BL[:, ::2], -torch.inf)) < removed_B[:, None]
+        key_BL = torch.empty_like(list_BL, dtype=cosine_BII.dtype)
+        key_BL[:, ::2] = alike.masked_fill(goes | ~real_BL[:, ::2], torch.inf)
+        key_BL[:, 1::2] = torch.full_like(key_BL[:, 1::2], 2.0).masked_fill(~real_BL[:, 1::2], torch.inf)
+        moving = (removed_B > 0)[:, None]
+        list_BL = torch.where(moving, list_BL.gather(1, key_BL.argsort(dim=1, stable=True)), list_BL)
+        left_B = left_B - removed_B
+    return list_BL
