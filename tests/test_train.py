@@ -354,6 +354,13 @@ def test_a_new_meter_trains_on_retrieval_in_published_groups(tokenizer, tmp_path
     assert pumer.active(load(tmp_path / "meter/model")).reducer.layers == (0, 1)
 
 
+def test_a_new_meter_pads_as_its_tokenizer_does(tokenizer):
+    config = METER | {"text_config": METER["text_config"] | {"pad_token_id": 1}}
+    settings = ModelSettings(kind="MeterForQuestionAnswering", tokenizer=tokenizer, config=config, max_length=24)
+    with pytest.raises(ValueError, match="the tokenizer pads with 0, METER's text encoder takes 1"):
+        prepare(settings, TASK)
+
+
 # --- what a training starts from ---
 
 

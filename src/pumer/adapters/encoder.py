@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, Step
+from pumer.adapters.base import Patch, Step, extent
 from pumer.reducers import Plan, Tokens
 
 BUCKET = 8
@@ -104,7 +104,8 @@ def reduce(
         plan = reducer.plan(tokens)
         text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
         if reducer.leaves_gaps and patch.trim and not torch.compiler.is_compiling():
-            plan, text = plan.cut(text, BUCKET)
+            lengths = _used(plan.mask_BK, text)
+            plan, text = plan.cut(text, lengths), lengths[0]
     if patch.steps is not None and not tower:
         patch.steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
     reduced = replace(
@@ -115,6 +116,20 @@ def reduce(
         plan=plan if axis.plan is None else axis.plan.then(plan),
     )
     return plan.reduce(states_BND), reduced, plan
+
+
+def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
+    """Slots of the text, the first `text` ones, and of the image up to the last that is filled, in whole buckets.
+
+    The one place in the layers where the host reads anything, for reducers alone that leave it to the data.
+    """
+    slots = mask_BK.shape[1]
+    lengths = torch.stack(
+        [extent(mask_BK[:, :text]) if text else mask_BK.new_zeros((), dtype=torch.int64), extent(mask_BK[:, text:])]
+    ).tolist()
+    limits = (text, slots - text)
+    whole = [min(-(-length // BUCKET) * BUCKET, limit) for length, limit in zip(lengths, limits, strict=True)]
+    return whole[0], whole[1]
 
 
 def hear(

@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 
 import pumer
+from pumer.bench.run import Device
 from pumer.data.text import TextTransform
 from pumer.data.transforms import load_transform
 from pumer.hub import load
@@ -21,9 +22,11 @@ from pumer.tasks.base import Collator
 ReducerSettings = str | dict[str, Any] | None
 
 
-def open_model(model: str, reducer: ReducerSettings) -> PreTrainedModel:
+def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
     """A saved model with its own reduction in force, or with another one where `reducer` is given."""
-    net = load(model_folder(model), dtype=torch.float32)  # shipped in half precision, which CPUs are slow at
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    # Shipped in half precision, which CPUs are slow at.
+    net = load(model_folder(model), dtype=torch.float32, device=place)
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()

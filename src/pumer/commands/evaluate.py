@@ -10,6 +10,7 @@ from rich.console import Console
 
 import pumer
 from pumer.bench.records import append, environment
+from pumer.bench.run import Device
 from pumer.commands.common import ReducerSettings, open_model, open_task, print_metrics
 from pumer.evaluate import Result, evaluate, predict, take, write_samples
 from pumer.reducers import to_dict
@@ -25,6 +26,7 @@ def evaluate_(
     reducer: ReducerSettings = None,
     batch_size: int = 32,
     limit: int | None = None,
+    device: Device = "auto",
     blind: Blind = None,
     samples: str | None = None,
     record: str | None = None,
@@ -38,13 +40,14 @@ def evaluate_(
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
         batch_size: examples at a time.
         limit: only the first so many examples.
+        device: "auto" takes a CUDA device if there is one.
         blind: show the model the "text" alone, every image a grey square, or the "image" alone, every text "a picture":
             what it still gets right, it needs no look, or no question, for. The baseline proper is a model that was
             trained so too, with the same option.
         samples: file to write with one JSON line per example.
         record: CSV file to add a row to, with settings, machine and versions.
     """
-    net = open_model(model, reducer)
+    net = open_model(model, reducer, device)
     collator = replace(open_task(model, net, task), blind=blind)
     examples = collator.task.examples(split)
     examples = take(examples, range(len(examples))[:limit])
@@ -67,6 +70,7 @@ def predict_(
     split: str = "test2015",
     reducer: ReducerSettings = None,
     batch_size: int = 32,
+    device: Device = "auto",
     engine: Engine = "plain",
     workers: int | None = None,
     address: str | None = None,
@@ -80,11 +84,12 @@ def predict_(
         split: which part of its data.
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
         batch_size: examples at a time.
+        device: "auto" takes a CUDA device if there is one.
         engine: "ray" spreads the work over a Ray cluster.
         workers: of Ray; its GPUs, or 2, if not given.
         address: of the Ray cluster; one is started on this machine if not given.
     """
-    net = open_model(model, reducer)
+    net = open_model(model, reducer, device)
     collator = open_task(model, net, task)
     examples = collator.task.examples(split)
     if engine == "ray":
@@ -114,5 +119,5 @@ def _row(
         **metric,
         "details": json.dumps(details | ({"blind": blind} if blind else {})),
         "batch_size": batch_size,
-        **environment(),
+        **environment(net.device),
     }

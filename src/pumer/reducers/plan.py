@@ -112,31 +112,16 @@ class Plan:
         index = None if self.index_BK is None else self.index_BK[:, :slots]
         return Plan(self.slot_BN[:, :tokens], self.weight_BN[:, :tokens], self.mask_BK[:, :slots], index)
 
-    def cut(self, text: int, multiple: int) -> tuple[Plan, int]:
-        """Without the slots at the end of the text and of the image that stay empty in every sample.
+    def cut(self, text: int, lengths: tuple[int, int]) -> Plan:
+        """Without the slots at the end of the text and of the image, the first `text` slots being the text's.
 
-        The host reads two numbers for it.
-
-        Args:
-            text: slots of the text, the first ones.
-            multiple: lengths are rounded up to multiples of this, as far as there are slots.
-
-        Returns:
-            the plan, and the slots of its text.
+        `lengths` is how many of each stay; those that go must be empty.
         """
-        parts = self.mask_BK[:, :text], self.mask_BK[:, text:]
-        used = [
-            (part * torch.arange(1, part.shape[1] + 1, device=part.device)).amax((0, 1))
-            for part in parts
-            if part.numel()
-        ]
-        whole = iter(torch.stack(used).tolist()) if used else iter(())
-        lengths = [min(-(-next(whole) // multiple) * multiple, part.shape[1]) if part.numel() else 0 for part in parts]
-        index = torch.arange(self.slots, device=self.mask_BK.device)
-        index = torch.cat([index[: lengths[0]], index[text : text + lengths[1]]])
-        moved = torch.where(self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN)
-        kept = None if self.index_BK is None else self.index_BK[:, index]
-        return Plan(moved, self.weight_BN, self.mask_BK[:, index], kept), lengths[0]
+        numbers = torch.arange(self.slots, device=self.mask_BK.device)
+        kept = torch.cat([numbers[: lengths[0]], numbers[text : text + lengths[1]]])
+        slot_BN = torch.where(self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN)
+        index_BK = None if self.index_BK is None else self.index_BK[:, kept]
+        return Plan(slot_BN, self.weight_BN, self.mask_BK[:, kept], index_BK)
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by another one that acts on its slots."""

@@ -82,7 +82,14 @@ def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedMo
     _check_fit(net, the_task)
     named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
     shipped = presets.SHIPPED / named
-    return net, AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named), the_task
+    tokenizer = AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named)
+    padding = getattr(net.config, "text_config", net.config).pad_token_id
+    if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
+        raise ValueError(  # RoBERTa counts its positions by it
+            f"the tokenizer pads with {tokenizer.pad_token_id}, METER's text encoder takes {padding} for padding: give "
+            f"model.config.text_config.pad_token_id {tokenizer.pad_token_id}"
+        )
+    return net, tokenizer, the_task
 
 
 def read_model(path: str, image_size: int | None = None, kind: str | None = None) -> PreTrainedModel:
