@@ -17,9 +17,9 @@ LAYERS = [
     {"_version"},
     {"reducers"},
     {"adapters", "models"},
-    {"", "api", "presets", "hub", "report"},
+    {"", "api", "presets", "hub", "report", "report_llm"},
     {"tasks", "data", "bench", "viz"},
-    {"evaluate", "score", "train"},
+    {"evaluate", "score", "study", "train", "tune"},
     {"cli", "commands", "app"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict
 
 SHIPPED = Path(__file__).parent / "assets"
 """Folder of what comes with the package: small trained models, sample photographs."""
+
+_FILES = (".yaml", ".yml", ".json")
 
 PRESETS: dict[str, Reducer] = {
     "vilt-vqav2": PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=(2, 5, 8)),
@@ -27,19 +31,35 @@ PRESETS["meter-vqav2-tower"] = Compose(tower=ToMe(r=36, depth=11), inside=PRESET
 
 
 def preset(name: str) -> Reducer:
-    """The reducer of that name; raises ValueError listing the known ones."""
+    """The reducer of that name, or in a YAML or JSON file; raises ValueError listing the known names."""
+    if name.endswith(_FILES):
+        return _read_file(Path(name))
     if name not in PRESETS:
-        raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(
+            f"no preset is named {name!r}; there are {', '.join(PRESETS)}, and files ending in {', '.join(_FILES)}"
+        )
     return PRESETS[name]
 
 
 def read_reducer(settings: str | dict[str, Any] | Reducer) -> Reducer:
-    """A reducer from a preset's or a reducer's name, or from `{"reducer": name, setting: value, ...}`."""
+    """A reducer from a preset's or a reducer's name, a file, or from `{"reducer": name, setting: value, ...}`."""
     if isinstance(settings, Reducer):
         return settings
     if isinstance(settings, dict):
         return from_dict(settings)
-    return PRESETS[settings] if settings in PRESETS else from_dict({"reducer": settings})
+    if settings in PRESETS or settings.endswith(_FILES):
+        return preset(settings)
+    return from_dict({"reducer": settings})
+
+
+def _read_file(file: Path) -> Reducer:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+        return from_dict(settings)
+    except OSError:
+        raise ValueError(f"there is no preset file {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no reducer, which has `reducer: NAME` and its settings: {error}") from error
 
 
 def model_folder(model: str | Path) -> Path:

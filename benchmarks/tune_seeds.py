@@ -1,0 +1,42 @@
+"""Whether what `pumer tune` accepts holds: python benchmarks/tune_seeds.py OUT [RUNS] [HELD_OUT] [OPTION VALUE ...].
+
+Tunes scenes-vilt RUNS times with other seeds of search and questions, each in a folder of its own in OUT, and measures
+what the found setting loses on HELD_OUT other questions. Options are those of `pumer tune`. A run that was stopped goes
+on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pumer
+from pumer.cli import main
+from pumer.commands.common import open_model, open_task
+from pumer.presets import read_reducer
+from pumer.tune.examples import Pool
+from pumer.tune.sequential import PairedDrop
+
+out = Path(sys.argv[1])
+runs, held_out = (int(value) for value in (*sys.argv[2:4], *("10", "8000")[len(sys.argv[2:4]) :]))
+options = sys.argv[4:] or ["--max_drop", "1.0"]
+bound = float(options[options.index("--max_drop") + 1])
+net = pumer.remove(open_model("scenes-vilt", None))
+held = 0
+for seed in range(1, runs + 1):
+    task = json.dumps({"name": "scenes", "questions": 24000, "seed": seed})
+    folder = out / str(seed)
+    arguments = ["--model", "scenes-vilt", "--out", str(folder), "--task", task, "--seed", str(seed)]
+    if main(["tune", *arguments, "--resume", "true", *options]):
+        continue
+    collator = open_task("scenes-vilt", net, {"name": "scenes", "questions": held_out, "seed": 1000 + seed})
+    pool = Pool(collator.task.examples("test"), collator, 32, held_out)
+    scores = []
+    for reducer in (pumer.Unreduced(), read_reducer(str(folder / "reducer.yaml"))):
+        with pumer.reduced(net, reducer):
+            scores.append([score for batch in pool.scores(net, range(held_out // 32)) for score in batch])
+    test = PairedDrop(0.05)
+    test.update(a - b for a, b in zip(*scores, strict=True))
+    held += 100 * test.mean <= bound
+    interval = f"{100 * test.mean:.2f} ({100 * test.lower:.2f} to {100 * test.upper:.2f})"
+    print(f"seed {seed}: loses {interval} held out", flush=True)
+print(f"{held} of {runs} within {bound:g} points")

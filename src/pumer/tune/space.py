@@ -1,0 +1,160 @@
+"""The settings that are searched: ratios x layers x text merging x merging in the tower."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import pumer
+from pumer.adapters import find
+from pumer.reducers import Compose, PuMer, Reducer, ToMe
+
+
+@dataclass
+class Grid:
+    """Values of each setting; every combination is a point.
+
+    Args:
+        prune: shares of the image tokens to prune at each reducing layer.
+        merge: shares of the image tokens to merge away there.
+        merge_text: shares of the text tokens to merge away there.
+        layers: lists of reducing layers; one to three in a row or every other, from early to late, if not given.
+        tower: image tokens to merge away in every layer of the vision tower, 0 for none; by default 0, 2, 4 and 6 %
+            of the patches where there is a tower.
+    """
+
+    prune: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
+    merge: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4])
+    merge_text: list[float] = field(default_factory=lambda: [0.0, 0.2])
+    layers: list[list[int]] | None = None
+    tower: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid: the settings of PuMer, and the tokens that ToMe merges in every layer of the tower."""
+
+    prune: float
+    merge: float
+    merge_text: float
+    layers: tuple[int, ...]
+    tower: int = 0
+    tower_depth: int = 0
+
+    @property
+    def reducer(self) -> Reducer:
+        """The reducer with these settings; raises ValueError for impossible ones."""
+        inside = PuMer(self.prune, self.merge, self.merge_text, self.layers)
+        return Compose(ToMe(self.tower, self.tower_depth), inside) if self.tower else inside
+
+    @property
+    def name(self) -> str:
+        """The settings in a line."""
+        layers = "-".join(map(str, self.layers))
+        tower = f" tower {self.tower}" if self.tower else ""
+        return f"prune {self.prune:g} merge {self.merge:g} text {self.merge_text:g} layers {layers}{tower}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The points of a grid that a model can be reduced by.
+
+    Args:
+        axes: every setting's values, in rising order (schedules from early to late).
+        points: the possible combinations.
+        impossible: the others, by name, with the reason.
+    """
+
+    axes: dict[str, list[Any]]
+    points: tuple[Point, ...]
+    impossible: dict[str, str]
+
+    def indices(self, point: Point) -> dict[str, int]:
+        """Place of a point on each axis."""
+        return {name: values.index(getattr(point, name)) for name, values in self.axes.items()}
+
+
+def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
+    """All points of a grid for a model.
+
+    Args:
+        grid: values of each setting.
+        model: the model to reduce, which nothing reduces yet and nothing does afterwards.
+        skip_impossible: leave out settings that do not fit the model, instead of refusing them.
+
+    Raises:
+        ValueError: for settings that do not fit the model, naming them, and where nothing is left to search.
+    """
+    adapter = find(model)
+    tower_depth = adapter.tower_depth(model)
+    axes: dict[str, list[Any]] = {
+        "prune": sorted(set(grid.prune)),
+        "merge": sorted(set(grid.merge)),
+        "merge_text": sorted(set(grid.merge_text)),
+        "layers": [tuple(x) for x in (schedules(adapter.depth(model)) if grid.layers is None else grid.layers)],
+        "tower": sorted(set(_tower_steps(model) if grid.tower is None else grid.tower)),
+    }
+    empty = [name for name, values in axes.items() if not values]
+    if empty:
+        raise ValueError(f"the grid has no values for {', '.join(empty)}: give one or more")
+    points, impossible = [], {}
+    for values in itertools.product(*axes.values()):
+        point = Point(**dict(zip(axes, values, strict=True)), tower_depth=tower_depth)
+        if not any((point.prune, point.merge, point.merge_text, point.tower)):
+            continue  # reduces nothing
+        try:
+            pumer.apply(model, point.reducer)
+            points.append(point)
+        except ValueError as error:
+            impossible[point.name] = str(error)
+        finally:
+            pumer.remove(model)
+    if impossible and not skip_impossible:
+        name, reason = next(iter(impossible.items()))
+        raise ValueError(
+            f"{len(impossible)} settings of the grid are impossible ({', '.join(list(impossible)[:5])}"
+            f"{', ...' if len(impossible) > 5 else ''}); of {name}: {reason}. Change the grid, or skip them with "
+            "--skip_impossible true"
+        )
+    if not points:
+        raise ValueError("no setting of the grid reduces anything: give ratios above 0 that fit the model")
+    return Space(axes, tuple(points), impossible)
+
+
+def milder(points: Sequence[Point]) -> np.ndarray:
+    """[N, N], true where the point of the row reduces nowhere more than that of the column, and is another one.
+
+    No ratio of it is higher, and at no depth has it reduced more often. Of two points neither may be the milder one.
+    """
+    last = max(layer for point in points for layer in point.layers)
+    columns = [[getattr(p, name) for p in points] for name in ("prune", "merge", "merge_text", "tower")]
+    columns += [[sum(layer <= depth for layer in p.layers) for p in points] for depth in range(last + 1)]
+    less = ~np.eye(len(points), dtype=bool)
+    for values in map(np.array, columns):
+        less &= values[:, None] <= values[None, :]
+    return less
+
+
+def schedules(depth: int) -> list[tuple[int, ...]]:
+    """One, two and three reducing layers, a sixth of the depth apart, from every such layer on."""
+    step = max(1, round(depth / 6))
+    starts = range(step - 1 if step > 1 else 0, depth - 1, step)
+    return [
+        tuple(range(start, start + count * step, step))
+        for start in starts
+        for count in (1, 2, 3)
+        if start + (count - 1) * step < depth
+    ]
+
+
+def _tower_steps(model: nn.Module) -> list[int]:
+    adapter = find(model)
+    if not adapter.tower_depth(model):
+        return [0]
+    rows, columns = adapter.default_grid(model)
+    return sorted({round(share * rows * columns) for share in (0.0, 0.02, 0.04, 0.06)})

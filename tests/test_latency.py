@@ -1,0 +1,124 @@
+"""The latency model: least squares without negative costs, amounts of work, prediction of times it can know."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pumer
+from pumer import PuMer, ToMe
+from pumer.bench import latency
+from pumer.bench.latency import LatencyModel, calibrate, calibration_reducers, fit, nonnegative_least_squares, work
+from pumer.bench.run import FUSED
+from pumer.bench.timing import Timing
+from pumer.reducers import Compose, Uniform
+from tiny import FAMILIES, batch
+from tiny import model as tiny_model
+
+
+def slow_nonnegative(matrix, target):
+    """The best of the solutions over every set of columns: what least squares under x >= 0 must come down to."""
+    best, columns = np.zeros(matrix.shape[1]), range(matrix.shape[1])
+    for chosen in itertools.chain.from_iterable(itertools.combinations(columns, n) for n in range(1, len(columns) + 1)):
+        found = np.zeros(matrix.shape[1])
+        found[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
+        if (found >= 0).all() and np.linalg.norm(matrix @ found - target) < np.linalg.norm(matrix @ best - target):
+            best = found
+    return best
+
+
+@given(seed=st.integers(0, 10**6), columns=st.integers(1, 5))
+def test_least_squares_without_negatives(seed, columns):
+    generator = np.random.default_rng(seed)
+    matrix, target = generator.normal(size=(8, columns)), generator.normal(size=8)
+    found, slow = nonnegative_least_squares(matrix, target), slow_nonnegative(matrix, target)
+    assert (found >= 0).all()
+    assert np.linalg.norm(matrix @ found - target) == pytest.approx(np.linalg.norm(matrix @ slow - target), abs=1e-8)
+
+
+def test_equal_columns_do_no_harm():
+    column = np.arange(1.0, 6.0)
+    found = nonnegative_least_squares(np.stack([column, column], 1), 3 * column)
+    assert found.sum() == pytest.approx(3)
+
+
+def reports(family):
+    """Reports of a family's tiny model: unreduced and with every calibration reducer."""
+    net = tiny_model(FAMILIES[family])
+    found = [pumer.report(net)]
+    for reducer in calibration_reducers(net).values():
+        with pumer.reduced(net, reducer):
+            found.append(pumer.report(net))
+    return net, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_reducers_fit_the_model_and_tell_terms_apart(family):
+    _, found = reports(family)
+    amounts = [work(report, 2) for report in found]
+    assert {name for one in amounts for name, amount in one.items() if amount} == {
+        name for name in amounts[0] if family == "METER" or "tower" not in name
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_machine_that_is_as_modelled_is_predicted_exactly(family):
+    net, found = reports(family)
+    costs = {name: 10.0 ** -(3 + place % 4) for place, name in enumerate(work(found[0], 1))}
+    truth = LatencyModel(costs)
+    timed = [(one, n) for one in found for n in (2, 4)]
+    model = fit([work(*forward) for forward in timed], [truth.seconds(*forward) for forward in timed])
+    held_out = [Uniform(prune=0.4, layers=(1, 2)), PuMer(0.2, 0.3, 0.2, layers=(0, 2)), ToMe(r=3, depth=3)]
+    for reducer in held_out:
+        with pumer.reduced(net, reducer):
+            planned = pumer.report(net)
+        assert model.seconds(planned, 3) == pytest.approx(truth.seconds(planned, 3), rel=0.05)
+
+
+def test_work_counts_what_is_there():
+    net = tiny_model("MeterForQuestionAnswering")
+    with pumer.reduced(net, Compose(ToMe(r=4, depth=2), PuMer(0.25, 0.0, 0.0, layers=(1,)))):
+        planned = pumer.report(net, text=10)
+    done = work(planned, 3)
+    assert planned.tower == (37, 33, 29, 29)
+    assert planned.lengths == ((10, 29), (10, 29), (10, 22), (10, 22), (10, 22))
+    assert done["reductions"] == 3
+    assert done["reduced tokens"] == 3 * (37 + 33 + 39)
+    assert done["tower pairs"] == 3 * (37**2 + 33**2 + 29**2)
+    assert done["tokens"] == 3 * (39 + 32 + 32 + 32)
+    assert done["reducer"] == 3 * planned.parts["reducer"]
+
+
+def test_a_tower_that_was_never_timed_is_refused():
+    _, joint = reports("ViLT")
+    _, towers = reports("METER")
+    model = fit([work(one, 2) for one in joint], [1.0] * len(joint))
+    with pytest.raises(ValueError, match="tower"):
+        model.seconds(towers[0], 2)
+
+
+def test_times_are_shares_of_the_unreduced_forward_of_the_same_round(monkeypatch):
+    def slower_and_slower(calls, runs, warmup, device, progress):
+        for call in calls.values():
+            call()
+        return {name: Timing(tuple((1 if name == FUSED else 0.5) * k for k in (1, 2, 9))) for name in calls}
+
+    monkeypatch.setattr(latency, "alternate", slower_and_slower)
+    seconds, planned = latency.measure(tiny_model(), batch(), {"half": PuMer(layers=(1,))}, runs=3)
+    assert seconds == {FUSED: 2.0, "half": 1.0}
+    assert planned["half"].entry == planned[FUSED].entry == planned[FUSED].lengths[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_runs_and_leaves_the_model_alone(family):
+    kind = FAMILIES[family]
+    net = tiny_model(kind)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model = calibrate(net, batch(kind), runs=1)
+    assert min(model.costs.values()) >= 0
+    assert max(model.costs.values()) > 0
+    assert pumer.active(net) is None
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
