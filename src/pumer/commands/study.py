@@ -1,0 +1,41 @@
+"""`pumer study`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from pumer.study import read_study, run
+from pumer.study.run import Only
+
+
+def study_(
+    file: str,
+    out: str = "results",
+    scratch: str = "runs",
+    skip_impossible: bool = False,
+    keep_models: bool = False,
+    only: Only = None,
+) -> None:
+    """Compare methods at many settings: train and score every point, then write tables and draw plots.
+
+    Stopped at any moment and started again, it goes on where it was; no point is lost or computed twice.
+
+    Args:
+        file: YAML file of the study; see `pumer.study.Study` for what it holds.
+        out: folder for NAME.csv, with a row per point, NAME.md, and the plots as PNG and SVG.
+        scratch: folder for `study-NAME`, where trainings lie until they have their row.
+        skip_impossible: leave settings out that the model cannot have, instead of refusing the study.
+        keep_models: keep the models of finished points in `scratch`.
+        only: "plan" says which points there are, what they cost and how long they will take; "plots" writes tables
+            and plots of the rows there are.
+    """
+    console = Console()
+    run(
+        read_study(file),
+        out,
+        scratch=scratch,
+        skip_impossible=skip_impossible,
+        keep_models=keep_models,
+        only=only,
+        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+    )

@@ -1,0 +1,164 @@
+"""From rows to settings and curves, and what can be said of the difference between two methods.
+
+Every point of a study is scored on the same examples, so that two of them are compared cluster by cluster (a cluster
+is usually a picture), which tells far smaller differences than the intervals of either. Two things are left to chance:
+which examples were drawn, and which seed trained. Both are in every interval: the first by the cluster-robust variance
+of the mean (Liang and Zeger, 1986), the second by the variance over the seeds of a setting, pooled over the study.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pumer.study.results import unpack_scores
+
+Axis = Callable[["Setting"], float | None]
+"""A number of a setting, None where it is not known."""
+_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The rows of one setting of a method, one per seed, and their means.
+
+    Args:
+        method: its name.
+        label: what tells it from the method's other settings.
+        rows: of the results.
+        speed: the row of the speeds, None if it was not timed.
+        scores: sum of the scores of every cluster, mean over the seeds.
+        counts: examples of every cluster.
+    """
+
+    method: str
+    label: str
+    rows: tuple[dict[str, Any], ...]
+    speed: dict[str, Any] | None
+    scores: np.ndarray
+    counts: np.ndarray
+
+    def mean(self, column: str) -> float:
+        """The mean of a column over the seeds."""
+        return float(np.mean([row[column] for row in self.rows]))
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return float(100 * self.scores.sum() / self.counts.sum())
+
+    @property
+    def speed_up(self) -> float | None:
+        """Against unreduced, measured; None if it was not."""
+        return None if self.speed is None else float(self.speed["x_unreduced"])
+
+    @property
+    def flops_ratio(self) -> float:
+        """How many times fewer FLOPs than unreduced."""
+        return self.mean("unreduced_gflops") / self.mean("gflops")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of accuracies in points, with its 95 % interval."""
+
+    value: float
+    half_width: float
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two is above, as far as the interval tells."""
+        if abs(self.value) <= self.half_width:
+            return "no telling"
+        return "above" if self.value > 0 else "below"
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} ± {self.half_width:.1f}"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A place on a curve: settings and their weights, which sum to one."""
+
+    parts: tuple[tuple[Setting, float], ...]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Sum of the scores of every cluster."""
+        return np.sum([weight * setting.scores for setting, weight in self.parts], axis=0)
+
+    def training_variance(self, seed_variance: float) -> float:
+        """Of the accuracy, from the seeds; `seed_variance` is that of one training."""
+        return sum(weight**2 * seed_variance / len(setting.rows) for setting, weight in self.parts)
+
+
+def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()) -> list[Setting]:
+    """Results put together over the seeds, in the order in which they appear, with their speeds."""
+    speed = {row["setting"]: row for row in speeds}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["setting"]), []).append(row)
+    made = []
+    for (method, name), group in groups.items():
+        tables = np.stack([unpack_scores(row["scores"]) for row in group])
+        scores, counts = tables[:, 0].mean(0), tables[0, 1]
+        made.append(Setting(method, group[0]["label"], tuple(group), speed.get(name), scores, counts))
+    return made
+
+
+def seed_variance(settings: Iterable[Setting]) -> float | None:
+    """Variance of the accuracy over trainings with other seeds, in squared points; None if all have one seed alone."""
+    groups = [[row["accuracy"] for row in setting.rows] for setting in settings]
+    freedom = sum(len(group) - 1 for group in groups)
+    return sum(float(np.var(group)) * len(group) for group in groups) / freedom if freedom else None
+
+
+def half_width(setting: Setting, variance: float | None) -> float:
+    """Half of the 95 % interval of a setting's accuracy, in points; `variance` is that of the seeds."""
+    return _half_width(setting.scores, setting.counts, (variance or 0.0) / len(setting.rows))
+
+
+def difference(one: Mix, other: Mix, variance: float | None) -> Difference:
+    """Accuracy of one place on a curve less that of another, in points."""
+    counts = one.parts[0][0].counts
+    apart = one.scores - other.scores
+    trained = sum(mix.training_variance(variance or 0.0) for mix in (one, other))
+    return Difference(float(100 * apart.sum() / counts.sum()), _half_width(apart, counts, trained))
+
+
+def at(setting: Setting) -> Mix:
+    """A setting as a place on a curve."""
+    return Mix(((setting, 1.0),))
+
+
+def place(curve: Sequence[Setting], axis: Axis, where: float) -> Mix | None:
+    """The place on a curve where `axis` has a value, between the two settings next to it; None beyond its ends."""
+    known = [(value, setting) for setting in curve if (value := axis(setting)) is not None]
+    ordered = sorted(known, key=lambda pair: pair[0])
+    for (low, left), (high, right) in pairwise(ordered):
+        if low <= where <= high and low < high:
+            share = (where - low) / (high - low)
+            return Mix(((left, 1 - share), (right, share)))
+    return None
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Numbers of the points (cost, accuracy) for which no other costs no more and is as accurate or more, by cost."""
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
+        if not front or points[number][1] > points[front[-1]][1]:
+            front.append(number)
+    return front
+
+
+def _half_width(scores: np.ndarray, counts: np.ndarray, training: float) -> float:
+    """Of the 95 % interval of a mean score, in points; `training` is a variance in squared points that is added."""
+    total, clusters = counts.sum(), len(counts)
+    residual = scores - scores.sum() / total * counts
+    drawn = float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
+    return _95 * math.sqrt(100**2 * drawn + training)

@@ -1,0 +1,222 @@
+"""What one model with one reducer is worth and costs: accuracy, speed, FLOPs, memory, tokens.
+
+Shape suffixes: B batch, N tokens, K slots.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+import pumer
+from pumer.adapters.base import Step
+from pumer.bench.memory import peak_activations
+from pumer.bench.overhead import overhead_share
+from pumer.bench.timing import alternate
+from pumer.data.images import KeepAspect
+from pumer.data.text import TextTransform
+from pumer.data.transforms import load_transform
+from pumer.evaluate import evaluate, model_inputs, paired
+from pumer.hub import load
+from pumer.presets import model_folder
+from pumer.reducers import EMBEDDINGS, from_dict
+from pumer.report import GIGA, TOWERS, last_forward_macs, report
+from pumer.study.results import pack_scores
+from pumer.tasks import build
+from pumer.tasks.base import Collator, Example
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured.
+
+    Args:
+        model: with a reducer in force, `Unreduced` for none.
+        collator: the task's, with the model's transforms.
+        batches: inputs that it is timed on.
+    """
+
+    model: PreTrainedModel
+    collator: Collator
+    batches: tuple[dict[str, Any], ...] = ()
+
+    def on(self, examples: Sequence[Example], batch_size: int) -> Subject:
+        """The same, timed on these examples."""
+        batches = []
+        for start in range(0, len(examples), batch_size):
+            batch = self.collator(examples[start : start + batch_size])
+            batches.append(paired(self.model, model_inputs(batch), batch.get("texts_per_image", 1)))
+        return replace(self, batches=tuple(batches))
+
+    def run(self) -> None:
+        """A forward of every batch."""
+        with torch.inference_mode():
+            for batch in self.batches:
+                self.model(**batch)
+
+
+def read_subject(
+    folder: str, task: dict[str, Any], reducer: dict[str, Any] | None = None, image_size: int | None = None
+) -> Subject:
+    """A saved model and what it needs for a task.
+
+    Args:
+        folder: of the model, or a shipped one's name.
+        task: `name` and settings.
+        reducer: name and settings; the one that the model was saved with if not given.
+        image_size: side of the pictures in pixels; the one that the model was saved with if not given.
+
+    Raises:
+        ValueError: for a reducer that does not fit the model.
+    """
+    path = model_folder(folder)
+    model = load(path, dtype=torch.float32)  # shipped in half precision, which CPUs are slow at
+    patch = pumer.active(model)
+    saved = pumer.Unreduced() if patch is None else patch.reducer
+    pumer.apply(model, saved if reducer is None else from_dict(reducer))
+    transform: Any = load_transform(path)
+    if image_size is not None:
+        side = "shorter" if isinstance(transform, KeepAspect) else "size"
+        transform = replace(transform, **{side: image_size})
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    length = min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    built = build(task, list(model.config.id2label.values()))
+    return Subject(model.eval(), Collator(built, TextTransform(tokenizer, length), transform))
+
+
+def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    """The columns on accuracy."""
+    result = evaluate(one.model, examples, one.collator, batch_size=batch_size)
+    metric = {name: result.metric.pop(name) for name in ("accuracy", "accuracy_low", "accuracy_high")}
+    bare = [replace(example, images=()) for example in examples]
+    right = [one.collator.task.score(result.predictions[example.id], example) for example in bare]
+    return {
+        "examples": result.examples,
+        **metric,
+        "details": json.dumps(result.metric),
+        "scores": pack_scores(right, [example.cluster for example in bare]),
+    }
+
+
+def cost(one: Subject, base: Subject, count: int) -> dict[str, Any]:
+    """The columns on FLOPs, memory and tokens, next to the unreduced model; `count` examples are in the batches."""
+    whole, towers = macs(one, count)
+    mean, spread = _tokens(one)
+    text, image = mean[1:].mean(0)
+    return {
+        "gflops": round(2 * whole / GIGA, 5),
+        "gflops_towers": round(2 * towers / GIGA, 5),
+        "unreduced_gflops": round(2 * macs(base, count)[0] / GIGA, 5),
+        "peak_bytes": _peak(one),
+        "unreduced_peak_bytes": _peak(base),
+        "average_text": round(float(text), 2),
+        "average_image": round(float(image), 2),
+        "image_spread": round(float(spread[1:, 1].mean()), 2),
+        "tokens": json.dumps(mean.round(2).tolist()),
+        "tokens_spread": json.dumps(spread.round(2).tolist()),
+    }
+
+
+def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
+    """The columns on speed; the unreduced model takes turns with this one.
+
+    Args:
+        one: what is timed.
+        base: the unreduced model.
+        count: examples in the batches of either.
+        runs: timed ones.
+    """
+    times = alternate({"base": base.run, "one": one.run}, runs)
+    mine = times["one"]
+    gains = [slow / fast for slow, fast in zip(times["base"].seconds, mine.seconds, strict=True)]
+    return {
+        "examples": count,
+        "runs": runs,
+        "examples_per_s": round(count / mine.median, 2),
+        **{name: round(getattr(mine, name.removesuffix("_s")), 5) for name in ("median_s", "p20_s", "p80_s")},
+        "x_unreduced": round(statistics.median(gains), 4),
+        "x_low": round(float(np.quantile(gains, 0.2)), 4),
+        "x_high": round(float(np.quantile(gains, 0.8)), 4),
+        "overhead": round(overhead_share(one.model, one.run, runs=3), 4),
+    }
+
+
+def _peak(one: Subject) -> int:
+    """Bytes of the activations of the first batch at their peak."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return one.model(**one.batches[0])
+
+    return peak_activations(call)
+
+
+def macs(one: Subject, count: int) -> tuple[int, int]:
+    """Mean multiply-accumulates per example, padding that is run included, and those of the towers among them."""
+    whole = towers = 0
+    for batch in one.batches:
+        with torch.inference_mode():
+            one.model(**batch)
+        patch = pumer.active(one.model)
+        assert patch is not None
+        assert patch.entry is not None
+        text, image, _ = patch.entry
+        rows = len(batch["input_ids"])
+        parts = report(one.model, text, image).parts
+        whole += rows * last_forward_macs(one.model)
+        towers += rows * sum(parts.get(name, 0) for name in TOWERS)
+    return round(whole / count), round(towers / count)
+
+
+def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the rows of their (text, image) tokens, padding not counted: [layers + 1, 2].
+
+    Before the first layer and after every one.
+    """
+    counts: defaultdict[int, list[Tensor]] = defaultdict(list)
+    depth = 0
+    for batch in one.batches:
+        with pumer.trace(one.model) as steps, torch.inference_mode():
+            one.model(**batch)
+        patch = pumer.active(one.model)
+        assert patch is not None
+        depth = len(patch.lengths) - 1
+        passes = 1 if batch["pixel_values"].ndim == 4 else batch["pixel_values"].shape[1]
+        taken = {layer: [step for step in steps if step.layer == layer] for layer in range(EMBEDDINGS, depth)}
+        now = [_entry(batch, one.model.config.patch_size, number) for number in range(passes)]
+        for layer in range(EMBEDDINGS, depth):
+            now = [_left(step) for step in taken[layer]] or now
+            counts[layer] += now
+    layers = [torch.cat(counts[layer]).double() for layer in range(EMBEDDINGS, depth)]
+    mean = torch.stack([layer.mean(0) for layer in layers])
+    spread = torch.stack([layer.std(0, correction=0) for layer in layers])
+    return mean.numpy(), spread.numpy()
+
+
+def _entry(batch: dict[str, Any], patch_size: int, number: int) -> Tensor:
+    """(text, image) tokens of every row at the entry, of its picture with this number: int64 [B, 2]."""
+    mask = batch["pixel_mask"]
+    mask = mask if mask.ndim == 3 else mask[:, number]
+    patches = mask[:, ::patch_size, ::patch_size].flatten(1).sum(1) + 1
+    text = batch["attention_mask"].sum(1)
+    return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)
+
+
+def _left(step: Step) -> Tensor:
+    """(text, image) tokens that a reduction left in every row: int64 [B, 2]."""
+    plan, slots = step.plan, step.plan.slots
+    filled = []
+    for part in (plan.slot_BN[:, : step.text], plan.slot_BN[:, step.text :]):
+        used = torch.zeros(len(part), slots + 1, dtype=torch.bool, device=part.device)
+        used.scatter_(1, torch.where(part < 0, slots, part), True)
+        filled.append((used[:, :slots] & (plan.mask_BK > 0)).sum(1))
+    return torch.stack(filled, dim=1)

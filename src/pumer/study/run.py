@@ -1,0 +1,263 @@
+"""A study from its file to its tables and plots: every point once, whatever happens in between."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from pumer.bench.records import append
+from pumer.bench.timing import alternate
+from pumer.evaluate import take
+from pumer.reducers import Unreduced, from_dict, to_dict
+from pumer.report import align
+from pumer.study.curves import settings_of
+from pumer.study.measure import cost, macs, read_subject, score, speed
+from pumer.study.plots import plot
+from pumer.study.points import Point, Study
+from pumer.study.results import COLUMNS, SPEED_COLUMNS, read_rows, read_speeds, row
+from pumer.study.tables import markdown
+from pumer.study.training import expected_seconds, train_point
+from pumer.tasks.base import Example, Task, replacing
+
+Only = Literal["plan", "plots"] | None
+"""Part of the work: only say what there is to do, or only draw what there is."""
+Say = Callable[[str], None]
+_TRIED = 2  # examples that every setting is tried on before anything is trained
+_WAIT = 60.0
+
+
+def run(
+    study: Study,
+    out: str | Path,
+    *,
+    scratch: str | Path = "runs",
+    skip_impossible: bool = False,
+    keep_models: bool = False,
+    only: Only = None,
+    say: Say = print,
+) -> None:
+    """Train and score the points of a study that have no row yet, time its settings, write tables, draw plots.
+
+    It may be killed at any moment: started again, it goes on with the training it was at. Speeds are taken after all
+    trainings, in one process; to take them anew, on a quieter machine for example, delete their file.
+
+    Args:
+        study: what is compared.
+        out: folder for NAME.csv, NAME-speed.csv, NAME.md and the plots.
+        scratch: folder for `study-NAME`, where trainings lie until their points are finished.
+        skip_impossible: leave settings out that the model cannot have, instead of refusing the study.
+        keep_models: keep the models of finished points.
+        only: see `Only`.
+        say: is told what happens.
+
+    Raises:
+        ValueError: for impossible settings, foreign rows, and trainings that fail; the first two before anything runs.
+    """
+    out = Path(out)
+    results, speeds = out / f"{study.name}.csv", out / f"{study.name}-speed.csv"
+    if only != "plots":
+        work = _Work(study, results, speeds, Path(scratch) / f"study-{study.name}", skip_impossible, say)
+        if only == "plan":
+            say(work.plan())
+            return
+        with _locked(work.folder) as lock:
+            work.look()  # again, if another process has worked at it meanwhile
+            work.score(lock, keep_models)
+            work.time()
+            if not keep_models:
+                for point in work.points:
+                    shutil.rmtree(work.folder / point.id, ignore_errors=True)
+    rows, times = read_rows(results, study.name), read_speeds(speeds, study.name)
+    if not rows:
+        raise ValueError(f"{results} has no results yet")
+    plots = plot(settings_of(rows, times), out, study.name)
+    with replacing(out / f"{study.name}.md") as text:
+        text.write(markdown(rows, times, study.reference, [path.name for path in plots]))
+    say(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
+
+
+class _Work:
+    """What a study still has to do; all that can be wrong with it shows when it is made."""
+
+    def __init__(
+        self, study: Study, results: Path, speeds: Path, folder: Path, skip_impossible: bool, say: Say
+    ) -> None:
+        self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
+        points, wrong = study.candidates()
+        base = read_subject(study.model, study.task, to_dict(Unreduced()))
+        self.examples = _examples(study, base.collator.task)
+        self.timed = self.examples[: study.timed]
+        self.base = base.on(self.timed, study.batch_size)
+        self.macs = _try(study, points, self.examples[:_TRIED], wrong)
+        if wrong and not skip_impossible:
+            raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
+        for reason in wrong:
+            say(f"left out: {reason}")
+        self.points = [point for point in points if point.setting in self.macs]
+        self.expected = self._expected(self.look())
+        say(
+            f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of them done; "
+            f"about {_duration(sum(self.expected.values()))} to go"
+        )
+
+    def look(self) -> list[dict[str, Any]]:
+        """See in the files what is left; returns the results there are."""
+        rows = read_rows(self.results, self.study.name, self.points)
+        done = {found["id"] for found in rows}
+        taken = {found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)}
+        self.left = [point for point in self.points if point.id not in done]
+        settings = {point.setting: point for point in reversed(self.points)}  # with the first seed
+        self.untimed = [settings[name] for name in self.macs if name not in taken]
+        for point in self.untimed:
+            if point.id in done and _by_weights(point) and not self._model(point).is_dir():
+                raise ValueError(
+                    f"the speed of {point} is that of its weights, which are gone: take its line out of "
+                    f"{self.results} too"
+                )
+        return rows
+
+    def plan(self) -> str:
+        """Every setting, with how many times fewer FLOPs it has than the unreduced model."""
+        settings = {point.setting: point for point in self.points}
+        whole = self.macs[self.points[0].setting]
+        table = [("method", "setting", "x fewer FLOPs", "seeds")]
+        for name, point in settings.items():
+            seeds = sum(other.setting == name for other in self.points)
+            table.append((point.method, point.label, f"{whole / self.macs[name]:.2f}", str(seeds)))
+        return "\n".join(align(table, left=2))
+
+    def score(self, lock: IO[str], keep_models: bool) -> None:
+        """Train and score what is left, a row for each."""
+        study = self.study
+        for point in _shown(self.left, self.expected):
+            start = time.perf_counter()
+            if point.recipe is not None:
+                train_point(point, self.folder / point.id, study.processes, lock)
+            trained = time.perf_counter() - start
+            if point.recipe is not None:
+                one = read_subject(str(self._model(point)), study.task)
+            else:
+                one = read_subject(study.model, study.task, point.reducer, point.image_size)
+            one = one.on(self.timed, study.batch_size)
+            measured = score(one, self.examples, study.batch_size) | cost(one, self.base, len(self.timed))
+            measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
+            measured["seconds"] = round(time.perf_counter() - start, 1)
+            append(self.results, [row(study, point, COLUMNS, measured)])
+            if keep_models or (point in self.untimed and _by_weights(point)):
+                for checkpoint in self._model(point).parent.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+            else:
+                shutil.rmtree(self.folder / point.id, ignore_errors=True)
+
+    def time(self) -> None:
+        """Time every setting that has no speed yet, next to the unreduced model, in this one process."""
+        study = self.study
+        with Progress(transient=True) as progress:
+            for point in progress.track(self.untimed, description="timing"):
+                if _by_weights(point):
+                    one = read_subject(str(self._model(point)), study.task)
+                else:
+                    one = read_subject(study.model, study.task, point.reducer, point.image_size)
+                one = one.on(self.timed, study.batch_size)
+                measured = speed(one, self.base, len(self.timed), study.runs)
+                append(self.speeds, [row(study, point, SPEED_COLUMNS, measured)])
+
+    def _model(self, point: Point) -> Path:
+        return self.folder / point.id / "training" / "model"
+
+    def _expected(self, done: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """About how many seconds what is left takes, by point, and by setting to time.
+
+        From the points that are done, or from one step and one run.
+        """
+        once = alternate({"base": self.base.run}, runs=2, warmup=1)["base"].median
+        took: dict[bool, list[float]] = {True: [], False: []}
+        for found in done:
+            took[bool(found["training"])].append(found["seconds"])
+        training: dict[str, float] = {}
+        expected = {}
+        for point in self.left:
+            trained = point.recipe is not None
+            if took[trained]:
+                expected[point.id] = statistics.mean(took[trained])
+                continue
+            if trained and point.method not in training:
+                training[point.method] = expected_seconds(point, self.base, self.study.processes)
+            scored = once * (len(self.examples) / len(self.timed) + 4)
+            expected[point.id] = scored + training.get(point.method, 0.0)
+        return expected | {point.setting: once * (2 * self.study.runs + 8) for point in self.untimed}
+
+
+def _by_weights(point: Point) -> bool:
+    """Whether the speed depends on what was trained, because the data decide how many tokens stay."""
+    return point.recipe is not None and from_dict(point.reducer).leaves_gaps
+
+
+def _examples(study: Study, task: Task) -> list[Example]:
+    """What is scored, in memory but for images that lie in files."""
+    every = task.examples(study.split)
+    count = len(every) if study.examples is None else study.examples
+    if not 0 < count <= len(every):
+        raise ValueError(f"{study.split} has {len(every)} examples, not {count}")
+    return take(every, range(count))
+
+
+def _try(study: Study, points: Sequence[Point], examples: Sequence[Example], wrong: list[str]) -> dict[str, int]:
+    """Multiply-accumulates of every setting that fits the model; what is wrong with the others goes into `wrong`."""
+    costs: dict[str, int] = {}
+    for point in {point.setting: point for point in points}.values():
+        try:
+            one = read_subject(study.model, study.task, point.reducer, point.image_size)
+            costs[point.setting], _ = macs(one.on(examples, len(examples)), len(examples))
+        except ValueError as error:
+            wrong.append(f"{point.method}, {point.label}: {error}")
+    return costs
+
+
+def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
+    """The points, with a bar that tells which it is, of how many, and how long the rest will take."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}{task.fields[left]}"))
+    start, expected = time.perf_counter(), 0.0
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("", total=len(left), left="")
+        for number, point in enumerate(left):
+            # As far as it was off so far, the expectation will be off again.
+            ratio = (time.perf_counter() - start) / expected if expected else 1.0
+            rest = ratio * sum(seconds[other.id] for other in left[number:])
+            progress.update(bar, description=str(point), left=f", about {_duration(rest)} left")
+            yield point
+            expected += seconds[point.id]
+            progress.advance(bar)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[IO[str]]:
+    """Keep the scratch folder to this process; a training that outlived a killed study is waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="utf-8") as file:
+        end = time.monotonic() + _WAIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise ValueError(f"another study works in {folder}: wait until it has ended") from None
+                time.sleep(0.2)
+        yield file
+
+
+def _duration(seconds: float) -> str:
+    """A duration in words."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,191 @@
+"""The results of a study in words and tables, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pumer.study.curves import Axis, Difference, Setting, at, difference, half_width, place, seed_variance, settings_of
+from pumer.study.points import BASELINE
+
+MATCHED_FROM, MATCHED_STEP = 1.3, 0.1
+_NOTES = """\
+* Accuracy: in percent, mean over the seeds, with its 95 % interval. Δ: in points, of the same examples, which makes
+  its interval narrower than those of the two accuracies. Intervals cover the choice of examples and, where there are
+  several seeds, that of the seed.
+* x unreduced: how many times the speed of the unreduced model with the same fused attention, the two taking turns in
+  one process; median of the rounds, and from the 20th to the 80th percentile. What the unreduced model is off 1
+  against itself is the noise of the machine. "Without overhead" leaves out the time of choosing and reducing.
+* GFLOPs: per example, two per multiply-accumulate, padding that is run and the reducer's own included.
+* Tokens: text + image, mean after a layer over all layers and examples; ±: standard deviation of the image tokens
+  over the examples, where a method decides by example.
+* MiB: peak of the activations of a batch.
+"""
+
+
+def markdown(
+    rows: Sequence[dict[str, Any]],
+    speeds: Sequence[dict[str, Any]],
+    reference: str | None,
+    plots: Sequence[str] = (),
+) -> str:
+    """All tables of a study.
+
+    Args:
+        rows: of the results, at least one.
+        speeds: rows of the speeds.
+        reference: the method that the others are compared with.
+        plots: file names of the pictures to show.
+    """
+    settings = settings_of(rows, speeds)
+    first = rows[0]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    lines = [
+        f"# {first['study']}",
+        "",
+        f"Model {first['model']}, task `{first['task']}`, {first['examples']} examples of {first['split']}; "
+        f"{'trained' if first['training'] else 'nothing trained'}, seeds {', '.join(map(str, seeds))}; "
+        f"batches of {first['batch_size']}.",
+        f"Results: {_machines(rows)}. Speeds: {_machines(speeds)}.",
+        "",
+        *_points(settings, reference),
+        "",
+        _NOTES,
+    ]
+    for title, axis in (("measured speed-up", _speed_up), ("FLOPs ratio", _flops_ratio)):
+        lines += matched(settings, reference, title, axis)
+    lines += [f"![{name}]({name})" for name in plots]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def matched(settings: Sequence[Setting], reference: str | None, title: str, axis: Axis) -> list[str]:
+    """Accuracy of the reference less that of every other method where `axis` is the same for both, as lines.
+
+    Between two settings of a method a curve is straight; beyond its ends there is none. Nothing where there are no two
+    curves.
+    """
+    curves: dict[str, list[Setting]] = {}
+    for setting in settings:
+        curves.setdefault(setting.method, []).append(setting)
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    if reference not in curves or len(curves) < 2:
+        return []
+    variance = seed_variance(settings)
+    rivals = [name for name in curves if name != reference]
+    longest = max(axis(setting) or 0.0 for setting in curves[reference])
+    table = [["", f"{reference}, accuracy", *(f"less {name}" for name in rivals)]]
+    verdicts: dict[str, dict[str, list[str]]] = {name: {"below": [], "no telling": [], "above": []} for name in rivals}
+    for step in range(int((longest - MATCHED_FROM) / MATCHED_STEP + 1e-9) + 1 if longest >= MATCHED_FROM else 0):
+        where = round(MATCHED_FROM + step * MATCHED_STEP, 2)
+        mine = place(curves[reference], axis, where)
+        if mine is None:
+            continue
+        counts = mine.parts[0][0].counts
+        row = [f"{where:.1f}x", f"{100 * mine.scores.sum() / counts.sum():.1f}"]
+        for name in rivals:
+            other = place(curves[name], axis, where)
+            apart = None if other is None else difference(mine, other, variance)
+            row.append(_cell(apart))
+            if apart is not None:
+                verdicts[name][apart.verdict].append(f"{where:.1f}x")
+        table.append(row)
+    said = []
+    for name, found in verdicts.items():
+        parts = [f"{verdict} at {', '.join(places)}" for verdict, places in found.items() if places]
+        said.append(f"* {reference} against {name}: {'; '.join(parts) or 'the curves have no part in common'}.")
+    return [
+        f"## {reference} at the same {title}",
+        "",
+        "Points of accuracy, with their 95 % intervals; between settings a curve is straight.",
+        "",
+        *_table(table),
+        "",
+        *said,
+        "",
+    ]
+
+
+def _points(settings: Sequence[Setting], reference: str | None) -> list[str]:
+    """One line per setting."""
+    variance = seed_variance(settings)
+    base = next((setting for setting in settings if setting.method == BASELINE), None)
+    same = [setting for setting in settings if setting.method == reference]
+    mine = same[0] if len(same) == 1 and reference != BASELINE else None  # of a curve no setting stands for the method
+    towers = any(setting.mean("gflops_towers") for setting in settings)
+    head = ["method", "setting", "accuracy (95 %)", "Δ unreduced", f"Δ {reference}", "examples/s"]
+    head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", "without towers", "MiB", "tokens", "seeds"]
+    left_out = {name for name, shown in ((head[3], base), (head[4], mine), (head[9], towers)) if not shown}
+    table = [head]
+    for setting in settings:
+        margin = half_width(setting, variance)
+        table.append(
+            [
+                setting.method,
+                setting.label,
+                f"{setting.accuracy:.1f} ({max(setting.accuracy - margin, 0):.1f} - "
+                f"{min(setting.accuracy + margin, 100):.1f})",
+                _against(setting, base, variance),
+                _against(setting, mine, variance),
+                *_speeds(setting.speed),
+                f"{setting.mean('gflops'):.3g} ({setting.flops_ratio:.2f})",
+                _without_towers(setting),
+                f"{setting.mean('peak_bytes') / 2**20:.1f}",
+                _tokens(setting),
+                str(len(setting.rows)),
+            ]
+        )
+    kept = [number for number, name in enumerate(head) if name not in left_out]
+    return _table([[row[number] for number in kept] for row in table])
+
+
+def _against(setting: Setting, other: Setting | None, variance: float | None) -> str:
+    return "" if other is None or setting is other else str(difference(at(setting), at(other), variance))
+
+
+def _speeds(speed: dict[str, Any] | None) -> tuple[str, str, str]:
+    if speed is None:
+        return "", "", ""
+    x = speed["x_unreduced"]
+    return (
+        f"{speed['examples_per_s']:.1f}",
+        f"{x:.2f} ({speed['x_low']:.2f} - {speed['x_high']:.2f})",
+        f"{x / (1 - speed['overhead']):.2f}",
+    )
+
+
+def _machines(rows: Sequence[dict[str, Any]]) -> str:
+    """What rows were obtained with, and when."""
+    names = ("cpu", "cores", "threads", "gpu", "torch", "transformers")
+    found = {", ".join(f"{name} {row[name]}" for name in names if row[name] != "") for row in rows}
+    dates = sorted({row["date"] for row in rows})
+    return "; ".join(sorted(found)) + f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if rows else "not timed"
+
+
+def _without_towers(setting: Setting) -> str:
+    towers = [setting.mean(name) for name in ("gflops", "gflops_towers")]
+    return f"{towers[0] - towers[1]:.3g}"
+
+
+def _tokens(setting: Setting) -> str:
+    text, image = setting.mean("average_text"), setting.mean("average_image")
+    spread = setting.mean("image_spread")
+    return f"{text:.0f} + {image:.0f}" + (f" ± {spread:.0f}" if spread >= 0.5 else "")
+
+
+def _cell(apart: Difference | None) -> str:
+    if apart is None:
+        return "no curve"
+    return f"**{apart}**" if apart.value <= 0 else str(apart)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|---" * len(rows[0]) + "|", *body]
+
+
+def _speed_up(setting: Setting) -> float | None:
+    return setting.speed_up
+
+
+def _flops_ratio(setting: Setting) -> float:
+    return setting.flops_ratio

@@ -1,0 +1,407 @@
+"""Studies: points and their ids, results in files, differences and curves, the whole on a tiny model, killed too."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import ViltConfig, ViltForQuestionAnswering
+
+import pumer
+from pumer.cli import main
+from pumer.data.images import Square
+from pumer.data.text import train_tokenizer
+from pumer.data.transforms import save_transform
+from pumer.study import read_study, run, training
+from pumer.study.curves import at, difference, half_width, pareto, place, seed_variance, settings_of
+from pumer.study.measure import _tokens, cost, read_subject
+from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, read_rows, unpack_scores
+from pumer.study.tables import markdown
+from pumer.tasks.scenes import Scenes
+
+TASK = {"name": "scenes", "questions": 24, "image_size": 32, "seed": 5}
+TRAINER = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
+TRAINER |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+TRAIN = {"task": TASK | {"seed": 0}, "distill": {"weight": 1.0}, "image": {"kind": "square", "size": 32}}
+TRAIN |= {"eval_split": None, "trainer": TRAINER}
+PUMER = {"reducer": "pumer", "prune": 0.2, "layers": [0, 1]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model as `pumer train` would leave it."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tokenizer = train_tokenizer(
+        [example.text for example in Scenes(questions=300, image_size=32).examples("train")], 150
+    )
+    names = dict(enumerate(Scenes().labels))
+    torch.manual_seed(0)
+    config = ViltConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=150,
+        max_position_embeddings=24,
+        image_size=32,
+        patch_size=8,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        initializer_range=0.3,
+    )
+    pumer.save(ViltForQuestionAnswering(config), folder)
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder)
+    save_transform(Square(32), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def study(model, tmp_path):
+    """Writes the file of a tiny study and reads it."""
+
+    def write(**changes):
+        settings = {
+            "name": "tiny",
+            "model": model,
+            "task": TASK,
+            "methods": [{"name": "PuMer", "reducer": PUMER}],
+            "batch_size": 4,
+            "timed": 8,
+            "runs": 1,
+        } | changes
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return read_study(file)
+
+    return write
+
+
+# --- points ---
+
+
+def test_points_are_all_combinations_and_the_unreduced_model(study):
+    method = {"name": "PuMer", "reducer": PUMER, "grid": {"prune": [0.1, 0.2], "merge": [0.2, 0.3]}}
+    points, wrong = study(methods=[method], train=TRAIN, seeds=[1, 2]).candidates()
+    assert not wrong
+    assert len(points) == 2 * (1 + 4)
+    assert [point.seed for point in points] == [1] * 5 + [2] * 5
+    assert points[0].method == "unreduced"
+    assert {(p.reducer["prune"], p.reducer["merge"]) for p in points[1:5]} == {
+        (0.1, 0.2),
+        (0.1, 0.3),
+        (0.2, 0.2),
+        (0.2, 0.3),
+    }
+    assert len({point.id for point in points}) == 10
+    assert len({point.setting for point in points}) == 5
+    assert points[1].label == "prune 0.1, merge 0.2"
+
+
+def test_an_id_is_of_what_matters_and_of_nothing_else(study):
+    def ids(**changes):
+        return [point.id for point in study(**changes).candidates()[0]]
+
+    base = ids(train=TRAIN)
+    assert ids(train=TRAIN, name="other", runs=3) == base
+    assert ids(train=TRAIN | {"trainer": TRAINER | {"save_steps": 5}}) == base
+    assert ids(train=TRAIN, methods=[{"name": "renamed", "reducer": dict(reversed(PUMER.items()))}]) == base
+    for changes in (
+        {"train": TRAIN | {"trainer": TRAINER | {"learning_rate": 1e-4}}},
+        {"train": TRAIN, "seeds": [2]},
+        {"train": TRAIN, "processes": 1},
+        {"train": TRAIN, "examples": 12},
+        {"train": TRAIN | {"distill": None}},
+        {},
+    ):
+        assert not set(ids(**changes)) & set(base)
+
+
+def test_a_method_changes_the_training(study):
+    methods = [
+        {"name": "PuMer", "reducer": PUMER},
+        {"name": "alone", "reducer": PUMER, "train": {"distill": None}},
+        {"name": "untrained", "reducer": PUMER, "train": False},
+        {"name": "smaller", "reducer": "none", "points": [{"image_size": 16}]},
+    ]
+    points, _ = study(methods=methods, train=TRAIN).candidates()
+    unreduced, pumered, alone, untrained, smaller = points
+    assert unreduced.recipe["distill"]["teacher"] == unreduced.recipe["model"]["path"]
+    assert pumered.recipe["reducer"] == pumered.reducer
+    assert alone.recipe["distill"] is None
+    assert untrained.recipe is None
+    assert (smaller.recipe["image"]["size"], pumered.recipe["image"]["size"]) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": [{"name": "a"}]}, "a method has name"),
+        ({"methods": [{"name": "a", "reducer": "tome", "points": [], "grid": {}}]}, "not both"),
+        ({"methods": [{"name": "unreduced", "reducer": "tome"}]}, "names of their own"),
+        ({"reference": "nothing"}, "none of the methods"),
+        ({"seeds": [1, 2]}, "a seed changes nothing"),
+        ({"colour": "red"}, "unknown"),
+        ({"runs": 0}, "runs: give at least 1"),
+        ({"methods": [{"name": "a", "reducer": "tome", "train": {"seed": 1}}]}, "has no train"),
+    ],
+)
+def test_a_bad_study_is_refused(study, changes, message):
+    with pytest.raises(ValueError, match=message):
+        study(**changes)
+
+
+def test_bad_trainings_and_equal_points_are_refused(study):
+    with pytest.raises(ValueError, match="no setting colour"):
+        study(train=TRAIN | {"colour": 1}).candidates()
+    with pytest.raises(ValueError, match="no file"):
+        study(train={"recipe": "nothing"}).candidates()
+    same = [{"name": name, "reducer": PUMER} for name in "ab"]
+    with pytest.raises(ValueError, match="the same point"):
+        study(methods=same).candidates()
+
+
+# --- results ---
+
+
+def made(method, x, scores, seed=1, label="", macs=1.0):
+    """A row of the results and one of the speeds."""
+    row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(FIGURES, 1.0)
+    name = f"{method}{x}{label}"
+    row |= {"id": f"{name}{seed}", "setting": name, "study": "tiny", "method": method, "label": label, "seed": seed}
+    row |= {"accuracy": 100 * float(np.mean(scores)), "gflops": macs, "unreduced_gflops": 1.0, "date": "2026-01-01"}
+    row |= {"gflops_towers": 0.0, "image_spread": 0.0, "scores": pack_scores(scores, range(len(scores)))}
+    speed = dict.fromkeys(SPEED_FIGURES, x) | {"setting": name, "overhead": 0.1}
+    return row, speed | {
+        name: row[name] for name in ("date", "cpu", "cores", "threads", "gpu", "torch", "transformers")
+    }
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 5)), min_size=1, max_size=30))
+def test_scores_come_back_from_their_text(pairs):
+    scores, clusters = [score / 100 for score, _ in pairs], [cluster for _, cluster in pairs]
+    sums, counts = unpack_scores(pack_scores(scores, clusters))
+    names = list(dict.fromkeys(clusters))
+    for number, name in enumerate(names):
+        mine = [score for score, cluster in zip(scores, clusters, strict=True) if cluster == name]
+        assert counts[number] == len(mine)
+        assert sums[number] == pytest.approx(sum(mine), abs=1e-9)
+
+
+def test_intervals_are_those_of_a_bootstrap_over_clusters():
+    rng = np.random.default_rng(0)
+    one, other = (settings_of([made(name, 1, list(rng.random(300) < p))[0]])[0] for name, p in (("a", 0.8), ("b", 0.7)))
+    apart = one.scores - other.scores
+    drawn = [100 * apart[rng.integers(300, size=300)].mean() for _ in range(4000)]
+    found = difference(at(one), at(other), None)
+    assert found.value == pytest.approx(100 * apart.mean())
+    assert found.half_width == pytest.approx(1.96 * np.std(drawn), rel=0.05)
+    assert half_width(one, None) == pytest.approx(
+        196 * np.sqrt(one.accuracy / 100 * (1 - one.accuracy / 100) / 300), rel=0.01
+    )
+
+
+def test_seeds_widen_the_interval():
+    accuracies = (0.5, 0.6, 0.7)
+    rows = [made("a", 1, [1] * round(10 * p) + [0] * round(10 * (1 - p)), seed)[0] for seed, p in enumerate(accuracies)]
+    (setting,) = settings_of(rows)
+    variance = seed_variance([setting])
+    assert variance == pytest.approx(np.var([50, 60, 70], ddof=1))
+    assert setting.accuracy == pytest.approx(60)
+    assert half_width(setting, variance) ** 2 == pytest.approx(half_width(setting, None) ** 2 + 1.96**2 * 100 / 3)
+    assert seed_variance(settings_of(rows[:1])) is None
+
+
+def test_a_curve_is_straight_between_its_settings_and_nothing_beyond():
+    rows, speeds = zip(*(made("a", x, [1] * n + [0] * (10 - n)) for x, n in ((1.2, 9), (2.0, 5))), strict=True)
+    curve = settings_of(rows, speeds)
+    between = place(curve, lambda setting: setting.speed_up, 1.4)
+    assert between.scores.sum() == pytest.approx(0.75 * 9 + 0.25 * 5)
+    assert place(curve, lambda setting: setting.speed_up, 1.1) is None
+    assert place(settings_of(rows), lambda setting: setting.speed_up, 1.6) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(points):
+    def beaten(x, y):
+        return any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
+
+    front = pareto(points)
+    assert {points[number] for number in front} == {point for point in points if not beaten(*point)}
+    assert [points[number][0] for number in front] == sorted({points[number][0] for number in front})
+
+
+def test_the_tables_say_where_the_reference_is_not_above():
+    def curve(method, good):
+        return [made(method, x, [1] * n + [0] * (1000 - n), macs=1 / x) for x, n in good]
+
+    pairs = [made("unreduced", 1.0, [1] * 950 + [0] * 50)]
+    pairs += curve("PuMer", [(1.2, 930), (1.8, 900)]) + curve("ToMe", [(1.2, 960), (1.5, 930), (1.8, 700)])
+    pairs += [made("single", 1.5, [1] * 900 + [0] * 100)]
+    text = markdown([row for row, _ in pairs], [speed for _, speed in pairs], "PuMer")
+    assert "PuMer against ToMe: below at 1.3x, 1.4x, 1.5x; above at 1.6x, 1.7x, 1.8x." in text
+    assert "**-1.5 ± " in text
+    assert "less single" not in text
+    assert "| 1.80 (1.80 - 1.80) | 2.00 |" in text  # with and without a tenth of overhead
+    assert text.count("## PuMer at the same") == 2
+
+
+def test_foreign_rows_and_columns_are_refused(study, tmp_path):
+    one = study()
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    file = tmp_path / "out" / "tiny.csv"
+    good = file.read_text()
+    points, _ = one.candidates()
+    assert [row["id"] for row in read_rows(file, "tiny", points)] == [point.id for point in points]
+
+    file.write_text(good + good.splitlines()[-1][:40])  # a kill in the middle of a row
+    assert len(read_rows(file, "tiny", points)) == 2
+    assert file.read_text() == good
+    for text, message in (
+        (good.replace(points[1].id, "0" * 12), "line 3, is no point"),
+        (good.replace(",PuMer,", ",other,"), "is called 'PuMer' in the study"),
+        (good + good.splitlines()[1] + "\n", "line 4, repeats"),
+        (good.replace("accuracy_low", "lowest"), "other columns"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+
+
+# --- measuring ---
+
+
+@pytest.mark.parametrize("reducer", [PUMER | {"merge": 0.3}, {"reducer": "tome", "r": 3, "depth": 3}])
+def test_tokens_and_costs_are_those_of_the_report(model, reducer):
+    examples = Scenes(questions=8, image_size=32).examples("test")[:]
+    base = read_subject(model, TASK).on(examples, 4)
+    one = read_subject(model, TASK, reducer).on(examples, 4)
+    mean, spread = _tokens(one)
+    lengths = pumer.report(one.model).lengths
+    assert mean[:, 1].tolist() == [image for _, image in lengths]
+    assert spread[:, 1].max() == 0
+    assert mean[0, 0] == pytest.approx(sum(int(b["attention_mask"].sum()) for b in one.batches) / 8)
+    alone = [_tokens(read_subject(model, TASK, reducer).on([example], 1))[0] for example in examples]
+    torch.testing.assert_close(torch.tensor(np.mean(alone, axis=0)), torch.tensor(mean))
+
+    found = cost(one, base, 8)
+    assert found["gflops"] < found["unreduced_gflops"]
+    assert found["gflops_towers"] == 0
+    assert cost(base, base, 8)["gflops"] == found["unreduced_gflops"]
+
+
+def test_smaller_pictures_cost_less(model):
+    examples = Scenes(questions=4, image_size=32).examples("test")[:]
+    small = read_subject(model, TASK, image_size=16).on(examples, 4)
+    assert small.batches[0]["pixel_values"].shape[-1] == 16
+    assert _tokens(small)[0][:, 1].tolist() == [5] * 4
+
+
+# --- the whole ---
+
+
+def test_without_training(study, tmp_path, capsys):
+    methods = [
+        {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]},
+        {"name": "smaller", "reducer": "none", "points": [{"image_size": 16}, {"image_size": 24}]},
+    ]
+    study(methods=methods, reference="PuMer")
+    words = ["study", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "runs")]
+    assert main([*words, "--only", "plan"]) == 0
+    assert "0 of them done" in (said := capsys.readouterr().out)
+    assert "prune 0.5" in said
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    results = (tmp_path / "out/tiny.csv").read_text()
+    speeds = (tmp_path / "out/tiny-speed.csv").read_text()
+    assert len(results.splitlines()) == len(speeds.splitlines()) == 6
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    plots = {f"tiny-{axis}.{kind}" for axis in ("throughput", "flops", "memory") for kind in ("png", "svg")}
+    assert names == {"tiny.csv", "tiny-speed.csv", "tiny.md"} | plots
+    assert main(words) == 0
+    assert "5 of them done" in capsys.readouterr().out
+    assert (tmp_path / "out/tiny.csv").read_text() == results
+    (tmp_path / "out/tiny.md").unlink()
+    assert main([*words, "--only", "plots"]) == 0
+    assert "| PuMer | prune 0.5 |" in (tmp_path / "out/tiny.md").read_text()
+
+
+def test_impossible_settings_are_named_before_anything_runs(study, tmp_path, capsys):
+    methods = [
+        {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.8}, {"layers": [7]}, {"x": 1}]}
+    ]
+    study(methods=methods)
+    words = ["study", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "runs")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "3 impossible settings" in said
+    assert all(text in said for text in ("prune 0.8: prune 0.8 + merge", "layers 7: pumer reduces in", "no setting x"))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists()
+    assert main([*words, "--skip_impossible", "true"]) == 0
+    assert len(read_rows(tmp_path / "out/tiny.csv", "tiny")) == 2
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_says_why(study, tmp_path):
+    bad = TRAIN | {"trainer": TRAINER | {"nothing": 1}}
+    with pytest.raises(ValueError, match=r"a training failed[\s\S]*nothing"):
+        run(study(train=bad, processes=1), tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+
+
+def results(folder):
+    """Rows without what depends on the clock."""
+    with (folder / "tiny.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if "seconds" not in name and name != "date"} for row in rows]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp_path, monkeypatch):
+    one = study(train=TRAIN, processes=1)
+
+    def here(words, processes, log, lock):
+        assert main(words) == 0
+
+    file, out, scratch = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "runs"
+    command = [sys.executable, "-m", "pumer.cli", "study", str(file), "--out", str(out), "--scratch", str(scratch)]
+    # Its first training goes on for longer than it is allowed to live.
+    env = os.environ | {"PYTHONPATH": str(Path(pumer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list(scratch.glob("study-tiny/*/training/checkpoint-2/trainer_state.json")) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "tiny.csv").exists()
+    # What a kill in the middle of writing a checkpoint leaves.
+    (folder,) = scratch.glob("study-tiny/*/training")
+    (folder / "checkpoint-9").mkdir()
+
+    resumed = []
+
+    def noting(words, processes, log, lock):
+        resumed.append(words[-1])
+        here(words, processes, log, lock)
+
+    monkeypatch.setattr(training, "launch", noting)
+    run(one, out, scratch=scratch, say=lambda text: None)
+    assert resumed == ["true", "false"]
+    assert not list(scratch.glob("study-tiny/*/training"))
+
+    monkeypatch.setattr(training, "launch", here)
+    run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)
+    assert results(out) == results(tmp_path / "unbroken")
+    untrained, _ = study().candidates()
+    run(study(), tmp_path / "start", scratch=tmp_path / "runs", say=lambda text: None)
+    assert {row["id"] for row in results(tmp_path / "start")} == {point.id for point in untrained}
+    assert results(out)[0]["details"] != results(tmp_path / "start")[0]["details"]  # it is the trained model's score
