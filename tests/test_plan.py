@@ -59,6 +59,7 @@ def tokens_of(samples, padding, seed):
         sizes_BN=torch.randint(1, 4, mask.shape, generator=generator).float(),
         grid=grid,
         patch_BN=patch,
+        states_BND=torch.randn(*mask.shape, HEADS * CHANNELS, generator=generator),
         queries_BHNC=torch.randn(heads, generator=generator),
         keys_BHNC=torch.randn(heads, generator=generator),
     )
@@ -75,6 +76,7 @@ def cut(tokens, row, sample):
         layer=tokens.layer,
         grid=(sample.rows, sample.columns),
         patch_BN=torch.cat([torch.full((sample.text + 1,), -1), here])[None],
+        states_BND=tokens.states_BND[row : row + 1, keep],
         queries_BHNC=tokens.queries_BHNC[row : row + 1, :, keep],
         keys_BHNC=tokens.keys_BHNC[row : row + 1, :, keep],
     )

@@ -26,6 +26,7 @@ def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[
         which tokens are centres, bool [B,M], and the place of each token's centre [B,M]: a centre's own is its own.
     """
     x = x_BMD.float()
+    # Not by a matrix product: near twins would be told apart by what its rounding leaves of their difference.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
     pairs = valid_BM[:, :, None] & valid_BM[:, None]
 

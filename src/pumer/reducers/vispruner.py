@@ -80,9 +80,8 @@ class VisPruner(FasterVLM):
         start_BL = torch.arange(order_BL.shape[1], device=order_BL.device) + important_B[:, None]
         list_BL = order_BL.gather(1, start_BL.clamp_max(max(order_BL.shape[1] - 1, 0)))
         left_B = valid_BI.sum(1) - important_B
-        list_BL = _without_duplicates(
-            cosines(encoded(tokens, "features_BND")), list_BL, left_B, kept_B - important_B, valid_BI.shape[1] - most
-        )
+        cosine_BII = cosines(encoded(tokens, "features_BND"))
+        list_BL = _without_duplicates(cosine_BII, list_BL, left_B, kept_B - important_B, most)
         places = torch.arange(list_BL.shape[1], device=list_BL.device)
         diverse_BI = torch.zeros_like(valid_BI).long()
         stays_BL = (places < (kept_B - important_B)[:, None]).long()
@@ -96,12 +95,14 @@ def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wan
     even places, by rising similarity, and then the odd ones make up the next list.
 
     Args:
-        most: the largest number of tokens that any row has to lose.
+        most: the largest number of tokens that any row is to keep.
     """
     rows = torch.arange(len(list_BL), device=list_BL.device)[:, None]
+    start = list_BL.shape[1]
     # Below sixteen tokens a step can only take half of them: up to four steps more.
-    for _ in range(-(-most // AT_ONCE) + 4 if most else 0):
-        length = list_BL.shape[1]
+    for step in range(-(-start // AT_ONCE) + 4 if start > most else 0):
+        length = min(start, max(start - step * AT_ONCE, most, 2 * AT_ONCE))  # no row has more left
+        list_BL = list_BL[:, :length]
         real_BL = torch.arange(length, device=list_BL.device) < left_B[:, None]
         even, odd = list_BL[:, ::2], list_BL[:, 1::2]
         alike = cosine_BII[rows[..., None], even[:, :, None], odd[:, None]]

@@ -1,0 +1,268 @@
+"""What the methods that reduce image tokens mean, in loops over one picture, by the words of their papers."""
+
+import math
+
+import numpy as np
+
+
+def top(scores, count):
+    return sorted(sorted(range(len(scores)), key=lambda token: -scores[token])[:count])
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def cosine(x):
+    return unit(x) @ unit(x).T
+
+
+def softmax(x):
+    shifted = np.exp(x - x.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def fastervlm(picture, count):
+    return top(picture.attention, count)
+
+
+def fopru(picture, count):
+    return top(picture.received, count)
+
+
+def rows_of(picture):
+    """The rows of the picture as lists of tokens, from the one received most attention on average."""
+    rows, columns = picture.grid
+    tokens = [list(range(row * columns, (row + 1) * columns)) for row in range(rows)]
+    return sorted(tokens, key=lambda row: -np.mean([picture.received[token] for token in row]))
+
+
+def fopru_row(picture, count):
+    """Whole rows, and of the first that does not fit the best."""
+    kept = []
+    for row in rows_of(picture):
+        kept += sorted(row, key=lambda token: -picture.received[token])[: count - len(kept)]
+    return sorted(kept)
+
+
+def fopru_whole_rows(picture, share):
+    rows = rows_of(picture)
+    return sorted(token for row in rows[: max(1, round(share * len(rows)))] for token in row)
+
+
+def leverage(features, energy):
+    u, s, _ = np.linalg.svd(features, full_matrices=False)
+    count = 1
+    while sum(s[:count] ** 2) < energy * sum(s**2):
+        count += 1
+    return [round(sum(u[token, :count] ** 2), 5) / count for token in range(len(features))]
+
+
+def svd_prune(picture, count, energy=0.9):
+    return top(leverage(picture.features, energy), count)
+
+
+def svd_prune_mass(picture, count, mass, energy=0.9):
+    scores = leverage(picture.features, energy)
+    falling = sorted(scores, reverse=True)
+    enough = next(n for n in range(1, len(falling) + 1) if sum(falling[:n]) >= mass)
+    return top(scores, min(count, enough))
+
+
+def energy_count(features, tau):
+    s = np.linalg.svd(features, compute_uv=False) ** 2
+    return next(count for count in range(1, len(s) + 1) if sum(s[:count]) >= tau * sum(s))
+
+
+def divprune(picture, count):
+    distance = 1 - cosine(picture.states)
+    tokens = range(picture.count)
+    nearest = {t: min((distance[t, u] for u in tokens if u != t), default=math.inf) for t in tokens}
+    kept = [max(tokens, key=nearest.get)]
+    while len(kept) < count:
+        rest = [t for t in tokens if t not in kept]
+        kept.append(max(rest, key=lambda t: min(distance[t, u] for u in kept)))
+    return sorted(kept)
+
+
+def relevance(picture, inverted=False, theta=None):
+    scores = (unit(picture.states) @ unit(picture.words).T).mean(1) * (-1 if inverted else 1)
+    scores = (scores - scores.min() + 1e-6) / (scores.max() - scores.min())
+    return scores if theta is None else np.exp(theta / (2 * (1 - theta)) * scores)
+
+
+def cdpruner(picture, count, inverted=False, theta=None):
+    """The greedy set of largest determinant, by determinants."""
+    scores = relevance(picture, inverted, theta)
+    kernel = scores[:, None] * cosine(picture.states) * scores
+    kept = []
+    while len(kept) < count:
+        rest = [t for t in range(picture.count) if t not in kept]
+        kept.append(max(rest, key=lambda t: np.linalg.slogdet(kernel[np.ix_([*kept, t], [*kept, t])])[1]))
+    return sorted(kept)
+
+
+def scope(picture, count, alpha=1.0):
+    similarity = cosine(picture.states)
+    kept, covered = [], np.zeros(picture.count)
+    while len(kept) < count:
+        rest = [t for t in range(picture.count) if t not in kept]
+        gain = {
+            t: picture.attention[t] ** alpha
+            * round(sum(max(0, s - c) for s, c in zip(similarity[t], covered, strict=True)), 5)
+            for t in rest
+        }
+        kept.append(max(rest, key=gain.get))
+        covered = np.maximum(covered, similarity[kept[-1]])
+    return sorted(kept)
+
+
+def vispruner(picture, count, important=0.5):
+    similarity = cosine(picture.features)
+    order = sorted(range(picture.count), key=lambda t: -picture.attention[t])
+    first = int(count * important)
+    kept, rest, wanted = order[:first], order[first:], count - first
+    while len(rest) > wanted and wanted > 0:
+        gone = min(8, len(rest) - wanted, len(rest) // 2)
+        even, odd = rest[::2], rest[1::2]
+        even.sort(key=lambda t: max(similarity[t, u] for u in odd))
+        rest = even[: len(even) - gone] + odd
+    return sorted(kept + (rest if wanted else []))
+
+
+def holov(picture, count, chunks):
+    size = math.ceil(picture.count / chunks)
+    parts = [list(range(start, min(start + size, picture.count))) for start in range(0, picture.count, size)]
+    attention = 1000 * picture.attention
+    variety = np.zeros(picture.count)
+    for part in parts:
+        similarity = cosine(picture.states[part])
+        np.fill_diagonal(similarity, 0)
+        others = max(len(part) - 1, 1)
+        for place, token in enumerate(part):
+            mean = sum(similarity[place]) / others
+            variety[token] = sum((one - mean) ** 2 for one in similarity[place]) / others
+    score = attention + 0.09 * variety * attention.mean() / (variety.mean() or 1)
+    means = [score[part].mean() for part in parts]
+    quota = [math.floor(count * mean / sum(means)) for mean in means]
+    for part in sorted(range(len(parts)), key=lambda p: -means[p])[: count - sum(quota)]:
+        quota[part] += 1
+    by_attention = sorted(range(picture.count), key=lambda t: -attention[t])
+    kept = [
+        t for part, number in zip(parts, quota, strict=True) for t in [u for u in by_attention if u in part][:number]
+    ]
+    return sorted(kept + [t for t in by_attention if t not in kept][: count - len(kept)])
+
+
+def dart(picture, count, pivots):
+    words = len(picture.words)
+    size = np.abs(picture.keys).sum((0, 2))
+    image = sorted(range(picture.count), key=lambda t: -size[words + t])[: min(pivots[0], count)]
+    text = sorted(range(words), key=lambda t: -size[t])[: pivots[1]]
+    states = [picture.states[t] for t in image] + [picture.words[t] for t in text]
+    kept, left = list(image), count - len(image)
+    for number, state in enumerate(states):
+        quota = left // len(states) + (number < left % len(states))
+        rest = [t for t in range(picture.count) if t not in kept]
+        kept += sorted(rest, key=lambda t: unit(picture.states[t]) @ unit(state))[:quota]
+    return sorted(kept)
+
+
+def text_attention(picture, rows):
+    """Attention to the image of some words, mean over heads and words."""
+    words, channels = len(picture.words), picture.queries.shape[2]
+    logits = picture.queries[:, rows] @ picture.keys.transpose(0, 2, 1) / math.sqrt(channels)
+    return softmax(logits)[:, :, words:].mean((0, 1))
+
+
+def pyramiddrop(picture, count):
+    return top(text_attention(picture, [len(picture.words) - 1]), count)
+
+
+def raters(picture):
+    likeness = softmax(math.sqrt(picture.states.shape[1]) * unit(picture.states) @ unit(picture.words).T).mean(0)
+    above = [word for word in range(len(likeness)) if likeness[word] > likeness.mean()]
+    return above or list(range(len(likeness)))
+
+
+def density_peaks(x, clusters):
+    """Centre of every one of these tokens."""
+    distance = np.linalg.norm(x[:, None] - x, axis=-1) / math.sqrt(x.shape[1])
+    tokens = range(len(x))
+    density = [math.exp(-np.mean(np.sort(distance[t])[:5] ** 2)) for t in tokens]
+    peak = {}
+    for t in tokens:
+        denser = [distance[t, u] for u in tokens if density[u] > density[t]]
+        peak[t] = density[t] * (min(denser) if denser else distance.max())
+    centres = sorted(tokens, key=lambda t: -peak[t])[:clusters]
+    return [t if t in centres else min(centres, key=lambda c: distance[t, c]) for t in tokens]
+
+
+def sparsevlm(picture, count, average=False):
+    """Groups of tokens with their shares, in order of the token that each group stands for."""
+    score = text_attention(picture, raters(picture))
+    kept = top(score, count)
+    groups = {t: {t: 1.0} for t in kept}
+    dropped = [t for t in range(picture.count) if t not in kept]
+    if dropped:
+        number = min(len(dropped), int(len(dropped) * 0.3 + 1e-9) + 1)
+        recycled = sorted(sorted(dropped, key=lambda t: -score[t])[:number])
+        centres = density_peaks(picture.states[recycled], min(number, number // 10 + 1))
+        for token, centre in zip(recycled, centres, strict=True):
+            groups.setdefault(recycled[centre], {})[token] = score[token] if average else 1.0
+    if average:
+        groups = {c: {t: w / sum(group.values()) for t, w in group.items()} for c, group in groups.items()}
+    return [groups[leader] for leader in sorted(groups)]
+
+
+def visionzip(picture, count, contextual):
+    extra = round(contextual * count)
+    dominant = top(picture.attention, count - extra)
+    rest = [t for t in range(picture.count) if t not in dominant]
+    similarity = cosine(picture.tower_keys)
+    targets = rest[:: max(1, len(rest) // extra)][:extra] if extra else []
+    joined = {t: [] for t in targets}
+    for token in rest:
+        if token not in targets and targets:
+            joined[max(targets, key=lambda t: similarity[token, t])].append(token)
+    groups = {t: {t: 1.0} for t in dominant}
+    groups |= {t: {t: 1.0, **{u: 1 / len(others) for u in others}} for t, others in joined.items()}
+    return [groups[leader] for leader in sorted(groups)]
+
+
+def prumerge_groups(picture, kept):
+    similarity = cosine(picture.tower_keys)
+    groups = {t: {t: 1.0} for t in sorted(kept)}
+    for token in set(range(picture.count)) - set(kept):
+        groups[max(kept, key=lambda t: similarity[token, t])][token] = picture.attention[token]
+    return [groups[leader] for leader in sorted(groups)]
+
+
+def prumerge(picture, plus):
+    first, third = np.percentile(picture.attention, 25), np.percentile(picture.attention, 75)
+    outliers = [t for t, a in enumerate(picture.attention) if a > third + 1.5 * (third - first)]
+    kept = set(outliers or top(picture.attention, 1))
+    if plus:
+        kept |= set(range(0, picture.count - 1, max(1, picture.count // len(kept) // 3)))
+    return prumerge_groups(picture, kept)
+
+
+def prumerge_fixed(picture, count):
+    kept = set(top(picture.attention, max(1, count // 4)))
+    rest = [t for t in range(picture.count) if t not in kept]
+    more = count - len(kept)
+    kept |= {rest[place] for place in range(len(rest)) if (place + 1) * more // len(rest) > place * more // len(rest)}
+    return prumerge_groups(picture, kept)
+
+
+def dymu(picture, threshold):
+    keys = picture.keys[:, len(picture.words) :].mean(0)
+    similarity = cosine(keys)
+    groups = {t: [t] for t in range(picture.count)}
+    for even in range(0, picture.count, 2):
+        odd = max(range(1, picture.count, 2), key=lambda t: similarity[even, t], default=None)
+        if odd is not None and similarity[even, odd] > threshold:
+            groups[odd].append(even)
+            del groups[even]
+    sizes = {leader: sum(picture.sizes[t] for t in group) for leader, group in groups.items()}
+    return [{t: picture.sizes[t] / sizes[leader] for t in groups[leader]} for leader in sorted(groups)]
