@@ -79,11 +79,16 @@ def cut(tokens, row, sample):
         states_BND=tokens.states_BND[row : row + 1, keep],
         queries_BHNC=tokens.queries_BHNC[row : row + 1, :, keep],
         keys_BHNC=tokens.keys_BHNC[row : row + 1, :, keep],
+        part=tokens.part,
     )
 
 
-def at(tokens, layer):
-    return Tokens(**{**vars(tokens), "layer": layer})
+def at(tokens, layer, reducer):
+    """The tokens in another layer, with what a learned reducer has trained for it."""
+    part = None
+    if reducer.learned:
+        part = reducer.learned.parts(HEADS * CHANNELS, HEADS, 4, False)[str(layer)].eval()
+    return replace(tokens, layer=layer, part=part)
 
 
 def groups(plan, row, kept=None):
@@ -100,7 +105,7 @@ def groups(plan, row, kept=None):
 @given(batch=batches())
 def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
     for layer in reducer.layers or (0,):
-        tokens = at(tokens_of(*batch), layer)
+        tokens = at(tokens_of(*batch), layer, reducer)
         plan = reducer.plan(tokens)
         batch_size, count = tokens.mask_BN.shape
         text, image = reducer.lengths(tokens.text, count - tokens.text, layer, grid=tokens.grid)
@@ -141,7 +146,7 @@ def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
 @given(batch=batches())
 def test_a_row_of_a_batch_is_planned_as_it_would_be_alone(reducer, batch):
     for layer in reducer.layers or (0,):
-        tokens = at(tokens_of(*batch), layer)
+        tokens = at(tokens_of(*batch), layer, reducer)
         plan = reducer.plan(tokens)
         for row, sample in enumerate(batch[0]):
             one = reducer.plan(cut(tokens, row, sample))
@@ -158,6 +163,31 @@ def plans(draw, count):
         return Plan.keep(slot_BN >= 0, count)
     sizes = torch.tensor([draw(st.lists(st.integers(1, 5), min_size=count, max_size=count)) for _ in range(2)])
     return Plan.merge(slot_BN, torch.ones(2, slots, dtype=torch.bool), sizes.float())
+
+
+@given(data=st.data(), text=st.integers(0, 5), image=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_a_plan_without_its_empty_slots_is_the_same(data, text, image, seed):
+    halves = [
+        Plan.keep(
+            torch.tensor(
+                data.draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=2, max_size=2)),
+                dtype=torch.bool,
+            ).view(2, count),
+            count,
+        )
+        for count in (text, image)
+    ]
+    plan = Plan.side_by_side(halves)
+    lengths = tuple(int(half.mask_BK.sum(1).max()) for half in halves)
+    assume(sum(lengths))
+    for short in (plan.cut(text, lengths), replace(plan, index_BK=None).cut(text, lengths)):
+        assert short.slots == sum(lengths)
+        x = torch.randn(2, text + image, 3, generator=torch.Generator().manual_seed(seed))
+        long = filled(plan, plan.reduce(x))
+        torch.testing.assert_close(
+            filled(short, short.reduce(x)), torch.cat([long[:, : lengths[0]], long[:, text : text + lengths[1]]], 1)
+        )
+        torch.testing.assert_close(short.expand(short.reduce(x)), plan.expand(plan.reduce(x)))
 
 
 @given(data=st.data(), count=st.integers(1, 9), seed=st.integers(0, 10**6))
