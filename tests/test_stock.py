@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.clip import modeling_clip as clip
+from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.vilt import modeling_vilt as vilt
 
@@ -46,6 +49,28 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
     (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
     (roberta.RobertaModel, "_create_attention_masks"): ("897c781af2f223e6", "_encode_text in adapters/meter.py"),
+    (cache_utils.DynamicLayer, "get_seq_length"): ("8d1f98494eff50f2", "_Length in adapters/kv_cache.py"),
+    (cache_utils.DynamicSlidingWindowLayer, "crop"): ("2bbc3c01add9a99f", "_SlidingCrop in adapters/kv_cache.py"),
+    (idefics3.Idefics3Model, "inputs_merger"): ("65beaa033ba95e55", "_merger in adapters/inside_llm.py"),
+    (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): ("a78050f93b55c837", "_deepstack in adapters/inside_llm.py"),
+} | {
+    (model, "get_placeholder_mask"): (known, "_placeholders in adapters/inside_llm.py, marks in adapters/llm.py")
+    for known, models in {
+        "125a9d7446d62bc2": (
+            transformers.LlavaModel,
+            transformers.InternVLModel,
+            transformers.PaliGemmaModel,
+            transformers.Gemma3Model,
+        ),
+        "dc8eb48fa0367d32": (transformers.LlavaNextModel, transformers.SmolVLMModel),
+        "3b5e8a3ce6008fc9": (
+            transformers.LlavaOnevisionModel,
+            transformers.Qwen2VLModel,
+            transformers.Qwen2_5_VLModel,
+            transformers.Qwen3VLModel,
+        ),
+    }.items()
+    for model in models
 }
 
 

@@ -151,7 +151,7 @@ def unreduced(model: nn.Module) -> Iterator[None]:
 
 def active(model: nn.Module) -> Patch | None:
     """What is in force on this model, None if nothing is."""
-    patch = vars(model).get(_ATTRIBUTE)
+    patch = getattr(model, _ATTRIBUTE, None)
     return patch if isinstance(patch, Patch) else None
 
 

@@ -7,19 +7,18 @@ is counted too and stands in a part of its own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pumer.adapters import Adapter, Patch, find
+from pumer.adapters.llm import DecoderAdapter
 from pumer.api import active
-from pumer.reducers import EMBEDDINGS, Reducer, Tokens, Unreduced, to_dict
+from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid
+from pumer.reducers.cost import own_macs
 
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
@@ -204,14 +203,14 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     grid = adapter.default_grid(model) if image is None else None
     entry = (default_text if text is None else text, default_image if image is None else image)
     if min(entry) < 1:
-        raise ValueError(f"a text and an image have at least 1 token each, their [CLS], not {entry[0]} and {entry[1]}")
+        raise ValueError(f"a text and an image have at least 1 token each, not {entry[0]} and {entry[1]}")
     depth, passes = adapter.depth(model), adapter.passes(model)
     reducer = Unreduced() if patch is None else patch.reducer
     tower, lengths, own = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
     layers = zip(adapter.layer_macs(model, lengths, reducer.after_layer), adapter.layer_macs(model, base), strict=True)
     ran, planned = _last_forward(patch, adapter, model)
-    return Report(
+    made = Report(
         model=type(model).__name__,
         reducer=None if patch is None else to_dict(reducer),
         entry=entry,
@@ -227,6 +226,11 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         ran=ran,
         planned=planned,
     )
+    if isinstance(adapter, DecoderAdapter):
+        from pumer.report_llm import decoding  # which builds on what is here
+
+        return decoding(model, adapter, made)
+    return made
 
 
 def last_forward_macs(model: nn.Module) -> int:
@@ -256,7 +260,9 @@ def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
     ]
 
 
-def planned_lengths(reducer: Reducer, depth: int, text: int, image: int, grid: Grid | None = None) -> Lengths:
+def planned_lengths(
+    reducer: Reducer, depth: int, text: int, image: int, grid: Grid | None = None, prefix: int = 1
+) -> Lengths:
     """(text, image) tokens before the first layer and after every one, for a model with `depth` layers.
 
     Args:
@@ -265,11 +271,12 @@ def planned_lengths(reducer: Reducer, depth: int, text: int, image: int, grid: G
         text: text tokens at the entry, [CLS] included.
         image: image tokens at the entry, [CLS] included.
         grid: rows and columns of patches, for methods that go by place.
+        prefix: structure tokens at the head of each modality.
     """
     lengths = []
     for layer in range(EMBEDDINGS, depth):
         if reducer.reduces_at(layer):
-            text, image = reducer.lengths(text, image, layer, grid=grid)
+            text, image = reducer.lengths(text, image, layer, prefix, grid)
             grid = None  # what is left is no grid any more
         lengths.append((text, image))
     return tuple(lengths)
@@ -296,12 +303,21 @@ def _plan(
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
-        spent = sum(_reducer_macs(reducer.in_tower, shape, (0, image), inside, grid, place).values())
+        spent = sum(own_macs(reducer.in_tower, shape, (0, image), inside, grid, place).values())
         first, grid = (text, tower[-1]), None if tower[-1] != image else grid
-    lengths = ran[1] if ran else planned_lengths(reducer, adapter.depth(model), *first, grid)
+    lengths = ran[1] if ran else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.prefix)
     patch = active(model)
-    own = _reducer_macs(
-        reducer, adapter.attention_shape(model), first, lengths, grid, place, adapter.crosses, patch and patch.parts
+    own = own_macs(
+        reducer,
+        adapter.attention_shape(model),
+        first,
+        lengths,
+        grid,
+        place,
+        adapter.crosses,
+        None if patch is None else patch.parts,
+        adapter.encoder_facts(model, reducer.needs, first[1], place),
+        adapter.prefix,
     )
     own[EMBEDDINGS] += spent
     return tower, lengths, own
@@ -321,11 +337,15 @@ def _last_forward(patch: Patch | None, adapter: Adapter, model: nn.Module) -> tu
     """Lengths that the last forward had, and those it had to have: in the vision tower first, if it is reduced."""
     if patch is None or patch.entry is None:
         return None, None
+    if patch.planned is not None:
+        return tuple(patch.lengths), tuple(patch.planned)
     text, image, grid = patch.entry
     tower = _planned_tower(patch.reducer, adapter, model, image, grid)
     left = grid if not tower or tower[-1] == image else None
     ran = tuple(patch.lengths)
-    planned = planned_lengths(patch.reducer, adapter.depth(model), text, tower[-1] if tower else image, left)
+    planned = planned_lengths(
+        patch.reducer, adapter.depth(model), text, tower[-1] if tower else image, left, adapter.prefix
+    )
     if patch.reducer.in_tower is not None:
         ran = (*((text, length) for length in patch.tower), *ran)
         planned = (*((text, length) for length in tower), *planned)
@@ -334,50 +354,3 @@ def _last_forward(patch: Patch | None, adapter: Adapter, model: nn.Module) -> tu
     ):
         return ran, ran  # what is planned is the most that the data may leave
     return ran, planned
-
-
-def _reducer_macs(
-    reducer: Reducer,
-    shape: tuple[int, int],
-    entry: tuple[int, int],
-    lengths: Sequence[tuple[int, int]],
-    grid: Grid | None,
-    place: str,
-    cross: bool = False,
-    parts: nn.ModuleDict | None = None,
-) -> dict[int, int]:
-    """MACs of planning and of applying the plan, before the first layer and in every one.
-
-    Counted by letting the reducer run on tokens without content, so that it holds for every method. A CPU is counted
-    as it is; for anything else tensors that have shapes and no data do.
-    """
-    heads, channels = shape
-    macs = {}
-    for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
-        if not reducer.reduces_at(layer):
-            macs[layer] = 0
-            continue
-        count = text + image
-        seen = (text, image) if cross else (count, count)
-        states = torch.ones(1, count, heads * channels, device=place)
-        heads_apart = None if layer == EMBEDDINGS else states.unflatten(-1, (heads, channels)).transpose(1, 2)
-        mask = torch.ones(1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool)
-        tokens = Tokens(
-            mask_BN=mask,
-            text=text,
-            sizes_BN=torch.ones(1, count, device=place),
-            layer=layer,
-            grid=grid,
-            patch_BN=(torch.arange(count, device=place) - text - 1).clamp_min(-1)[None],
-            states_BND=states,
-            queries_BHNC=heads_apart,
-            keys_BHNC=heads_apart,
-            attention_BHNN=torch.ones(1, heads, *seen, device=place) if reducer.needs_attention else None,
-            cross=cross,
-            part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval() if parts is not None else None,
-        )
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            reducer.plan(tokens).reduce(states)
-        macs[layer] = counter.get_total_flops() // 2
-        grid = None
-    return macs

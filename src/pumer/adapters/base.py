@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Grid
+from pumer.reducers.base import Encoder, Grid
 
 
 PARTS = "reducer_parts"
@@ -71,6 +71,8 @@ class Patch:
     is active."""
     entry: tuple[int, int, Grid | None] | None = None
     """(text, image, grid) of the last forward before anything was reduced; None if there was no forward."""
+    planned: list[tuple[int, int]] | None = None
+    """What `lengths` had to be, where a prompt of several images does not follow from `entry`."""
     tower: list[int] = field(default_factory=list)
     """Image tokens before the first layer of the vision tower and after every one, of the last forward."""
     steps: list[Step] | None = None
@@ -144,6 +146,10 @@ class Adapter:
     def settle(self, reducer: Reducer) -> Reducer:
         """The reducer as this family takes it, where a setting means something else in each."""
         return reducer
+
+    def encoder_facts(self, model: nn.Module, needs: frozenset[str], image: int, place: str) -> Encoder | None:
+        """What a reducer that needs it is told of a vision encoder, without content; for counting what it costs."""
+        return None
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         """Change the instance so that `patch.reducer` acts, recording every change in `patch`."""

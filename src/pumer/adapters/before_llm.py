@@ -59,15 +59,13 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         prefix=0,
         grid=grid,
         patch_BN=None if patch_RI is None else torch.nn.functional.pad(patch_RI, (text, 0), value=-1),
-        states_BND=states_BSD.flatten(0, 1)[flat.to(states_BSD.device)].view(*at_RN.shape, -1),
+        states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
         encoder=_encoder(pictures),
     )
     return tokens, at_RN
 
 
-def by_sample(
-    axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, int], ...]:
+def by_sample(axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """(text, image) tokens of every sample, from those of rows that each belong to a sample: images, or samples."""
     texts, images = [text for text, _ in axis.counts], [0] * len(axis.counts)
     for row, (text, image) in zip(owner, counts, strict=True):
@@ -245,9 +243,7 @@ def shift(x_BS: Tensor, step: int) -> Tensor:
     return nn.functional.pad(x_BS[:, :-step], (step, 0)) if step > 0 else nn.functional.pad(x_BS[:, -step:], (0, -step))
 
 
-def join(
-    pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int]
-) -> tuple[list[Picture], list[int]]:
+def join(pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int]) -> tuple[list[Picture], list[int]]:
     """Images of one or several crops, and the sample of each."""
     groups: list[list[int]] = []
     for number, with_last in enumerate(joined):
@@ -258,7 +254,9 @@ def join(
     made = []
     for group in groups:
         parts = [pictures[number] for number in group]
-        made.append(parts[0] if len(parts) == 1 else Picture(sum(part.length for part in parts), None, None, _end_to_end(parts)))
+        made.append(
+            parts[0] if len(parts) == 1 else Picture(sum(part.length for part in parts), None, None, _end_to_end(parts))
+        )
     return made, [owner[group[0]] for group in groups]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pumer.adapters.base import Patch
 
@@ -43,8 +42,9 @@ def check_backend(config: Any) -> None:
 
 def watch(patch: Patch, attention: nn.Module, seen: Seen) -> None:
     """Call `seen(queries [B,H,Q,C], keys [B,h,K,C])` whenever an attention module of transformers runs."""
+    registry = _registry()
     for name in BACKENDS:
-        ALL_ATTENTION_FUNCTIONS.register(_PREFIX + name, _attend)
+        registry.register(_PREFIX + name, _attend)
     patch.set(attention, "config", _Watched(attention.config, seen))
 
 
@@ -69,12 +69,19 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
     watched = module.config
     watched.seen(query, key)
     name = watched.config._attn_implementation
-    attend: Any = _eager(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    attend: Any = _eager(module) if name == "eager" else _registry()[name]
     module.config = watched.config  # kernels read it too
     try:
         return attend(module, query, key, value, *args, **kwargs)
     finally:
         module.config = watched
+
+
+def _registry() -> Any:
+    """transformers' attention functions; a file that takes seconds to import, and that every model has imported."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def _eager(module: nn.Module) -> Any:

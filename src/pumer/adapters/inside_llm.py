@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from pumer.adapters import before_llm, decoder_attention, kv_cache
 from pumer.adapters.base import Patch, Step, replace_method
 from pumer.adapters.before_llm import Look, comparable
-from pumer.adapters.prompt import Axis, Picture, gather, place, to_device
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.adapters.prompt import Axis, Picture, Run, gather, place, to_device
+from pumer.reducers import EMBEDDINGS, Tokens
+from pumer.reducers.base import Grid
 
 if TYPE_CHECKING:
     from pumer.adapters.llm import DecoderAdapter
@@ -31,39 +32,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of tokens that are not learned."""
-
-
-@dataclass
-class Run:
-    """One forward of the model on its way.
-
-    Args:
-        inputs: what the model was called with.
-        labels: those of training, if any.
-        length: tokens of the prompts, S.
-        past: tokens in the cache before them, as the model counts them.
-        pictures: images of the prompts, in order.
-        owner: sample of every image.
-        rest: tokens of every sample that no reducer sees: padding and structure tokens.
-        axis: tokens of the layer that runs; None where the call brings no images.
-        plan: from the prompt to that axis; None while nothing was reduced.
-        axes: those of every layer that has run.
-        seen: queries and keys by layer.
-        cut: masks that were cut already.
-    """
-
-    inputs: dict[str, Any]
-    labels: Tensor | None = None
-    length: int = 0
-    past: int = 0
-    pictures: list[Picture] = field(default_factory=list)
-    owner: list[int] = field(default_factory=list)
-    rest: list[int] = field(default_factory=list)
-    axis: Axis | None = None
-    plan: Plan | None = None
-    axes: list[Axis] = field(default_factory=list)
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cut: dict[Any, Any] = field(default_factory=dict)
 
 
 class Reduction:
@@ -174,6 +142,7 @@ class Reduction:
         if run.axis is not None:
             states = self._reduce(run, number - 1, states)
             run.axes.append(run.axis)
+            run.widths.append(states.shape[1])
         axis = None if run.axis is None or run.axis.whole else run.axis
         book = kv_cache.book(cache)
         held = None if book is None else book.held.get(number)
@@ -192,7 +161,14 @@ class Reduction:
         return (states, *args[1:]), kwargs
 
     def _cut(
-        self, run: Run, number: int, mask: Any, axis: Axis | None, cache: Any, held: kv_cache.Held | None, states: Tensor
+        self,
+        run: Run,
+        number: int,
+        mask: Any,
+        axis: Axis | None,
+        cache: Any,
+        held: kv_cache.Held | None,
+        states: Tensor,
     ) -> Any:
         """The attention mask of a layer, for the tokens it has and those that its cache holds."""
         columns_BK, filled_BK = _places(axis, run, states)
@@ -215,45 +191,54 @@ class Reduction:
 
     def _reduce(self, run: Run, layer: int, states_BKD: Tensor) -> Tensor:
         """States after the reducer acted after this layer; the run has their axis."""
-        reducer, axis = self.patch.reducer, run.axis
-        assert axis is not None
+        reducer = self.patch.reducer
+        assert run.axis is not None
         if not reducer.reduces_at(layer):
             return states_BKD
+        axis = run.axis.to(states_BKD.device)
         owner: Sequence[int] = range(len(axis.counts))
         before = axis.counts
+        grids: list[Grid | None] = [None] * len(owner)
         if layer == EMBEDDINGS:
             owner = run.owner
-            before = tuple((axis.counts[row][0], picture.patches) for row, picture in zip(owner, run.pictures, strict=True))
+            before = tuple(
+                (axis.counts[row][0], picture.patches) for row, picture in zip(owner, run.pictures, strict=True)
+            )
+            grids = [picture.grid for picture in run.pictures]
             tokens, at_RN = before_llm.view(axis, run.pictures, owner, states_BKD)
             own_RN = tokens.mask_BN & (torch.arange(at_RN.shape[1], device=at_RN.device) >= tokens.text)
         else:
             tokens, at_RN = self._view(run, axis, layer, states_BKD)
+            if tokens.grid is not None:
+                grids = [picture.grid for picture in run.pictures]
             own_RN = tokens.mask_BN
         # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
         with torch.no_grad():
             plan = reducer.plan(tokens)
         if self.patch.steps is not None:
             self.patch.steps.append(Step(layer, tokens.text, plan, tokens.grid, tokens.patch_BN))
-        after = [reducer.lengths(*count, layer, prefix=0, grid=tokens.grid) for count in before]
-        if reducer.leaves_gaps and self.patch.trim and not torch.compiler.is_compiling():
-            # The data have decided: the one reducer for which the host waits.
+        after = [reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)]
+        unsure = reducer.leaves_gaps
+        if unsure and self.patch.trim and not torch.compiler.is_compiling():
+            # The data have decided: the one kind of reducer for which the host waits.
+            unsure = False
             filled = plan.mask_BK.sum(1).tolist()
             after = [(text, full - text) for full, (text, _) in zip(filled, after, strict=True)]
         counts = before_llm.by_sample(axis, owner, after)
         row_R = None if layer != EMBEDDINGS else to_device(owner, at_RN.device)
         left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
         placed = place(plan, axis, row_R, at_RN, own_RN, max(left))
-        run.axis = axis.then(placed, counts, reducer.leaves_gaps or min(left) < max(left))
+        run.axis = axis.then(placed, counts, unsure or min(left) < max(left))
         if plan.index_BK is None:
             placed = replace(placed, index_BK=None)
-        run.plan = placed if run.plan is None else run.plan.then(placed)
-        return placed.to(states_BKD.device).reduce(states_BKD)
+        run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
+        return placed.reduce(states_BKD)
 
     def _view(self, run: Run, axis: Axis, layer: int, states_BKD: Tensor) -> tuple[Tokens, Tensor]:
         """What a reducer sees after a layer, one row per sample, and the places of its tokens on the axis [B,N]."""
         at_BN, valid_BN = axis.view()
         queries_BHKC, keys_BHKC = run.seen.pop(layer)
-        at = at_BN.to(states_BKD.device)
+        index_BN1 = at_BN[..., None].expand(-1, -1, states_BKD.shape[2])
         grid, patch_BN = None, None
         if axis.whole and run.owner == list(range(len(at_BN))):  # one picture each
             grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
@@ -267,9 +252,9 @@ class Reduction:
             prefix=0,
             grid=grid,
             patch_BN=patch_BN,
-            states_BND=states_BKD.gather(1, at[..., None].expand(-1, -1, states_BKD.shape[2])),
-            queries_BHNC=_of_heads(queries_BHKC, at),
-            keys_BHNC=_of_heads(keys_BHKC, at, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
+            states_BND=states_BKD.gather(1, index_BN1),
+            queries_BHNC=_of_heads(queries_BHKC, at_BN),
+            keys_BHNC=_of_heads(keys_BHKC, at_BN, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
             place_BN=at_BN if self.spec.causal else None,
         )
         return tokens, at_BN
@@ -280,7 +265,7 @@ class Reduction:
         if run is None or not run.axes:
             return None
         last = run.axes[-1]
-        self.patch.lengths = [axis.lengths for axis in (*run.axes, last)]
+        self._note(run)
         cache = output.past_key_values
         if cache is not None:
             kv_cache.write(cache, self._held(run, cache))
@@ -294,6 +279,15 @@ class Reduction:
                 for states, axis in zip(output.hidden_states, axes, strict=True)
             )
         return output
+
+    def _note(self, run: Run) -> None:
+        """Keep the lengths of the sample with the most tokens: those planned, and those that there really were."""
+        self.patch.planned, self.patch.lengths = [], []
+        for axis, width in zip((*run.axes, run.axes[-1]), (*run.widths, run.widths[-1]), strict=True):
+            more = width - max(rest + sum(count) for rest, count in zip(run.rest, axis.counts, strict=True))
+            text, image = max(axis.counts, key=sum)
+            self.patch.planned.append((text, image))
+            self.patch.lengths.append((text, image + more))
 
     def _held(self, run: Run, cache: Any) -> dict[int, kv_cache.Held]:
         """What every layer with fewer tokens holds after this run."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.before_llm import Look, Tiles, summarise
-from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers, whole
+from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.prompt import Picture
 from pumer.reducers.base import Grid
 
@@ -18,11 +18,11 @@ class InternVLAdapter(DecoderAdapter):
     """An image is one crop or several, between a token that opens and one that closes it; four patches make a token."""
 
     family = "InternVL"
-    classes = ("InternVLForConditionalGeneration", "InternVLModel")
+    classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration", "InternVLModel")
     tower_class = True
     around = (1, 1)
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         layers = tower_layers(self.trunk(model).vision_tower)
         return layers[config_of(model).vision_feature_layer].attention
 
@@ -32,12 +32,15 @@ class InternVLAdapter(DecoderAdapter):
         return rows // factor, columns // factor
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
-        known = pooled(summarise(look, self.tower_class, True), self._factor(trunk))
-        return plain(output.pooler_output, self.default_grid(trunk), known)
+        rows, columns = grid = self.default_grid(trunk)
+        return plain(output.pooler_output, grid, pooled(summarise(look, self.tower_class, True), rows * columns))
 
     def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
         rows, columns = self.default_grid(trunk)
         return Tiles.of(image_BS, rows * columns, features, None)
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        return self._factor(model) ** 2
 
     @staticmethod
     def _factor(model: nn.Module) -> int:

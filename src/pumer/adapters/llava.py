@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ class LlavaAdapter(DecoderAdapter):
     """Every image is one grid of patches, of a CLIP tower whose [CLS] is left out."""
 
     family = "LLaVA 1.5"
-    classes: tuple[str, ...] = ("LlavaForConditionalGeneration", "LlavaModel")
+    classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
     tower_class = True
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         return tower_layer(self.trunk(model), config_of(model).vision_feature_layer).self_attn
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
@@ -67,7 +67,7 @@ class LlavaNextAdapter(_Packed):
     """LLaVA-NeXT."""
 
     family = "LLaVA-NeXT"
-    classes = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+    classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
 
 
 @register
@@ -75,7 +75,7 @@ class LlavaOnevisionAdapter(_Packed):
     """LLaVA-OneVision, whose SigLIP tower has no [CLS]; videos are left as they are."""
 
     family = "LLaVA-OneVision"
-    classes = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
+    classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
     tower_class = False
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pumer.adapters import decoder_attention
-from pumer.adapters.base import Adapter, Patch, config_of
+from pumer.adapters.base import Adapter, Patch, config_of, head_macs
 from pumer.adapters.before_llm import CLASS_ATTENTION, Look, Tiles, shift
 from pumer.adapters.inside_llm import Reduction
 from pumer.adapters.prompt import Picture
@@ -50,7 +49,7 @@ class DecoderAdapter(Adapter):
         """What takes the vision tower's features to the language model's width."""
         return self.trunk(model).multi_modal_projector
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         """The attention of the layer of the vision tower that its features come from."""
         raise NotImplementedError
 
@@ -96,7 +95,9 @@ class DecoderAdapter(Adapter):
 
     def settle(self, reducer: Reducer) -> Reducer:
         if reducer.published or reducer.needs_attention:
-            raise ValueError(f"{reducer.name} needs whole attention maps, which decoders do not make: give official=False")
+            raise ValueError(
+                f"{reducer.name} needs whole attention maps, which decoders do not make: give official=False"
+            )
         if reducer.weighs_by_size:
             raise ValueError(f"{reducer.name}: decoders do not count merged tokens by size; give proportional=False")
         if reducer.learned is not None:
@@ -114,7 +115,7 @@ class DecoderAdapter(Adapter):
         if CLASS_ATTENTION in reducer.needs and not self.tower_class:
             raise ValueError(
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of {type(model).__name__} has no "
-                '[CLS]: give saliency="received"'
+                '[CLS]: methods that take saliency="received" do without'
             )
         Reduction(patch, self, model)
 
@@ -135,16 +136,78 @@ class DecoderAdapter(Adapter):
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
     ) -> list[tuple[int, int]]:
-        """Attention is counted over all pairs of tokens, as kernels without a causal rule of their own compute it."""
+        """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all pairs of tokens."""
         config = config_of(model).get_text_config()
         heads, channels = self.attention_shape(model)
         width, inner = config.hidden_size, config.intermediate_size
         projections = 2 * width * channels * (heads + config.num_key_value_heads)
-        counts = [sum(pair) for pair in lengths]
-        return [
-            (count * projections + 2 * count**2 * heads * channels, 3 * count * width * inner)
-            for count, _ in pairwise(counts)
-        ]
+        counts = [sum(pair) for pair in lengths[:-1]]
+        return [(count * projections + 2 * count**2 * heads * channels, 3 * count * width * inner) for count in counts]
+
+    def head_macs(self, model: nn.Module) -> int:
+        """Multiply-accumulates of one token's way to the vocabulary."""
+        return head_macs(model, self.trunk(model))
+
+    def macs(
+        self,
+        model: nn.Module,
+        lengths: Sequence[tuple[int, int]],
+        entry: tuple[int, int] | None = None,
+        tower: Sequence[int] = (),
+        after_layer: bool = False,
+    ) -> dict[str, int]:
+        """Costs up to the first token of the answer: of the head, that token's alone."""
+        _, image = entry or lengths[0]
+        layers = self.layer_macs(model, lengths)
+        vision, projection = self.vision_macs(model, image)
+        return {
+            "embedding": 0,
+            "vision tower": vision,
+            "projection": projection,
+            "attention": sum(attention for attention, _ in layers),
+            "mlp": sum(mlp for _, mlp in layers),
+            "head": self.head_macs(model),
+        }
+
+    def vision_macs(self, model: nn.Module, image: int) -> tuple[int, int]:
+        """Multiply-accumulates of the vision tower, and of the projector, for an image of so many tokens.
+
+        Every weight of theirs meets every patch; attention is within crops of the usual size.
+        """
+        vision, projector = self.vision(model), self.projector(model)
+        rows, columns = self.default_grid(model)
+        crops = max(1, round(image / (rows * columns)))
+        own = image * self.patches_per_token(model) // crops + int(self.tower_class)
+        inside = set(projector.modules())
+        weights = sum(
+            part.weight.numel()
+            for part in vision.modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)) and part not in inside
+        )
+        config = config_of(model).vision_config
+        depth = getattr(config, "num_hidden_layers", None) or config.depth
+        width = getattr(config, "embed_dim", None) or config.hidden_size
+        pairs = 2 * own**2 * width * depth
+        project = sum(part.weight.numel() for part in projector.modules() if isinstance(part, nn.Linear))
+        return crops * (own * weights + pairs), image * project
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        """The vision tower."""
+        return self.trunk(model).vision_tower
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        """How many patches of the vision tower become one token of the language model."""
+        return 1
+
+    def encoder_facts(self, model: nn.Module, needs: frozenset[str], image: int, place: str) -> Encoder | None:
+        if not needs:
+            return None
+        config = config_of(model).vision_config
+        width = getattr(config, "embed_dim", None) or config.hidden_size
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        shapes = {"features_BND": (1, image, width), "keys_BNC": (1, image, width // heads)}
+        shapes["queries_BNC"] = shapes["keys_BNC"]
+        return Encoder(**{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs})
 
 
 DEFAULT_TEXT = 64
@@ -180,19 +243,11 @@ def plain(
     return made
 
 
-def pooled(known: dict[str, Tensor], factor: int) -> dict[str, Tensor]:
-    """What is known of patches in a square, averaged over squares of `factor` patches on a side."""
+def pooled(known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """What is known of patches in a square [R,P,...], averaged over the squares that become one of `tokens` tokens."""
     result = {}
     for name, value in known.items():
-        side = math.isqrt(value.shape[1])
-        if name == "features_BND" and value.shape[1] * factor**2 == known_patches(known):
-            result[name] = value  # the model has put these together itself
-            continue
-        square = value.unflatten(1, (side // factor, factor, side // factor, factor))
+        side, left = math.isqrt(value.shape[1]), math.isqrt(tokens)
+        square = value.unflatten(1, (left, side // left, left, side // left))
         result[name] = square.mean((2, 4)).flatten(1, 2)
     return result
-
-
-def known_patches(known: dict[str, Tensor]) -> int:
-    """The most patches that anything is known of."""
-    return max(value.shape[1] for value in known.values())

@@ -292,12 +292,20 @@ def _block(
 
 
 def _reduce(
-    patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis, *seen: Tensor | None
+    patch: Patch,
+    number: int,
+    text: Tensor,
+    image: Tensor,
+    axis: Axis,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    attention: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Axis, Plan | None]:
-    """Text, image and axis after the reducer acted; `seen` are the queries, the keys and the probabilities."""
+    """Text, image and axis after the reducer acted."""
     if not patch.reducer.reduces_at(number):
         return text, image, axis, None
-    joint, axis, plan = encoder.reduce(patch, number, torch.cat([text, image], dim=1), axis, *seen, cross=True)
+    joint = torch.cat([text, image], dim=1)
+    joint, axis, plan = encoder.reduce(patch, number, joint, axis, queries, keys, attention, cross=True)
     return joint[:, : axis.text], joint[:, axis.text :], axis, plan
 
 

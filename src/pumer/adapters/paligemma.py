@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -18,10 +18,10 @@ class PaliGemmaAdapter(DecoderAdapter):
     """Every token of the prompt sees every other."""
 
     family = "PaliGemma"
-    classes: tuple[str, ...] = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
+    classes: ClassVar[tuple[str, ...]] = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
     causal = False
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
@@ -33,15 +33,18 @@ class Gemma3Adapter(PaliGemmaAdapter):
     """Image tokens see each other, text those before it, most layers within a window; patches are averaged by 4 x 4."""
 
     family = "Gemma 3"
-    classes = ("Gemma3ForConditionalGeneration", "Gemma3Model")
+    classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration", "Gemma3Model")
     causal = True
     around = (1, 1)
 
     def default_grid(self, model: nn.Module) -> Grid:
-        side = round(config_of(model).mm_tokens_per_image**0.5)
+        side = round(config_of(model).mm_tokens_per_image ** 0.5)
         return side, side
 
+    def patches_per_token(self, model: nn.Module) -> int:
+        vision = config_of(model).vision_config
+        return int((vision.image_size // vision.patch_size) ** 2 // config_of(model).mm_tokens_per_image)
+
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
-        vision, grid = trunk.config.vision_config, self.default_grid(trunk)
-        factor = vision.image_size // vision.patch_size // grid[0]
-        return plain(output.pooler_output, grid, pooled(summarise(look, False, True), factor))
+        rows, columns = grid = self.default_grid(trunk)
+        return plain(output.pooler_output, grid, pooled(summarise(look, False, True), rows * columns))

@@ -7,7 +7,7 @@ T text tokens, I image tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,19 @@ class Axis:
         """(text, image) tokens, the most that any sample has."""
         return max(text for text, _ in self.counts), max(image for _, image in self.counts)
 
+    def to(self, device: torch.device) -> Axis:
+        """The same where a model's layers are spread over devices."""
+        if self.index_BK.device == device:
+            return self
+        return replace(
+            self,
+            index_BK=self.index_BK.to(device),
+            filled_BK=None if self.filled_BK is None else self.filled_BK.to(device),
+            text_BK=self.text_BK.to(device),
+            image_BK=self.image_BK.to(device),
+            sizes_BK=self.sizes_BK.to(device),
+        )
+
     def view(self) -> tuple[Tensor, Tensor]:
         """Places on this axis of a reducer's tokens, text first, then the image: int64 and bool [B,N]."""
         text, image = self.lengths
@@ -75,18 +88,14 @@ class Axis:
 
     def then(self, placed: Plan, counts: tuple[tuple[int, int], ...], gaps: bool) -> Axis:
         """The axis after a plan for it; `gaps` says whether that leaves empty slots."""
-        assert placed.index_BK is not None
-        filled = placed.mask_BK if gaps else None
-
-        def leaders(x_BK: Tensor) -> Tensor:
-            return x_BK.gather(1, placed.index_BK)
-
+        index_BK, filled_BK = placed.index_BK, placed.mask_BK
+        assert index_BK is not None
         return replace(
             self,
-            index_BK=leaders(self.index_BK),
-            filled_BK=filled,
-            text_BK=leaders(self.text_BK) & placed.mask_BK,
-            image_BK=leaders(self.image_BK) & placed.mask_BK,
+            index_BK=self.index_BK.gather(1, index_BK),
+            filled_BK=filled_BK if gaps else None,
+            text_BK=self.text_BK.gather(1, index_BK) & filled_BK,
+            image_BK=self.image_BK.gather(1, index_BK) & filled_BK,
             sizes_BK=placed.total(self.sizes_BK),
             counts=counts,
             whole=False,
@@ -105,6 +114,41 @@ class Axis:
         )
         first = tokens - filled.sum(1, keepdim=True)
         return torch.maximum(marks.cumsum(1) - 1, torch.zeros_like(marks)) + first
+
+
+@dataclass
+class Run:
+    """One forward of the model on its way.
+
+    Args:
+        inputs: what the model was called with.
+        labels: those of training, if any.
+        length: tokens of the prompts, S.
+        past: tokens in the cache before them, as the model counts them.
+        pictures: images of the prompts, in order.
+        owner: sample of every image.
+        rest: tokens of every sample that no reducer sees: padding and structure tokens.
+        axis: tokens of the layer that runs; None where the call brings no images.
+        plan: from the prompt to that axis; None while nothing was reduced.
+        axes: those of every layer that has run.
+        widths: tokens that the states of these layers really have.
+        seen: queries and keys by layer.
+        cut: masks that were cut already.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None = None
+    length: int = 0
+    past: int = 0
+    pictures: list[Picture] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    rest: list[int] = field(default_factory=list)
+    axis: Axis | None = None
+    plan: Plan | None = None
+    axes: list[Axis] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cut: dict[Any, Any] = field(default_factory=dict)
 
 
 def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN: Tensor, slots: int) -> Plan:

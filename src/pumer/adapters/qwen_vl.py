@@ -1,12 +1,12 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (Wang et al., 2024; Bai et al., 2025) as transformers has them.
 
-Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself: neither changes, as the
-model goes on counting every token.
+Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself: neither changes, as
+the model goes on counting every token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class QwenVLAdapter(DecoderAdapter):
     """Images of any size, four patches to a token; no [CLS]; videos are left as they are."""
 
     family = "Qwen-VL"
-    classes = (
+    classes: ClassVar[tuple[str, ...]] = (
         "Qwen2VLForConditionalGeneration",
         "Qwen2VLModel",
         "Qwen2_5_VLForConditionalGeneration",
@@ -38,11 +38,17 @@ class QwenVLAdapter(DecoderAdapter):
     def projector(self, model: nn.Module) -> nn.Module:
         return self.trunk(model).visual.merger
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         # The last block; in Qwen2.5-VL the last one that sees the whole image.
         blocks = self.trunk(model).visual.blocks
         full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
         return blocks[max(full) if full else -1].attn
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).visual
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        return int(config_of(model).vision_config.spatial_merge_size ** 2)
 
     def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
         patch.hook(self.trunk(model).visual.register_forward_pre_hook(_to_device, with_kwargs=True))
@@ -83,7 +89,9 @@ class QwenVLAdapter(DecoderAdapter):
                 queries, keys = (part[:, :, stretch] for part in wide)
                 known |= attention_of(look.needs, queries, keys, cls=False)
             order = (back[start : start + length] - start).to(trunk.visual.device)
-            made.append(Encoder(**{name: known[name].unflatten(1, (length, group)).mean(2)[:, order] for name in look.needs}))
+            made.append(
+                Encoder(**{name: known[name].unflatten(1, (length, group)).mean(2)[:, order] for name in look.needs})
+            )
         return made
 
 

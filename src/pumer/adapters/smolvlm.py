@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,10 +15,10 @@ from pumer.reducers.base import Grid
 
 @register
 class SmolVLMAdapter(DecoderAdapter):
-    """An image is a grid of crops and a small picture of the whole at the end, with tokens before each that say which."""
+    """An image is a grid of crops and a picture of the whole at the end, with tokens before each that say which."""
 
     family = "SmolVLM"
-    classes: tuple[str, ...] = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
+    classes: ClassVar[tuple[str, ...]] = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
     around = (2, 1)
 
     def language(self, model: nn.Module) -> Any:
@@ -27,8 +27,14 @@ class SmolVLMAdapter(DecoderAdapter):
     def projector(self, model: nn.Module) -> nn.Module:
         return self.trunk(model).connector.modality_projection
 
-    def tower_attention(self, model: nn.Module) -> nn.Module:
+    def tower_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.trunk(model).vision_model)[-1].self_attn
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).vision_model
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        return int(config_of(model).scale_factor ** 2)
 
     def default_grid(self, model: nn.Module) -> Grid:
         rows, columns = super().default_grid(model)
@@ -38,7 +44,7 @@ class SmolVLMAdapter(DecoderAdapter):
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
         rows, columns = grid = self.default_grid(trunk)
-        known = pooled(summarise(look, False, True), trunk.config.scale_factor)
+        known = pooled(summarise(look, False, True), rows * columns)
         crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
         return plain(crops, grid, known)
 
@@ -55,5 +61,5 @@ class Idefics3Adapter(SmolVLMAdapter):
     """The same in its older form."""
 
     family = "Idefics3"
-    classes = ("Idefics3ForConditionalGeneration", "Idefics3Model")
+    classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration", "Idefics3Model")
     merger = "inputs_merger"

@@ -150,7 +150,8 @@ def bench_training(
         data = models.inputs(net, batch, models.image_size(model), text, real_text)
         target = torch.rand(batch, net.config.num_labels, device=place)
         teacher = apply(copy.deepcopy(net), Unreduced(), attention=attention)
-        calls, macs = {}, {}
+        calls: dict[tuple[str, bool], Callable[[], None]] = {}
+        macs: dict[str, int] = {}
         for name, reducer in named.items():
             student = apply(copy.deepcopy(net), reducer, attention=attention).train()
             optimizer = torch.optim.AdamW(student.parameters())

@@ -35,7 +35,7 @@ class DynamicViT(Learned):
 
     name = "dynamicvit"
     keep: float = 0.7
-    layers: tuple[int, ...] = (2, 5, 8)  # type: ignore[assignment]
+    layers: tuple[int, ...] = (2, 5, 8)
     weight: float = 2.0
     official: bool = False
 
@@ -91,7 +91,8 @@ class DynamicViT(Learned):
         assert tokens.part is not None
         first = tokens.text + tokens.prefix
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
-        return tokens.part(tokens.states_BND[:, first:], there_BN[:, first:])
+        rated: Tensor = tokens.part(tokens.states_BND[:, first:], there_BN[:, first:])
+        return rated
 
     def _kept(self, count: Count) -> Count:
         if not self.official:

@@ -46,7 +46,7 @@ class SmartTrim(Learned):
 
     name = "smarttrim"
     target: float = 0.5
-    layers: tuple[int, ...] = tuple(range(12))  # type: ignore[assignment]
+    layers: tuple[int, ...] = tuple(range(12))
     text: bool = True
     heads: bool = True
     weight: float = 2.0
@@ -124,7 +124,7 @@ class SmartTrim(Learned):
     def _keep(self, tokens: Tokens, training: bool) -> Tensor:
         """Decisions [B,N]; structure tokens always stay."""
         assert tokens.states_BND is not None
-        assert tokens.part is not None
+        assert isinstance(tokens.part, nn.ModuleDict)
         states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
         temperature = self.temperature_at(tokens.progress)
         kept = []

@@ -1,0 +1,66 @@
+"""What a reduced decoder has to give: the unmodified model with the dropped tokens masked, from the same layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import pumer
+
+Kept = dict[int, Tensor]
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers."""
+    trunk = model.model if hasattr(model, "lm_head") else model
+    return (trunk.language_model if hasattr(trunk, "language_model") else trunk.text_model).layers
+
+
+def kept(model: nn.Module, inputs: dict[str, Tensor]) -> Kept:
+    """Which places of the prompt every layer of a reduced model has, bool [B,S], by number."""
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    batch, length = inputs["input_ids"].shape
+    marks = {}
+    for number, held in cache._pumer_held.held.items():
+        mark = torch.zeros(batch, length, dtype=torch.int64)
+        filled = torch.ones_like(held.place_BK) if held.filled_BK is None else held.filled_BK.long()
+        marks[number] = mark.scatter_add(1, held.place_BK, filled).bool()
+    return marks
+
+
+@contextmanager
+def masked(model: nn.Module, marks: Kept) -> Iterator[nn.Module]:
+    """Hide the other places of the prompt from every layer of the stock model, in prefill and decoding."""
+    assert pumer.active(model) is None
+
+    def hide(keep: Tensor):
+        def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            states, mask = args[0], kwargs["attention_mask"]
+            queries = states.shape[1]
+            if mask is None:
+                cache = kwargs.get("past_key_values")
+                past = 0 if cache is None else cache.get_seq_length()
+                if layer.self_attn.layer_idx > 0 and cache is not None:
+                    past -= queries  # the first layer has been here
+                keys = past + queries
+                mask = torch.arange(keys) <= torch.arange(past, keys)[:, None]
+                mask = mask.expand(len(states), 1, queries, keys)
+            hidden = ~keep
+            if mask.shape[3] < keep.shape[1] and queries == 1:  # a sliding window shows the last keys alone
+                counted = kwargs["past_key_values"].get_seq_length() + (layer.self_attn.layer_idx == 0)
+                hidden = hidden[:, counted - mask.shape[3] :]
+            hidden = nn.functional.pad(hidden, (0, mask.shape[3] - hidden.shape[1]))[:, None, None]
+            nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            return args, kwargs | {"attention_mask": mask.masked_fill(hidden, nothing)}
+
+        return before
+
+    with ExitStack() as stack:
+        for number, keep in marks.items():
+            handle = layers(model)[number].register_forward_pre_hook(hide(keep), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield model
