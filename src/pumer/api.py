@@ -52,6 +52,11 @@ def _apply(model: M, reducer: Reducer | str, attention: str, trim: bool, parts: 
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
     reducer = adapter.settle(reducer)
     reducer.check(adapter.depth(model))
+    if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
+        raise ValueError(
+            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a vision tower that feeds a language model, "
+            f"and {adapter.family} has none: take another reducer"
+        )
     _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)
     parts = _fitting(model, adapter, reducer, parts)

@@ -37,9 +37,5 @@ class FastV(Selector):
     def layers(self) -> tuple[int, ...]:
         return (self.layer - 1,)
 
-    @property
-    def after_layer(self) -> bool:
-        return True
-
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return best(last_text_attention(tokens), candidates(tokens), kept_B)
+        return best(last_text_attention(tokens)[:, tokens.prefix :], candidates(tokens), kept_B)
