@@ -54,8 +54,8 @@ def _apply(model: M, reducer: Reducer | str, attention: str, trim: bool, parts: 
     reducer.check(adapter.depth(model))
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
         raise ValueError(
-            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a vision tower that feeds a language model, "
-            f"and {adapter.family} has none: take another reducer"
+            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a tower that feeds a language model: "
+            f"{adapter.family} has none, take another reducer"
         )
     _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Encoder, Grid
 
-
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
