@@ -176,9 +176,11 @@ def test_reads_the_files():
         examples[8]
 
 
-def test_zero_target_is_kept_and_no_labels_give_no_target():
+def test_zero_target_is_kept_and_targets_are_words_without_labels():
     assert VQAv2(FIXTURE, labels=("zebra",)).examples("val2014")[0].target == {}
-    assert VQAv2(FIXTURE).examples("val2014")[0].target is None
+    for example in VQAv2(FIXTURE).examples("val2014"):
+        assert example.target == {word: vqa_score(word, example.meta["answers"]) for word in example.target}
+        assert set(example.target) == set(map(normalize, example.meta["answers"]))
 
 
 def test_images_lie_directly_in_a_folder(root, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pumer.data.images import BrokenImageError, open_image
 from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.prompts import MAX_ANSWER, PromptCollator
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,27 @@ def predict(
         batch = collator(chunk)
         inputs = paired(model, model_inputs(batch, device), batch.get("texts_per_image", 1))
         start = time.perf_counter()
-        with torch.inference_mode():
-            logits = model(**inputs).logits
-        logits = logits.float().cpu()
+        answers = answer(model, inputs, collator, len(chunk))
         seconds += time.perf_counter() - start
-        # Of texts that are ranked: from one score each to a row per image.
-        decoded = collator.task.decode(logits.reshape(len(chunk), -1))
-        predictions |= zip((example.id for example in chunk), decoded, strict=True)
+        predictions |= zip((example.id for example in chunk), answers, strict=True)
     return Result(predictions, {}, seconds, len(predictions), broken)
+
+
+def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int) -> list[Any]:
+    """Predictions for `count` examples: the labels with the highest scores, or what a model that writes has written.
+
+    Args:
+        model: reduced or not, in eval mode.
+        inputs: what its forward takes of a collated batch, on its device.
+        collator: that made the batch.
+    """
+    with torch.inference_mode():
+        if isinstance(collator, PromptCollator):
+            written = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
+            return collator.read(written[:, inputs["input_ids"].shape[1] :])
+        logits = model(**inputs).logits.float().cpu()
+    # Of texts that are ranked: from one score each to a row per image.
+    return collator.task.decode(logits.reshape(count, -1))
 
 
 def model_inputs(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -117,7 +131,7 @@ def constant_accuracy(examples: Sequence[Example]) -> float:
     """
     if any(example.negatives for example in examples):
         return round(100 * sum(1 / (1 + len(example.negatives)) for example in examples) / len(examples), 2)
-    scores: defaultdict[int, float] = defaultdict(float)
+    scores: defaultdict[Any, float] = defaultdict(float)
     for example in examples:
         target = example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
         for label, score in target.items():

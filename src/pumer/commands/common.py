@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import pumer
 from pumer.bench.run import Device
-from pumer.data.text import TextTransform
 from pumer.data.transforms import load_transform
 from pumer.hub import load
 from pumer.presets import model_folder, read_reducer
 from pumer.tasks import build
 from pumer.tasks.base import Collator
+from pumer.tasks.prompts import collator_for, vocabulary
 
 ReducerSettings = str | dict[str, Any] | None
 
@@ -46,7 +46,5 @@ def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> C
     """A task with the labels, the tokenizer and the image transform of a model; texts are cut as in its training."""
     folder = model_folder(model)
     settings = {"name": task} if isinstance(task, str) else task
-    built = build(settings, list(net.config.id2label.values()))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = min(net.config.max_position_embeddings, tokenizer.model_max_length)
-    return Collator(built, TextTransform(tokenizer, length), load_transform(folder))
+    return collator_for(net, build(settings, vocabulary(net)), tokenizer, load_transform(folder))

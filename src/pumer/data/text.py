@@ -36,12 +36,7 @@ class TextTransform:
 
         `ids` name the texts in errors. Raises ValueError when a text is empty.
         """
-        empty = [name for text, name in zip(texts, ids, strict=True) if not text.strip()]
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of {len(texts)} questions have no text; fill in or leave out "
-                f"{', '.join(map(str, empty[:5]))}."
-            )
+        _check(texts, ids)
         return dict(
             self.tokenizer(
                 list(texts),
@@ -50,6 +45,28 @@ class TextTransform:
                 max_length=self.max_length,
                 return_tensors="pt",
             )
+        )
+
+    def cut(self, texts: Sequence[str], ids: Sequence[Any]) -> list[str]:
+        """The texts themselves, up to their `max_length`-th token, special ones not counted; raises likewise."""
+        _check(texts, ids)
+        made = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.max_length,
+            return_offsets_mapping=True,
+        )
+        return [text[: places[-1][1]] for text, places in zip(texts, made["offset_mapping"], strict=True)]
+
+
+def _check(texts: Sequence[str], ids: Sequence[Any]) -> None:
+    """Raise ValueError when a text is empty."""
+    empty = [name for text, name in zip(texts, ids, strict=True) if not text.strip()]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(texts)} questions have no text; fill in or leave out "
+            f"{', '.join(map(str, empty[:5]))}."
         )
 
 

@@ -23,7 +23,6 @@ from pumer.bench.memory import peak_activations
 from pumer.bench.overhead import overhead_share
 from pumer.bench.timing import alternate
 from pumer.data.images import KeepAspect
-from pumer.data.text import TextTransform
 from pumer.data.transforms import load_transform
 from pumer.evaluate import evaluate, model_inputs, paired
 from pumer.hub import load
@@ -33,6 +32,7 @@ from pumer.report import GIGA, TOWERS, last_forward_macs, report
 from pumer.study.results import pack_scores
 from pumer.tasks import build
 from pumer.tasks.base import Collator, Example
+from pumer.tasks.prompts import collator_for, vocabulary, writes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Subject:
         batches = []
         for start in range(0, len(examples), batch_size):
             batch = self.collator(examples[start : start + batch_size])
-            batches.append(paired(self.model, model_inputs(batch), batch.get("texts_per_image", 1)))
+            inputs = paired(self.model, model_inputs(batch), batch.get("texts_per_image", 1))
+            # Of a model that writes the way to the first token of the answer is measured.
+            batches.append(inputs | {"logits_to_keep": 1} if writes(self.model) else inputs)
         return replace(self, batches=tuple(batches))
 
     def run(self) -> None:
@@ -87,10 +89,8 @@ def read_subject(
     if image_size is not None:
         side = "shorter" if isinstance(transform, KeepAspect) else "size"
         transform = replace(transform, **{side: image_size})
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    length = min(model.config.max_position_embeddings, tokenizer.model_max_length)
-    built = build(task, list(model.config.id2label.values()))
-    return Subject(model.eval(), Collator(built, TextTransform(tokenizer, length), transform))
+    built = build(task, vocabulary(model))
+    return Subject(model.eval(), collator_for(model, built, AutoTokenizer.from_pretrained(path), transform))
 
 
 def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
         depth = len(patch.lengths) - 1
         passes = 1 if batch["pixel_values"].ndim == 4 else batch["pixel_values"].shape[1]
         taken = {layer: [step for step in steps if step.layer == layer] for layer in range(EMBEDDINGS, depth)}
-        now = [_entry(batch, one.model.config.patch_size, number) for number in range(passes)]
+        now = [_entry(one.model, batch, number) for number in range(passes)]
         for layer in range(EMBEDDINGS, depth):
             now = [_left(step) for step in taken[layer]] or now
             counts[layer] += now
@@ -202,12 +202,15 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
     return mean.numpy(), spread.numpy()
 
 
-def _entry(batch: dict[str, Any], patch_size: int, number: int) -> Tensor:
+def _entry(model: Any, batch: dict[str, Any], number: int) -> Tensor:
     """(text, image) tokens of every row at the entry, of its picture with this number: int64 [B, 2]."""
-    mask = batch["pixel_mask"]
+    text = batch["attention_mask"].sum(1)
+    if writes(model):  # a prompt, which holds both
+        image = (batch["input_ids"] == model.config.image_token_id).sum(1)
+        return torch.stack([text - image, image], dim=1)
+    mask, patch_size = batch["pixel_mask"], model.config.patch_size
     mask = mask if mask.ndim == 3 else mask[:, number]
     patches = mask[:, ::patch_size, ::patch_size].flatten(1).sum(1) + 1
-    text = batch["attention_mask"].sum(1)
     return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)
 
 

@@ -20,7 +20,9 @@ from pumer.data.text import TextTransform
 
 Blind = Literal["text", "image"] | None
 """Which of the two alone a model is shown; both if None. See `Collator`."""
-_NO_IMAGE, _NO_TEXT = Image.new("RGB", (32, 32), (127, 127, 127)), "a picture"
+_NO_IMAGE = Image.new("RGB", (32, 32), (127, 127, 127))
+NO_TEXT = "a picture"
+"""What a text says that must not be read."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Example:
     """One thing to predict.
 
     `images` are read and decoded only when collated. `target` is None where no label is known, else a class
-    number (loss kind "class"), a dict of the scores of some classes, 0 for the others ("soft"), or the number of
-    the right one of `text` and `negatives` ("rank"). Examples of one `cluster`, usually a picture, are not
-    independent: the bootstrap draws them together. `meta` is what the task's metric needs besides. `negatives`
-    are texts that the images are not about.
+    number (loss kind "class"), a dict of the scores of some classes, 0 for the others ("soft"; in words where the task
+    has no labels), or the number of the right one of `text` and `negatives` ("rank"). Examples of one `cluster`,
+    usually a picture, are not independent: the bootstrap draws them together. `meta` is what the task's metric needs
+    besides. `negatives` are texts that the images are not about.
     """
 
     id: int | str
@@ -151,23 +153,31 @@ class Collator:
         each = len(texts) // len(examples)
         assert all(len(example.negatives) == each - 1 for example in examples)
         if self.blind == "image":
-            texts = [_NO_TEXT] * len(texts)
+            texts = [NO_TEXT] * len(texts)
         batch: dict[str, Any] = self.text(texts, [example.id for example in examples for _ in range(each)])
         if each > 1:
             batch["texts_per_image"] = each
-        images = [
-            self.image(_NO_IMAGE if self.blind == "text" else open_image(image, f"the image of example {example.id}"))
-            for example in examples
-            for image in example.images
-        ]
-        for name, values in zip(("pixel_values", "pixel_mask"), pad_images(images), strict=True):
+        for name, values in zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True):
             batch[name] = values.unflatten(0, (-1, self.task.image_count)) if self.task.image_count > 1 else values
         targets = [example.target for example in examples]
         if None not in targets:
             batch["labels"] = self.task.encode_targets(targets)
-        if all("patch_labels" in example.meta for example in examples):
-            batch["patch_labels"] = torch.stack([example.meta["patch_labels"] for example in examples])
-        return batch
+        return batch | dense_targets(examples)
+
+    def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The images of all examples in a row, as the model takes them."""
+        return [
+            self.image(_NO_IMAGE if self.blind == "text" else open_image(image, f"the image of example {example.id}"))
+            for example in examples
+            for image in example.images
+        ]
+
+
+def dense_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """`patch_labels` [B,P,7] where all examples carry them, else nothing."""
+    if not all("patch_labels" in example.meta for example in examples):
+        return {}
+    return {"patch_labels": torch.stack([example.meta["patch_labels"] for example in examples])}
 
 
 def last_argmax(scores: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Scenes(Task):
         ]
 
     def score(self, prediction: Any, example: Example) -> float:
-        return float(ANSWERS.index(prediction) in example.target)
+        return float(prediction == example.meta["answer"])
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """Accuracy per kind of question, in percent."""

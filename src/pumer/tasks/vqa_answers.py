@@ -93,6 +93,12 @@ def soft_targets(answers: Iterable[str], index: Mapping[str, int]) -> dict[int, 
     return {index[answer]: leave_one_out(n) for answer, n in Counter(answers).items() if answer in index}
 
 
+def scores_in_words(answers: Sequence[str]) -> dict[str, float]:
+    """The official score of every normalised answer, the most frequent first."""
+    frequent = [answer for answer, _ in Counter(map(normalize, answers)).most_common()]
+    return {answer: vqa_score(answer, answers) for answer in frequent}
+
+
 def build_vocabulary(
     answers: Iterable[str], min_count: int = 9, order: Literal["sorted", "first"] = "sorted"
 ) -> tuple[str, ...]:

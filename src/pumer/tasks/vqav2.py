@@ -17,7 +17,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pumer.data.images import ImageSource
 from pumer.tasks.base import Example, first
 from pumer.tasks.files import FileTask, MissingFileError, wanted
-from pumer.tasks.vqa_answers import ANNOTATORS, build_vocabulary, soft_targets, vqa_score, write_answers
+from pumer.tasks.vqa_answers import (
+    ANNOTATORS,
+    build_vocabulary,
+    scores_in_words,
+    soft_targets,
+    vqa_score,
+    write_answers,
+)
 
 _QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 _ANNOTATIONS = "v2_mscoco_{}_annotations.json"
@@ -51,8 +58,8 @@ class VQAv2(FileTask):
 
     Splits: train2014, val2014, test2015, test-dev2015, or whatever the files are named for. Those beginning
     with "test" may lack annotations: they can be predicted and not scored. Targets give each answer the
-    official score; a question without any answer in `labels` has an all-zero target (PuMer keeps such
-    questions; ViLT leaves them out).
+    official score, in words if there are no `labels`; a question without any answer in `labels` has an all-zero
+    target (PuMer keeps such questions; ViLT leaves them out).
     Raises ValueError when labels repeat.
     """
 
@@ -104,10 +111,14 @@ class VQAv2(FileTask):
             id=row.id,
             text=row.question,
             images=images,
-            target=soft_targets(answers, self._index) if answers and self.labels else None,
+            target=self._scores(answers) if answers else None,
             cluster=row.image_id,
             meta=annotation._asdict(),
         )
+
+    def _scores(self, answers: Sequence[str]) -> dict[Any, float]:
+        """The score of every answer that an annotator gave: by number, or in words where there is no vocabulary."""
+        return soft_targets(answers, self._index) if self.labels else scores_in_words(answers)
 
     @cached_property
     def _index(self) -> dict[str, int]:

@@ -16,10 +16,12 @@ import pumer
 from pumer import presets
 from pumer.hub import load, load_official, model_class
 from pumer.hub.folders import LEARNED, load_parts
-from pumer.models.meter.start import start_from_vilt
+from pumer.models.llava import new_llava, writing_tokenizer
+from pumer.models.meter.start import start_meter
 from pumer.models.vilt.resize import resize_patches
 from pumer.models.vilt.start import start_local
 from pumer.tasks import Task, VQAv2, build, get
+from pumer.tasks.prompts import vocabulary, writes
 from pumer.tasks.vqav2 import read_vocabulary
 
 _LOG = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ class ModelSettings:
             image transform are taken along where they lie in it.
         kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not given.
         config: of a new model, as its configuration class takes it; with `path`, settings to change.
-        start: a ViLT of as wide blocks, whose word embeddings and first blocks a new METER starts from: its vision
-            tower has then seen pictures, as that of the real one has.
+        start: a ViLT of as wide blocks, whose word embeddings and first blocks a new METER or LLaVA starts from: its
+            vision tower has then seen pictures, as that of the real one has.
         tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does not lie in `path`.
         image_size: side of the pictures in pixels, if the published checkpoint at `path` is for another.
         patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has another.
@@ -58,31 +60,13 @@ def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedMo
 
     Raises ValueError for settings that do not fit each other.
     """
-    if settings.path is None:
-        if settings.tokenizer is None:
-            raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
-        the_task = _build(task, ())
-        kind = model_class(settings.kind or "ViltForQuestionAnswering")
-        net = kind(kind.config_class(**settings.config, **_label_names(the_task)))
-        if net.config.model_type == "vilt":
-            start_local(net)
-        elif settings.start:
-            start_from_vilt(net, read_model(settings.start))
-    else:
-        # Ranking starts as the matching of a published checkpoint, for which its class of pretraining has no place.
-        ranks = get(str(task.get("name"))).loss_kind == "rank"
-        start = read_model(settings.path, settings.image_size, settings.kind if ranks else None)
-        kind = model_class(settings.kind) if settings.kind else type(start)
-        labels = list(start.config.id2label.values())
-        the_task = _build(task, labels if kind is type(start) else ())
-        same = kind is type(start) and (the_task.loss_kind == "rank" or labels == list(the_task.labels))
-        net = start if same and not settings.config else rebuild(start, kind, the_task, settings.config)
-        if settings.patch_size and settings.patch_size != net.config.patch_size:
-            net = resize_patches(net, settings.patch_size)
-    _check_fit(net, the_task)
+    if settings.path is None and settings.tokenizer is None:
+        raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
     named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
     shipped = presets.SHIPPED / named
     tokenizer = AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named)
+    net, the_task = _new(settings, task, tokenizer) if settings.path is None else _trained(settings, task)
+    _check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
         raise ValueError(  # RoBERTa counts its positions by it
@@ -90,6 +74,40 @@ def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedMo
             f"model.config.text_config.pad_token_id {tokenizer.pad_token_id}"
         )
     return net, tokenizer, the_task
+
+
+def _new(settings: ModelSettings, task: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Task]:
+    """A new model and the task; the tokenizer of one that writes is made fit for that."""
+    the_task = _build(task, ())
+    kind = model_class(settings.kind or "ViltForQuestionAnswering")
+    vilt = read_model(settings.start) if settings.start else None
+    if kind.__name__ == "LlavaForConditionalGeneration":
+        return new_llava(kind, settings.config, writing_tokenizer(tokenizer, the_task.labels), vilt), build(task)
+    net = kind(kind.config_class(**settings.config, **_label_names(the_task)))
+    if net.config.model_type == "vilt":
+        start_local(net)
+    elif vilt is not None:
+        start_meter(net, vilt)
+    return net, the_task
+
+
+def _trained(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedModel, Task]:
+    """A trained model, with a new head where that is needed, and the task."""
+    # Ranking starts as the matching of a published checkpoint, for which its class of pretraining has no place.
+    ranks = get(str(task.get("name"))).loss_kind == "rank"
+    start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
+    kind = model_class(settings.kind) if settings.kind else type(start)
+    if writes(start):
+        if kind is not type(start) or settings.config:
+            raise ValueError(f"a {type(start).__name__} is trained on as it is: leave model.kind and model.config out")
+        return start, build(task)
+    labels = vocabulary(start)
+    the_task = _build(task, labels if kind is type(start) else ())
+    same = kind is type(start) and (the_task.loss_kind == "rank" or labels == list(the_task.labels))
+    net = start if same and not settings.config else rebuild(start, kind, the_task, settings.config)
+    if settings.patch_size and settings.patch_size != net.config.patch_size:
+        net = resize_patches(net, settings.patch_size)
+    return net, the_task
 
 
 def read_model(path: str, image_size: int | None = None, kind: str | None = None) -> PreTrainedModel:

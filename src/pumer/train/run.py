@@ -18,15 +18,17 @@ from pumer import presets
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
 from pumer.data.images import open_image
-from pumer.data.text import TextTransform
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.evaluate import take
 from pumer.hub import save
-from pumer.tasks.base import Blind, Collator, Example
+from pumer.reducers import EMBEDDINGS
+from pumer.tasks.base import Blind, Example
+from pumer.tasks.prompts import PromptCollator, collator_for, writes
 from pumer.train.grounding import Grounded
 from pumer.train.model import ModelSettings, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
-from pumer.train.trainer import TaskTrainer, accuracy
+from pumer.train.trainer import TaskTrainer
+from pumer.train.writing import WritingTrainer
 
 
 @dataclass
@@ -124,7 +126,7 @@ def train(
         _use(attention, teacher)
         pumer.apply(teacher, pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
-    if dense and any(settings.reduces_at(layer) for layer in range(-1, net.config.num_hidden_layers)):
+    if dense and any(settings.reduces_at(layer) for layer in range(EMBEDDINGS, find(net).depth(net))):
         raise ValueError("dense targets need every patch: train them without a reducer")
     if dense and augment:
         raise ValueError("dense targets say what is where in the picture as it is: train them without augment")
@@ -132,6 +134,8 @@ def train(
         raise ValueError("dense targets tell of the picture and of the question: leave blind out")
     if settings.learned and optimizer:
         raise ValueError("the published optimizer knows no learned reducer: leave one of the two out")
+    if optimizer and writes(net):
+        raise ValueError(f"the published optimizer knows no {type(net).__name__}: leave it out")
     if dense and optimizer:
         raise ValueError("the published optimizer knows no head for dense targets: leave one of the two out")
 
@@ -152,16 +156,17 @@ def train(
         )
         groups = (kind, options)
     examples = Examples(the_task.examples(train_split), augment, seed)
-    collator = Collator(the_task, TextTransform(tokenizer, model.max_length), transform, blind)
-    runner = TaskTrainer(
+    collator = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
+    kind_of_trainer = TaskTrainer
+    if isinstance(collator, PromptCollator):
+        collator, kind_of_trainer = replace(collator, teach=True), WritingTrainer
+    runner = kind_of_trainer(
         model=Grounded(net, dense.layer) if dense else net,
         args=arguments,
         data_collator=collator,
         train_dataset=examples,
         eval_dataset=Examples(the_task.examples(eval_split)) if eval_split else None,
-        compute_metrics=lambda prediction: {
-            "accuracy": accuracy(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)).item()
-        },
+        compute_metrics=kind_of_trainer.metrics,
         task=the_task,
         teacher=teacher,
         distill_weight=distill.weight if distill else 0.0,
@@ -224,8 +229,8 @@ class _Epochs(TrainerCallback):
 
 
 def _use(attention: str, net: PreTrainedModel) -> None:
-    """Set the kernel of the towers, which the adapter leaves alone."""
-    if find(net).tower_depth(net):
+    """Set the kernel of the towers, and of a decoder, which the adapter leaves alone."""
+    if find(net).tower_depth(net) or writes(net):
         net.set_attn_implementation(attention)
 
 

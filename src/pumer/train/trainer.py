@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from pumer.api import active, unreduced
 from pumer.evaluate import paired
@@ -44,6 +44,8 @@ class TaskTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Losses are means of a batch: of several that are accumulated the Trainer has to take the mean.
+        self.model_accepts_loss_kwargs = False
         self.task, self.teacher = task, teacher
         self.distill_weight, self.temperature = distill_weight, temperature
         self.grounding_weight, self.itm_weight = grounding_weight, itm_weight
@@ -85,9 +87,15 @@ class TaskTrainer(Trainer):
         if "itm_logits" in outputs:
             parts["itm"] = self.itm_weight * matching_loss(outputs["itm_logits"], labels)
         if model.training:
-            self._note(parts, logits, labels)
+            self._note(parts, accuracy(logits, labels))
         loss = sum(parts.values(), torch.zeros((), device=labels.device))
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    @staticmethod
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """What the Trainer reports of an evaluation."""
+        scores, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        return {"accuracy": accuracy(scores, labels).item()}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -105,8 +113,7 @@ class TaskTrainer(Trainer):
             self._parts = {}
         super().log(logs, *args, **kwargs)
 
-    def _note(self, parts: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        right = accuracy(logits, labels)
+    def _note(self, parts: dict[str, Tensor], right: Tensor) -> None:
         for name, value in {**{f"{name}_loss": part for name, part in parts.items()}, "accuracy": right}.items():
             self._parts.setdefault(name, []).append(value.detach())
 

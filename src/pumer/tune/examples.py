@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.evaluate import model_inputs, paired, take
+from pumer.evaluate import answer, model_inputs, paired, take
 from pumer.tasks.base import Collator, Example
 
 _KEEP = 1 << 30  # bytes of collated batches that stay in memory; others are made again when they are needed
@@ -61,12 +61,11 @@ class Pool:
                 return
             batch, inputs = self._batches[number], self.inputs(number)
             moved = model_inputs(inputs, device)
-            with torch.inference_mode():
-                logits = model(**paired(model, moved, inputs.get("texts_per_image", 1))).logits.float().cpu()
-            decoded = self.collator.task.decode(logits.reshape(len(batch.numbers), -1))
+            moved = paired(model, moved, inputs.get("texts_per_image", 1))
+            answers = answer(model, moved, self.collator, len(batch.numbers))
             yield [
                 self.collator.task.score(prediction, example)
-                for prediction, example in zip(decoded, batch.examples, strict=True)
+                for prediction, example in zip(answers, batch.examples, strict=True)
             ]
 
     def _make(self) -> bool:
@@ -98,5 +97,6 @@ class Pool:
         collated = self.collator(examples)
         wanted = model_inputs(collated)
         # A picture's mask is eight bytes a pixel for one bit; as bytes it takes a hundredth of what the picture does.
-        wanted["pixel_mask"] = wanted["pixel_mask"].to(torch.uint8)
+        if "pixel_mask" in wanted:
+            wanted["pixel_mask"] = wanted["pixel_mask"].to(torch.uint8)
         return wanted | {name: collated[name] for name in ("texts_per_image",) if name in collated}

@@ -1,8 +1,11 @@
-"""A start for new, small ViLTs: what is near and alike should not have to be learned before what it is."""
+"""A start for new, small models: what is near and alike should not have to be learned before what it is."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -23,3 +26,48 @@ def start_local(model: PreTrainedModel) -> PreTrainedModel:
     for layer in model.base_model.encoder.layer:
         layer.attention.attention.key.weight.copy_(layer.attention.attention.query.weight)
     return model
+
+
+@torch.no_grad()
+def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
+    """Copy a trained ViLT's patch embeddings and first blocks into a new CLIP vision tower.
+
+    A ViLT block and a CLIP layer are the same but for the activation: give the tower that of the ViLT.
+
+    Raises ValueError if widths or patches differ, or the tower has more layers than the ViLT.
+    """
+    source, old, new = vilt.base_model, vilt.config, vision.config
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size", "hidden_act")
+    different = [name for name in same if getattr(old, name) != getattr(new, name)]
+    if different or len(vision.encoder.layers) > len(source.encoder.layer):
+        raise ValueError(
+            f"the vision tower cannot start from this ViLT: {', '.join(different) or 'num_hidden_layers'} differ"
+        )
+    projection = source.embeddings.patch_embeddings.projection
+    kind = source.embeddings.token_type_embeddings.weight[1]
+    vision.embeddings.patch_embedding.weight.copy_(projection.weight)
+    vision.embeddings.class_embedding.copy_(source.embeddings.cls_token[0, 0] + kind)
+    vision.embeddings.position_embedding.weight.copy_(source.embeddings.position_embeddings[0])
+    vision.embeddings.position_embedding.weight[1:] += projection.bias + kind
+    # ViLT has no norm there. One that scales by the usual spread changes least.
+    vision.pre_layrnorm.weight.fill_(vision.embeddings(plain_pictures(new)).std(-1).mean())
+    for layer, block in zip(vision.encoder.layers, source.encoder.layer, strict=False):
+        attention = block.attention.attention
+        for ours, theirs in (
+            (layer.self_attn.q_proj, attention.query),
+            (layer.self_attn.k_proj, attention.key),
+            (layer.self_attn.v_proj, attention.value),
+            (layer.self_attn.out_proj, block.attention.output.dense),
+            (layer.mlp.fc1, block.intermediate.dense),
+            (layer.mlp.fc2, block.output.dense),
+            (layer.layer_norm1, block.layernorm_before),
+            (layer.layer_norm2, block.layernorm_after),
+        ):
+            ours.load_state_dict(theirs.state_dict())
+
+
+def plain_pictures(config: Any) -> Tensor:
+    """Pictures whose patches have one colour each [8,3,H,W], for the usual spread of what a tower makes of them."""
+    side = config.image_size // config.patch_size
+    colours = torch.rand(8, config.num_channels, side, side)
+    return 2 * nn.functional.interpolate(colours, scale_factor=config.patch_size) - 1
