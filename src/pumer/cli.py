@@ -18,6 +18,10 @@ COMMANDS = {
     "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
     "study": ("pumer.commands.study:study_", "compare methods at many settings: trainings, tables, plots; resumable"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "bench llm": (
+        "pumer.commands.bench:llm_",
+        "time answers of vision-language models: prefill, tokens, cache",
+    ),
     "bench train": ("pumer.commands.bench:train_", "time steps of training, with and without reducer and teacher"),
     "bench where": ("pumer.commands.bench:where_", "show at which batch and picture sizes reduction pays"),
     "bench pairs": ("pumer.commands.score:bench_pairs", "time scoring of a pool against the plain loop over its pairs"),

@@ -72,19 +72,19 @@ class Bench:
                 **self.environment,
                 **self.settings,
                 "variant": row.variant,
-                "median_s": _text(None if row.timing is None else row.timing.median, ".6g"),
-                "p20_s": _text(None if row.timing is None else row.timing.p20, ".6g"),
-                "p80_s": _text(None if row.timing is None else row.timing.p80, ".6g"),
-                "examples_per_s": _text(row.per_second, ".6g"),
-                "x_stock": _text(row.x_stock, ".4g"),
-                "x_fused": _text(row.x_fused, ".4g"),
-                "gmacs": _text(row.macs and row.macs / GIGA, ".6g"),
-                "flops_ratio": _text(row.flops_ratio, ".4g"),
-                "flops_share": _text(row.flops_share, ".4g"),
-                "peak_bytes": _text(row.peak_bytes, "d"),
-                "memory_share": _text(row.memory_share, ".4g"),
-                "overhead_share": _text(row.overhead, ".4g"),
-                "weight_bytes": _text(self.weight_bytes, "d"),
+                "median_s": cell(None if row.timing is None else row.timing.median, ".6g"),
+                "p20_s": cell(None if row.timing is None else row.timing.p20, ".6g"),
+                "p80_s": cell(None if row.timing is None else row.timing.p80, ".6g"),
+                "examples_per_s": cell(row.per_second, ".6g"),
+                "x_stock": cell(row.x_stock, ".4g"),
+                "x_fused": cell(row.x_fused, ".4g"),
+                "gmacs": cell(row.macs and row.macs / GIGA, ".6g"),
+                "flops_ratio": cell(row.flops_ratio, ".4g"),
+                "flops_share": cell(row.flops_share, ".4g"),
+                "peak_bytes": cell(row.peak_bytes, "d"),
+                "memory_share": cell(row.memory_share, ".4g"),
+                "overhead_share": cell(row.overhead, ".4g"),
+                "weight_bytes": cell(self.weight_bytes, "d"),
                 "note": row.note,
             }
             for row in self.rows
@@ -100,7 +100,7 @@ class Bench:
                 cost = f"{1e3 * row.overhead * row.timing.median:.1f}"
                 lines.append(("  of it the reducer", "", cost, f"{row.overhead:.1%} of it", *[""] * 7))
         notes = [f"{row.variant}: {row.note}" for row in self.rows if row.note]
-        weights = _text(self.weight_bytes and self.weight_bytes / 2**20, ".0f")
+        weights = cell(self.weight_bytes and self.weight_bytes / 2**20, ".0f")
         return "\n".join(
             [
                 ", ".join(f"{name} {value}" for name, value in self.settings.items()),
@@ -120,18 +120,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.timing is None:
         return ("not measured", *[""] * 9)
     return (
-        _text(row.per_second, ".2f"),
+        cell(row.per_second, ".2f"),
         f"{1e3 * row.timing.median:.1f}",
         f"{1e3 * row.timing.p20:.1f} - {1e3 * row.timing.p80:.1f}",
-        _text(row.x_stock, ".2f"),
-        _text(row.x_fused, ".2f"),
-        _text(row.macs and 2 * row.macs / GIGA, ".2f"),
-        _text(row.flops_ratio, ".2f"),
-        _text(row.flops_share, ".2f"),
-        _text(row.peak_bytes and row.peak_bytes / 2**20, ".1f"),
-        _text(row.memory_share, ".0%"),
+        cell(row.x_stock, ".2f"),
+        cell(row.x_fused, ".2f"),
+        cell(row.macs and 2 * row.macs / GIGA, ".2f"),
+        cell(row.flops_ratio, ".2f"),
+        cell(row.flops_share, ".2f"),
+        cell(row.peak_bytes and row.peak_bytes / 2**20, ".1f"),
+        cell(row.memory_share, ".0%"),
     )
 
 
-def _text(value: float | int | None, form: str) -> str:
+def cell(value: float | int | None, form: str) -> str:
+    """A number of a table, empty where there is none."""
     return "" if value is None else format(value, form)

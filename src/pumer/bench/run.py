@@ -98,7 +98,7 @@ def bench(
             net = models.build(model).to(place, getattr(torch, dtype))
             data = models.inputs(net, batch, size, text, real_text)
             nets = variants(net, named)
-            calls = {name: forward(torch.compile(twin) if compiled else twin, data) for name, twin in nets.items()}
+            calls = {name: forward(torch.compile(one) if compiled else one, data) for name, one in nets.items()}
             timings = alternate(calls, runs, max(warmup, 1), place, progress)
             # At once: what is run below to watch it may have other lengths.
             macs = _macs(nets, data)
@@ -133,12 +133,14 @@ def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
 
 def variants(net: nn.Module, reducers: dict[str, Reducer]) -> dict[str, nn.Module]:
     """The model as it is, fused, and with each reducer; all share one set of weights."""
-    weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     twins = {FUSED: Unreduced(), **reducers}
-    return {
-        STOCK: net,
-        **{name: apply(copy.deepcopy(net, dict(weights)), reducer) for name, reducer in twins.items()},
-    }
+    return {STOCK: net, **{name: twin(net, reducer) for name, reducer in twins.items()}}
+
+
+def twin(net: nn.Module, reducer: Reducer) -> nn.Module:
+    """The same model reduced, the weights shared."""
+    weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    return apply(copy.deepcopy(net, weights), reducer)
 
 
 def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], Any]:
@@ -170,7 +172,7 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     assert patch.entry is not None
     # Stock ViLT cuts padded pictures to the longest of the batch too, but no stock model ever cuts the text.
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
-    return {STOCK: stock, **{name: last_forward_macs(twin) for name, twin in nets.items() if name != STOCK}}
+    return {STOCK: stock, **{name: last_forward_macs(one) for name, one in nets.items() if name != STOCK}}
 
 
 def _rows(

@@ -1,9 +1,10 @@
-"""`pumer bench`, `pumer bench train` and `pumer bench where`."""
+"""`pumer bench`, `pumer bench llm`, `pumer bench train` and `pumer bench where`."""
 
 from __future__ import annotations
 
 from rich.progress import Progress
 
+from pumer.bench.llm import Attention, bench_llm
 from pumer.bench.run import Device, Dtype, bench
 from pumer.bench.training import bench_training
 from pumer.bench.where import where
@@ -51,6 +52,61 @@ def bench_(
             device=device,
             dtype=dtype,
             compiled=compiled,
+            threads=threads,
+            runs=runs,
+            record=record,
+            progress=lambda: progress.advance(bar),
+        )
+    print(result)
+
+
+def llm_(
+    model: str = "llava-1.5-7b-shape",
+    reducers: list[ReducerSettings] | None = None,
+    layers: int | None = 4,
+    tower_layers: int | None = 4,
+    batch: int = 1,
+    text: int = 64,
+    new_tokens: int = 16,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
+    threads: int | None = None,
+    runs: int = 5,
+    record: str | None = None,
+) -> None:
+    """Time a stock vision-language model and reduced ones, taking turns in one process, as they write an answer.
+
+    Args:
+        model: a model of random weights, true architecture and true widths: llava-1.5-7b-shape, llava-next-7b-shape,
+            qwen2.5-vl-7b-shape or internvl3-8b-shape.
+        reducers: reducers' names, or `{"reducer": ..., setting: value}`; visionzip, fastv and pumer if not given.
+        layers: of the language model, 2 or more; null for the true number.
+        tower_layers: of the vision tower, 2 or more; null for the true number.
+        batch: prompts at a time, each with one picture.
+        text: text tokens of a prompt.
+        new_tokens: tokens of the answer.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights and activations.
+        attention: kernel of the language model and of the vision tower.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed answers of each.
+        record: CSV file to add the rows to.
+    """
+    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=runs + 1)
+        result = bench_llm(
+            model=model,
+            reducers=wanted,
+            layers=layers,
+            tower_layers=tower_layers,
+            batch=batch,
+            text=text,
+            new_tokens=new_tokens,
+            device=device,
+            dtype=dtype,
+            attention=attention,
             threads=threads,
             runs=runs,
             record=record,
