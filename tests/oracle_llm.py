@@ -19,10 +19,17 @@ def layers(model: nn.Module) -> nn.ModuleList:
     return (trunk.language_model if hasattr(trunk, "language_model") else trunk.text_model).layers
 
 
-def kept(model: nn.Module, inputs: dict[str, Tensor]) -> Kept:
-    """Which places of the prompt every layer of a reduced model has, bool [B,S], by number."""
-    with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) -> Kept:
+    """Which places of the prompt every layer of a reduced model has, bool [B,S], by number.
+
+    `generating`: as `generate` runs it, which counts no padding among the positions; sizes of keys depend on them.
+    """
+    if generating:
+        settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        cache = model.generate(**inputs, **settings).past_key_values
+    else:
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
     batch, length = inputs["input_ids"].shape
     marks = {}
     for number, held in cache._pumer_held.held.items():

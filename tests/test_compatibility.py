@@ -56,7 +56,7 @@ def test_dropping_is_masking(family, name, layout):
     if word == cells.REFUSED:
         pytest.skip("refused, as the document says")
     with pumer.reduced(model, reducer):
-        marks = oracle_llm.kept(model, inputs)
+        marks = oracle_llm.kept(model, inputs, generating=True)
         reduced = model.generate(**inputs, **SETTINGS)
     with oracle_llm.masked(model, marks):
         expected = model.generate(**inputs, **SETTINGS)

@@ -69,26 +69,36 @@ def test_ratio_0_gives_the_states_of_every_layer():
 
 
 @ORDERS
-@pytest.mark.parametrize("name", [name for name in matrix.PRUNING if name != "no-vision"])
+@pytest.mark.parametrize("name", [name for name in matrix.PRUNING if name not in ("no-vision", "dynamicvit")])
 def test_dropping_a_token_is_masking_it_from_there_on(name, update):
+    """In the middle of a layer; for what leaves after one see `test_training_leaves_out_what_using_drops`."""
     model, inputs = tiny.model("MeterModel", update=update), tiny.batch(ANSWERING, padding=0)
     with pumer.reduced(model, matrix.PRUNING[name]), pumer.trace(model) as steps:
         dropping = forward(model, inputs).pooler_output
     plan, dropped = None, {}
     for step in steps:
         plan = step.plan if plan is None else plan.then(step.plan)
-        dropped[step.layer] = plan.slot_BN[:, 9:] < 0
-    assert dropped[steps[-1].layer].any()
+        dropped[step.layer] = plan.slot_BN < 0
+    assert plan.slot_BN[:, 9:].lt(0).any()
 
     def mask(number, attended, text, image, text_bias, image_bias, *probes):
-        hidden = dropped.get(number, torch.tensor(False))
-        return attended, text, image, text_bias, image_bias.masked_fill(hidden, -torch.inf)
+        hidden = dropped.get(number, torch.zeros(4, 9 + image.shape[1], dtype=torch.bool))
+        words, patches = hidden[:, :9], hidden[:, 9:]
+        return (
+            attended,
+            text,
+            image,
+            text_bias.masked_fill(words, -torch.inf),
+            image_bias.masked_fill(patches, -torch.inf),
+        )
 
     with torch.no_grad():
         text, words = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         image = model.encode_image(inputs["pixel_values"])
         text, image = text + model.modality_embeddings.weight[0], image + model.modality_embeddings.weight[1]
-        image_bias = torch.zeros(image.shape[:2]).masked_fill(dropped.get(EMBEDDINGS, torch.tensor(False)), -torch.inf)
+        image_bias = torch.zeros(image.shape[:2]).masked_fill(
+            dropped.get(EMBEDDINGS, torch.zeros(4, 46, dtype=torch.bool))[:, 9:], -torch.inf
+        )
         close(dropping, slow.fuse(model, text, image, bias(words), image_bias, mask))
     assert (dropping - forward(model, inputs).pooler_output).abs().max() > 1e-3
 
@@ -139,9 +149,9 @@ def test_sizes_go_from_the_tower_into_fusion_and_none_is_lost(monkeypatch, reduc
     with pumer.reduced(model, reducer):
         forward(model, inputs)
     for before, after, plan in axes:
-        gone = 0 if plan is None else (before.sizes_BN * (plan.slot_BN < 0)).sum()
-        assert after.sizes_BN.sum() == before.sizes_BN.sum() - gone
-        assert after.sizes_BN[:, : after.text].sum() == before.sizes_BN[:, : before.text].sum()
+        kept = before.sizes_BN if plan is None else before.sizes_BN * (plan.slot_BN >= 0)
+        assert after.sizes_BN.sum() == kept.sum()
+        assert after.sizes_BN[:, : after.text].sum() == kept[:, : before.text].sum()
     tower = [after for before, after, _ in axes if before.text == 0]
     start = axes[len(tower)][0]
     assert start.sizes_BN[:, :9].eq(1).all()
