@@ -20,16 +20,16 @@ def result(tmp_path_factory):
 
 def test_every_way_is_measured_once(result):
     found, record = result
-    assert [(step.variant.partition("(")[0], step.teacher) for step in found.steps] == [
+    assert [(step.variant.partition("(")[0], step.teacher) for step in found.rows] == [
         (name, teacher) for name in (BASE, "pumer", "dynamicvit", "smarttrim") for teacher in (False, True)
     ]
     with record.open() as file:
-        assert len(list(csv.DictReader(file))) == len(found.steps)
-    assert str(found).count("\n") > len(found.steps)
+        assert len(list(csv.DictReader(file))) == len(found.rows)
+    assert str(found).count("\n") > len(found.rows)
 
 
 def test_flops_of_a_step(result):
-    steps = {(step.variant.partition("(")[0], step.teacher): step for step in result[0].steps}
+    steps = {(step.variant.partition("(")[0], step.teacher): step for step in result[0].rows}
     base = steps[BASE, False].macs
     assert steps[BASE, True].macs == base + base // 3  # a third forward besides forward and two for the backward
     assert steps["pumer", False].macs < base
@@ -41,5 +41,5 @@ def test_flops_of_a_step(result):
 
 
 def test_fewer_tokens_are_less_to_remember(result):
-    steps = {(step.variant.partition("(")[0], step.teacher): step for step in result[0].steps}
+    steps = {(step.variant.partition("(")[0], step.teacher): step for step in result[0].rows}
     assert steps["pumer", False].peak_bytes < steps[BASE, False].peak_bytes

@@ -149,13 +149,12 @@ class Reduction:
         if axis is None and held is None:
             return None
         mask = kwargs.get("attention_mask")
-        key = id(mask), id(axis), id(held)
-        if key not in run.cut:
-            run.cut[key] = mask, self._cut(run, number, mask, axis, cache, held, states)
-        kwargs = kwargs | {"attention_mask": run.cut[key][1]}
+        cut = partial(self._cut, run, number, mask, axis, cache, held, states)
+        kwargs = kwargs | {"attention_mask": run.once((mask, axis, held), cut)}
         if axis is not None:
             for name in ("position_embeddings", "position_ids"):
-                kwargs[name] = gather(kwargs.get(name), axis.index_BK, run.length)
+                whole = kwargs.get(name)
+                kwargs[name] = run.once((whole, axis), partial(gather, whole, axis.index_BK, run.length))
         if not args:
             return (), kwargs | {"hidden_states": states}
         return (states, *args[1:]), kwargs

@@ -6,7 +6,7 @@ T text tokens, I image tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,7 +133,7 @@ class Run:
         axes: those of every layer that has run.
         widths: tokens that the states of these layers really have.
         seen: queries and keys by layer.
-        cut: masks that were cut already.
+        cut: masks and positions that were cut already, with what they were cut from.
     """
 
     inputs: dict[str, Any]
@@ -149,6 +149,13 @@ class Run:
     widths: list[int] = field(default_factory=list)
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cut: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What is made of these objects: made for the first layer that asks, the same for all others."""
+        key = tuple(map(id, sources))
+        if key not in self.cut:
+            self.cut[key] = sources, make()  # kept, so that no other object gets their id
+        return self.cut[key][1]
 
 
 def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN: Tensor, slots: int) -> Plan:

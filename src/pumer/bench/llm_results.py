@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pumer.bench.results import cell
+from pumer.bench.results import Measured, cell
 from pumer.bench.timing import Timing
 from pumer.report import GIGA, align
 
@@ -55,28 +55,8 @@ class AnswerRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class AnswerBench:
-    """The rows of one measurement with its settings and surroundings; `str` is a table.
-
-    Args:
-        settings: what was asked for.
-        environment: date, machine and versions.
-        rows: one per variant.
-        weight_bytes: of the model, which all variants share.
-    """
-
-    settings: dict[str, Any]
-    environment: dict[str, str | int]
-    rows: tuple[AnswerRow, ...]
-    weight_bytes: int | None = None
-
-    def row(self, variant: str) -> AnswerRow:
-        """The row of a variant; raises ValueError listing the ones there are."""
-        found = next((row for row in self.rows if row.variant == variant), None)
-        if found is None:
-            raise ValueError(f"no variant is named {variant!r}; there are {', '.join(r.variant for r in self.rows)}")
-        return found
+class AnswerBench(Measured[AnswerRow]):
+    """Answers, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per variant, for `records.append`: the same columns whatever was measured."""
@@ -115,9 +95,7 @@ class AnswerBench:
         weights = cell(self.weight_bytes and self.weight_bytes / MEBI, ".0f")
         return "\n".join(
             [
-                ", ".join(f"{name} {value}" for name, value in self.settings.items()),
-                ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
-                "",
+                *self.heading(),
                 *align(times + [(row.variant, *_times(row)) for row in self.rows], left=1),
                 "",
                 *align(costs + [(row.variant, *_costs(row)) for row in self.rows], left=1),

@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from pumer.bench.timing import Timing
 from pumer.report import GIGA, align
+
+
+class _Variant(Protocol):
+    @property
+    def variant(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Variant)
+
+
+@dataclass(frozen=True)
+class Measured(Generic[R]):
+    """The rows of one measurement with its settings and surroundings; `str` is a table.
+
+    Args:
+        settings: what was asked for.
+        environment: date, machine and versions.
+        rows: one per variant.
+        weight_bytes: of the model, which all variants share.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, str | int]
+    rows: tuple[R, ...]
+    weight_bytes: int | None = None
+
+    def row(self, variant: str) -> R:
+        """The row of a variant; raises ValueError listing the ones there are."""
+        found = next((row for row in self.rows if row.variant == variant), None)
+        if found is None:
+            raise ValueError(f"no variant is named {variant!r}; there are {', '.join(r.variant for r in self.rows)}")
+        return found
+
+    def heading(self) -> list[str]:
+        """The lines over a table: what was asked for, where it was measured."""
+        return [
+            ", ".join(f"{name} {value}" for name, value in self.settings.items()),
+            ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
+            "",
+        ]
 
 
 @dataclass(frozen=True)
@@ -42,28 +82,8 @@ class Row:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """The rows of one measurement with its settings and surroundings; `str` is a table.
-
-    Args:
-        settings: what was asked for.
-        environment: date, machine and versions.
-        rows: one per variant.
-        weight_bytes: of the model, which all variants share.
-    """
-
-    settings: dict[str, Any]
-    environment: dict[str, str | int]
-    rows: tuple[Row, ...]
-    weight_bytes: int | None = None
-
-    def row(self, variant: str) -> Row:
-        """The row of a variant; raises ValueError listing the ones there are."""
-        found = next((row for row in self.rows if row.variant == variant), None)
-        if found is None:
-            raise ValueError(f"no variant is named {variant!r}; there are {', '.join(r.variant for r in self.rows)}")
-        return found
+class Bench(Measured[Row]):
+    """Forwards, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per variant, for `records.append`: the same columns whatever was measured."""
@@ -103,9 +123,7 @@ class Bench:
         weights = cell(self.weight_bytes and self.weight_bytes / 2**20, ".0f")
         return "\n".join(
             [
-                ", ".join(f"{name} {value}" for name, value in self.settings.items()),
-                ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
-                "",
+                *self.heading(),
                 *align(lines, left=1),
                 "",
                 "ms: median of a forward. fused: fused kernels and trimmed padding, nothing reduced.",

@@ -15,6 +15,7 @@ from pumer.adapters import find
 from pumer.api import active, apply, unreduced
 from pumer.bench import models, records
 from pumer.bench.memory import peak_activations
+from pumer.bench.results import Measured
 from pumer.bench.run import Device, ReducerSpec, name_reducers, using_threads
 from pumer.bench.timing import Timing, alternate
 from pumer.reducers import Unreduced
@@ -48,13 +49,8 @@ class Step:
     flops_ratio: float
 
 
-@dataclass(frozen=True)
-class TrainingBench:
-    """The steps that were measured, with settings and surroundings; `str` is a table."""
-
-    settings: dict[str, Any]
-    environment: dict[str, str | int]
-    steps: tuple[Step, ...]
+class TrainingBench(Measured[Step]):
+    """Steps, two of a variant where both kinds of teacher were asked for, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per step, for `records.append`."""
@@ -73,13 +69,13 @@ class TrainingBench:
                 "flops_share": f"{step.x_base / step.flops_ratio:.4g}",
                 "peak_bytes": step.peak_bytes,
             }
-            for step in self.steps
+            for step in self.rows
         ]
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [("", "teacher", "ms", "p20 - p80", "x base", "ratio", "seen", "MiB", "of base")]
-        base = {step.teacher: step for step in self.steps if step.variant == BASE}
-        for step in self.steps:
+        base = {step.teacher: step for step in self.rows if step.variant == BASE}
+        for step in self.rows:
             lines.append(
                 (
                     step.variant,
@@ -95,9 +91,7 @@ class TrainingBench:
             )
         return "\n".join(
             [
-                ", ".join(f"{name} {value}" for name, value in self.settings.items()),
-                ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
-                "",
+                *self.heading(),
                 *align(lines, left=1),
                 "",
                 "ms: median of a step: forward, loss, backward, AdamW. x base: against unreduced, the teacher alike.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from rich.progress import Progress
 
 from pumer.bench.llm import Attention, bench_llm
@@ -40,24 +43,21 @@ def bench_(
         runs: timed forwards of each.
         record: CSV file to add the rows to.
     """
-    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=runs + 2)
-        result = bench(
-            model=model,
-            reducers=wanted,
-            batch=batch,
-            image_size=image_size,
-            text=text,
-            device=device,
-            dtype=dtype,
-            compiled=compiled,
-            threads=threads,
-            runs=runs,
-            record=record,
-            progress=lambda: progress.advance(bar),
-        )
-    print(result)
+    _measure(
+        bench,
+        rounds=runs + 2,
+        model=model,
+        reducers=reducers,
+        batch=batch,
+        image_size=image_size,
+        text=text,
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        threads=threads,
+        runs=runs,
+        record=record,
+    )
 
 
 def llm_(
@@ -93,26 +93,23 @@ def llm_(
         runs: timed answers of each.
         record: CSV file to add the rows to.
     """
-    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=runs + 1)
-        result = bench_llm(
-            model=model,
-            reducers=wanted,
-            layers=layers,
-            tower_layers=tower_layers,
-            batch=batch,
-            text=text,
-            new_tokens=new_tokens,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            threads=threads,
-            runs=runs,
-            record=record,
-            progress=lambda: progress.advance(bar),
-        )
-    print(result)
+    _measure(
+        bench_llm,
+        rounds=runs + 1,
+        model=model,
+        reducers=reducers,
+        layers=layers,
+        tower_layers=tower_layers,
+        batch=batch,
+        text=text,
+        new_tokens=new_tokens,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        threads=threads,
+        runs=runs,
+        record=record,
+    )
 
 
 def train_(
@@ -140,22 +137,19 @@ def train_(
         runs: timed steps of each.
         record: CSV file to add the rows to.
     """
-    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=runs + 1)
-        result = bench_training(
-            model=model,
-            reducers=wanted,
-            batch=batch,
-            teachers=teachers or (False, True),
-            text=text,
-            device=device,
-            threads=threads,
-            runs=runs,
-            record=record,
-            progress=lambda: progress.advance(bar),
-        )
-    print(result)
+    _measure(
+        bench_training,
+        rounds=runs + 1,
+        model=model,
+        reducers=reducers,
+        batch=batch,
+        teachers=teachers or (False, True),
+        text=text,
+        device=device,
+        threads=threads,
+        runs=runs,
+        record=record,
+    )
 
 
 def where_(
@@ -196,3 +190,12 @@ def where_(
             record=record,
         )
     )
+
+
+def _measure(bench: Callable[..., Any], rounds: int, reducers: list[ReducerSettings] | None, **settings: Any) -> None:
+    """Print what a bench measures, with a bar of its rounds."""
+    wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=rounds)
+        result = bench(reducers=wanted, progress=lambda: progress.advance(bar), **settings)
+    print(result)
