@@ -42,6 +42,8 @@ REDUCERS: dict[str, Reducer] = {
     "ToMe": pumer.ToMe(r=2, depth=2, proportional=False),
     "ToMe, proportional": pumer.ToMe(r=2, depth=2),
     "DyMU (merging thresholds)": pumer.DyMU(thresholds=(0.5, 0.5)),
+    "ToMe in the vision tower": pumer.Compose(pumer.ToMe(r=2, depth=2), pumer.Unreduced()),
+    "DyMU in the vision tower": pumer.Compose(pumer.DyMU(thresholds=(0.5, 0.5)), pumer.Unreduced()),
     "DynamicViT": pumer.DynamicViT(keep=0.6, layers=(0, 1)),
     "SmartTrim": pumer.SmartTrim(layers=(0, 1)),
     **PRUNING,

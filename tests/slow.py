@@ -139,9 +139,16 @@ def _poolers(meter, text, image):
 
 def clip(vision, pixels, reducer=None):
     """States [I,D] of one picture after CLIP's layers and its norm, and the sizes; merged in every layer by ToMe."""
+    states, groups = clip_groups(vision, pixels, reducer)
+    return vision.post_layernorm(states), torch.tensor([float(len(group)) for group in groups])
+
+
+def clip_groups(vision, pixels, reducer=None, depth=None):
+    """States [K,D] of one picture after CLIP's first `depth` layers, all if not given, and the tokens in each group."""
     states = vision.pre_layrnorm(vision.embeddings(pixels[None], interpolate_pos_encoding=True))[0]
-    sizes, count = torch.ones(len(states)), vision.config.num_attention_heads
-    for number, layer in enumerate(vision.encoder.layers):
+    members, count = [{number} for number in range(len(states))], vision.config.num_attention_heads
+    for number, layer in enumerate(vision.encoder.layers[:depth]):
+        sizes = torch.tensor([float(len(group)) for group in members])
         normed, module = layer.layer_norm1(states), layer.self_attn
         queries, keys, values = (heads(part, normed, count) for part in (module.q_proj, module.k_proj, module.v_proj))
         counted = reducer is not None and reducer.proportional
@@ -150,9 +157,11 @@ def clip(vision, pixels, reducer=None):
             merged = min(reducer.schedule[number], (len(states) - 1) // 2)
             groups, gap = bipartite(keys.mean(0)[1:].tolist(), merged)
             assert gap > 1e-6, "a tie decides: take other weights"
-            states, sizes = gather(states, sizes, [{0}, *({i + 1 for i in group} for group in groups)])
+            groups = [{0}, *({i + 1 for i in group} for group in groups)]
+            states, _ = gather(states, sizes, groups)
+            members = [set().union(*(members[i] for i in group)) for group in groups]
         states = states + layer.mlp(layer.layer_norm2(states))
-    return vision.post_layernorm(states), sizes
+    return states, members
 
 
 def gather(states, sizes, groups):

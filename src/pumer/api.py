@@ -95,7 +95,9 @@ def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
         return
     depth = adapter.tower_depth(model)
     if depth == 0:
-        raise ValueError(f"{type(model).__name__} has no vision tower: give the reducer `inside` alone")
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower that can be reduced: give the reducer `inside` alone"
+        )
     if any(layer < 0 for layer in reducer.in_tower.layers):
         raise ValueError(f"{reducer.in_tower.name} in the tower reduces in layers 0 to {depth - 1}")
     reducer.in_tower.check(depth)
@@ -107,8 +109,10 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
         return
     text, image = adapter.default_lengths(model)
     if reducer.in_tower is not None:
+        _, left = adapter.tower_entry(model, image)
         for layer in range(adapter.tower_depth(model)):
-            _, image = reducer.in_tower.lengths(0, image, layer)
+            _, left = reducer.in_tower.lengths(0, left, layer)
+        image = adapter.tower_exit(model, image, left)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
         text, image = reducer.lengths(text, image, layer, adapter.prefix, adapter.default_grid(model))
         if image <= adapter.prefix:

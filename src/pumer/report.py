@@ -303,8 +303,10 @@ def _plan(
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
-        spent = sum(own_macs(reducer.in_tower, shape, (0, image), inside, grid, place).values())
-        first, grid = (text, tower[-1]), None if tower[-1] != image else grid
+        pictures, _ = adapter.tower_entry(model, image)
+        spent = pictures * sum(own_macs(reducer.in_tower, shape, inside[0], inside, grid, place).values())
+        first = text, adapter.tower_exit(model, image, tower[-1])
+        grid = None if tower[-1] != tower[0] else grid
     lengths = ran[1] if ran else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.prefix)
     patch = active(model)
     own = own_macs(
@@ -328,9 +330,10 @@ def _planned_tower(
 ) -> tuple[int, ...]:
     """Image tokens before the first layer of the vision tower and after every one."""
     depth = adapter.tower_depth(model)
+    _, entered = adapter.tower_entry(model, image)
     if reducer.in_tower is None:
-        return (image,) * (depth + 1) if depth else ()
-    return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, image, grid))
+        return (entered,) * (depth + 1) if depth else ()
+    return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, entered, grid))
 
 
 def _last_forward(patch: Patch | None, adapter: Adapter, model: nn.Module) -> tuple[Lengths | None, Lengths | None]:

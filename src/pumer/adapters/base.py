@@ -138,6 +138,15 @@ class Adapter:
         """Number of layers of the vision tower, 0 where there is none."""
         return 0
 
+    def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
+        """(pictures, tokens of each in the vision tower) where `image` tokens come out of it unreduced."""
+        return 1, image
+
+    def tower_exit(self, model: nn.Module, image: int, left: int) -> int:
+        """Image tokens that come out of a vision tower that leaves `left` tokens of each picture."""
+        pictures, entered = self.tower_entry(model, image)
+        return image - pictures * (entered - left)
+
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         """(heads, channels of a head) of the vision tower."""
         raise NotImplementedError

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pumer.adapters import decoder_attention
 from pumer.adapters.base import Patch
-from pumer.adapters.prompt import Axis, Picture, to_device
-from pumer.reducers import EMBEDDINGS, Tokens
+from pumer.adapters.prompt import Axis, Picture, View, to_device
+from pumer.reducers import EMBEDDINGS, Plan, Tokens
 from pumer.reducers.base import Encoder, Grid
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ CLASS_ATTENTION = "class_attention_BN"
 RECEIVED = "received_BN"
 
 
-def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor) -> tuple[Tokens, Tensor]:
-    """What a reducer sees before the first layer, one row per image with the text of its sample, and the places of
-    its tokens on the axis [R,N].
+def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor) -> View:
+    """What a reducer sees before the first layer: one row per image with the text of its sample, which stays.
 
     Args:
         axis: of the prompts.
@@ -62,7 +61,8 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
         encoder=_encoder(pictures),
     )
-    return tokens, at_RN
+    own_RN = valid_RN & (torch.arange(at_RN.shape[1], device=device) >= text)
+    return View(tokens, at_RN, own_RN, owner)
 
 
 def by_sample(axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -133,6 +133,8 @@ class Look:
         self.needs: frozenset[str] = frozenset()
         self.features: Tensor | None = None
         self.heads: list[tuple[Tensor, Tensor]] = []
+        self.merged: Plan | None = None
+        """Where the patches of every picture went, if the tower merged them."""
         self.packed: Any = None
         """How a family puts its crops together."""
 

@@ -11,20 +11,16 @@ C channels of a head.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import before_llm, decoder_attention, kv_cache
-from pumer.adapters.base import Patch, Step, replace_method
+from pumer.adapters import before_llm, decoder_attention, kv_cache, reduce_llm
+from pumer.adapters.base import Patch, replace_method
 from pumer.adapters.before_llm import Look, comparable
-from pumer.adapters.prompt import Axis, Picture, Run, gather, place, to_device
-from pumer.reducers import EMBEDDINGS, Tokens
-from pumer.reducers.base import Grid
+from pumer.adapters.prompt import Axis, Picture, Run, gather
 
 if TYPE_CHECKING:
     from pumer.adapters.llm import DecoderAdapter
@@ -140,7 +136,7 @@ class Reduction:
         if number == 0:
             run.past, run.length = kv_cache.length(cache), states.shape[1]
         if run.axis is not None:
-            states = self._reduce(run, number - 1, states)
+            states = reduce_llm.reduce(self.patch, run, number - 1, states, self.spec.causal)
             run.axes.append(run.axis)
             run.widths.append(states.shape[1])
         axis = None if run.axis is None or run.axis.whole else run.axis
@@ -187,76 +183,6 @@ class Reduction:
             self.language.config._attn_implementation,
             states.dtype,
         )
-
-    def _reduce(self, run: Run, layer: int, states_BKD: Tensor) -> Tensor:
-        """States after the reducer acted after this layer; the run has their axis."""
-        reducer = self.patch.reducer
-        assert run.axis is not None
-        if not reducer.reduces_at(layer):
-            return states_BKD
-        axis = run.axis.to(states_BKD.device)
-        owner: Sequence[int] = range(len(axis.counts))
-        before = axis.counts
-        grids: list[Grid | None] = [None] * len(owner)
-        if layer == EMBEDDINGS:
-            owner = run.owner
-            before = tuple(
-                (axis.counts[row][0], picture.patches) for row, picture in zip(owner, run.pictures, strict=True)
-            )
-            grids = [picture.grid for picture in run.pictures]
-            tokens, at_RN = before_llm.view(axis, run.pictures, owner, states_BKD)
-            own_RN = tokens.mask_BN & (torch.arange(at_RN.shape[1], device=at_RN.device) >= tokens.text)
-        else:
-            tokens, at_RN = self._view(run, axis, layer, states_BKD)
-            if tokens.grid is not None:
-                grids = [picture.grid for picture in run.pictures]
-            own_RN = tokens.mask_BN
-        # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
-        with torch.no_grad():
-            plan = reducer.plan(tokens)
-        if self.patch.steps is not None:
-            self.patch.steps.append(Step(layer, tokens.text, plan, tokens.grid, tokens.patch_BN))
-        after = [reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)]
-        unsure = reducer.leaves_gaps
-        if unsure and self.patch.trim and not torch.compiler.is_compiling():
-            # The data have decided: the one kind of reducer for which the host waits.
-            unsure = False
-            filled = plan.mask_BK.sum(1).tolist()
-            after = [(text, full - text) for full, (text, _) in zip(filled, after, strict=True)]
-        counts = before_llm.by_sample(axis, owner, after)
-        row_R = None if layer != EMBEDDINGS else to_device(owner, at_RN.device)
-        left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
-        placed = place(plan, axis, row_R, at_RN, own_RN, max(left))
-        run.axis = axis.then(placed, counts, unsure or min(left) < max(left))
-        if plan.index_BK is None:
-            placed = replace(placed, index_BK=None)
-        run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
-        return placed.reduce(states_BKD)
-
-    def _view(self, run: Run, axis: Axis, layer: int, states_BKD: Tensor) -> tuple[Tokens, Tensor]:
-        """What a reducer sees after a layer, one row per sample, and the places of its tokens on the axis [B,N]."""
-        at_BN, valid_BN = axis.view()
-        queries_BHKC, keys_BHKC = run.seen.pop(layer)
-        index_BN1 = at_BN[..., None].expand(-1, -1, states_BKD.shape[2])
-        grid, patch_BN = None, None
-        if axis.whole and run.owner == list(range(len(at_BN))):  # one picture each
-            grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
-            text, _ = axis.lengths
-            patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
-        tokens = Tokens(
-            mask_BN=valid_BN,
-            text=axis.lengths[0],
-            sizes_BN=axis.sizes_BK.gather(1, at_BN),
-            layer=layer,
-            prefix=0,
-            grid=grid,
-            patch_BN=patch_BN,
-            states_BND=states_BKD.gather(1, index_BN1),
-            queries_BHNC=_of_heads(queries_BHKC, at_BN),
-            keys_BHNC=_of_heads(keys_BHKC, at_BN, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
-            place_BN=at_BN if self.spec.causal else None,
-        )
-        return tokens, at_BN
 
     def _leave(self, _: nn.Module, args: Any, output: Any) -> Any:
         """After the last layer: states in the prompt's length again, and the cache told what it holds."""
@@ -312,11 +238,6 @@ def _places(axis: Axis | None, run: Run, states: Tensor) -> tuple[Tensor, Tensor
         own = torch.arange(run.past, run.past + run.length, device=states.device)
         return own.expand(len(states), -1), None
     return axis.index_BK + run.past, axis.filled_BK
-
-
-def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
-    taken = x_BHKC.gather(2, at_BN[:, None, :, None].expand(-1, x_BHKC.shape[1], -1, x_BHKC.shape[3]))
-    return taken if repeats == 1 else taken.repeat_interleave(repeats, 1)
 
 
 def _spread(states_BKD: Tensor, axis: Axis, length: int) -> Tensor:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters.base import Patch, config_of, register, replace_method
+from pumer.adapters import tower
+from pumer.adapters.base import Patch, config_of, is_a, register, replace_forward, replace_method
 from pumer.adapters.before_llm import Look, summarise
-from pumer.adapters.llm import DecoderAdapter, plain, tower_layer
+from pumer.adapters.llm import DecoderAdapter, feature_depth, plain, tower_layers
 from pumer.adapters.prompt import Picture
-from pumer.reducers.base import Encoder
+from pumer.reducers.base import Encoder, Grid
 
 Assemble = Callable[..., tuple[list[Tensor], Any]]
 
@@ -26,20 +30,43 @@ class LlavaAdapter(DecoderAdapter):
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
     tower_class = True
 
+    def tower_depth(self, model: nn.Module) -> int:
+        vision = self.vision(model)
+        if not is_a(vision, ("CLIPVisionModel",)):
+            return 0
+        return feature_depth(vision, config_of(model).vision_feature_layer)
+
+    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        vision = config_of(model).vision_config
+        return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
+
+    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+        if patch.reducer.in_tower is not None:
+            grid, depth = self.default_grid(model), self.tower_depth(model)
+            replace_forward(patch, self.vision(model), _reduced_tower, patch, look, grid, depth)
+
     def tower_attention(self, model: nn.Module) -> Any:
-        return tower_layer(self.trunk(model), config_of(model).vision_feature_layer).self_attn
+        vision: Any = self.vision(model)
+        return tower_layers(vision)[feature_depth(vision, config_of(model).vision_feature_layer) - 1].self_attn
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
         rows, columns = grid = self.default_grid(trunk)
         structure = torch.arange(1 + rows * columns) == 0 if full else None
-        return plain(output.pooler_output, grid, summarise(look, self.tower_class, not full), structure)
+        made = plain(output.pooler_output, grid, summarise(look, self.tower_class, not full), structure)
+        merged, look.merged = look.merged, None
+        if merged is None:
+            return made
+        return [replace(picture, merged=merged.rows([number])) for number, picture in enumerate(made)]
 
 
 class _Packed(LlavaAdapter):
     """Images are put together from a small picture of the whole and crops, with a newline token at every row's end."""
 
     on_host = ("image_sizes",)
+
+    def tower_depth(self, model: nn.Module) -> int:
+        return 0  # crops lose tokens when they are put together, and merged ones would lose parts of themselves
 
     def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
         replace_method(patch, self.trunk(model), "pack_image_features", _pack, look)
@@ -77,6 +104,30 @@ class LlavaOnevisionAdapter(_Packed):
     family = "LLaVA-OneVision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
     tower_class = False
+
+
+def _reduced_tower(
+    vision: Any,
+    patch: Patch,
+    look: Look,
+    grid: Grid,
+    depth: int,
+    pixel_values: Tensor,
+    interpolate_pos_encoding: bool = False,
+    **kwargs: Any,
+) -> BaseModelOutputWithPooling:
+    """In place of `CLIPVisionModel.forward`: tokens are merged on the way, and all of a group have the same states.
+
+    So what follows the tower finds as many tokens as ever; the language model then gets one of each group. Layers behind
+    the `depth` ones that the features come from are not run.
+    """
+    embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    spread: list[Tensor | None] = []
+    for states, axis in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
+        spread.append(axis.expand(states))
+        look.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
+    spread += [None] * (len(vision.encoder.layers) - depth)
+    return BaseModelOutputWithPooling(hidden_states=tuple(spread))  # what else it gives nobody reads here
 
 
 def _pack(trunk: Any, look: Look, image_features: Sequence[Tensor], image_sizes: Tensor, **kwargs: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from pumer.adapters.base import Adapter, Patch, config_of, head_macs
 from pumer.adapters.before_llm import CLASS_ATTENTION, Look, Tiles, shift
 from pumer.adapters.inside_llm import Reduction
 from pumer.adapters.prompt import Picture
-from pumer.reducers import Reducer
+from pumer.reducers import EMBEDDINGS, Compose, Reducer
 from pumer.reducers.base import Encoder, Grid
 
 
@@ -94,6 +96,13 @@ class DecoderAdapter(Adapter):
         return len(self.language(model).layers)
 
     def settle(self, reducer: Reducer) -> Reducer:
+        if isinstance(reducer, Compose):
+            if reducer.inside.reduces_at(EMBEDDINGS):
+                raise ValueError(
+                    f"what the vision tower merged is gathered before the language model, where {reducer.inside.name} "
+                    "would act, too: compose it with a reducer inside the language model, or with none"
+                )
+            return replace(reducer, inside=self.settle(reducer.inside))
         if reducer.published or reducer.needs_attention:
             raise ValueError(
                 f"{reducer.name} needs whole attention maps, which decoders do not make: give official=False"
@@ -159,7 +168,7 @@ class DecoderAdapter(Adapter):
         """Costs up to the first token of the answer: of the head, that token's alone."""
         _, image = entry or lengths[0]
         layers = self.layer_macs(model, lengths)
-        vision, projection = self.vision_macs(model, image)
+        vision, projection = self.vision_macs(model, image, tower)
         return {
             "embedding": 0,
             "vision tower": vision,
@@ -169,15 +178,19 @@ class DecoderAdapter(Adapter):
             "head": self.head_macs(model),
         }
 
-    def vision_macs(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """Multiply-accumulates of the vision tower, and of the projector, for an image of so many tokens.
-
-        Every weight of theirs meets every patch; attention is within crops of the usual size.
-        """
-        vision, projector = self.vision(model), self.projector(model)
+    def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
         crops = max(1, round(image / (rows * columns)))
-        own = image * self.patches_per_token(model) // crops + int(self.tower_class)
+        return crops, image * self.patches_per_token(model) // crops + int(self.tower_class)
+
+    def vision_macs(self, model: nn.Module, image: int, tower: Sequence[int] = ()) -> tuple[int, int]:
+        """Multiply-accumulates of the vision tower, and of the projector, for an image of so many tokens.
+
+        Every weight of theirs meets every patch; attention is within crops of the usual size. `tower` is as in `macs`:
+        what is merged in a layer of the tower is spared its MLP and all that comes after.
+        """
+        vision, projector = self.vision(model), self.projector(model)
+        crops, own = self.tower_entry(model, image)
         inside = set(projector.modules())
         weights = sum(
             part.weight.numel()
@@ -188,10 +201,17 @@ class DecoderAdapter(Adapter):
         depth = getattr(config, "num_hidden_layers", None) or config.depth
         width = getattr(config, "embed_dim", None) or config.hidden_size
         pairs = 2 * own**2 * width * depth
-        project = sum(part.weight.numel() for part in projector.modules() if isinstance(part, nn.Linear))
-        return crops * (own * weights + pairs), image * project
+        project = linear_weights(projector)
+        spared = 0
+        layer: Any
+        # Layers behind those that the features come from are run by the stock model alone.
+        passes = [*pairwise(tower), *[(0, 0)] * (depth + 1 - len(tower))] if len(set(tower)) > 1 else []
+        for layer, (before, after) in zip(tower_layers(vision) if passes else (), passes, strict=True):
+            spared += (own - before) * linear_weights(layer.self_attn) + (own - after) * linear_weights(layer.mlp)
+            spared += 2 * (own**2 - before**2) * width
+        return crops * (own * weights + pairs - spared), image * project
 
-    def vision(self, model: nn.Module) -> nn.Module:
+    def vision(self, model: nn.Module) -> Any:
         """The vision tower."""
         return self.trunk(model).vision_tower
 
@@ -214,6 +234,11 @@ DEFAULT_TEXT = 64
 """Text tokens of a prompt, where nothing else is said."""
 
 
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
 def whole(size: Any) -> int:
     """A side's length, which some configurations give twice."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
@@ -225,11 +250,12 @@ def tower_layers(tower: Any) -> nn.ModuleList:
     return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
-def tower_layer(trunk: Any, index: int | Sequence[int]) -> Any:
-    """The layer of the vision tower that gives the hidden states of this index, the last of several."""
-    layers = tower_layers(trunk.vision_tower)
-    last = index if isinstance(index, int) else index[-1]
-    return layers[(last if last >= 0 else len(layers) + 1 + last) - 1]
+def feature_depth(tower: Any, index: int | Sequence[int]) -> int:
+    """How many layers of a vision tower make the hidden states of this index, or of the last of several."""
+    depth = len(tower_layers(tower))
+    return max(
+        number if number >= 0 else depth + 1 + number for number in ([index] if isinstance(index, int) else index)
+    )
 
 
 def plain(

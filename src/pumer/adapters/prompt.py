@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.reducers import Plan
+from pumer.reducers import Plan, Tokens
 from pumer.reducers.base import Encoder, Grid
 
 
@@ -27,12 +27,14 @@ class Picture:
             are patches.
         grid: rows and columns, where the patches are all those of one grid in raster order.
         encoder: what the vision tower knows of the patches, every tensor [1,I,...].
+        merged: the plan by which the vision tower merged the patches, of one row; None if it did not.
     """
 
     length: int
     structure: Tensor | None = None
     grid: Grid | None = None
     encoder: Encoder | None = None
+    merged: Plan | None = None
 
     @property
     def patches(self) -> int:
@@ -114,6 +116,23 @@ class Axis:
         )
         first = tokens - filled.sum(1, keepdim=True)
         return torch.maximum(marks.cumsum(1) - 1, torch.zeros_like(marks)) + first
+
+
+@dataclass(frozen=True)
+class View:
+    """What a reducer sees of an axis: every sample in a row of its own, or every image with its sample's text.
+
+    Args:
+        tokens: text first, then the image.
+        at_RN: their places on the axis.
+        own_RN: bool, those that a plan for the view may touch.
+        owner: sample of every row.
+    """
+
+    tokens: Tokens
+    at_RN: Tensor
+    own_RN: Tensor
+    owner: Sequence[int]
 
 
 @dataclass

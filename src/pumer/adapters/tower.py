@@ -5,6 +5,7 @@ Shape suffixes: B batch, I image tokens, D channels, H heads, C channels of a he
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,16 +53,33 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
         states = vision(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         patch.tower = [states.shape[1]] * (len(vision.encoder.layers) + 1)
         return Encoded(vision.post_layernorm(states), grid=grid)
-    states = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+    embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=True)
+    for states, axis in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are what is wanted
+        pass
+    return Encoded(vision.post_layernorm(states), axis.sizes_BN, axis.plan, grid)
+
+
+def layers(vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = None) -> Iterator[tuple[Tensor, Axis]]:
+    """States and axis before the first layer of a `CLIPVisionModel` and after every one, the tower's reducer at work.
+
+    Args:
+        vision: the tower.
+        embedded_BID: what its embeddings give, [CLS] first.
+        patch: whose reducer acts.
+        grid: rows and columns of patches.
+    """
+    reducer = patch.reducer.in_tower
+    assert reducer is not None
+    states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)
     raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
     axis = Axis(0, ones.bool(), ones, None, grid, raster)
-    lengths = [states.shape[1]]
+    patch.tower = [states.shape[1]]
+    yield states, axis
     for number, layer in enumerate(vision.encoder.layers):
         states, axis = _layer(layer, patch, reducer, number, states, axis)
-        lengths.append(states.shape[1])
-    patch.tower = lengths
-    return Encoded(vision.post_layernorm(states), axis.sizes_BN, axis.plan, grid)
+        patch.tower.append(states.shape[1])
+        yield states, axis
 
 
 def _layer(layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis) -> tuple[Tensor, Axis]:

@@ -112,6 +112,23 @@ class Plan:
         index = None if self.index_BK is None else self.index_BK[:, :slots]
         return Plan(self.slot_BN[:, :tokens], self.weight_BN[:, :tokens], self.mask_BK[:, :slots], index)
 
+    def tail(self, first: int) -> Plan:
+        """The part behind the first source tokens, where these and no others go into as many slots, the first ones."""
+        index = None if self.index_BK is None else self.index_BK[:, first:] - first
+        slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - first)[:, first:]
+        return Plan(slot_BN, self.weight_BN[:, first:], self.mask_BK[:, first:], index)
+
+    @staticmethod
+    def stack(plans: Sequence[Plan]) -> Plan:
+        """One plan for batches one after another, of as many tokens and slots."""
+        indices = [plan.index_BK for plan in plans if plan.index_BK is not None]
+        return Plan(
+            torch.cat([plan.slot_BN for plan in plans]),
+            torch.cat([plan.weight_BN for plan in plans]),
+            torch.cat([plan.mask_BK for plan in plans]),
+            torch.cat(indices) if len(indices) == len(plans) else None,
+        )
+
     def cut(self, text: int, lengths: tuple[int, int]) -> Plan:
         """Without the slots at the end of the text and of the image, the first `text` slots being the text's.
 

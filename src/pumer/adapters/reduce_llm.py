@@ -1,0 +1,130 @@
+"""One reduction of a prompt: what the reducer sees, what it plans, and the axis after it.
+
+Shape suffixes: B samples, R rows of a view (samples, or images), S tokens of the prompt, K tokens of the layer,
+N tokens of a view, D channels, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import before_llm
+from pumer.adapters.base import Patch, Step
+from pumer.adapters.prompt import Axis, Run, View, place, to_device
+from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.reducers.base import Grid
+
+
+def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool) -> Tensor:
+    """States after the reducer acted after this layer; the run then has their axis.
+
+    Args:
+        patch: whose reducer acts.
+        run: the forward.
+        layer: the one that has run, `EMBEDDINGS` before the first.
+        states_BKD: after it.
+        causal: whether a token of the prompt sees only those before it.
+    """
+    reducer = patch.reducer
+    assert run.axis is not None
+    if layer == EMBEDDINGS and any(picture.merged for picture in run.pictures):
+        return _gather(patch, run, run.axis.to(states_BKD.device), states_BKD)
+    if not reducer.reduces_at(layer):
+        return states_BKD
+    axis = run.axis.to(states_BKD.device)
+    before = axis.counts
+    grids: list[Grid | None] = [None] * len(axis.counts)
+    if layer == EMBEDDINGS:
+        view = before_llm.view(axis, run.pictures, run.owner, states_BKD)
+        before = tuple((axis.counts[row][0], one.patches) for row, one in zip(run.owner, run.pictures, strict=True))
+        grids = [picture.grid for picture in run.pictures]
+    else:
+        view = _view(run, axis, layer, states_BKD, causal)
+        if view.tokens.grid is not None:
+            grids = [picture.grid for picture in run.pictures]
+    # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
+    with torch.no_grad():
+        plan = reducer.plan(view.tokens)
+    after = [reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)]
+    unsure = reducer.leaves_gaps
+    if unsure and patch.trim and not torch.compiler.is_compiling():
+        # The data have decided: the one kind of reducer for which the host waits.
+        unsure = False
+        filled = plan.mask_BK.sum(1).tolist()
+        after = [(text, full - text) for full, (text, _) in zip(filled, after, strict=True)]
+    return _take(patch, run, axis, view, plan, after, unsure, states_BKD)
+
+
+def _gather(patch: Patch, run: Run, axis: Axis, states_BSD: Tensor) -> Tensor:
+    """States with one token for every group that the vision tower merged; all of a group have the same."""
+    view = before_llm.view(axis, run.pictures, run.owner, states_BSD)
+    merged = Plan.stack([picture.merged for picture in run.pictures if picture.merged]).to(states_BSD.device)
+    plan = Plan.side_by_side([Plan.identity(view.tokens.mask_BN[:, : view.tokens.text]), merged])
+    # The tower has cut its slots to those that the data fill; how many each picture fills is still to be asked.
+    left = merged.mask_BK.sum(1).tolist() if patch.reducer.leaves_gaps else [merged.slots] * len(run.pictures)
+    after = [(axis.counts[row][0], count) for row, count in zip(run.owner, left, strict=True)]
+    return _take(patch, run, axis, view, plan, after, False, states_BSD)
+
+
+def _take(
+    patch: Patch,
+    run: Run,
+    axis: Axis,
+    view: View,
+    plan: Plan,
+    after: Sequence[tuple[int, int]],
+    unsure: bool,
+    states_BKD: Tensor,
+) -> Tensor:
+    """States after a plan for a view of the axis.
+
+    Args:
+        after: (text, image) tokens that it leaves in every row.
+        unsure: whether it may leave fewer.
+    """
+    tokens = view.tokens
+    if patch.steps is not None:
+        patch.steps.append(Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN))
+    counts = before_llm.by_sample(axis, view.owner, after)
+    row_R = None if tokens.layer != EMBEDDINGS else to_device(view.owner, states_BKD.device)
+    left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
+    placed = place(plan, axis, row_R, view.at_RN, view.own_RN, max(left))
+    run.axis = axis.then(placed, counts, unsure or min(left) < max(left))
+    if plan.index_BK is None:
+        placed = replace(placed, index_BK=None)
+    run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
+    return placed.reduce(states_BKD)
+
+
+def _view(run: Run, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) -> View:
+    """What a reducer sees after a layer, one row per sample."""
+    at_BN, valid_BN = axis.view()
+    queries_BHKC, keys_BHKC = run.seen.pop(layer)
+    grid, patch_BN = None, None
+    if axis.whole and run.owner == list(range(len(at_BN))):  # one picture each
+        grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
+        text, _ = axis.lengths
+        patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
+    tokens = Tokens(
+        mask_BN=valid_BN,
+        text=axis.lengths[0],
+        sizes_BN=axis.sizes_BK.gather(1, at_BN),
+        layer=layer,
+        prefix=0,
+        grid=grid,
+        patch_BN=patch_BN,
+        states_BND=states_BKD.gather(1, at_BN[..., None].expand(-1, -1, states_BKD.shape[2])),
+        queries_BHNC=_of_heads(queries_BHKC, at_BN),
+        keys_BHNC=_of_heads(keys_BHKC, at_BN, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
+        place_BN=at_BN if causal else None,
+    )
+    return View(tokens, at_BN, valid_BN, range(len(at_BN)))
+
+
+def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
+    taken = x_BHKC.gather(2, at_BN[:, None, :, None].expand(-1, x_BHKC.shape[1], -1, x_BHKC.shape[3]))
+    return taken if repeats == 1 else taken.repeat_interleave(repeats, 1)
