@@ -1,0 +1,262 @@
+"""A model of lmms-eval, the field's runner of benchmarks: any decoder that pumer reduces, with any reducer or none.
+
+lmms-eval finds it by itself, through the entry point in pyproject.toml:
+
+    lmms-eval --model pumer --model_args pretrained=llava-hf/llava-1.5-7b-hf,reducer=fastv,keep=0.5 --tasks mme
+
+This is the only file that imports lmms_eval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.image_utils import load_image
+
+from pumer.api import apply
+from pumer.presets import read_reducer
+from pumer.reducers import Reducer, from_dict, get, list_reducers, to_dict
+
+try:
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+except ImportError as error:
+    raise ImportError(f"benchmarks of lmms-eval need {error.name}: pip install 'pumer[lmms-eval]'") from error
+
+MANIFEST = ModelManifest(model_id="pumer", chat_class_path="pumer.lmms_eval.PumerModel")
+"""What the entry point gives lmms-eval."""
+MAX_NEW_TOKENS = 1024
+"""Longest answer where a task sets none, as lmms-eval's own models have it."""
+
+Conversation = list[dict[str, Any]]
+
+
+class PumerModel(lmms):
+    """A model that answers questions about images, for lmms-eval.
+
+    Settings that are a reducer's own go to it, the others to the image processor. Strings among them are read as YAML,
+    so that lists can be given: `layers=[7,15,23]`. A task's `generation_kwargs` go to `generate`: a temperature above 0
+    means sampling unless `do_sample` says otherwise, none means greedy.
+
+    Args:
+        pretrained: name or folder of a model with its processor.
+        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that of a folder which
+            `pumer.save` wrote, else the stock model runs. "none" is the unreduced model with what pumer does besides.
+        batch_size: how many prompts run together; they are padded on the left.
+        device: where it runs; each process takes its own where accelerate starts several.
+        dtype: of the weights, such as "bfloat16"; "auto" as they were saved.
+        attn_implementation: see transformers.
+        revision: of the model on the Hub.
+        settings: of the reducer, such as `keep`; and of the image processor, such as `max_pixels`.
+
+    Raises:
+        ValueError: for models, reducers and settings that do not exist or do not fit together.
+    """
+
+    is_simple = False  # lmms-eval then gives conversations, with every image in its place
+
+    def __init__(
+        self,
+        pretrained: str,
+        reducer: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size is {batch_size}: give a number from 1 on, it is not found by itself")
+        self.batch_size = int(batch_size)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        alone = self._world_size == 1
+        self.device = torch.device(device) if device is not None and alone else self.accelerator.device
+        chosen, rest = _split(_saved(pretrained) if reducer is None else reducer, settings)
+        self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision, **rest)
+        _check(rest, self.processor.image_processor, chosen)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForImageTextToText.from_pretrained(
+            pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+        )
+        self.model = model.to(self.device).eval()
+        if chosen is not None:
+            apply(self.model, chosen)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers, in the order of the requests.
+
+        Raises:
+            ValueError: if a task shows anything but images, or `generate` cannot do what it asks for.
+        """
+        alike = defaultdict(list)  # what is generated in the same way can be generated together
+        for number, request in enumerate(requests):
+            alike[str(request.args[2])].append(number)
+        answers = [""] * len(requests)
+        progress = tqdm(total=len(requests), disable=self.rank != 0, desc="pumer")
+        for numbers in alike.values():
+            settings = requests[numbers[0]].args[2]
+            for start in range(0, len(numbers), self.batch_size):
+                batch = numbers[start : start + self.batch_size]
+                conversations = [self._conversation(requests[number]) for number in batch]
+                for number, answer in zip(batch, self.answer(conversations, settings), strict=True):
+                    answers[number] = answer
+                progress.update(len(batch))
+        progress.close()
+        return answers
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """For every request its answers, round by round: a task makes the next prompt from the answers so far.
+
+        Raises:
+            ValueError: as `generate_until`.
+        """
+        answers = []
+        for request in requests:
+            _, messages_of, settings, number, task, split = request.args
+            doc, info, rounds = self.task_dict[task][split][number], None, []
+            messages, end = messages_of(doc), False
+            while not end:
+                rounds += self.answer([messages], settings)
+                messages, end, _, info = messages_of(
+                    doc, round_idx=len(rounds), previous_output=list(rounds), previous_round_info=info
+                )
+            answers.append(rounds)
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not here: lmms-eval asks it of no model that takes conversations, and its models disagree on the sign."""
+        raise NotImplementedError(
+            "pumer writes answers, it does not compare given ones: take the form of the task that generates, such as "
+            "seedbench in place of seedbench_ppl"
+        )
+
+    def answer(self, conversations: Sequence[Conversation], settings: Mapping[str, Any]) -> list[str]:
+        """What the model says next in each of these conversations, in one batch.
+
+        Args:
+            conversations: messages of lmms-eval's chat protocol, with images as pictures, files or addresses.
+            settings: a task's `generation_kwargs`; what `generate` does not know is left out.
+
+        Raises:
+            ValueError: for anything in a conversation but texts and images.
+        """
+        images = [[load_image(part["url"]) for part in _parts(messages, "image")] for messages in conversations]
+        answers = [""] * len(conversations)
+        for pictured in (True, False):  # processors take no batches of which some have no image
+            rows = [row for row, own in enumerate(images) if bool(own) is pictured]
+            if rows:
+                written = self._write([conversations[row] for row in rows], [images[row] for row in rows], settings)
+                for row, text in zip(rows, written, strict=True):
+                    answers[row] = _cut(text, settings.get("until"))
+        return answers
+
+    @torch.inference_mode()
+    def _write(self, conversations: list[Conversation], images: list[list[Any]], settings: Mapping) -> list[str]:
+        prompts = [self._prompt(messages) for messages in conversations]
+        tokenizer = self.processor.tokenizer
+        begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+        inputs = self.processor(
+            text=prompts,
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if begun else {}),  # some templates begin the text themselves
+        )
+        inputs.pop("labels", None)  # PaliGemma's processor always gives some
+        inputs = inputs.to(self.device, self.model.dtype)
+        ids = self.model.generate(**inputs, **_generation(settings), pad_token_id=tokenizer.pad_token_id)
+        texts: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return texts
+
+    def _prompt(self, messages: Conversation) -> str:
+        """A conversation as the model's chat template writes it; without one, its images and then its texts."""
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        if template is not None:
+            plain = [
+                message | {"content": [{k: v for k, v in part.items() if k != "url"} for part in message["content"]]}
+                for message in messages
+            ]
+            text: str = self.processor.apply_chat_template(plain, template, tokenize=False, add_generation_prompt=True)
+            return text
+        words = "\n".join(part["text"] for part in _parts(messages, "text"))
+        return str(self.processor.image_token) * len(list(_parts(messages, "image"))) + words
+
+    def _conversation(self, request: Any) -> Conversation:
+        _, messages_of, _, number, task, split = request.args
+        messages: Conversation = messages_of(self.task_dict[task][split][number])
+        return messages
+
+
+def _saved(folder: str) -> dict[str, Any] | None:
+    """The reducer of a folder that `pumer.save` wrote."""
+    file = Path(folder) / "pumer.json"
+    settings: dict[str, Any] | None = (
+        json.loads(file.read_text(encoding="utf-8"))["reducer"] if file.is_file() else None
+    )
+    return settings
+
+
+def _split(reducer: str | dict[str, Any] | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:
+    """The reducer with those of the settings that are its own, and the rest of them."""
+    settings = {name: yaml.safe_load(x) if isinstance(x, str) else x for name, x in settings.items()}
+    if reducer is None:
+        return None, settings
+    given = {"reducer": reducer} if reducer in list_reducers() else to_dict(read_reducer(reducer))
+    names = {field.name for field in dataclasses.fields(get(given["reducer"]))}
+    own = {name: settings.pop(name) for name in names & set(settings)}
+    return from_dict(given | own), settings
+
+
+def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | None) -> None:
+    """Raise ValueError for settings that nobody knows: transformers would pass over them in silence."""
+    known = type(image_processor).valid_kwargs.__annotations__
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        own = (
+            "no reducer" if reducer is None else f"{reducer.name}, which has {', '.join(reducer.settings()) or 'none'}"
+        )
+        raise ValueError(
+            f"{', '.join(unknown)} is a setting neither of {own}, nor of {type(image_processor).__name__}, "
+            f"which has {', '.join(sorted(known))}"
+        )
+
+
+def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] not in ("text", "image"):
+                raise ValueError(f"pumer reduces images: it cannot run a task with {part['type']}, take another one")
+            if part["type"] == kind:
+                yield part
+
+
+def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's settings as `generate` takes them; greedy without a word about it, whatever the model's default is."""
+    known = {name: x for name, x in settings.items() if x is not None and hasattr(GenerationConfig(), name)}
+    temperature = known.get("temperature")
+    known["do_sample"] = bool(known.get("do_sample", temperature)) and temperature != 0
+    if not known["do_sample"]:
+        known |= dict.fromkeys(("temperature", "top_p", "top_k"))
+    return {"max_new_tokens": MAX_NEW_TOKENS} | known
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    for end in [until] if isinstance(until, str) else until or []:
+        text = text.split(end)[0] if end else text
+    return text.strip()
