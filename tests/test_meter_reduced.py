@@ -340,9 +340,7 @@ def test_what_does_not_fit_is_refused(answering, reducer, message):
 
 
 def test_a_composition_needs_a_tower_and_two_single_reducers():
-    with pytest.raises(
-        ValueError, match="ViltForQuestionAnswering has no vision tower that can be reduced"
-    ):
+    with pytest.raises(ValueError, match="ViltForQuestionAnswering has no vision tower that can be reduced"):
         pumer.apply(tiny.model(), matrix.COMPOSED["tome+pumer"])
     for make, message in (
         (lambda: Compose(tower=PuMer(), inside=PuMer()), "a vision tower has none: give `tower` ToMe"),

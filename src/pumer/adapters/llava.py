@@ -118,8 +118,8 @@ def _reduced_tower(
 ) -> BaseModelOutputWithPooling:
     """In place of `CLIPVisionModel.forward`: tokens are merged on the way, and all of a group have the same states.
 
-    So what follows the tower finds as many tokens as ever; the language model then gets one of each group. Layers behind
-    the `depth` ones that the features come from are not run.
+    So what follows the tower finds as many tokens as ever; the language model then gets one of each group. Layers
+    behind the `depth` ones that the features come from are not run.
     """
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
     spread: list[Tensor | None] = []
