@@ -25,8 +25,9 @@ if sys.argv[3:]:
 if place.exists():
     shutil.rmtree(place)
 pumer.save(model, place)
-for file in ("tokenizer.json", "tokenizer_config.json"):
-    shutil.copy(run / "model" / file, place / file)
+for pattern in ("tokenizer*", "chat_template*"):
+    for file in (run / "model").glob(pattern):
+        shutil.copy(file, place)
 save_transform(load_transform(run / "model"), place)
 logs = Path(__file__).parent / "logs" / place.name
 logs.mkdir(parents=True, exist_ok=True)

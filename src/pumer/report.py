@@ -200,7 +200,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     adapter, patch = find(model), active(model)
     default_text, default_image = adapter.default_lengths(model)
     # A picture of another size has a grid nobody told us.
-    grid = adapter.default_grid(model) if image is None else None
+    grid = adapter.default_grid(model) if image in (None, default_image) else None
     entry = (default_text if text is None else text, default_image if image is None else image)
     if min(entry) < 1:
         raise ValueError(f"a text and an image have at least 1 token each, not {entry[0]} and {entry[1]}")
