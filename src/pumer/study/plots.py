@@ -13,6 +13,7 @@ from pumer.study.points import BASELINE
 # Okabe and Ito's colours, which the colour-blind can tell apart; black is for the unreduced model.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C564B")
 _MARKERS = "osD^vPXh"
+_LEGEND_ROWS = 16
 Place = tuple[float, Setting]
 """A setting and where it lies across the plot."""
 
@@ -65,7 +66,8 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
             known = [(value, setting) for setting in settings if (value := axis.value(setting)) is not None]
             if not known:
                 continue
-            figure = Figure(figsize=(8.2, 4.8), layout="constrained")
+            columns = _legend_columns(settings)
+            figure = Figure(figsize=(6.0 + 2.2 * columns, 4.8 + 0.6 * (columns > 1)), layout="constrained")
             _draw(figure.add_subplot(), known, axis, variance, name)
             file = folder / f"{name}-{axis.name}.png"
             figure.savefig(file, dpi=150)
@@ -109,7 +111,13 @@ def _draw(axes: Any, known: Sequence[Place], axis: Axis, variance: float | None,
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     # Beside the plot, where it hides no point.
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    columns = _legend_columns([setting for _, setting in known])
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=columns)
+
+
+def _legend_columns(settings: Sequence[Setting]) -> int:
+    """Of methods, the unreduced model and the front, so that the legend is no higher than the plot."""
+    return -(-(len({setting.method for setting in settings}) + 1) // _LEGEND_ROWS)
 
 
 def _line(axes: Any, curve: Sequence[Place], variance: float | None, style: dict[str, Any]) -> None:
