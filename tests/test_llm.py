@@ -10,6 +10,7 @@ import pumer
 import tiny_llm
 from pumer import NoVision, PuMer, Random, ToMe, Uniform, Unreduced
 from pumer.reducers import FastV
+from tiny_llm import GREEDY, answer, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2))
@@ -19,8 +20,6 @@ REDUCERS = {
     "random": Random(prune=0.4, layers=(-1, 1)),
     "tome": ToMe(r=2, depth=2, proportional=False),
 }
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": list(range(50, tiny_llm.VOCABULARY))}
-"""No placeholders in answers."""
 
 
 @pytest.fixture(scope="module", params=tiny_llm.BUILDERS)
@@ -36,19 +35,6 @@ def model(family):
 @pytest.fixture(scope="module")
 def llava():
     return tiny_llm.model("llava")
-
-
-def logits(model, inputs, **more):
-    with torch.no_grad():
-        return model(**inputs, **more).logits
-
-
-def answer(model, inputs, **more):
-    return model.generate(**inputs, **(GREEDY | more))[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def near(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_changes_where_nothing_is_reduced(model, family):

@@ -9,29 +9,16 @@ import pumer
 import slow
 import tiny_llm
 from pumer import Compose, DivPrune, DyMU, FastV, PuMer, ToMe, Unreduced
+from tiny_llm import answer, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
 TOWER = ToMe(r=3, depth=2)
 RAGGED = DyMU(thresholds=(0.1, 0.1))
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": list(range(50, tiny_llm.VOCABULARY))}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_llm.model("llava")
-
-
-def logits(model, inputs, **more):
-    with torch.no_grad():
-        return model(**inputs, **more).logits
-
-
-def answer(model, inputs, **more):
-    return model.generate(**inputs, **(GREEDY | more))[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def near(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -73,13 +60,13 @@ def test_a_merged_group_is_one_token_where_its_first_patch_was(model, proportion
 def test_a_row_of_a_batch_is_the_sample_alone(model, tower, inside):
     inputs = tiny_llm.batch("llava", LAYOUT)
     with pumer.reduced(model, Compose(tower, inside)):
-        found, written = logits(model, inputs)[:, -1], answer(model, inputs)
+        found, written = logits(model, inputs)[:, -1], answer(model, inputs, max_new_tokens=8)
         if isinstance(inside, Unreduced):  # others choose anew where the prompt is run again with the answer in it
-            assert written == answer(model, inputs, use_cache=False)
+            assert written == answer(model, inputs, max_new_tokens=8, use_cache=False)
         for row in range(len(LAYOUT)):
             one = tiny_llm.alone("llava", LAYOUT, row)
             near(found[row], logits(model, one)[0, -1])
-            assert written[row] == answer(model, one)[0]
+            assert written[row] == answer(model, one, max_new_tokens=8)[0]
 
 
 def test_pictures_are_left_with_as_many_tokens_as_they_need(model):

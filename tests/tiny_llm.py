@@ -40,6 +40,8 @@ SIGLIP = {name: value for name, value in CLIP.items() if name != "projection_dim
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 SIDES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": list(range(50, VOCABULARY))}
+"""No placeholders in answers."""
 BUILDERS: dict[str, Callable[[], nn.Module]] = {}
 Inputs = dict[str, Tensor]
 
@@ -195,6 +197,22 @@ def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
     made.generation_config.eos_token_id = None
     made.set_attn_implementation(attention)
     return made.eval()
+
+
+def logits(model: nn.Module, inputs: Inputs, **more) -> Tensor:
+    """Logits of a forward without gradients."""
+    with torch.no_grad():
+        return model(**inputs, **more).logits
+
+
+def answer(model: nn.Module, inputs: Inputs, **more) -> list[list[int]]:
+    """What it writes after the prompts, `GREEDY` unless more is said."""
+    return model.generate(**inputs, **(GREEDY | more))[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def near(a: Tensor, b: Tensor) -> None:
+    """Equal up to rounding."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def images(family: str, number: int, seed: int = 3) -> list[tuple[Inputs, list[int]]]:

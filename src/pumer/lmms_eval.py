@@ -10,7 +10,6 @@ This is the only file that imports lmms_eval.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.image_utils import load_image
 
 from pumer.api import apply
+from pumer.hub.folders import SETTINGS, saved_reducer
 from pumer.presets import read_reducer
 from pumer.reducers import Reducer, from_dict, get, list_reducers, to_dict
 
@@ -203,16 +203,12 @@ class PumerModel(lmms):
         return messages
 
 
-def _saved(folder: str) -> dict[str, Any] | None:
-    """The reducer of a folder that `pumer.save` wrote."""
-    file = Path(folder) / "pumer.json"
-    settings: dict[str, Any] | None = (
-        json.loads(file.read_text(encoding="utf-8"))["reducer"] if file.is_file() else None
-    )
-    return settings
+def _saved(folder: str) -> Reducer | None:
+    """The reducer of a folder, if `pumer.save` wrote it."""
+    return saved_reducer(folder) if (Path(folder) / SETTINGS).is_file() else None
 
 
-def _split(reducer: str | dict[str, Any] | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:
+def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:
     """The reducer with those of the settings that are its own, and the rest of them."""
     settings = {name: yaml.safe_load(x) if isinstance(x, str) else x for name, x in settings.items()}
     if reducer is None:

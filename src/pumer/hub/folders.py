@@ -78,11 +78,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         ValueError: if a file is missing or damaged, or was written by a newer pumer.
     """
     path = Path(path)
-    settings = read_json(
-        path / SETTINGS,
-        "pumer.save writes it; for published checkpoints use pumer.load_official, for other folders from_pretrained "
-        "and pumer.apply",
-    )
+    settings = _settings(path)
     reducer = _read_settings(settings, path / SETTINGS)
     config = read_json(path / "config.json", "save the model again")
     kind = class_in(config, path)
@@ -100,6 +96,20 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
         load_parts(model, path)
     return model
+
+
+def saved_reducer(path: str | Path) -> Reducer | None:
+    """The reducer that a folder was saved with; None if nothing reduced the model. Raises ValueError like `load`."""
+    path = Path(path)
+    return _read_settings(_settings(path), path / SETTINGS)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_json(
+        path / SETTINGS,
+        "pumer.save writes it; for published checkpoints use pumer.load_official, for other folders from_pretrained "
+        "and pumer.apply",
+    )
 
 
 def load_parts(model: Any, path: Path) -> None:

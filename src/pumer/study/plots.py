@@ -66,9 +66,10 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
             known = [(value, setting) for setting in settings if (value := axis.value(setting)) is not None]
             if not known:
                 continue
-            columns = _legend_columns(settings)
+            # So that the legend, of methods, the unreduced model and the front, is no higher than the plot.
+            columns = -(-(len({setting.method for _, setting in known}) + 1) // _LEGEND_ROWS)
             figure = Figure(figsize=(6.0 + 2.2 * columns, 4.8 + 0.6 * (columns > 1)), layout="constrained")
-            _draw(figure.add_subplot(), known, axis, variance, name)
+            _draw(figure.add_subplot(), known, axis, variance, name, columns)
             file = folder / f"{name}-{axis.name}.png"
             figure.savefig(file, dpi=150)
             figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
@@ -76,7 +77,7 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _draw(axes: Any, known: Sequence[Place], axis: Axis, variance: float | None, name: str) -> None:
+def _draw(axes: Any, known: Sequence[Place], axis: Axis, variance: float | None, name: str, columns: int) -> None:
     methods = dict.fromkeys(setting.method for _, setting in known if setting.method != BASELINE)
     for number, method in enumerate(methods):
         style = {
@@ -111,13 +112,7 @@ def _draw(axes: Any, known: Sequence[Place], axis: Axis, variance: float | None,
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     # Beside the plot, where it hides no point.
-    columns = _legend_columns([setting for _, setting in known])
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=columns)
-
-
-def _legend_columns(settings: Sequence[Setting]) -> int:
-    """Of methods, the unreduced model and the front, so that the legend is no higher than the plot."""
-    return -(-(len({setting.method for setting in settings}) + 1) // _LEGEND_ROWS)
 
 
 def _line(axes: Any, curve: Sequence[Place], variance: float | None, style: dict[str, Any]) -> None:
