@@ -136,6 +136,41 @@ def test_reducer_and_teacher_train_and_are_saved(base, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_teacher_asked_once_teaches_what_it_does_in_every_step(base, tmp_path, monkeypatch):
+    model = str(base / "model")
+
+    def run(out, cache=None, **more):
+        train(
+            str(tmp_path / out),
+            TASK,
+            ModelSettings(path=model),
+            reducer=REDUCER,
+            distill=DistillSettings(model, weight=5.0, cache=cache),
+            eval_split=None,
+            trainer=STEPS | {"num_train_epochs": 2, "max_steps": -1},
+            **more,
+        )
+        return load(tmp_path / out / "model").state_dict()
+
+    cache = str(tmp_path / "teacher")
+    plain, first = run("plain"), run("first", cache)
+    for name, value in plain.items():
+        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-3, msg=name)
+    assert any(not torch.equal(value, load(base / "model").state_dict()[name]) for name, value in plain.items())
+
+    asked = []
+    ask = TaskTrainer.predict
+    monkeypatch.setattr(TaskTrainer, "predict", lambda self, examples: asked.append(1) or ask(self, examples))
+    second = run("second", cache)
+    assert not asked
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    run("smaller", cache, image={"kind": "square", "size": 24})
+    assert len(asked) == 1
+    assert len(list((tmp_path / "teacher").iterdir())) == 2
+    with pytest.raises(ValueError, match=r"augment changes the pictures.*leave distill.cache out"):
+        run("augmented", cache, augment=RandAugment())
+
+
 def test_a_resumed_run_ends_where_an_unbroken_one_does(base, tmp_path):
     def run(out, steps, resume=False):
         train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -137,6 +138,24 @@ def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} holds something else than named weights: {hint}")
     return dict(state)
+
+
+# --- digests ---
+
+
+def digest(data: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are ordered."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model folder's weights, settings, tokenizer and image transform."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".txt", ".safetensors"):
+            with path.open("rb") as file:
+                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 # --- answers ---

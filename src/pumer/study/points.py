@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import json
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 import pumer.train
+from pumer.hub.files import digest, fingerprint
 from pumer.presets import model_folder, read_reducer
 from pumer.reducers import Unreduced, to_dict
 from pumer.train.run import train
@@ -121,7 +121,7 @@ class Study:
         """
         points: list[Point] = []
         wrong: list[str] = []
-        model = fingerprint(self.model)
+        model = fingerprint(model_folder(self.model))
         baseline = {"name": BASELINE, "reducer": to_dict(Unreduced()), **self.baseline}
         for method in (baseline, *self.methods):
             recipe = self._recipe(method.get("train", {}))
@@ -207,21 +207,6 @@ def read_study(file: str | Path) -> Study:
     lists = {name: tuple(settings[name]) for name in ("methods", "seeds") if name in settings}
     task = settings["task"]
     return Study(**settings | lists | {"task": {"name": task} if isinstance(task, str) else task})
-
-
-def digest(data: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are ordered."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fingerprint(model: str) -> str:
-    """A digest of a model folder's weights, settings, tokenizer and image transform; raises ValueError for none."""
-    whole = hashlib.sha256()
-    for path in sorted(model_folder(model).iterdir()):
-        if path.suffix in (".json", ".txt", ".safetensors"):
-            with path.open("rb") as file:
-                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
 
 
 def _check_once(points: Iterable[Point]) -> None:

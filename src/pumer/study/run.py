@@ -26,6 +26,7 @@ from pumer.study.results import COLUMNS, SPEED_COLUMNS, read_rows, read_speeds, 
 from pumer.study.tables import markdown
 from pumer.study.training import expected_seconds, train_point
 from pumer.tasks.base import Example, Task, replacing
+from pumer.train.run import uncached
 
 Only = Literal["plan", "plots"] | None
 """Part of the work: only say what there is to do, or only draw what there is."""
@@ -73,8 +74,8 @@ def run(
             work.score(lock, keep_models)
             work.time()
             if not keep_models:
-                for point in work.points:
-                    shutil.rmtree(work.folder / point.id, ignore_errors=True)
+                for name in ("teacher", *(point.id for point in work.points)):
+                    shutil.rmtree(work.folder / name, ignore_errors=True)
     rows, times = read_rows(results, study.name), read_speeds(speeds, study.name)
     if not rows:
         raise ValueError(f"{results} has no results yet")
@@ -140,7 +141,8 @@ class _Work:
         for point in _shown(self.left, self.expected):
             start = time.perf_counter()
             if point.recipe is not None:
-                train_point(point, self.folder / point.id, study.processes, lock)
+                recipe = self._sharing(point.recipe)
+                train_point(recipe, self.folder / point.id, study.processes, lock)
             trained = time.perf_counter() - start
             if point.recipe is not None:
                 one = read_subject(str(self._model(point)), study.task)
@@ -169,6 +171,13 @@ class _Work:
                 one = one.on(self.timed, study.batch_size)
                 measured = speed(one, self.base, len(self.timed), study.runs)
                 append(self.speeds, [row(study, point, SPEED_COLUMNS, measured)])
+
+    def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The recipe, with one place for all points where the teacher's logits can be kept."""
+        alone = uncached(self.base.model, self.base.collator.task, recipe.get("augment"), recipe.get("grounding"))
+        if alone or not recipe.get("distill"):
+            return recipe
+        return recipe | {"distill": {"cache": str(self.folder / "teacher"), **recipe["distill"]}}
 
     def _model(self, point: Point) -> Path:
         return self.folder / point.id / "training" / "model"

@@ -25,11 +25,11 @@ _ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, see prctl(2)
 _SHOWN = 15
 
 
-def train_point(point: Point, folder: Path, processes: int, lock: IO[str]) -> Path:
+def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[str]) -> Path:
     """Train a point, or go on where its training was stopped; returns the folder of the model.
 
     Args:
-        point: with a recipe.
+        recipe: settings of `train` without its output.
         folder: for all that the training writes.
         processes: that train together.
         lock: a locked file, which stays locked until the training has ended, even if this process is killed.
@@ -41,7 +41,7 @@ def train_point(point: Point, folder: Path, processes: int, lock: IO[str]) -> Pa
     if not (output / "log.json").is_file():  # which training writes last
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "recipe.yaml"
-        config.write_text(yaml.safe_dump(point.recipe, sort_keys=False), encoding="utf-8")
+        config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         resume = _usable_checkpoints(output)
         if not resume:
             shutil.rmtree(output, ignore_errors=True)

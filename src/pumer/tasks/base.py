@@ -124,7 +124,7 @@ class Collator:
     """Make a batch of a task's examples: the data collator of transformers' Trainer.
 
     Gives the text's `input_ids` and company [B, T], `pixel_values` [B, 3, H, W], `pixel_mask` [B, H, W] and,
-    where every example has a target, `labels`; also `patch_labels` where examples carry them. For tasks with
+    where every example has a target, `labels`; also what `carried` finds. For tasks with
     several images B is followed by an axis of that size. Examples with negatives, of which each has as many,
     give K texts each, the right one first: [B * K, T], next to images that are not repeated, and K as the int
     `texts_per_image`.
@@ -162,7 +162,7 @@ class Collator:
         targets = [example.target for example in examples]
         if None not in targets:
             batch["labels"] = self.task.encode_targets(targets)
-        return batch | dense_targets(examples)
+        return batch | carried(examples)
 
     def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
         """The images of all examples in a row, as the model takes them."""
@@ -173,11 +173,16 @@ class Collator:
         ]
 
 
-def dense_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """`patch_labels` [B,P,7] where all examples carry them, else nothing."""
-    if not all("patch_labels" in example.meta for example in examples):
-        return {}
-    return {"patch_labels": torch.stack([example.meta["patch_labels"] for example in examples])}
+def carried(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Tensors to learn from besides the labels, where all examples carry them in their `meta`.
+
+    `patch_labels` [B,P,7] are dense targets, `taught` [B, labels] are a teacher's logits.
+    """
+    return {
+        name: torch.stack([example.meta[name] for example in examples])
+        for name in ("patch_labels", "taught")
+        if all(name in example.meta for example in examples)
+    }
 
 
 def last_argmax(scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pumer.data.images import ImageTransform, pad_images
 from pumer.data.text import TextTransform
-from pumer.tasks.base import NO_TEXT, Collator, Example, Task, dense_targets
+from pumer.tasks.base import NO_TEXT, Collator, Example, Task, carried
 from pumer.tasks.vqa_answers import normalize
 
 IGNORED = -100
@@ -84,7 +84,7 @@ class PromptCollator(Collator):
             labels_BS[row, length - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
         batch = {"input_ids": ids_BS, "attention_mask": mask_BS}
         batch["pixel_values"], _ = pad_images(self.pictures(examples))
-        return batch | {"labels": labels_BS} | dense_targets(examples) if self.teach else batch
+        return batch | {"labels": labels_BS} | carried(examples) if self.teach else batch
 
     def prompt(self, question: str, name: Any) -> list[int]:
         """Tokens of a question about an image; `name` is for errors."""

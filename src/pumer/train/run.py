@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 import pumer
@@ -21,12 +22,14 @@ from pumer.data.images import open_image
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.evaluate import take
 from pumer.hub import save
+from pumer.hub.files import fingerprint
 from pumer.reducers import EMBEDDINGS
-from pumer.tasks.base import Blind, Example
+from pumer.tasks.base import Blind, Example, Task
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
 from pumer.train.grounding import Grounded
 from pumer.train.model import ModelSettings, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
+from pumer.train.teacher import taught
 from pumer.train.trainer import TaskTrainer
 from pumer.train.writing import WritingTrainer
 
@@ -39,11 +42,15 @@ class DistillSettings:
         teacher: folder of the unreduced model to distil from; none if not given.
         weight: of KL(teacher || student), next to 1 for the task's loss.
         temperature: of that divergence.
+        cache: folder for the teacher's logits. They are then computed once, before training, and read in every epoch
+            and by every other training that asks for the same; a file takes four bytes per example and answer. Delete
+            it when the task's files change.
     """
 
     teacher: str | None = None
     weight: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
 
 
 @dataclass
@@ -134,6 +141,8 @@ def train(
         raise ValueError("dense targets tell of the picture and of the question: leave blind out")
     if settings.learned and optimizer:
         raise ValueError("the published optimizer knows no learned reducer: leave one of the two out")
+    if teacher is not None and distill and distill.cache and (reason := uncached(net, the_task, augment, dense)):
+        raise ValueError(f"{reason}: leave distill.cache out")
     if optimizer and writes(net):
         raise ValueError(f"the published optimizer knows no {type(net).__name__}: leave it out")
     if dense and optimizer:
@@ -157,6 +166,9 @@ def train(
         groups = (kind, options)
     examples = Examples(the_task.examples(train_split), augment, seed)
     collator = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
+    if teacher is not None and distill and distill.cache:
+        about = {"teacher": fingerprint(presets.model_folder(str(distill.teacher))), "task": task, "split": train_split}
+        examples.taught = taught(teacher, examples, collator, arguments, distill.cache, about)
     kind_of_trainer = TaskTrainer
     if isinstance(collator, PromptCollator):
         collator, kind_of_trainer = replace(collator, teach=True), WritingTrainer
@@ -197,6 +209,8 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0) -> None:
         self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
+        self.taught: Tensor | None = None
+        """The teacher's logits of each, if they are known."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -206,6 +220,9 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
         examples = take(self.examples, indices)
+        if self.taught is not None:
+            found = zip(examples, self.taught[indices], strict=True)
+            examples = [replace(example, meta={**example.meta, "taught": taught}) for example, taught in found]
         return list(map(self._augmented, indices, examples)) if self.augment else examples
 
     def _augmented(self, index: int, example: Example) -> Example:
@@ -226,6 +243,17 @@ class _Epochs(TrainerCallback):
         self.examples.epoch = epoch = int(state.epoch or 0)
         if epoch and self.task.loss_kind == "rank":
             self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
+
+
+def uncached(net: nn.Module, task: Task, augment: RandAugment | Mapping[str, Any] | None, dense: object) -> str | None:
+    """Why a teacher's logits cannot be kept, None if they can; see `DistillSettings.cache`."""
+    if augment:
+        return "augment changes the pictures, and what the teacher says of them, in every epoch"
+    if task.loss_kind == "rank":
+        return f"{task.name} draws its texts anew in every epoch"
+    if writes(net):
+        return f"a {type(net).__name__} is taught token by token"
+    return "dense targets are for a model's own training" if dense else None
 
 
 def _use(attention: str, net: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ class TaskTrainer(Trainer):
 
     Args:
         task: says what the labels are.
-        teacher: an unreduced model to distil from; never trained.
+        teacher: an unreduced model to distil from, never trained; not asked where batches hold its logits, `taught`.
         distill_weight: of KL(teacher || student), next to 1 for the task's own loss.
         temperature: of that divergence.
         grounding_weight: of the grounding loss, where the model gives one.
@@ -58,6 +58,7 @@ class TaskTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
+        taught = inputs.pop("taught", None)
         patch = active(self.model)
         whole = None
         if patch is not None and patch.reducer.learned and model.training:
@@ -75,11 +76,12 @@ class TaskTrainer(Trainer):
         if whole is not None:
             parts["whole"] = task_loss(whole, labels, self.task.loss_kind)
             parts["self_distill"] = distillation_loss(logits, whole.detach())
-        if self.teacher is not None and model.training:
+        if taught is None and self.teacher is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**paired(self.teacher, shown, texts)).logits.reshape(len(labels), -1)
+        if taught is not None and model.training:
             # Of ranked texts over all of an image's, where the published code has the softmax of a single score: 0.
             parts["distill"] = self.distill_weight * distillation_loss(logits, taught, self.temperature)
         if "grounding_loss" in outputs:

@@ -1,0 +1,55 @@
+"""What a teacher says of every example: asked for once, then read, in later epochs and in later trainings."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from pumer.hub.files import digest
+from pumer.tasks.base import Collator
+from pumer.train.trainer import TaskTrainer
+
+
+def taught(
+    teacher: nn.Module, examples: Dataset, collator: Collator, arguments: TrainingArguments, folder: str, about: Any
+) -> Tensor:
+    """The teacher's logits of every example, float32 [examples, labels], of which only what is used is read.
+
+    Args:
+        teacher: unreduced.
+        examples: with targets, in the form that they are trained in.
+        collator: that they are trained with.
+        arguments: of the training; the teacher has its precision, and its processes share the work.
+        folder: where the logits lie, a file for each combination of all that they depend on.
+        about: of that what the other arguments do not tell, as JSON has it: teacher, task and split.
+    """
+    text = collator.text
+    wanted = {
+        "about": about,
+        "examples": len(examples),  # type: ignore[arg-type]
+        "image": repr(collator.image),
+        "text": [text.max_length, text.tokenizer.get_vocab()],
+        "blind": collator.blind,
+        "precision": [arguments.bf16, arguments.fp16],
+    }
+    path = Path(folder) / f"{digest(wanted)}.safetensors"
+    if not path.is_file():
+        asked = copy.copy(arguments)
+        asked.eval_accumulation_steps = 16  # on the host; there is no place for all on a GPU
+        asker = TaskTrainer(model=teacher, args=asked, data_collator=collator, task=collator.task)
+        logits = torch.as_tensor(asker.predict(examples).predictions, dtype=torch.float32)
+        if asker.is_world_process_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            save_file({"logits": logits}, unfinished)
+            unfinished.replace(path)
+        asker.accelerator.wait_for_everyone()
+    return load_file(path)["logits"]
