@@ -32,7 +32,10 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
             cache = model(**inputs, use_cache=True).past_key_values
     batch, length = inputs["input_ids"].shape
     marks = {}
-    for number, held in cache._pumer_held.held.items():
+    for number, layer in enumerate(cache.layers):
+        held = getattr(layer, "_pumer_held", None)
+        if held is None:
+            continue
         mark = torch.zeros(batch, length, dtype=torch.int64)
         filled = torch.ones_like(held.place_BK) if held.filled_BK is None else held.filled_BK.long()
         marks[number] = mark.scatter_add(1, held.place_BK, filled).bool()

@@ -9,6 +9,7 @@ import torch
 import pumer
 import tiny
 from pumer.reducers import DynamicViT, Plan, PuMer, SmartTrim, Tokens
+from pumer.reducers.learned import decide
 from pumer.reducers.smarttrim import HeadTrimmer
 from test_parity import MODEL, folder, inputs_of, publish, read, same  # noqa: F401  # folder is a fixture
 from test_parity_meter import publish as publish_meter
@@ -184,6 +185,25 @@ def test_one_head_is_always_heard():
         trimmer.decisions.bias.view(3, 2)[:, 1] = torch.tensor([5.0, 4.0, 6.0])
     heard = trimmer(torch.zeros(2, 8), torch.zeros(2, 8), False, 1.0)
     assert heard.tolist() == [[0, 1, 0]] * 2
+
+
+def test_every_head_learns_whether_it_is_heard():
+    """Of the straight-through decision nothing is lost where one head has to be heard: ties are not shared out."""
+    torch.manual_seed(0)
+    trimmer = HeadTrimmer(8, 3)
+    torch.nn.init.normal_(trimmer.decisions.weight)
+    states = torch.randn(64, 8)
+    given = []
+    trimmer.decisions.register_forward_hook(lambda *found: given.append(found[2]))
+
+    torch.manual_seed(1)
+    heard = trimmer(states, states, True, 1.0)
+    mine = torch.autograd.grad(heard.sum(), given[-1])[0]
+    logits = given[-1].detach().requires_grad_()
+    torch.manual_seed(1)
+    alone = decide(logits.unflatten(-1, (-1, 2)), True, 1.0)
+    assert (heard != alone).any()  # some surest heads were drawn silent
+    torch.testing.assert_close(mine, torch.autograd.grad(alone.sum(), logits)[0])
 
 
 # --- keeping the parts ---

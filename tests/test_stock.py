@@ -49,8 +49,9 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
     (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
     (roberta.RobertaModel, "_create_attention_masks"): ("897c781af2f223e6", "_encode_text in adapters/meter.py"),
-    (cache_utils.DynamicLayer, "get_seq_length"): ("8d1f98494eff50f2", "_Length in adapters/kv_cache.py"),
-    (cache_utils.DynamicSlidingWindowLayer, "crop"): ("2bbc3c01add9a99f", "_SlidingCrop in adapters/kv_cache.py"),
+    (cache_utils.DynamicLayer, "get_seq_length"): ("8d1f98494eff50f2", "_Shorter in adapters/kv_cache.py"),
+    (cache_utils.DynamicLayer, "crop"): ("b3548264770a5686", "_Shorter in adapters/kv_cache.py"),
+    (cache_utils.DynamicSlidingWindowLayer, "crop"): ("2bbc3c01add9a99f", "_ShorterSliding in adapters/kv_cache.py"),
     (idefics3.Idefics3Model, "inputs_merger"): ("65beaa033ba95e55", "_merger in adapters/inside_llm.py"),
     (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): ("a78050f93b55c837", "_deepstack in adapters/inside_llm.py"),
 } | {

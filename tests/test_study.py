@@ -1,6 +1,7 @@
 """Studies: points and their ids, results in files, differences and curves, the whole on a tiny model, killed too."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -17,17 +18,20 @@ from hypothesis import strategies as st
 from transformers import ViltConfig, ViltForQuestionAnswering
 
 import pumer
+import tiny
 from pumer.cli import main
 from pumer.data.images import Square
 from pumer.data.text import train_tokenizer
 from pumer.data.transforms import save_transform
+from pumer.report import last_forward_parts
 from pumer.study import read_study, run, training
 from pumer.study.curves import at, difference, half_width, pareto, place, seed_variance, settings_of
-from pumer.study.measure import _tokens, cost, read_subject
+from pumer.study.measure import Subject, _tokens, cost, macs, read_subject
 from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, read_rows, unpack_scores
 from pumer.study.tables import markdown
 from pumer.tasks.scenes import Scenes
 
+study_run = importlib.import_module("pumer.study.run")  # the package has a function of that name
 TASK = {"name": "scenes", "questions": 24, "image_size": 32, "seed": 5}
 TRAINER = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
 TRAINER |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -114,6 +118,7 @@ def test_an_id_is_of_what_matters_and_of_nothing_else(study):
     base = ids(train=TRAIN)
     assert ids(train=TRAIN, name="other", runs=3) == base
     assert ids(train=TRAIN | {"trainer": TRAINER | {"save_steps": 5}}) == base
+    assert ids(train=TRAIN | {"distill": {"weight": 1.0, "cache": "somewhere"}}) == base
     assert ids(train=TRAIN, methods=[{"name": "renamed", "reducer": dict(reversed(PUMER.items()))}]) == base
     for changes in (
         {"train": TRAIN | {"trainer": TRAINER | {"learning_rate": 1e-4}}},
@@ -179,7 +184,12 @@ def made(method, x, scores, seed=1, label="", macs=1.0):
     name = f"{method}{x}{label}"
     row |= {"id": f"{name}{seed}", "setting": name, "study": "tiny", "method": method, "label": label, "seed": seed}
     row |= {"accuracy": 100 * float(np.mean(scores)), "gflops": macs, "unreduced_gflops": 1.0, "date": "2026-01-01"}
-    row |= {"gflops_towers": 0.0, "image_spread": 0.0, "scores": pack_scores(scores, range(len(scores)))}
+    row |= {
+        "training": "{}",
+        "gflops_towers": 0.0,
+        "image_spread": 0.0,
+        "scores": pack_scores(scores, range(len(scores))),
+    }
     speed = dict.fromkeys(SPEED_FIGURES, x) | {"setting": name, "overhead": 0.1}
     return row, speed | {
         name: row[name] for name in ("date", "cpu", "cores", "threads", "gpu", "torch", "transformers")
@@ -219,6 +229,8 @@ def test_seeds_widen_the_interval():
     assert setting.accuracy == pytest.approx(60)
     assert half_width(setting, variance) ** 2 == pytest.approx(half_width(setting, None) ** 2 + 1.96**2 * 100 / 3)
     assert seed_variance(settings_of(rows[:1])) is None
+    untrained = settings_of([rows[0] | {"training": ""}])[0]
+    assert half_width(untrained, variance) == half_width(untrained, None)
 
 
 def test_a_curve_is_straight_between_its_settings_and_nothing_beyond():
@@ -255,7 +267,8 @@ def test_the_tables_say_where_the_reference_is_not_above():
     assert text.count("## PuMer at the same") == 2
 
 
-def test_foreign_rows_and_columns_are_refused(study, tmp_path):
+def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     one = study()
     run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
     file = tmp_path / "out" / "tiny.csv"
@@ -265,6 +278,9 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path):
 
     file.write_text(good + good.splitlines()[-1][:40])  # a kill in the middle of a row
     assert len(read_rows(file, "tiny", points)) == 2
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    assert file.read_text() != good  # somebody else may be writing that row
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
     assert file.read_text() == good
     for text, message in (
         (good.replace(points[1].id, "0" * 12), "line 3, is no point"),
@@ -297,6 +313,35 @@ def test_tokens_and_costs_are_those_of_the_report(model, reducer):
     assert found["gflops"] < found["unreduced_gflops"]
     assert found["gflops_towers"] == 0
     assert cost(base, base, 8)["gflops"] == found["unreduced_gflops"]
+
+
+def test_a_picture_with_several_texts_is_encoded_once():
+    net = pumer.apply(tiny.model("MeterForImageAndTextRetrieval"), pumer.PuMer(layers=(0,)))
+    texts = tiny.batch("MeterForImageAndTextRetrieval")
+    pictures = {name: texts.pop(name) for name in ("pixel_values", "pixel_mask")}
+    once = {**texts, **{name: value[:2] for name, value in pictures.items()}, "texts_per_image": 2}
+    whole, towers = macs(Subject(net, None, (once,)), 2)
+    parts = last_forward_parts(net)
+    pictured = parts["embedding"] + parts["vision tower"] + parts["projection"]
+    pairs = sum(parts.values()) - pictured
+    assert whole == pictured + 2 * pairs
+    assert towers == parts["vision tower"] + parts["projection"] + 2 * parts["text encoder"]
+    again, _ = macs(Subject(net, None, ({**texts, **pictures},)), 2)
+    assert again == 2 * (pictured + pairs)
+
+
+def test_what_was_trained_blind_is_scored_blind(study, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(study_run, "train_point", lambda *_: None)
+    monkeypatch.setattr(study_run, "score", lambda one, *_: seen.append(one.collator.blind) or {})
+    monkeypatch.setattr(study_run, "cost", lambda *_: {})
+    monkeypatch.setattr(study_run, "append", lambda *_: None)
+    monkeypatch.setattr(study_run, "row", lambda *_: {})
+    one = study(train=TRAIN, methods=[{"name": "blind", "reducer": PUMER, "train": {"blind": "text"}}], processes=1)
+    work = study_run._Work(one, tmp_path / "a", tmp_path / "b", tmp_path / "runs", False, lambda text: None)
+    monkeypatch.setattr(work, "_model", lambda point: Path(one.model))
+    work.score(None, False)
+    assert seen == [None, "text"]
 
 
 def test_smaller_pictures_cost_less(model):
@@ -387,16 +432,19 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
     (folder,) = scratch.glob("study-tiny/*/training")
     (folder / "checkpoint-9").mkdir()
 
-    resumed = []
+    resumed, caches = [], []
 
     def noting(words, processes, log, lock):
         resumed.append(words[-1])
+        caches.append(Path(yaml.safe_load(Path(words[2]).read_text())["distill"]["cache"]))
         here(words, processes, log, lock)
 
     monkeypatch.setattr(training, "launch", noting)
     run(one, out, scratch=scratch, say=lambda text: None)
     assert resumed == ["true", "false"]
     assert not list(scratch.glob("study-tiny/*/training"))
+    assert caches[0] == caches[1]  # the teacher was asked once for both
+    assert not caches[0].exists()
 
     monkeypatch.setattr(training, "launch", here)
     run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)

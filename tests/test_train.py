@@ -16,6 +16,7 @@ import pumer
 from pumer.data.augment import RandAugment
 from pumer.data.text import train_tokenizer
 from pumer.hub import load
+from pumer.hub.files import fingerprint
 from pumer.models.vilt import published
 from pumer.models.vilt.resize import resize_patches
 from pumer.tasks.scene_tasks import ScenesRetrieval, ScenesVE
@@ -171,6 +172,45 @@ def test_a_teacher_asked_once_teaches_what_it_does_in_every_step(base, tmp_path,
         run("augmented", cache, augment=RandAugment())
 
 
+def test_a_teacher_is_asked_of_all_examples_however_they_are_trained(base, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "dataloader_drop_last": True, "prediction_loss_only": True}
+    train(
+        str(tmp_path / "out"),
+        TASK | {"questions": 30},
+        ModelSettings(path=str(base / "model")),
+        distill=DistillSettings(str(base / "model"), cache=str(tmp_path / "teacher")),
+        trainer=STEPS | settings | {"per_device_train_batch_size": 7, "per_device_eval_batch_size": 7},
+    )
+    (file,) = (tmp_path / "teacher").iterdir()
+    assert len(load_file(file)["logits"]) == len(Scenes(questions=30, image_size=32).examples("train"))
+
+
+def test_a_teacher_has_the_answers_of_the_student(base, tmp_path):
+    other = load(base / "model")
+    names = list(reversed(other.config.id2label.values()))
+    other.config.id2label = dict(enumerate(names))
+    other.config.label2id = {name: number for number, name in enumerate(names)}
+    pumer.save(other, tmp_path / "other")
+    model = ModelSettings(path=str(base / "model"))
+    with pytest.raises(ValueError, match="others or in another order: distil from a model"):
+        train(str(tmp_path / "x"), TASK, model, distill=DistillSettings(str(tmp_path / "other")), trainer=STEPS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_models_fingerprint_is_of_its_weights(tmp_path):
+    files = ["config.json", "pytorch_model.bin", "chat_template.jinja"]
+    for name in files:
+        (tmp_path / name).write_bytes(b"one")
+    seen = {fingerprint(tmp_path)}
+    for name in files:
+        (tmp_path / name).write_bytes(b"two")
+        seen.add(fingerprint(tmp_path))
+    (tmp_path / "training.log").write_bytes(b"one")
+    seen.add(fingerprint(tmp_path))
+    assert len(seen) == 4
+    assert fingerprint(tmp_path / "pytorch_model.bin") != fingerprint(tmp_path / "config.json")
+
+
 def test_a_resumed_run_ends_where_an_unbroken_one_does(base, tmp_path):
     def run(out, steps, resume=False):
         train(
@@ -188,6 +228,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(base, tmp_path):
 
     unbroken = run("unbroken", 6)
     run("broken", 3)
+    (tmp_path / "broken/checkpoint-9").mkdir()  # what a kill in the middle of writing it leaves
     for path in sorted((tmp_path / "broken/model").iterdir(), reverse=True):
         path.unlink()
     resumed = run("broken", 6, resume=True)
@@ -207,6 +248,20 @@ def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tok
         train(str(tmp_path / "x"), TASK, model, augment=RandAugment(), grounding=GroundingSettings(1.0, 2))
     with pytest.raises(ValueError, match="leave one of the two out"):
         train(str(tmp_path / "x"), TASK, model, optimizer=OptimizerSettings(), grounding=GroundingSettings(1.0, 2))
+    for trainer, message in (
+        ({"nothing": 1}, "trainer takes what TrainingArguments takes"),
+        ({"seed": 3}, "trainer takes what TrainingArguments takes"),
+        ({"label_smoothing_factor": 0.1}, "leave trainer.label_smoothing_factor out"),
+        ({"dataloader_persistent_workers": True}, "leave trainer.dataloader_persistent_workers out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(str(tmp_path / "x"), TASK, model, augment=RandAugment(), trainer=STEPS | trainer)
+    trims = {"reducer": "smarttrim", "layers": [1]}
+    with pytest.raises(ValueError, match=r"is its own teacher.*leave trainer.gradient_checkpointing out"):
+        train(str(tmp_path / "x"), TASK, model, reducer=trims, trainer=STEPS | {"gradient_checkpointing": True})
+    (tmp_path / "done/model").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a finished model and no checkpoint"):
+        train(str(tmp_path / "done"), TASK, model, resume=True, trainer=STEPS)
     with pytest.raises(ValueError, match="no task is named"):
         train(str(tmp_path / "x"), {"name": "nothing"}, model)
     with pytest.raises(ValueError, match="no model folder"):

@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import zlib
-from types import SimpleNamespace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -222,6 +223,19 @@ def test_examples_are_independent_and_the_same_again(model, collator, task, monk
     clusters = [example.cluster for batch in pools[0]._batches for example in batch.examples]
     assert len(set(clusters)) == len(clusters) == 56
     assert Pool(task.examples("val"), collator, 32, 500).size(99) == 180  # pictures
+    assert Pool(task.examples("val"), collator, 32, 500).available == 180
+    assert Pool(task.examples("val"), collator, 32, 50).available == 50
+
+
+def test_few_pictures_with_many_questions_are_shared_out(model, collator, task, tmp_path):
+    """There is something to check on, however many questions there are of each picture."""
+    many = Scenes(questions=400, per_picture=10, image_size=96).examples("val")
+    found = tune_run.tune(
+        model, many, collator, Bounds(memory=10**12), tmp_path / "out", grid=SMALL, batch_size=4, choose=100, check=100
+    )
+    assert found.judged.examples == found.checked.examples == 20
+    with pytest.raises(ValueError, match="of a picture no more than one, are too few"):
+        tune_run.tune(model, many, collator, Bounds(memory=10**12), tmp_path / "other", grid=SMALL, batch_size=8)
 
 
 # --- the search ---
@@ -347,6 +361,45 @@ def test_a_stopped_search_goes_on_where_it_was(known, tmp_path):
     assert before.asked == []
 
 
+def test_a_point_that_measured_breaks_a_bound_is_not_chosen_again(known, monkeypatch):
+    """Neither where the lesson from one lets the other in, and the other way round."""
+    memory = {one.point.name: 100.0 + number for number, one in enumerate(known[2])}
+    net, grid, planned = known
+    planned = [replace(one, memory=memory[one.point.name]) for one in planned]
+    one = search((net, grid, planned), Bounds(speedup=1.05, memory=10**6), MadeUp(true_drop))
+    measured = []
+
+    def measure(model, inputs, reducers, runs):
+        measured.append(next(iter(reducers)))
+        return {"fused": 1.0, measured[-1]: 1.0 if len(measured) % 2 else 0.5}, None
+
+    monkeypatch.setattr(tune_run, "FUSED", "fused")
+    monkeypatch.setattr(tune_run, "measure", measure)
+    monkeypatch.setattr(tune_run, "weight_bytes", lambda model: 10**7)
+    monkeypatch.setattr(tune_run, "peak_memory", lambda model, inputs: 0)
+    assert tune_run._settle(one, {}, lambda line: None) == (None, 0.0, 0)
+    assert len(measured) == len(set(measured)) > 0
+    assert {one.status(found) for found in planned if found.point.name in measured} == {"unfit"}
+
+
+def test_a_journal_that_was_cut_off_goes_on(tmp_path):
+    study = tune_run._open(tmp_path / "study.log", {"seed": 1})
+    study.set_user_attr("known", 3)
+    with (tmp_path / "study.log").open("a") as file:
+        file.write('{"op_code": 2, "wor')  # a kill in the middle of a line
+    again = tune_run._open(tmp_path / "study.log", {"seed": 1})
+    again.set_user_attr("more", 4)
+    assert tune_run._open(tmp_path / "study.log", {"seed": 1}).user_attrs.keys() >= {"known", "more"}
+
+
+def test_the_lock_of_a_journal_can_be_looked_at(tmp_path, monkeypatch):
+    """Optuna's lock is a symbolic link to the path that it was given, which has to lead somewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    study = tune_run._open(Path("out/study.log"), {"seed": 1})
+    assert Path(study._storage._backend._file_path).is_absolute()
+
+
 def test_looks_come_often_enough_to_stop_early(known):
     pool = MadeUp(lambda reducer: 0.5)
     one = search(known, Bounds(drop=1.0), pool, trials=1)
@@ -451,28 +504,28 @@ def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
 
 
 def test_finetune_trains_at_the_point_once(tmp_path, monkeypatch):
-    commands = []
+    launched = []
 
-    def run(command, check):
-        commands.append(command)
-        (tmp_path / "run" / "model").mkdir(parents=True)
-        settings = json.loads(command[command.index("--reducer") + 1])
-        (tmp_path / "run" / "recipe.yaml").write_text(json.dumps({"reducer": settings}))
-        return SimpleNamespace(returncode=0)
+    def launch(words, processes, log, lock):
+        launched.append((words, processes))
+        training = tmp_path / "run" / "training"
+        training.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(words[words.index("--reducer") + 1])
+        (training / "recipe.yaml").write_text(json.dumps({"reducer": settings}))
+        if len(launched) > 1:  # the first one is killed while it writes what comes last
+            (training / "log.json").write_text("[]")
 
-    monkeypatch.setattr(tune_finetune.subprocess, "run", run)
+    monkeypatch.setattr(tune_finetune, "launch", launch)
     reducer = pumer.PuMer(layers=(1,))
-    for _ in range(2):
+    for _ in range(3):
         done = tune_finetune.finetune("scenes-pumer", "base", reducer, tmp_path / "run", processes=2)
-    assert done == tmp_path / "run" / "model"
-    (command,) = commands
-    assert command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    assert command[command.index("--distill.teacher") + 1] == command[command.index("--model.path") + 1] == "base"
+    assert done == tmp_path / "run" / "training" / "model"
+    assert len(launched) == 2
+    words, processes = launched[-1]
+    assert processes == 2
+    assert words[words.index("--distill.teacher") + 1] == words[words.index("--model.path") + 1] == "base"
     with pytest.raises(ValueError, match="another reducer"):
         tune_finetune.finetune("scenes-pumer", "base", pumer.PuMer(layers=(2,)), tmp_path / "run")
-    monkeypatch.setattr(tune_finetune.subprocess, "run", lambda command, check: SimpleNamespace(returncode=1))
-    with pytest.raises(ValueError, match="training failed"):
-        tune_finetune.finetune("scenes-pumer", "base", reducer, tmp_path / "other")
 
 
 def test_preset_files(tmp_path):

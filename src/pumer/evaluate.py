@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from pumer.data.images import BrokenImageError, open_image
 from pumer.tasks.base import Collator, Example, replacing
-from pumer.tasks.prompts import MAX_ANSWER, PromptCollator
+from pumer.tasks.prompts import MAX_ANSWER, WritingCollator
+
+_NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
         collator: that made the batch.
     """
     with torch.inference_mode():
-        if isinstance(collator, PromptCollator):
+        if isinstance(collator, WritingCollator):
             written = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
             return collator.read(written[:, inputs["input_ids"].shape[1] :])
         logits = model(**inputs).logits.float().cpu()
@@ -98,10 +100,9 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
     return collator.task.decode(logits.reshape(count, -1))
 
 
-def model_inputs(batch: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What a model's forward takes of a collated batch, without the targets."""
-    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
-    return {name: batch[name].to(device) for name in names if name in batch}
+def model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a model's forward takes of a collated batch, without what it learns from."""
+    return {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
 
 
 def paired(model: Any, inputs: dict[str, Tensor], texts_per_image: int) -> dict[str, Any]:

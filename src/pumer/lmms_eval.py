@@ -19,13 +19,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.image_utils import load_image
 
 from pumer.api import apply
 from pumer.hub.folders import SETTINGS, saved_reducer
 from pumer.presets import read_reducer
 from pumer.reducers import Reducer, from_dict, get, list_reducers, to_dict
+from pumer.tasks.processors import encode, read_processor, write
 
 try:
     from lmms_eval.api.model import lmms
@@ -85,12 +86,8 @@ class PumerModel(lmms):
         alone = self._world_size == 1
         self.device = torch.device(device) if device is not None and alone else self.accelerator.device
         chosen, rest = _split(_saved(pretrained) if reducer is None else reducer, settings)
-        self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision, **rest)
+        self.processor = read_processor(pretrained, revision=revision, **rest)
         _check(rest, self.processor.image_processor, chosen)
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         model = AutoModelForImageTextToText.from_pretrained(
             pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
         )
@@ -168,34 +165,12 @@ class PumerModel(lmms):
 
     @torch.inference_mode()
     def _write(self, conversations: list[Conversation], images: list[list[Any]], settings: Mapping) -> list[str]:
-        prompts = [self._prompt(messages) for messages in conversations]
+        prompts = [write(self.processor, _plain(messages)) for messages in conversations]
+        inputs = encode(self.processor, prompts, images).to(self.device, self.model.dtype)
         tokenizer = self.processor.tokenizer
-        begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        inputs = self.processor(
-            text=prompts,
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-            **({"add_special_tokens": False} if begun else {}),  # some templates begin the text themselves
-        )
-        inputs.pop("labels", None)  # PaliGemma's processor always gives some
-        inputs = inputs.to(self.device, self.model.dtype)
         ids = self.model.generate(**inputs, **_generation(settings), pad_token_id=tokenizer.pad_token_id)
         texts: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return texts
-
-    def _prompt(self, messages: Conversation) -> str:
-        """A conversation as the model's chat template writes it; without one, its images and then its texts."""
-        template = self.processor.chat_template or self.processor.tokenizer.chat_template
-        if template is not None:
-            plain = [
-                message | {"content": [{k: v for k, v in part.items() if k != "url"} for part in message["content"]]}
-                for message in messages
-            ]
-            text: str = self.processor.apply_chat_template(plain, template, tokenize=False, add_generation_prompt=True)
-            return text
-        words = "\n".join(part["text"] for part in _parts(messages, "text"))
-        return str(self.processor.image_token) * len(list(_parts(messages, "image"))) + words
 
     def _conversation(self, request: Any) -> Conversation:
         _, messages_of, _, number, task, split = request.args
@@ -240,6 +215,14 @@ def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"pumer reduces images: it cannot run a task with {part['type']}, take another one")
             if part["type"] == kind:
                 yield part
+
+
+def _plain(messages: Conversation) -> Conversation:
+    """The conversation without its images, of which a template only needs the places."""
+    return [
+        message | {"content": [{k: v for k, v in part.items() if k != "url"} for part in message["content"]]}
+        for message in messages
+    ]
 
 
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:

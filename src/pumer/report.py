@@ -23,6 +23,8 @@ from pumer.reducers.cost import own_macs
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
 TOWERS = ("text encoder", "vision tower", "projection")
+PICTURES = ("embedding", "vision tower", "projection")
+"""Parts that see a picture once, where a model with towers compares it with several texts."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,11 @@ def last_forward_macs(model: nn.Module) -> int:
 
     Raises ValueError if there was none.
     """
+    return sum(last_forward_parts(model).values())
+
+
+def last_forward_parts(model: nn.Module) -> dict[str, int]:
+    """The same by part, as in `Report.parts`; raises ValueError if there was no forward."""
     adapter, patch = find(model), active(model)
     if patch is None or patch.entry is None:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
@@ -245,7 +252,7 @@ def last_forward_macs(model: nn.Module) -> int:
     ran = (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None  # the data have decided
     tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid, ran)
     macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
-    return sum(macs.values()) + adapter.passes(model) * sum(own.values())
+    return macs | {"reducer": adapter.passes(model) * sum(own.values())}
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:

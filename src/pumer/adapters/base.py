@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -267,6 +268,16 @@ def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(block, *args)
     return block(*args)
+
+
+def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
+    """Where a reducer chooses: outside the user's autocast, which would round its float32 products to half precision.
+
+    Trained parts stay under it, as their weights expect.
+    """
+    if reducer.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def exactly_one(**inputs: Tensor | None) -> Tensor:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CLASS_ATTENTION = "class_attention_BN"
 RECEIVED = "received_BN"
+AT_ONCE = 256
+"""Queries whose attention to all patches is there at one time."""
 
 
 def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor) -> View:
@@ -59,7 +61,7 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         grid=grid,
         patch_BN=None if patch_RI is None else torch.nn.functional.pad(patch_RI, (text, 0), value=-1),
         states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
-        encoder=_encoder(pictures),
+        encoder=_encoder(pictures, device),
     )
     own_RN = valid_RN & (torch.arange(at_RN.shape[1], device=device) >= text)
     return View(tokens, at_RN, own_RN, owner)
@@ -84,45 +86,53 @@ def raster(pictures: Sequence[Picture], device: torch.device) -> tuple[Grid | No
     return (rows, columns), to_device(pad_sequence(numbers, batch_first=True, padding_value=-1), device)
 
 
-def _encoder(pictures: Sequence[Picture]) -> Encoder | None:
+def _encoder(pictures: Sequence[Picture], device: torch.device) -> Encoder | None:
+    """What is known of all pictures, where the language model is: the vision tower may be elsewhere."""
     known = [picture.encoder for picture in pictures if picture.encoder is not None]
     if len(known) != len(pictures):
         return None
-    if len(known) == 1:
-        return known[0]
     joined = {}
     for field in fields(Encoder):
         values = [getattr(encoder, field.name) for encoder in known]
         if values[0] is not None:
-            joined[field.name] = pad_sequence([value[0] for value in values], batch_first=True)
+            wide = values[0] if len(values) == 1 else pad_sequence([value[0] for value in values], batch_first=True)
+            joined[field.name] = wide.to(device)
     return Encoder(**joined)
 
 
-def summarise(look: Look, cls: bool, dropped: bool) -> dict[str, Tensor]:
+def summarise(look: Look, tower: bool = False, projected: bool = False) -> dict[str, Tensor]:
     """What a vision tower knows of the patches of every crop [R,P,...], from the layer that its features come from.
 
     Args:
         look: what was seen of the tower.
-        cls: whether its tokens begin with [CLS].
-        dropped: whether [CLS] was taken off before the projector.
+        tower: whether its tokens begin with one that is no patch of the picture's.
+        projected: whether what goes into the projector does.
     """
     (features, heads), needs = look.take(), look.needs
-    known = {} if features is None else {"features_BND": features if dropped or not cls else features[:, 1:]}
+    known = {} if features is None else {"features_BND": features[:, int(projected) :]}
     if heads:
-        known |= attention_of(needs, *heads[-1], cls)
+        known |= attention_of(needs, *heads[-1], tower)
     return {name: known[name] for name in needs}
 
 
-def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, cls: bool) -> dict[str, Tensor]:
-    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the logits."""
-    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(cls) :], "queries_BNC": queries_RHPC.mean(1)[:, int(cls) :]}
-    scale = queries_RHPC.shape[-1] ** -0.5
+def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
+    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the logits.
+
+    `first` is whether the first token, such as [CLS], is no patch.
+    """
+    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(first) :], "queries_BNC": queries_RHPC.mean(1)[:, int(first) :]}
+    # Scaled before they are multiplied: in half precision the products alone may be too large.
+    queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
     if CLASS_ATTENTION in needs:
-        logits = (queries_RHPC[:, :, :1] @ keys_RHPC.transpose(2, 3)).float() * scale
+        logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
         known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
     if RECEIVED in needs:
-        logits = (queries_RHPC @ keys_RHPC.transpose(2, 3)).float() * scale
-        known[RECEIVED] = logits.softmax(-1).mean((1, 2))[:, int(cls) :]
+        # Never all at once, which for the thousands of patches of a large picture would be gigabytes.
+        received = [
+            (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1).sum((1, 2))
+            for part in queries_RHPC.split(AT_ONCE, 2)
+        ]
+        known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[:, int(first) :]
     return known
 
 
@@ -181,7 +191,7 @@ def assign(pictures: Sequence[Picture], placeholders: Sequence[int]) -> tuple[li
     copies, odd = divmod(have, need) if need else (0, 1)
     wrong = ValueError(
         f"the prompts have {have} image placeholders and the images {need} features: give every image its own "
-        "placeholders, and images that were encoded while this reducer was in force"
+        "placeholders, all in one prefill (leave prefill_chunk_size unset)"
     )
     if odd or not copies or len(placeholders) % copies:
         raise wrong

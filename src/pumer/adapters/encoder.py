@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, Step, extent
+from pumer.adapters.base import Patch, Step, exact, extent
 from pumer.reducers import Plan, Tokens
 
 BUCKET = 8
@@ -100,7 +100,7 @@ def reduce(
         gate = reducer.learned.gate(tokens)
         return states_BND, replace(axis, gate_BN=gate.token_BN, spent=(*axis.spent, gate.spent)), None
     # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
-    with torch.no_grad():
+    with torch.no_grad(), exact(reducer, states_BND.device):
         plan = reducer.plan(tokens)
         text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
         if reducer.leaves_gaps and patch.trim and not torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ C channels of a head.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters import before_llm, decoder_attention, kv_cache, reduce_llm
-from pumer.adapters.base import Patch, replace_method
+from pumer.adapters.base import Patch, exact, replace_method
 from pumer.adapters.before_llm import Look, comparable
 from pumer.adapters.prompt import Axis, Picture, Run, gather
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of tokens that are not learned."""
+_PICTURES = "_pumer_pictures"
 
 
 class Reduction:
@@ -38,7 +40,8 @@ class Reduction:
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
         self.run: Run | None = None
-        self.labels: Tensor | None = None
+        self.told: dict[str, Any] = {}
+        """What the whole model was called with."""
         self.pictures: list[Picture] = []
         self.tower = Look()
         self._install(model)
@@ -46,7 +49,7 @@ class Reduction:
     def _install(self, model: nn.Module) -> None:
         patch, spec, reducer = self.patch, self.spec, self.patch.reducer
         if model is not self.trunk:
-            patch.hook(model.register_forward_pre_hook(self._labelled, with_kwargs=True))
+            self._stand_in(model, "forward", _forward, model.forward, inspect.signature(model.forward))
         patch.hook(self.trunk.register_forward_pre_hook(self._enter, with_kwargs=True))
         patch.hook(self.language.register_forward_hook(self._leave))
         for number, layer in enumerate(self.language.layers):
@@ -54,10 +57,9 @@ class Reduction:
             if reducer.reduces_at(number):
                 decoder_attention.watch(patch, layer.self_attn, partial(self._see, number))
         self.tower.install(patch, spec, model, reducer.needs)
-        stock = self.trunk.get_image_features
-        replace_method(patch, self.trunk, "get_image_features", _features, self)
-        # `generate` reads from the signature which inputs the vision tower takes.
-        self.trunk.get_image_features.__signature__ = inspect.signature(stock)
+        self._stand_in(self.trunk, "get_image_features", _features)
+        if hasattr(self.trunk, "get_video_features"):
+            self._stand_in(self.trunk, "get_video_features", _videos)
         if spec.merger == "get_placeholder_mask":
             replace_method(patch, self.trunk, spec.merger, _placeholders, self)
         else:
@@ -65,6 +67,12 @@ class Reduction:
         spec.install(patch, model, self.tower)
         if hasattr(self.language, "_deepstack_process"):
             replace_method(patch, self.language, "_deepstack_process", _deepstack, self)
+
+    def _stand_in(self, owner: Any, name: str, method: Any, *bound: Any) -> None:
+        """Replace a method by one with the same signature, from which others read which inputs there are."""
+        signature = inspect.signature(getattr(owner, name))
+        replace_method(self.patch, owner, name, method, self, *bound)
+        getattr(owner, name).__signature__ = signature
 
     def start(self, image_BS: Tensor, features: int) -> None:
         """Take in the prompts, whose placeholders are marked: the one place where the host reads from the device.
@@ -86,9 +94,13 @@ class Reduction:
         real_BS = torch.ones_like(image_BS) if mask is None else mask[:, -run.length :].to(image_BS.device).bool()
         tiles = spec.tiles(self.trunk, image_BS, features, run.inputs)
         text_BS = real_BS & ~spec.no_text(self.trunk, image_BS, tiles, run.inputs)
+        # What is being learned or checked must not guide what is kept.
+        question_BS = text_BS
         if run.labels is not None:
-            # What is being learned must not guide what is kept.
-            question_BS = text_BS & (run.labels.to(text_BS.device) == IGNORED)
+            question_BS = question_BS & (run.labels.to(text_BS.device) == IGNORED)
+        if run.drafts:
+            question_BS = question_BS & (torch.arange(run.length, device=text_BS.device) < run.length - run.drafts)
+        if question_BS is not text_BS:
             text_BS = torch.where(question_BS.any(1, keepdim=True), question_BS, text_BS)
         text_BS = text_BS & image_BS.any(1, keepdim=True)  # a prompt without images is left alone
         asked = [text_BS.sum(1), image_BS.sum(1), *([] if tiles is None else [tiles.joined_P.long()])]
@@ -113,12 +125,21 @@ class Reduction:
         grids = {picture.grid for picture in run.pictures}
         self.patch.entry = (*run.axis.lengths, grids.pop() if len(grids) == 1 else None)
 
-    def _labelled(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels = kwargs.get("labels")
-
     def _enter(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments
-        self.run, self.labels = Run(given | given.get("kwargs", {}), self.labels), None
+        inputs, told, self.told = given | given.get("kwargs", {}), self.told, {}
+        # Assisted generation and prompt lookup draft before the prefill, and ask for the logits of the drafts. Others
+        # who ask for several logits of a prompt do so without a cache; their last words are words of the question.
+        asked = told.get("logits_to_keep") if inputs.get("past_key_values") is not None else None
+        self.run = Run(inputs, told.get("labels"), max(asked - 1, 0) if isinstance(asked, int) else 0)
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            self.pictures = getattr(encoded, _PICTURES, [])
+            if not self.pictures:
+                raise ValueError(
+                    "nothing is known of the images in mm_encoder_outputs: give what get_image_features returns while "
+                    "this reducer is in force, all in one prefill (leave prefill_chunk_size unset)"
+                )
 
     def _see(self, number: int, queries_BHKC: Tensor, keys_BHKC: Tensor) -> None:
         run = self.run
@@ -140,8 +161,7 @@ class Reduction:
             run.axes.append(run.axis)
             run.widths.append(states.shape[1])
         axis = None if run.axis is None or run.axis.whole else run.axis
-        book = kv_cache.book(cache)
-        held = None if book is None else book.held.get(number)
+        held = kv_cache.held(cache, number)
         if axis is None and held is None:
             return None
         mask = kwargs.get("attention_mask")
@@ -151,6 +171,8 @@ class Reduction:
             for name in ("position_embeddings", "position_ids"):
                 whole = kwargs.get(name)
                 kwargs[name] = run.once((whole, axis), partial(gather, whole, axis.index_BK, run.length))
+            if self.language.config._attn_implementation.startswith("flash"):
+                kwargs["position_ids"] = None  # whose gaps it would take for ends of packed sequences
         if not args:
             return (), kwargs | {"hidden_states": states}
         return (states, *args[1:]), kwargs
@@ -216,13 +238,12 @@ class Reduction:
 
     def _held(self, run: Run, cache: Any) -> dict[int, kv_cache.Held]:
         """What every layer with fewer tokens holds after this run."""
-        book = kv_cache.book(cache)
         made: dict[Any, kv_cache.Held] = {}
         result = {}
         for number, axis in enumerate(run.axes):
             if axis.whole or number >= len(cache.layers) or not cache.layers[number].is_initialized:
                 continue
-            held = None if book is None else book.held.get(number)
+            held = kv_cache.held(cache, number)
             key = id(axis), id(held)
             if key not in made:  # layers that hold the same share one, and one mask
                 places = axis.index_BK + run.past, axis.filled_BK
@@ -247,8 +268,20 @@ def _spread(states_BKD: Tensor, axis: Axis, length: int) -> Tensor:
     return states_BKD.gather(1, at[..., None].expand(-1, -1, states_BKD.shape[2]))
 
 
+def _forward(
+    model: Any, reduction: Reduction, stock: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any
+) -> Any:
+    """In place of the whole model's `forward`: the same, and noted what it was called with.
+
+    A hook would miss those who call `forward` themselves, as PEFT does.
+    """
+    reduction.told = dict(signature.bind_partial(*args, **kwargs).arguments)
+    return stock(*args, **kwargs)
+
+
 def _features(trunk: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> Any:
     """In place of `get_image_features`: the same, and the pictures noted."""
+    reduction.tower.take()  # what videos left there, and layers that were computed again for their gradients
     spec, stock = reduction.spec, type(trunk).get_image_features
     names = list(inspect.signature(stock).parameters)[1:]
 
@@ -258,7 +291,20 @@ def _features(trunk: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> An
     args = tuple(near(name, value) for name, value in zip(names, args, strict=False))
     kwargs = {name: near(name, value) for name, value in kwargs.items()}
     output = stock(trunk, *args, **kwargs)
-    reduction.pictures = spec.pictures(trunk, output, dict(zip(names, args, strict=False)) | kwargs, reduction.tower)
+    inputs = dict(zip(names, args, strict=False)) | kwargs
+    with torch.no_grad(), exact(reduction.patch.reducer, trunk.device):
+        reduction.pictures = spec.pictures(trunk, output, inputs, reduction.tower)
+    if not isinstance(output, tuple):
+        setattr(output, _PICTURES, reduction.pictures)  # for those who give it as `mm_encoder_outputs`, maybe later
+    return output
+
+
+def _videos(trunk: Any, reduction: Reduction, *args: Any, **kwargs: Any) -> Any:
+    """In place of `get_video_features`, which may ask `get_image_features`: the same, and the images' pictures kept."""
+    pictures = reduction.pictures
+    output = type(trunk).get_video_features(trunk, *args, **kwargs)
+    reduction.pictures = pictures
+    reduction.tower.take()
     return output
 
 

@@ -19,8 +19,10 @@ class InternVLAdapter(DecoderAdapter):
 
     family = "InternVL"
     classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration", "InternVLModel")
-    tower_class = True
     around = (1, 1)
+
+    def tower_class(self, model: nn.Module) -> bool:
+        return True
 
     def tower_attention(self, model: nn.Module) -> Any:
         layers = tower_layers(self.trunk(model).vision_tower)
@@ -33,7 +35,7 @@ class InternVLAdapter(DecoderAdapter):
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(summarise(look, self.tower_class, True), rows * columns))
+        return plain(output.pooler_output, grid, pooled(summarise(look, tower=True), rows * columns))
 
     def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
         rows, columns = self.default_grid(trunk)

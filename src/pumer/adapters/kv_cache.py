@@ -3,6 +3,9 @@
 The model goes on counting every token of the prompt: positions, masks and the slicing of a longer conversation stay as
 they are. Each layer of the cache knows which of these tokens it holds, and its attention masks are cut to them.
 
+Such a layer is given another class. Methods set on it would hold the layer that holds them, and its tensors would wait
+for the garbage collector.
+
 Shape suffixes: B samples, H heads, K cached tokens, Q tokens of this call, L tokens as the model counts them.
 """
 
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from pumer.adapters.base import extent
+
 _ATTRIBUTE = "_pumer_held"
 
 
@@ -26,11 +31,18 @@ class Held:
         place_BK: their places as the model counts them.
         filled_BK: bool, false for empty slots; None where there are none.
         covered: tokens that the model had counted when this was made.
+        made: what was made of it, by what was asked: layers that share this one share that, and one mask.
     """
 
     place_BK: Tensor
     filled_BK: Tensor | None
     covered: int
+    made: dict[Any, Held] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def missing(self) -> int:
+        """How many fewer these are than the model has counted."""
+        return self.covered - self.place_BK.shape[1]
 
     def upto(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Places [B,K] and filled slots when the model has counted `length` tokens."""
@@ -41,37 +53,97 @@ class Held:
             filled = torch.cat([filled, torch.ones_like(later, dtype=torch.bool)], 1)
         return torch.cat([self.place_BK, later], 1), filled
 
-    def rows(self, index: Tensor) -> Held:
-        """The same for some samples."""
-        filled = None if self.filled_BK is None else self.filled_BK.index_select(0, index)
-        return Held(self.place_BK.index_select(0, index), filled, self.covered)
+    def before(self, length: int) -> Held:
+        """The same when the model has gone back to `length` tokens; the host waits to know how many slots that is."""
+        key = "before", length
+        if key not in self.made:
+            stays_BK = self.place_BK < length
+            if self.filled_BK is not None:
+                stays_BK = stays_BK & self.filled_BK
+            slots = int(extent(stays_BK))
+            stays_BK = stays_BK[:, :slots]
+            place_BK = torch.where(stays_BK, self.place_BK[:, :slots], 0)  # an empty slot's has to be one, too
+            self.made[key] = Held(place_BK, None if bool(stays_BK.all()) else stays_BK, length)
+        return self.made[key]
+
+    def rows(self, rows: Tensor | int) -> Held:
+        """The same for the samples of that index, or for every sample so many times."""
+        if rows not in self.made:
+            batch, device = len(self.place_BK), self.place_BK.device
+            every = torch.arange(batch, device=device)
+            index = every.repeat_interleave(rows) if isinstance(rows, int) else rows.to(device)
+            filled = None if self.filled_BK is None else self.filled_BK[index]
+            self.made[rows] = Held(self.place_BK[index], filled, self.covered)
+        return self.made[rows]
 
 
-@dataclass
-class Book:
-    """What every reduced layer of one cache holds, by number."""
+class _Shorter(DynamicLayer):
+    """A layer that holds fewer tokens than the model has counted."""
 
-    held: dict[int, Held] = field(default_factory=dict)
+    _pumer_held: Held
+
+    def get_seq_length(self) -> int:
+        held = super().get_seq_length()
+        return held + self._pumer_held.missing if held else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back that many tokens as the model counts them: of those of the prompt the ones that are here."""
+        held, counted = self._pumer_held, self.get_seq_length()
+        left = counted + tokens_to_remove
+        if tokens_to_remove < 0 and left < held.covered:
+            self._pumer_held = held.before(left)
+            tokens_to_remove = held.covered - counted + self._pumer_held.place_BK.shape[1] - held.place_BK.shape[1]
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        stock = DynamicSlidingWindowLayer if self.is_sliding else DynamicLayer
+        del self._pumer_held
+        self.__class__ = stock
+        self.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._pumer_held = self._pumer_held.rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._pumer_held = self._pumer_held.rows(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._pumer_held = self._pumer_held.rows(indices)
+
+
+class _ShorterSliding(_Shorter, DynamicSlidingWindowLayer):
+    """The same with a sliding window; this one counts by itself, but after a crop what it holds."""
+
+    cumulative_length: int
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        left = self.cumulative_length - abs(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.cumulative_length = left
 
 
 def check(cache: Any) -> None:
     """Raise ValueError for a cache whose layers must all hold the same number of tokens."""
     layers = () if cache is None else cache.layers
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        kind = next(type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, _Shorter, _ShorterSliding)
+    kind = next((type(layer).__name__ for layer in layers if type(layer) not in known), None)
+    if kind is not None:
         raise ValueError(
             f"a reduced model fills its cache to a different length in every layer, which {kind} cannot hold: "
             "leave cache_implementation unset, for transformers' DynamicCache"
         )
 
 
-def book(cache: Any) -> Book | None:
-    """What is known of a cache that a reduced forward has filled; None for any other."""
-    found = None if cache is None else vars(cache).get(_ATTRIBUTE)
-    if found is not None and not (cache.layers and cache.layers[0].is_initialized):
-        found.held.clear()  # the cache was reset
-        return None
-    return found
+def held(cache: Any, number: int) -> Held | None:
+    """What a layer of a cache holds; None for all, as in every cache that no reduced forward has filled."""
+    layers = getattr(cache, "layers", ())
+    return getattr(layers[number], _ATTRIBUTE, None) if number < len(layers) else None
 
 
 def before(
@@ -105,59 +177,10 @@ def length(cache: Any) -> int:
 
 def write(cache: Cache, held: dict[int, Held]) -> None:
     """Note what the layers hold after a reduced forward, and let them report the unreduced length."""
-    known = vars(cache).get(_ATTRIBUTE)
-    if known is None:
-        known = Book()
-        setattr(cache, _ATTRIBUTE, known)
-        for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-            setattr(cache, name, _Rows(cache, name))
-    known.held.update(held)
     for number, entry in held.items():
         layer: Any = cache.layers[number]
-        missing = entry.covered - entry.place_BK.shape[1]
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        layer.__class__ = _ShorterSliding if sliding else _Shorter
+        setattr(layer, _ATTRIBUTE, entry)
+        if sliding:
             layer.cumulative_length = entry.covered
-            layer.crop = _SlidingCrop(layer)
-        else:
-            layer.get_seq_length = _Length(layer, missing)
-
-
-class _Length:
-    """In place of `DynamicLayer.get_seq_length`: the tokens that the model has counted."""
-
-    def __init__(self, layer: DynamicLayer, missing: int) -> None:
-        self.layer, self.missing = layer, missing
-
-    def __call__(self) -> int:
-        held = type(self.layer).get_seq_length(self.layer)
-        return held + self.missing if held else 0
-
-
-class _SlidingCrop:
-    """In place of `DynamicSlidingWindowLayer.crop`, which counts the tokens it holds."""
-
-    def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
-        self.layer = layer
-
-    def __call__(self, tokens_to_remove: int) -> None:
-        before = self.layer.cumulative_length
-        type(self.layer).crop(self.layer, tokens_to_remove)
-        self.layer.cumulative_length = before - abs(tokens_to_remove)
-
-
-class _Rows:
-    """In place of the methods of `Cache` that take, reorder or repeat samples."""
-
-    def __init__(self, cache: Cache, name: str) -> None:
-        self.cache, self.name = cache, name
-
-    def __call__(self, rows: Any) -> None:
-        getattr(type(self.cache), self.name)(self.cache, rows)
-        known = vars(self.cache)[_ATTRIBUTE]
-        for number, held in known.held.items():
-            device = held.place_BK.device
-            if isinstance(rows, int):
-                index = torch.arange(len(held.place_BK), device=device).repeat_interleave(rows)
-            else:
-                index = rows.to(device)
-            known.held[number] = held.rows(index)

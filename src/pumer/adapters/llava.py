@@ -19,22 +19,37 @@ from pumer.adapters.llm import DecoderAdapter, feature_depth, plain, tower_layer
 from pumer.adapters.prompt import Picture
 from pumer.reducers.base import Encoder, Grid
 
+TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
+"""Vision towers that are known."""
 Assemble = Callable[..., tuple[list[Tensor], Any]]
 
 
 @register
 class LlavaAdapter(DecoderAdapter):
-    """Every image is one grid of patches, of a CLIP tower whose [CLS] is left out."""
+    """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP one, which has none.
+
+    Pixtral's, which takes pictures of any size and marks the ends of their rows in the prompt, is not supported.
+    """
 
     family = "LLaVA 1.5"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
-    tower_class = True
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        vision = self.vision(model)
+        if not is_a(vision, TOWERS):
+            raise ValueError(
+                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, of which it is not "
+                f"known where its patches come to lie: supported are {', '.join(TOWERS)}"
+            )
+        super().patch(model, patch)
+
+    def tower_class(self, model: nn.Module) -> bool:
+        return is_a(self.vision(model), ("CLIPVisionModel",))
 
     def tower_depth(self, model: nn.Module) -> int:
-        vision = self.vision(model)
-        if not is_a(vision, ("CLIPVisionModel",)):
+        if not self.tower_class(model):
             return 0
-        return feature_depth(vision, config_of(model).vision_feature_layer)
+        return feature_depth(self.vision(model), config_of(model).vision_feature_layer)
 
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         vision = config_of(model).vision_config
@@ -51,9 +66,13 @@ class LlavaAdapter(DecoderAdapter):
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
+        # The other strategy drops a tower's first token, whether that is [CLS] or a patch.
+        cls = self.tower_class(trunk)
+        known, tokens = summarise(look, cls or not full, cls and full), len(output.pooler_output[0])
+        structure = torch.arange(tokens) == 0 if cls and full else None
         rows, columns = grid = self.default_grid(trunk)
-        structure = torch.arange(1 + rows * columns) == 0 if full else None
-        made = plain(output.pooler_output, grid, summarise(look, self.tower_class, not full), structure)
+        whole = rows * columns == tokens - int(structure is not None)
+        made = plain(output.pooler_output, grid if whole else None, known, structure)
         merged, look.merged = look.merged, None
         if merged is None:
             return made
@@ -78,7 +97,8 @@ class _Packed(LlavaAdapter):
         marks, _ = assemble(blank, image_newline=torch.ones(1))
         made = []
         known = {
-            name: _assembled(value, shapes, assemble) for name, value in summarise(look, self.tower_class, True).items()
+            name: _assembled(value, shapes, assemble)
+            for name, value in summarise(look, self.tower_class(trunk)).items()
         }
         for number, mark in enumerate(marks):
             structure = mark[:, 0] > 0.5
@@ -103,7 +123,6 @@ class LlavaOnevisionAdapter(_Packed):
 
     family = "LLaVA-OneVision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
-    tower_class = False
 
 
 def _reduced_tower(

@@ -29,8 +29,6 @@ class DecoderAdapter(Adapter):
     prefix = 0
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
-    tower_class: ClassVar[bool] = False
-    """Whether the vision tower has a [CLS] token."""
     around: ClassVar[tuple[int, int]] = (0, 0)
     """How many tokens before an image and behind it mark where it begins and ends."""
     on_host: ClassVar[tuple[str, ...]] = ()
@@ -54,6 +52,10 @@ class DecoderAdapter(Adapter):
     def tower_attention(self, model: nn.Module) -> Any:
         """The attention of the layer of the vision tower that its features come from."""
         raise NotImplementedError
+
+    def tower_class(self, model: nn.Module) -> bool:
+        """Whether the vision tower has a [CLS] token."""
+        return False
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         """Every image that went through `get_image_features`, whose output and inputs are given."""
@@ -121,7 +123,7 @@ class DecoderAdapter(Adapter):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is left to be saved: "
                 f"give layers 0 to {depth - 2}"
             )
-        if CLASS_ATTENTION in reducer.needs and not self.tower_class:
+        if CLASS_ATTENTION in reducer.needs and not self.tower_class(model):
             raise ValueError(
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of {type(model).__name__} has no "
                 '[CLS]: methods that take saliency="received" do without'
@@ -181,7 +183,7 @@ class DecoderAdapter(Adapter):
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
         crops = max(1, round(image / (rows * columns)))
-        return crops, image * self.patches_per_token(model) // crops + int(self.tower_class)
+        return crops, image * self.patches_per_token(model) // crops + int(self.tower_class(model))
 
     def vision_macs(self, model: nn.Module, image: int, tower: Sequence[int] = ()) -> tuple[int, int]:
         """Multiply-accumulates of the vision tower, and of the projector, for an image of so many tokens.

@@ -108,7 +108,7 @@ class MeterAdapter(Adapter):
         text_config, vision = config.text_config, config.vision_config
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
-        # The text is encoded once, however many pictures there are.
+        # The text is encoded and projected once, however many pictures there are.
         text_layer = _attention_macs(text, text, text_config.hidden_size)
         text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
         vision_layers = sum(
@@ -116,15 +116,15 @@ class MeterAdapter(Adapter):
             + 2 * after * vision.hidden_size * vision.intermediate_size
             for before, after in pairwise(tower)
         )
-        projected = text * text_config.hidden_size + passes * tower[-1] * vision.hidden_size
         patches = (tower[0] - 1) * vision.num_channels * vision.patch_size**2 * vision.hidden_size
         layers = self.layer_macs(model, lengths, after_layer)
         times = text if is_a(model, PER_TOKEN) else 1
         return {
             "embedding": passes * patches,
-            "text encoder": text_config.num_hidden_layers * text_layer,
+            "text encoder": text_config.num_hidden_layers * text_layer
+            + text * text_config.hidden_size * config.hidden_size,
             "vision tower": passes * vision_layers,
-            "projection": projected * config.hidden_size,
+            "projection": passes * tower[-1] * vision.hidden_size * config.hidden_size,
             "attention": passes * sum(attention for attention, _ in layers),
             "mlp": passes * sum(mlp for _, mlp in layers),
             "head": passes * 2 * config.hidden_size**2 + times * head_macs(model, _meter(model)),

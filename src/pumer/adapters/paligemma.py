@@ -25,7 +25,7 @@ class PaliGemmaAdapter(DecoderAdapter):
         return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
-        return plain(output.pooler_output, self.default_grid(trunk), summarise(look, False, True))
+        return plain(output.pooler_output, self.default_grid(trunk), summarise(look))
 
 
 @register
@@ -47,4 +47,4 @@ class Gemma3Adapter(PaliGemmaAdapter):
 
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(summarise(look, False, True), rows * columns))
+        return plain(output.pooler_output, grid, pooled(summarise(look), rows * columns))

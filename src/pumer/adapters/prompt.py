@@ -142,6 +142,7 @@ class Run:
     Args:
         inputs: what the model was called with.
         labels: those of training, if any.
+        drafts: last tokens of the prompts that are guesses at the answer, to be checked.
         length: tokens of the prompts, S.
         past: tokens in the cache before them, as the model counts them.
         pictures: images of the prompts, in order.
@@ -157,6 +158,7 @@ class Run:
 
     inputs: dict[str, Any]
     labels: Tensor | None = None
+    drafts: int = 0
     length: int = 0
     past: int = 0
     pictures: list[Picture] = field(default_factory=list)

@@ -87,7 +87,7 @@ class QwenVLAdapter(DecoderAdapter):
             known = {} if features is None else {"features_BND": features[None, stretch]}
             if wide is not None:
                 queries, keys = (part[:, :, stretch] for part in wide)
-                known |= attention_of(look.needs, queries, keys, cls=False)
+                known |= attention_of(look.needs, queries, keys, first=False)
             order = (back[start : start + length] - start).to(trunk.visual.device)
             made.append(
                 Encoder(**{name: known[name].unflatten(1, (length, group)).mean(2)[:, order] for name in look.needs})

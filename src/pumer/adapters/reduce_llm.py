@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters import before_llm
-from pumer.adapters.base import Patch, Step
+from pumer.adapters.base import Patch, Step, exact
 from pumer.adapters.prompt import Axis, Run, View, place, to_device
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
 from pumer.reducers.base import Grid
@@ -47,7 +47,7 @@ def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool)
         if view.tokens.grid is not None:
             grids = [picture.grid for picture in run.pictures]
     # Which tokens go is a choice, not a function to differentiate; the gradient flows through what is kept.
-    with torch.no_grad():
+    with torch.no_grad(), exact(reducer, states_BKD.device):
         plan = reducer.plan(view.tokens)
     after = [reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)]
     unsure = reducer.leaves_gaps

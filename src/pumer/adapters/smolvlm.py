@@ -44,7 +44,7 @@ class SmolVLMAdapter(DecoderAdapter):
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
         # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
         rows, columns = grid = self.default_grid(trunk)
-        known = pooled(summarise(look, False, True), rows * columns)
+        known = pooled(summarise(look), rows * columns)
         crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
         return plain(crops, grid, known)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pumer.adapters import find
 from pumer.api import active
-from pumer.bench.run import FUSED, forward, variants
+from pumer.bench.run import FUSED, first_rows, forward, variants
 from pumer.bench.timing import alternate
 from pumer.reducers import Compose, PuMer, Random, Reducer, ToMe
 from pumer.report import TOWERS, Report, report
@@ -204,7 +204,7 @@ def calibrate(
     halves = dict(list(reducers.items())[::3])
     amounts, times = [], []
     for rows, chosen in ((batch, reducers), (max(1, batch // 2), halves)):
-        seconds, reports = measure(model, {name: x[:rows] for name, x in inputs.items()}, chosen, runs, progress)
+        seconds, reports = measure(model, first_rows(inputs, rows), chosen, runs, progress)
         amounts += [work(reports[name], rows) for name in seconds]
         times += list(seconds.values())
     return fit(amounts, times)

@@ -8,7 +8,7 @@ Where transformers lacks a model, as METER, ours stands for it and the row says 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -151,6 +151,18 @@ def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], An
             return net(**data)
 
     return call
+
+
+def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The first rows of a batch; raises ValueError where inputs are no rows, one per example."""
+    batch = len(inputs["input_ids"])
+    odd = [name for name, value in inputs.items() if torch.is_tensor(value) and len(value) != batch]
+    if odd:
+        raise ValueError(
+            f"{' and '.join(odd)} of this model {'are' if odd[1:] else 'is'} not a row per example, as other models "
+            "have it, so that a part of a batch cannot be measured"
+        )
+    return {name: value[:rows] if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
 @contextmanager

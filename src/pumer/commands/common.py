@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import pumer
 from pumer.bench.run import Device
-from pumer.data.transforms import load_transform
-from pumer.hub import load
+from pumer.hub import SETTINGS, load, load_stock
 from pumer.presets import model_folder, read_reducer
 from pumer.tasks import build
 from pumer.tasks.base import Collator
-from pumer.tasks.prompts import collator_for, vocabulary
+from pumer.tasks.processors import saved_collator
+from pumer.tasks.prompts import vocabulary
 
 ReducerSettings = str | dict[str, Any] | None
 
 
 def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
-    """A saved model with its own reduction in force, or with another one where `reducer` is given."""
+    """A saved model with its own reduction in force, or with another one where `reducer` is given.
+
+    Decoders may also be as transformers saved them, or have a name on the Hub.
+    """
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     # Shipped in half precision, which CPUs are slow at.
-    net = load(model_folder(model), dtype=torch.float32, device=place)
+    dtype = torch.float32 if place == "cpu" else None
+    if is_stock(model):
+        net = load_stock(model, dtype, place)
+    else:
+        net = load(model_folder(model), dtype or torch.float32, place)
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()
+
+
+def is_stock(model: str) -> bool:
+    """Whether it is a folder that transformers wrote, or a name on the Hub: an owner's and the model's."""
+    if (Path(model) / "config.json").is_file():
+        return not (Path(model) / SETTINGS).is_file()
+    return model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
 
 
 def print_metrics(title: str, values: Mapping[str, float]) -> None:
@@ -43,8 +58,7 @@ def print_metrics(title: str, values: Mapping[str, float]) -> None:
 
 
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:
-    """A task with the labels, the tokenizer and the image transform of a model; texts are cut as in its training."""
-    folder = model_folder(model)
+    """A task with the labels, and the tokenizer and image transform or the processor, of a model."""
     settings = {"name": task} if isinstance(task, str) else task
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return collator_for(net, build(settings, vocabulary(net)), tokenizer, load_transform(folder))
+    source = model if is_stock(model) else str(model_folder(model))
+    return saved_collator(source, net, build(settings, vocabulary(net)))

@@ -134,6 +134,12 @@ def load_transform(directory: str | Path) -> Transform:
     return KeepAspect(shorter=config["size"]["shortest_edge"], multiple=config.get("size_divisor", 32))
 
 
+def has_transform(directory: str | Path) -> bool:
+    """Whether `save_transform` wrote a transform there."""
+    path = Path(directory) / "preprocessor_config.json"
+    return path.is_file() and _KEY in json.loads(path.read_text())
+
+
 def _image_settings(directory: Path) -> dict[str, Any]:
     """What `preprocessor_config.json` holds, or a processor's own file, into which newer transformers write it."""
     if (path := directory / "preprocessor_config.json").is_file():

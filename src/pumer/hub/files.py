@@ -142,17 +142,19 @@ def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
 
 # --- digests ---
 
+_OF_MODELS = (".json", ".txt", ".jinja", ".safetensors", ".bin", ".pt", ".ckpt")
+
 
 def digest(data: Any) -> str:
     """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are ordered."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a model folder's weights, settings, tokenizer and image transform."""
+def fingerprint(model: Path) -> str:
+    """A digest of a model folder's weights, settings, tokenizer and image transform, or of a checkpoint's one file."""
     whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".txt", ".safetensors"):
+    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+        if path.suffix in _OF_MODELS:
             with path.open("rb") as file:
                 whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()

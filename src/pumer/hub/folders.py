@@ -98,6 +98,26 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     return model
 
 
+def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+    """A stock decoder in eval mode, from a folder that transformers wrote or a name on the Hub; nothing reduces it.
+
+    Args:
+        source: folder or name.
+        dtype: of the weights; as they were saved if not given.
+        device: where the model goes; the CPU if not given.
+
+    Raises:
+        ValueError: if there is no such model, or it is none that reads pictures and writes.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read as a model that answers questions about pictures: {error}") from None
+    return model.to(device or "cpu").eval()
+
+
 def saved_reducer(path: str | Path) -> Reducer | None:
     """The reducer that a folder was saved with; None if nothing reduced the model. Raises ValueError like `load`."""
     path = Path(path)

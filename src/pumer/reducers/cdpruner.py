@@ -25,7 +25,8 @@ class CDPruner(Selector):
     """Greedy choice from a determinantal point process: similarity of image tokens, weighted by relevance to the text.
 
     Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models without a CLIP text tower;
-    the images of a prompt without text are chosen for diversity alone.
+    the images of a prompt without text are chosen for diversity alone. The published budget of LLaVA-NeXT's pictures is
+    one for each crop, and here one for the whole picture.
 
     Args:
         theta: weight of relevance against diversity in (0, 1); None takes relevance as it is, the published default.

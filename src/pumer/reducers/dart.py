@@ -25,7 +25,8 @@ class DART(Selector):
     """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
 
     Pivots choose one after the other, each the same number of tokens. The budget is kept exactly: it counts the pivots,
-    which the published code adds to it, and spends what the division leaves over on the first pivots.
+    which the published code adds to it, and spends what the division leaves over on the first pivots. Tokens are
+    compared as they come out of the layer; the published code compares them normed.
 
     Args:
         pivots: image tokens and text tokens that are pivots, (image, text).

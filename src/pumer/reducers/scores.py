@@ -21,16 +21,19 @@ mean-query-key products (names as in the published PuMer code)."""
 def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
     """Attention of the text rows to the image columns [B,h,T,I], of the softmax over all real keys that a row sees.
 
-    Only these rows are computed, whatever attention kernel the layer itself uses.
+    Only these rows are computed, whatever attention kernel the layer itself uses. Structure tokens that no reducer is
+    shown, such as the newlines of LLaVA-NeXT's pictures, are no keys of this softmax, where published methods (FastV,
+    PyramidDrop, SparseVLM) read one that has them.
     """
     if tokens.queries_BHNC is None or tokens.keys_BHNC is None:
         raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
     if tokens.attention_BHNN is not None:
-        attention = tokens.attention_BHNN[:, heads]
+        attention = tokens.attention_BHNN[:, heads].float()
         return attention if tokens.cross else attention[:, :, : tokens.text, tokens.image]
     first = tokens.text if tokens.cross else 0
     queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads, first:]
-    logits = (queries @ keys.transpose(2, 3)).float() / math.sqrt(queries.shape[3])
+    # Scaled before they are multiplied: in half precision the product alone may be too large.
+    logits = (queries / math.sqrt(queries.shape[3]) @ keys.transpose(2, 3)).float()
     seen_BTN = tokens.valid_BN[:, None, first:]
     if tokens.place_BN is not None:
         # Padding is let see all: a row of nothing but -inf would not be zero but NaN.
@@ -43,16 +46,19 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
 
 
 def last_text_attention(tokens: Tokens) -> Tensor:
-    """Attention of the last real token of the text to every image token, mean over the heads, float32 [B,I].
+    """Attention of the last token of the prompt to every image token, mean over the heads, float32 [B,I].
 
-    It comes last in a language model's prompt, so it sees all.
+    That is the last real one of the text. Where attention is causal and an image stands behind that, it is the last one
+    of this image: the text has not seen it, so its attention to it would be none that the model has.
     """
     if tokens.text == 0:
         raise ValueError("there is no text whose last token could rate the image")
     if tokens.queries_BHNC is None:
         raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
-    words_BT = tokens.valid_BN[:, : tokens.text]
-    last_B1 = (words_BT.sum(1, keepdim=True) - 1).clamp_min(0)
+    if tokens.place_BN is None:
+        last_B1 = (tokens.valid_BN[:, : tokens.text].sum(1, keepdim=True) - 1).clamp_min(0)
+    else:
+        last_B1 = tokens.place_BN.masked_fill(~tokens.valid_BN, -1).argmax(1, keepdim=True)
     queries = tokens.queries_BHNC
     shape = (-1, queries.shape[1], -1, queries.shape[3])
     row = queries.gather(2, last_B1[:, None, :, None].expand(*shape))

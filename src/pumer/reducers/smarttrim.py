@@ -172,4 +172,5 @@ class HeadTrimmer(nn.Module):
         heard_BH = decide(logits, training, temperature)
         # One head is always heard: the surest one.
         surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
-        return torch.maximum(heard_BH, torch.zeros_like(heard_BH).scatter(1, surest, 1.0))
+        silent_BH = (1 - heard_BH).detach()  # what is added has no gradient, so that every decision keeps its own
+        return heard_BH + silent_BH * torch.zeros_like(heard_BH).scatter(1, surest, 1.0)

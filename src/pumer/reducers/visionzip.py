@@ -26,7 +26,8 @@ class VisionZip(Selector):
     """Keep the image tokens that the encoder attends to most, and merge the others into evenly spaced ones of theirs.
 
     What is merged into a token is averaged and then added to it, as published: it comes out about twice as long as it
-    was. The published budget counts the encoder's [CLS], which is handed to the language model there and is not here.
+    was. The published budget counts the encoder's [CLS], which is handed to the language model there and is not here;
+    of LLaVA-NeXT's pictures it is one for each crop, and here one for the whole picture.
 
     Args:
         contextual: share of the kept tokens that others are merged into. Published: 10 of 64, 20 of 128, 30 of 192.

@@ -57,6 +57,10 @@ class Setting:
         """Against unreduced, measured; None if it was not."""
         return None if self.speed is None else float(self.speed["x_unreduced"])
 
+    def training_variance(self, seed_variance: float) -> float:
+        """Of its accuracy, from the seeds; `seed_variance` is that of one training."""
+        return seed_variance / len(self.rows) if self.rows[0]["training"] else 0.0
+
     @property
     def flops_ratio(self) -> float:
         """How many times fewer FLOPs than unreduced."""
@@ -94,7 +98,7 @@ class Mix:
 
     def training_variance(self, seed_variance: float) -> float:
         """Of the accuracy, from the seeds; `seed_variance` is that of one training."""
-        return sum(weight**2 * seed_variance / len(setting.rows) for setting, weight in self.parts)
+        return sum(weight**2 * setting.training_variance(seed_variance) for setting, weight in self.parts)
 
 
 def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()) -> list[Setting]:
@@ -120,7 +124,7 @@ def seed_variance(settings: Iterable[Setting]) -> float | None:
 
 def half_width(setting: Setting, variance: float | None) -> float:
     """Half of the 95 % interval of a setting's accuracy, in points; `variance` is that of the seeds."""
-    return _half_width(setting.scores, setting.counts, (variance or 0.0) / len(setting.rows))
+    return _half_width(setting.scores, setting.counts, setting.training_variance(variance or 0.0))
 
 
 def difference(one: Mix, other: Mix, variance: float | None) -> Difference:

@@ -15,24 +15,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import pumer
 from pumer.adapters.base import Step
+from pumer.bench.llm_overhead import prefill_shares
 from pumer.bench.memory import peak_activations
 from pumer.bench.overhead import overhead_share
 from pumer.bench.timing import alternate
 from pumer.data.images import KeepAspect
-from pumer.data.transforms import load_transform
 from pumer.evaluate import evaluate, model_inputs, paired
-from pumer.hub import load
+from pumer.hub import SETTINGS, load, load_stock
 from pumer.presets import model_folder
 from pumer.reducers import EMBEDDINGS, from_dict
-from pumer.report import GIGA, TOWERS, last_forward_macs, report
+from pumer.report import GIGA, PICTURES, TOWERS, last_forward_parts
 from pumer.study.results import pack_scores
 from pumer.tasks import build
 from pumer.tasks.base import Collator, Example
-from pumer.tasks.prompts import collator_for, vocabulary, writes
+from pumer.tasks.processors import ProcessorCollator, saved_collator
+from pumer.tasks.prompts import vocabulary, writes
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ def read_subject(
         ValueError: for a reducer that does not fit the model.
     """
     path = model_folder(folder)
-    model = load(path, dtype=torch.float32)  # shipped in half precision, which CPUs are slow at
+    # Shipped in half precision, which CPUs are slow at.
+    ours = (path / SETTINGS).is_file()
+    model = load(path, torch.float32) if ours else load_stock(str(path), torch.float32)
     patch = pumer.active(model)
     saved = pumer.Unreduced() if patch is None else patch.reducer
     pumer.apply(model, saved if reducer is None else from_dict(reducer))
-    transform: Any = load_transform(path)
+    collator = saved_collator(str(path), model, build(task, vocabulary(model)))
     if image_size is not None:
+        if isinstance(collator, ProcessorCollator):
+            raise ValueError("image_size is for models with an image transform: a processor's is in its own files")
+        transform: Any = collator.image
         side = "shorter" if isinstance(transform, KeepAspect) else "size"
-        transform = replace(transform, **{side: image_size})
-    built = build(task, vocabulary(model))
-    return Subject(model.eval(), collator_for(model, built, AutoTokenizer.from_pretrained(path), transform))
+        collator = replace(collator, image=replace(transform, **{side: image_size}))
+    return Subject(model.eval(), collator)
 
 
 def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
@@ -146,8 +151,14 @@ def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
         "x_unreduced": round(statistics.median(gains), 4),
         "x_low": round(float(np.quantile(gains, 0.2)), 4),
         "x_high": round(float(np.quantile(gains, 0.8)), 4),
-        "overhead": round(overhead_share(one.model, one.run, runs=3), 4),
+        "overhead": round(_overhead(one), 4),
     }
+
+
+def _overhead(one: Subject) -> float:
+    """Share of the time that choosing and reducing takes, in the layers of encoders and around those of decoders."""
+    share = overhead_share(one.model, one.run, runs=3)
+    return share + prefill_shares(one.model, one.run).selection if writes(one.model) else share
 
 
 def _peak(one: Subject) -> int:
@@ -166,14 +177,13 @@ def macs(one: Subject, count: int) -> tuple[int, int]:
     for batch in one.batches:
         with torch.inference_mode():
             one.model(**batch)
-        patch = pumer.active(one.model)
-        assert patch is not None
-        assert patch.entry is not None
-        text, image, _ = patch.entry
         rows = len(batch["input_ids"])
-        parts = report(one.model, text, image).parts
-        whole += rows * last_forward_macs(one.model)
-        towers += rows * sum(parts.get(name, 0) for name in TOWERS)
+        once = rows // batch.get("texts_per_image", 1)  # which only models take that see each picture once
+        parts = {
+            name: value * (once if name in PICTURES else rows) for name, value in last_forward_parts(one.model).items()
+        }
+        whole += sum(parts.values())
+        towers += sum(parts.get(name, 0) for name in TOWERS)
     return round(whole / count), round(towers / count)
 
 
@@ -190,7 +200,8 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
         patch = pumer.active(one.model)
         assert patch is not None
         depth = len(patch.lengths) - 1
-        passes = 1 if batch["pixel_values"].ndim == 4 else batch["pixel_values"].shape[1]
+        several = batch["pixel_values"].ndim == 5 and not writes(one.model)
+        passes = batch["pixel_values"].shape[1] if several else 1
         taken = {layer: [step for step in steps if step.layer == layer] for layer in range(EMBEDDINGS, depth)}
         now = [_entry(one.model, batch, number) for number in range(passes)]
         for layer in range(EMBEDDINGS, depth):

@@ -185,7 +185,8 @@ class Study:
             trainer = {name: value for name, value in recipe.get("trainer", {}).items() if name not in _HABITS}
             # The model is known by what is in its files, wherever they lie.
             start = {name: value for name, value in recipe["model"].items() if name != "path"}
-            teacher = {name: value for name, value in (recipe.get("distill") or {}).items() if name != "teacher"}
+            places = ("teacher", "cache")
+            teacher = {name: value for name, value in (recipe.get("distill") or {}).items() if name not in places}
             changed = {"model": start, "trainer": trainer, "distill": teacher, "processes": self.processes}
             matters["train"] = recipe | changed
             recipe = recipe | {"reducer": reducer, "seed": seed}

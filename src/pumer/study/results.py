@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ COLUMNS = (
 `setting` is the digest of a point without its seed. GFLOPs are per example, `gflops_towers` those of them that the
 towers take. `tokens` are the mean (text, image) tokens before the first layer and after every one, `tokens_spread`
 their standard deviations over the examples; `average_text`, `average_image` and `image_spread` are means of those after
-a layer over all layers. `seconds` is what the point took in all; for `scores` see `pack_scores`.
+a layer over all layers. `seconds` is what the point took, since it was last resumed if it was stopped; for `scores`
+see `pack_scores`.
 """
 SPEED_FIGURES = ("examples_per_s", "median_s", "p20_s", "p80_s", "x_unreduced", "x_low", "x_high", "overhead")
 SPEED_COLUMNS = (
@@ -107,7 +109,7 @@ def row(study: Study, point: Point, columns: Sequence[str], measured: Mapping[st
 def read_rows(path: str | Path, study: str, points: Iterable[Point] | None = None) -> list[dict[str, Any]]:
     """The rows of a results file, numbers as numbers; none if there is no file yet.
 
-    A last row that a kill cut off is taken out of the file: its point was not finished.
+    A last row that is not finished is left out: it is being written, or a kill cut it off.
 
     Args:
         path: of the file.
@@ -127,6 +129,12 @@ def read_speeds(path: str | Path, study: str, points: Iterable[Point] | None = N
     return _read(Path(path), study, SPEED_COLUMNS, SPEED_FIGURES, names)
 
 
+def drop_unfinished(path: Path) -> None:
+    """Take a last row that a kill cut off out of a file that nobody writes to: its point was not finished."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 def _read(
     path: Path, study: str, columns: Sequence[str], figures: Sequence[str], names: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
@@ -134,10 +142,7 @@ def _read(
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    lines = list(csv.reader(whole.splitlines()))
+    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
     if not lines:
         return []
     if lines[0] != list(columns):

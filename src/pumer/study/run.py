@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -22,17 +21,17 @@ from pumer.study.curves import settings_of
 from pumer.study.measure import cost, macs, read_subject, score, speed
 from pumer.study.plots import plot
 from pumer.study.points import Point, Study
-from pumer.study.results import COLUMNS, SPEED_COLUMNS, read_rows, read_speeds, row
+from pumer.study.results import COLUMNS, SPEED_COLUMNS, drop_unfinished, read_rows, read_speeds, row
 from pumer.study.tables import markdown
 from pumer.study.training import expected_seconds, train_point
 from pumer.tasks.base import Example, Task, replacing
-from pumer.train.run import uncached
+from pumer.train.checks import uncached
+from pumer.train.launch import locked
 
 Only = Literal["plan", "plots"] | None
 """Part of the work: only say what there is to do, or only draw what there is."""
 Say = Callable[[str], None]
 _TRIED = 2  # examples that every setting is tried on before anything is trained
-_WAIT = 60.0
 
 
 def run(
@@ -69,7 +68,9 @@ def run(
         if only == "plan":
             say(work.plan())
             return
-        with _locked(work.folder) as lock:
+        with locked(work.folder) as lock:
+            for file in (results, speeds):
+                drop_unfinished(file)
             work.look()  # again, if another process has worked at it meanwhile
             work.score(lock, keep_models)
             work.time()
@@ -146,6 +147,7 @@ class _Work:
             trained = time.perf_counter() - start
             if point.recipe is not None:
                 one = read_subject(str(self._model(point)), study.task)
+                one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
             else:
                 one = read_subject(study.model, study.task, point.reducer, point.image_size)
             one = one.on(self.timed, study.batch_size)
@@ -199,7 +201,7 @@ class _Work:
                 expected[point.id] = statistics.mean(took[trained])
                 continue
             if trained and point.method not in training:
-                training[point.method] = expected_seconds(point, self.base, self.study.processes)
+                training[point.method] = expected_seconds(point, self.base, self.examples, self.study.processes)
             scored = once * (len(self.examples) / len(self.timed) + 4)
             expected[point.id] = scored + training.get(point.method, 0.0)
         return expected | {point.setting: once * (2 * self.study.runs + 8) for point in self.untimed}
@@ -245,23 +247,6 @@ def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
             yield point
             expected += seconds[point.id]
             progress.advance(bar)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[IO[str]]:
-    """Keep the scratch folder to this process; a training that outlived a killed study is waited for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        end = time.monotonic() + _WAIT
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise ValueError(f"another study works in {folder}: wait until it has ended") from None
-                time.sleep(0.2)
-        yield file
 
 
 def _duration(seconds: float) -> str:

@@ -30,9 +30,28 @@ def writes(model: nn.Module) -> bool:
     return able is not None and bool(able())
 
 
+@dataclass(frozen=True)
+class WritingCollator(Collator):
+    """Make a batch of a task's examples for a model that writes its answers, and read these.
+
+    Raises ValueError for tasks that ask for no answers in words.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task.loss_kind != "soft":
+            raise ValueError(
+                f"{self.task.name} is no task for a model that answers questions in words: take vqav2 or scenes"
+            )
+
+    def read(self, written_BS: Tensor) -> list[str]:
+        """Answers from what a model wrote behind its prompts, as the official evaluator of VQA normalises them."""
+        return [normalize(text) for text in self.text.tokenizer.batch_decode(written_BS, skip_special_tokens=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class PromptCollator(Collator):
-    """Make a batch of a task's examples for a model that writes its answers.
+class PromptCollator(WritingCollator):
+    """Make a batch for a LLaVA with a tokenizer and an image transform of ours, to be answered or to be learned.
 
     Every example becomes a prompt in the tokenizer's own chat template, its image first; questions longer than the text
     transform's `max_length` tokens are cut, the template around them is not. Gives `input_ids` and `attention_mask`
@@ -56,10 +75,6 @@ class PromptCollator(Collator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task.loss_kind != "soft":
-            raise ValueError(
-                f"{self.task.name} is no task for a model that answers questions in words: take vqav2 or scenes"
-            )
         if self.text.tokenizer.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template to put questions into: set tokenizer.chat_template to the one that "
@@ -109,10 +124,6 @@ class PromptCollator(Collator):
         ids = self.text.tokenizer(words, add_special_tokens=False)["input_ids"]
         return [*ids, self.text.tokenizer.eos_token_id]
 
-    def read(self, written_BS: Tensor) -> list[str]:
-        """Answers from what a model wrote behind its prompts, as the official evaluator of VQA normalises them."""
-        return [normalize(text) for text in self.text.tokenizer.batch_decode(written_BS, skip_special_tokens=True)]
-
 
 def best_answer(task: Task, example: Example) -> str:
     """The answer with the highest score.
@@ -158,8 +169,8 @@ def image_tokens(config: Any) -> int:
     """How many tokens an image takes in a prompt; raises ValueError for families with prompts of another make."""
     if config.model_type != "llava":
         raise ValueError(
-            f"prompts are written for LlavaForConditionalGeneration alone, not for {config.model_type}: evaluate that "
-            "with a tool that knows its prompts"
+            f"without a processor prompts are written for LlavaForConditionalGeneration alone, not for "
+            f"{config.model_type}: save the model's processor beside it"
         )
     side = config.vision_config.image_size // config.vision_config.patch_size
     return int(side**2) + (config.vision_feature_select_strategy == "full")

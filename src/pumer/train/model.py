@@ -110,6 +110,11 @@ def _trained(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
     return net, the_task
 
 
+def model_path(model: str) -> Path:
+    """The folder of a model, or an original checkpoint's file; raises ValueError if there is neither."""
+    return Path(model) if model.endswith(".ckpt") else presets.model_folder(model)
+
+
 def read_model(path: str, image_size: int | None = None, kind: str | None = None) -> PreTrainedModel:
     """The model of `pumer.save` or of a published checkpoint, unreduced, in float32.
 
@@ -121,7 +126,7 @@ def read_model(path: str, image_size: int | None = None, kind: str | None = None
     Raises:
         ValueError: if there is no such model, or it cannot be read.
     """
-    source = Path(path) if path.endswith(".ckpt") else presets.model_folder(path)
+    source = model_path(path)
     if (source / "pumer.json").is_file():
         if image_size:
             raise ValueError(

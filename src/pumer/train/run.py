@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 import pumer
@@ -23,11 +23,12 @@ from pumer.data.transforms import build_transform, load_transform, save_transfor
 from pumer.evaluate import take
 from pumer.hub import save
 from pumer.hub.files import fingerprint
-from pumer.reducers import EMBEDDINGS
-from pumer.tasks.base import Blind, Example, Task
+from pumer.tasks.base import Blind, Example
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
+from pumer.train.checkpoints import usable_checkpoints
+from pumer.train.checks import check, check_teacher, uncached
 from pumer.train.grounding import Grounded
-from pumer.train.model import ModelSettings, prepare, read_model, start_parts
+from pumer.train.model import ModelSettings, model_path, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
 from pumer.train.teacher import taught
 from pumer.train.trainer import TaskTrainer
@@ -133,27 +134,24 @@ def train(
         _use(attention, teacher)
         pumer.apply(teacher, pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
-    if dense and any(settings.reduces_at(layer) for layer in range(EMBEDDINGS, find(net).depth(net))):
-        raise ValueError("dense targets need every patch: train them without a reducer")
-    if dense and augment:
-        raise ValueError("dense targets say what is where in the picture as it is: train them without augment")
-    if dense and blind:
-        raise ValueError("dense targets tell of the picture and of the question: leave blind out")
-    if settings.learned and optimizer:
-        raise ValueError("the published optimizer knows no learned reducer: leave one of the two out")
-    if teacher is not None and distill and distill.cache and (reason := uncached(net, the_task, augment, dense)):
-        raise ValueError(f"{reason}: leave distill.cache out")
-    if optimizer and writes(net):
-        raise ValueError(f"the published optimizer knows no {type(net).__name__}: leave it out")
-    if dense and optimizer:
-        raise ValueError("the published optimizer knows no head for dense targets: leave one of the two out")
-
-    chosen = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
+    check(net, the_task, settings, trainer or {}, augment=augment, dense=dense, blind=blind, optimizer=optimizer)
+    if teacher is not None and distill:
+        check_teacher(net, the_task, teacher)
+        if distill.cache and (reason := uncached(net, the_task, augment, dense)):
+            raise ValueError(f"{reason}: leave distill.cache out")
+    chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
+    if settings.learned:  # every part has its say in every step, some of it twice
+        chosen.setdefault("ddp_find_unused_parameters", False)
     # YAML takes the word no, by which the Trainer means never, for false.
     chosen |= {name: "no" for name, value in chosen.items() if name.endswith("_strategy") and value is False}
-    arguments = TrainingArguments(
-        output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
-    )
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"trainer takes what TrainingArguments takes, but for what train itself sets: {error}"
+        ) from None
     groups = None
     if optimizer or settings.learned:
         kind, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
@@ -167,7 +165,7 @@ def train(
     examples = Examples(the_task.examples(train_split), augment, seed)
     collator = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
     if teacher is not None and distill and distill.cache:
-        about = {"teacher": fingerprint(presets.model_folder(str(distill.teacher))), "task": task, "split": train_split}
+        about = {"teacher": fingerprint(model_path(str(distill.teacher))), "task": task, "split": train_split}
         examples.taught = taught(teacher, examples, collator, arguments, distill.cache, about)
     kind_of_trainer = TaskTrainer
     if isinstance(collator, PromptCollator):
@@ -188,7 +186,11 @@ def train(
         optimizer_cls_and_kwargs=groups,
         callbacks=[_Epochs(examples, the_task, train_split)],
     )
-    runner.train(resume_from_checkpoint=True if resume else None)
+    with arguments.main_process_first():
+        resumable = resume and usable_checkpoints(out)
+    if resume and not resumable and (out / "model").exists():
+        raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
+    runner.train(resume_from_checkpoint=resumable or None)
     metrics = runner.evaluate() if eval_split else {}
     if runner.is_world_process_zero():
         if resume:  # of a run that was finished, and now goes on for longer
@@ -243,17 +245,6 @@ class _Epochs(TrainerCallback):
         self.examples.epoch = epoch = int(state.epoch or 0)
         if epoch and self.task.loss_kind == "rank":
             self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
-
-
-def uncached(net: nn.Module, task: Task, augment: RandAugment | Mapping[str, Any] | None, dense: object) -> str | None:
-    """Why a teacher's logits cannot be kept, None if they can; see `DistillSettings.cache`."""
-    if augment:
-        return "augment changes the pictures, and what the teacher says of them, in every epoch"
-    if task.loss_kind == "rank":
-        return f"{task.name} draws its texts anew in every epoch"
-    if writes(net):
-        return f"a {type(net).__name__} is taught token by token"
-    return "dense targets are for a model's own training" if dense else None
 
 
 def _use(attention: str, net: PreTrainedModel) -> None:

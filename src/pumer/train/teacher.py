@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -16,6 +17,15 @@ from transformers import TrainingArguments
 from pumer.hub.files import digest
 from pumer.tasks.base import Collator
 from pumer.train.trainer import TaskTrainer
+
+_ASKING = {
+    "eval_strategy": "no",
+    "dataloader_drop_last": False,
+    "prediction_loss_only": False,
+    "batch_eval_metrics": False,
+    "eval_accumulation_steps": 16,  # on the host; there is no place for all on a GPU
+}
+"""Settings of the Trainer that asks the teacher, whatever they are for the training."""
 
 
 def taught(
@@ -41,11 +51,14 @@ def taught(
         "precision": [arguments.bf16, arguments.fp16],
     }
     path = Path(folder) / f"{digest(wanted)}.safetensors"
-    if not path.is_file():
+    (known,) = broadcast_object_list([path.is_file()])  # another training may just be writing it
+    if not known:
         asked = copy.copy(arguments)
-        asked.eval_accumulation_steps = 16  # on the host; there is no place for all on a GPU
+        for name, value in _ASKING.items():
+            setattr(asked, name, value)
         asker = TaskTrainer(model=teacher, args=asked, data_collator=collator, task=collator.task)
         logits = torch.as_tensor(asker.predict(examples).predictions, dtype=torch.float32)
+        assert len(logits) == wanted["examples"]
         if asker.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

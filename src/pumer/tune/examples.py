@@ -39,8 +39,14 @@ class Pool:
     ) -> None:
         self._source, self.collator, self.batch_size, self.limit = examples, collator, batch_size, limit
         self._order = random.Random(seed).sample(range(len(examples)), len(examples))
-        self._next, self._clusters, self._kept = 0, set[Any](), 0
+        self._drawn, self._clusters, self._kept = list[int](), set[Any](), 0
         self._batches: list[_Batch] = []
+
+    @property
+    def available(self) -> int:
+        """Examples in all."""
+        self._draw(self.limit)
+        return len(self._drawn)
 
     def size(self, count: int) -> int:
         """How many examples the first `count` batches have; fewer than asked for where the split ends."""
@@ -70,21 +76,12 @@ class Pool:
 
     def _make(self) -> bool:
         """Make the next batch; False where the split or the limit is at its end."""
-        wanted = min(self.batch_size, self.limit - sum(len(batch.numbers) for batch in self._batches))
-        numbers: list[int] = []
-        examples: list[Example] = []
-        while len(numbers) < wanted and self._next < len(self._order):
-            drawn = self._order[self._next : self._next + wanted - len(numbers)]
-            self._next += len(drawn)
-            for number, example in zip(drawn, take(self._source, drawn), strict=True):
-                if example.target is None:
-                    raise ValueError("examples without labels cannot be scored: name a labelled --split")
-                if example.cluster not in self._clusters:
-                    self._clusters.add(example.cluster)
-                    numbers.append(number)
-                    examples.append(example)
+        start = sum(len(batch.numbers) for batch in self._batches)
+        self._draw(start + self.batch_size)
+        numbers = self._drawn[start : start + self.batch_size]
         if not numbers:
             return False
+        examples = take(self._source, numbers)
         inputs = self._collate(examples)
         size = sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
         kept = self._kept + size <= _KEEP
@@ -92,6 +89,19 @@ class Pool:
         bare = [replace(example, images=()) for example in examples]
         self._batches.append(_Batch(numbers, bare, inputs if kept else None))
         return True
+
+    def _draw(self, count: int) -> None:
+        """Draw examples until there are `count`, or as many as there are."""
+        count = min(count, self.limit)
+        while len(self._drawn) < count and self._order:
+            numbers = self._order[: count - len(self._drawn)]
+            del self._order[: len(numbers)]
+            for number, example in zip(numbers, take(self._source, numbers), strict=True):
+                if example.target is None:
+                    raise ValueError("examples without labels cannot be scored: name a labelled --split")
+                if example.cluster not in self._clusters:
+                    self._clusters.add(example.cluster)
+                    self._drawn.append(number)
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         collated = self.collator(examples)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import yaml
 
 from pumer.reducers import Reducer, to_dict
+from pumer.train.checkpoints import usable_checkpoints
+from pumer.train.launch import launch, locked
 
 
 def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, processes: int = 1) -> Path:
@@ -21,25 +22,24 @@ def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, p
         recipe: of `pumer train`, a file or a shipped one's name; its model, teacher and reducer are replaced.
         base: folder of the model, which is the teacher too.
         reducer: to train with.
-        out: folder of the run.
+        out: folder of the run, which also gets training.txt, all that it says.
         processes: that train together.
 
     Raises:
         ValueError: if the training fails, or was done with another reducer.
     """
     folder = Path(out)
-    if (folder / "model").is_dir():
-        done = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["reducer"]
-        if done != json.loads(json.dumps(to_dict(reducer))):
-            raise ValueError(f"{folder} holds a training with another reducer: give another --out")
-        return folder / "model"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    resume = any(folder.glob("checkpoint-*"))
-    command = [
-        *(sys.executable, *launch, "-m", "pumer.cli", "train", "--config", recipe, "--output", str(folder)),
-        *("--model.path", str(base), "--distill.teacher", str(base)),
-        *("--reducer", json.dumps(to_dict(reducer)), "--resume", str(resume).lower()),
-    ]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"the training failed, what it said stands above: {' '.join(command)}")
-    return folder / "model"
+    training, wanted = folder / "training", json.loads(json.dumps(to_dict(reducer)))
+    with locked(folder) as lock:
+        if (training / "log.json").is_file():  # which training writes last
+            done = yaml.safe_load((training / "recipe.yaml").read_text(encoding="utf-8"))["reducer"]
+            if done != wanted:
+                raise ValueError(f"{folder} holds a training with another reducer: give another --out")
+            return training / "model"
+        resume = usable_checkpoints(training)
+        if not resume:
+            shutil.rmtree(training, ignore_errors=True)
+        words = ["train", "--config", recipe, "--output", str(training), "--resume", str(resume).lower()]
+        words += ["--model.path", str(base), "--distill.teacher", str(base), "--reducer", json.dumps(wanted)]
+        launch(words, processes, folder / "training.txt", lock)
+    return training / "model"

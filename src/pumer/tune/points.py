@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pumer
 from pumer.bench.latency import LatencyModel
 from pumer.bench.memory import peak_activations, weight_bytes
-from pumer.bench.run import forward
+from pumer.bench.run import first_rows, forward
 from pumer.report import Report, report
 from pumer.tune.space import Point
 
@@ -94,7 +94,7 @@ def plan(
     usual = report(model).entry[1]
     batch = len(inputs["input_ids"])
     rows = min(batch, _MEMORY_ROWS)
-    few = {name: values[:rows] for name, values in inputs.items()}
+    few = first_rows(inputs, rows)
     unreduced = latency.seconds(base, batch)
     found = []
     for point in points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from torch import Tensor, nn
+from torch import nn
 
 import pumer
 from pumer.bench import records
@@ -23,6 +24,7 @@ from pumer.bench.run import FUSED
 from pumer.evaluate import model_inputs
 from pumer.reducers import to_dict
 from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.prompts import writes
 from pumer.tune.examples import Pool
 from pumer.tune.plot import draw
 from pumer.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
@@ -110,7 +112,7 @@ def tune(
         raise ValueError(f"{folder} is not empty: give another --out, or --resume true to go on with its study")
     points = space(grid or Grid(), model, skip_impossible or grid is None)
     pool = Pool(examples, collator, batch_size, choose + check, seed)
-    race, total = _shares(len(examples), choose, check, batch_size)
+    race, total = _shares(pool.available, choose, check, batch_size)
     described = {
         **(settings or {}),
         "bounds": vars(bounds),
@@ -173,7 +175,7 @@ def lost(
 ) -> PairedDrop:
     """What another model loses against the unreduced one on the examples that `tune` checks on; as there."""
     pool = Pool(examples, collator, batch_size, choose + check, seed)
-    race, total = _shares(len(examples), choose, check, batch_size)
+    race, total = _shares(pool.available, choose, check, batch_size)
     batches = range(race, total)
     test = PairedDrop(alpha)
     with pumer.reduced(base, pumer.Unreduced()):
@@ -188,8 +190,8 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
     total = min(choose + check, examples) // batch_size
     if total < _FEWEST or min(choose, check) < 1:
         raise ValueError(
-            f"{min(choose + check, examples)} examples are too few to choose and to check on: give "
-            f"{_FEWEST * batch_size} or more, or a smaller --batch_size"
+            f"{min(choose + check, examples)} examples, of a picture no more than one, are too few to choose and to "
+            f"check on: give {_FEWEST * batch_size} or more, or a smaller --batch_size"
         )
     return min(max(1, total * choose // (choose + check)), total - 1), total
 
@@ -197,8 +199,10 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
 def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
     """The study in a file, new if there is none; raises ValueError for one of other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if journal.is_file():  # a kill may have cut off what was written last
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
+        storage=JournalStorage(JournalFileBackend(str(journal.resolve()))),  # its lock is a link to this path
         study_name="tune",
         direction="maximize",
         load_if_exists=True,
@@ -212,14 +216,17 @@ def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
     return study
 
 
-def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Tensor]:
-    """A batch for the measurements: of texts that are ranked, each with its image."""
-    inputs = model_inputs(collated, next(model.parameters()).device)
-    images = {
-        name: inputs[name].repeat_interleave(collated.get("texts_per_image", 1), 0)
-        for name in ("pixel_values", "pixel_mask")
-    }
-    return {**inputs, **images}
+def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
+    """A batch for the measurements: of texts that are ranked, each with its image.
+
+    Of a model that writes, the way to the first token of the answer is measured.
+    """
+    inputs, texts = model_inputs(collated, next(model.parameters()).device), collated.get("texts_per_image", 1)
+    if writes(model):
+        return inputs | {"logits_to_keep": 1}
+    if texts == 1:
+        return inputs
+    return inputs | {name: inputs[name].repeat_interleave(texts, 0) for name in ("pixel_values", "pixel_mask")}
 
 
 def _settle(

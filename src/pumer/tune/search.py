@@ -41,7 +41,8 @@ class Judged:
 
     Args:
         status: "over" the bound for certain; "hopeless", "doubtful" or "promising" as to being accepted; "worse" than
-            another point for certain, or "judged" to the end; after its check "accepted" or "failed".
+            another point for certain, or "judged" to the end; after its check "accepted" or "failed", and "unfit" if
+            measured it then breaks a bound.
         examples: that it was judged on.
         drop: mean loss against the unreduced model on them.
         low: lower bound of that loss.
@@ -103,6 +104,7 @@ class Search:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         known = study.user_attrs  # a copy
         self.corrections: dict[str, float] = known.get("corrections", {})
+        self._unfit: list[str] = known.get("unfit", [])
         self._base = {int(key.removeprefix("base/")): known[key] for key in known if key.startswith("base/")}
         for key in known:
             if key.startswith("check/"):
@@ -150,7 +152,7 @@ class Search:
     def status(self, one: Planned) -> str:
         """What is known of a point by now, "" for nothing."""
         known = self.checked.get(one.point.name) or self.judged.get(one.point.name)
-        return known.status if known else ""
+        return "" if known is None else "unfit" if one.point.name in self._unfit else known.status
 
     @property
     def predictions(self) -> int:
@@ -206,7 +208,9 @@ class Search:
         return self.checked[name]
 
     def correct(self, one: Planned, speedup: float, memory: int | None) -> None:
-        """Take what was measured of a point as a lesson for all predictions."""
+        """Give up a point that measured breaks a bound, and take that as a lesson for all predictions."""
+        self._unfit = [*self._unfit, one.point.name]
+        self.study.set_user_attr("unfit", self._unfit)
         self.corrections = {"speedup": speedup / one.speedup}
         if memory is not None and one.memory is not None:
             self.corrections["memory"] = memory / one.memory

@@ -1,0 +1,75 @@
+"""Trainings in processes of their own: one at a time in a folder, and none that outlives its parent unnoticed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, see prctl(2)
+_SHOWN = 15
+_WAIT = 60.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Keep a folder to this process; a training that outlived the one that launched it is waited for.
+
+    Raises ValueError if another process keeps it for long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="utf-8") as file:
+        end = time.monotonic() + _WAIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise ValueError(f"another process works in {folder}: wait until it has ended") from None
+                time.sleep(0.2)
+        yield file
+
+
+def launch(words: list[str], processes: int, log: Path, lock: IO[str]) -> None:
+    """Run a command of `pumer` in new processes, which end when this one does.
+
+    Args:
+        words: the command.
+        processes: that work together.
+        log: file that what they say is added to.
+        lock: a locked file, which stays locked until they have ended, even if this process is killed.
+
+    Raises:
+        ValueError: if it fails, with the end of what it said.
+    """
+    together = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(together if processes > 1 else []), "pumer.cli", *words]
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN:]
+        raise ValueError("\n".join([f"a training failed; the end of {log}:", *last]))
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_ON_PARENTS_DEATH, signal.SIGTERM)
