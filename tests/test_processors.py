@@ -137,7 +137,7 @@ def test_a_study_counts_what_they_cost(family, tmp_path, monkeypatch):
 def test_the_best_setting_of_a_stock_decoder_is_found(folder, tmp_path):
     model = tiny_llm.model("llava")
     collator = saved_collator(folder, model, TASK)
-    grid = Grid(prune=[0.0, 0.2], merge=[0.0, 0.3], merge_text=[0.0], layers=[[0, 1]])
+    grid = Grid(prune=[0.0, 0.2], merge=[0.0, 0.3], merge_text=[0.0], layers=[[0, 1]], tome=[0])
     found = tune(
         model, TASK.examples("test"), collator, Bounds(memory=10**12), tmp_path / "out", grid=grid, batch_size=2
     )

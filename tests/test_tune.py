@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pumer
+import tiny_llm
 from pumer.bench.latency import LatencyModel
 from pumer.cli import main
 from pumer.commands.tune import read_size
@@ -37,7 +38,7 @@ from pumer.tune.space import Grid, Point, milder, schedules, space
 from tiny import model as tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-SMALL = Grid(prune=[0.0, 0.2], merge=[0.0, 0.2, 0.4], merge_text=[0.0, 0.2], layers=[[0], [1], [1, 2], [2]])
+SMALL = Grid(prune=[0.0, 0.2], merge=[0.0, 0.2, 0.4], merge_text=[0.0, 0.2], layers=[[0], [1], [1, 2], [2]], tome=[0])
 
 
 # --- the test ---
@@ -143,7 +144,7 @@ def test_what_no_score_can_be_is_refused():
 def slow_milder(one, other):
     if one == other:
         return False
-    ratios = all(getattr(one, n) <= getattr(other, n) for n in ("prune", "merge", "merge_text", "tower"))
+    ratios = all(getattr(one, n) <= getattr(other, n) for n in ("prune", "merge", "merge_text", "tower", "tome"))
     return ratios and all(
         len([x for x in one.layers if x <= depth]) <= len([x for x in other.layers if x <= depth])
         for depth in range(12)
@@ -151,7 +152,8 @@ def slow_milder(one, other):
 
 
 def test_milder_is_less_everywhere():
-    points = space(SMALL, tiny_model()).points
+    points = space(replace(SMALL, tome=[0, 2, 4]), tiny_model()).points
+    assert [point.name for point in points if point.tome] == ["ToMe 2", "ToMe 4"]
     table = milder(points)
     assert all(table[i, j] == slow_milder(a, b) for i, a in enumerate(points) for j, b in enumerate(points))
     assert table.any()
@@ -170,18 +172,29 @@ def test_schedules_fit_and_are_distinct():
 def test_default_grids_fit_every_family():
     assert not space(Grid(prune=[0.1]), tiny_model()).impossible
     towers = space(Grid(prune=[0.1], merge=[0.2], merge_text=[0.0]), tiny_model("MeterForQuestionAnswering"))
-    assert {point.reducer.name for point in towers.points} == {"pumer", "compose"}
+    assert {point.reducer.name for point in towers.points} == {"pumer", "tome", "compose"}
+    assert len({repr(point.reducer) for point in towers.points}) == len(towers.points)
+    net = tiny_llm.model("llava")
+    found = [
+        point
+        for point in space(Grid(prune=[0.0], merge=[0.0], merge_text=[0.0]), net, True).points
+        if point.tome and not point.tower
+    ]
+    assert len(found) >= 4
+    for point in found:  # in a decoder
+        with pumer.reduced(net, point.reducer):
+            assert not point.reducer.proportional
 
 
 def test_impossible_settings_are_named_and_skipped_on_request():
     net = tiny_model()
-    grid = Grid(prune=[0.1, 0.7], merge=[0.2, 0.5], merge_text=[0.0], layers=[[1], [7]])
+    grid = Grid(prune=[0.1, 0.7], merge=[0.2, 0.5], merge_text=[0.0], layers=[[1], [7]], tome=[0])
     with pytest.raises(ValueError, match=r"5 settings of the grid are impossible \(prune 0.1 merge 0.2 .* layers 7"):
         space(grid, net)
     kept = space(grid, net, skip_impossible=True)
     assert (len(kept.points), len(kept.impossible)) == (3, 5)
     with pytest.raises(ValueError, match="no setting"):
-        space(Grid([0.0], [0.0], [0.0]), net)
+        space(Grid([0.0], [0.0], [0.0], tome=[0]), net)
     with pytest.raises(ValueError, match="no values for merge"):
         space(Grid(merge=[]), net)
     with pytest.raises(ValueError, match="no vision tower"):
@@ -453,7 +466,7 @@ def command(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tune_run, "_RUNS", 1)
     task = json.dumps({"name": "scenes", "questions": 300})
     grid = ["--grid.prune", "[0.0, 0.2]", "--grid.merge", "[0.0]", "--grid.merge_text", "[0.0]"]
-    grid += ["--grid.layers", "[[1], [2], [1, 2]]"]
+    grid += ["--grid.layers", "[[1], [2], [1, 2]]", "--grid.tome", "[0]"]
     sizes = ["--choose", "100", "--check", "200", "--batch_size", "10"]
     return ["tune", "--model", str(folder), "--out", str(tmp_path / "out"), "--task", task, *grid, *sizes]
 

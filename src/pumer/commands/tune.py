@@ -42,8 +42,8 @@ def tune_(
     processes: int = 1,
     resume: bool = False,
 ) -> None:
-    """Find PuMer's best setting for a model and a task: the fastest one that loses at most `max_drop` points, or
-    without that bound the one that loses least, among those that keep to the other bounds.
+    """Find the best setting of PuMer or ToMe for a model and a task: the fastest one that loses at most `max_drop`
+    points, or without that bound the one that loses least, among those that keep to the other bounds.
 
     Args:
         model: folder of a saved model, or a shipped one's name; taken unreduced.

@@ -15,7 +15,7 @@ _KINDS = {  # status: label, colour, marker; colours that also differ for the co
     "judged": ("judged to the end", "#0072b2", "o"),
     "promising": ("promising", "#0072b2", "o"),
     "failed": ("promising, failed its check", "#cc79a7", "s"),
-    "accepted": ("accepted, but slower when measured", "#56b4e9", "D"),
+    "unfit": ("accepted, but slower or larger when measured", "#56b4e9", "D"),
     "found": ("found", "#009e73", "*"),
 }
 _PLAIN = ("over", "worse", "hopeless")  # judged on a few examples, with intervals wider than the plot

@@ -81,7 +81,7 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Search the settings of PuMer that are fastest, or lose least, within a bound, and write them to a folder.
+    """Search the setting of PuMer or ToMe that is fastest, or lose least, within a bound, and write them to a folder.
 
     With a bound on the drop it is the fastest point that keeps to it; otherwise the one that loses least.
 

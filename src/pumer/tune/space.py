@@ -1,10 +1,10 @@
-"""The settings that are searched: ratios x layers x text merging x merging in the tower."""
+"""The settings that are searched: PuMer's ratios x layers x text merging, and ToMe; each x merging in the tower."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,10 @@ from torch import nn
 
 import pumer
 from pumer.adapters import find
+from pumer.adapters.llm import DecoderAdapter
 from pumer.reducers import Compose, PuMer, Reducer, ToMe
+
+_PUMER = ("prune", "merge", "merge_text", "layers")
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Grid:
         layers: lists of reducing layers; one to three in a row or every other, from early to late, if not given.
         tower: image tokens to merge away in every layer of the vision tower, 0 for none; by default 0, 2, 4 and 6 %
             of the patches where there is a tower.
+        tome: image tokens to merge away in every layer, as ToMe does, in place of PuMer; 0 for PuMer. By default also
+            what leaves 70, 50, 35, 20 and 10 % of the patches.
     """
 
     prune: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
@@ -33,23 +38,29 @@ class Grid:
     merge_text: list[float] = field(default_factory=lambda: [0.0, 0.2])
     layers: list[list[int]] | None = None
     tower: list[int] | None = None
+    tome: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of the grid: the settings of PuMer, and the tokens that ToMe merges in every layer of the tower."""
+    """One point of the grid: the settings of PuMer or of ToMe, and what ToMe merges in every layer of the tower."""
 
     prune: float
     merge: float
     merge_text: float
     layers: tuple[int, ...]
     tower: int = 0
+    tome: int = 0
     tower_depth: int = 0
+    depth: int = 0
+    proportional: bool = True
 
     @property
     def reducer(self) -> Reducer:
         """The reducer with these settings; raises ValueError for impossible ones."""
-        inside = PuMer(self.prune, self.merge, self.merge_text, self.layers)
+        inside: Reducer = PuMer(self.prune, self.merge, self.merge_text, self.layers)
+        if self.tome:
+            inside = ToMe(self.tome, self.depth, self.proportional)
         return Compose(ToMe(self.tower, self.tower_depth), inside) if self.tower else inside
 
     @property
@@ -57,6 +68,8 @@ class Point:
         """The settings in a line."""
         layers = "-".join(map(str, self.layers))
         tower = f" tower {self.tower}" if self.tower else ""
+        if self.tome:
+            return f"ToMe {self.tome}{tower}"
         return f"prune {self.prune:g} merge {self.merge:g} text {self.merge_text:g} layers {layers}{tower}"
 
 
@@ -76,7 +89,8 @@ class Space:
 
     def indices(self, point: Point) -> dict[str, int]:
         """Place of a point on each axis."""
-        return {name: values.index(getattr(point, name)) for name, values in self.axes.items()}
+        pumers = _PUMER if point.tome else ()  # which have no place there
+        return {name: 0 if name in pumers else values.index(getattr(point, name)) for name, values in self.axes.items()}
 
 
 def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
@@ -91,22 +105,33 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
         ValueError: for settings that do not fit the model, naming them, and where nothing is left to search.
     """
     adapter = find(model)
-    tower_depth = adapter.tower_depth(model)
+    writes = isinstance(adapter, DecoderAdapter)  # which has nothing to save in the last layer, and counts no sizes
+    fixed: dict[str, Any] = {
+        "tower_depth": adapter.tower_depth(model),
+        "depth": adapter.depth(model) - writes,
+        "proportional": not writes,
+    }
     axes: dict[str, list[Any]] = {
         "prune": sorted(set(grid.prune)),
         "merge": sorted(set(grid.merge)),
         "merge_text": sorted(set(grid.merge_text)),
         "layers": [tuple(x) for x in (schedules(adapter.depth(model)) if grid.layers is None else grid.layers)],
         "tower": sorted(set(_tower_steps(model) if grid.tower is None else grid.tower)),
+        "tome": sorted(set(_tome_steps(model, fixed["depth"]) if grid.tome is None else grid.tome)),
     }
     empty = [name for name, values in axes.items() if not values]
     if empty:
         raise ValueError(f"the grid has no values for {', '.join(empty)}: give one or more")
     points, impossible = [], {}
+    first = axes["layers"][0]
     for values in itertools.product(*axes.values()):
-        point = Point(**dict(zip(axes, values, strict=True)), tower_depth=tower_depth)
-        if not any((point.prune, point.merge, point.merge_text, point.tower)):
-            continue  # reduces nothing
+        point = Point(**dict(zip(axes, values, strict=True)), **fixed)
+        if point.tome:  # once, and without PuMer
+            if any(getattr(point, name) != axes[name][0] for name in _PUMER):
+                continue
+            point = replace(point, prune=0.0, merge=0.0, merge_text=0.0)
+        elif not any((point.prune, point.merge, point.merge_text)) and (not point.tower or point.layers != first):
+            continue  # reduces nothing, or as much as another point
         try:
             pumer.apply(model, point.reducer)
             points.append(point)
@@ -132,7 +157,7 @@ def milder(points: Sequence[Point]) -> np.ndarray:
     No ratio of it is higher, and at no depth has it reduced more often. Of two points neither may be the milder one.
     """
     last = max(layer for point in points for layer in point.layers)
-    columns = [[getattr(p, name) for p in points] for name in ("prune", "merge", "merge_text", "tower")]
+    columns = [[getattr(p, name) for p in points] for name in ("prune", "merge", "merge_text", "tower", "tome")]
     columns += [[sum(layer <= depth for layer in p.layers) for p in points] for depth in range(last + 1)]
     less = ~np.eye(len(points), dtype=bool)
     for values in map(np.array, columns):
@@ -150,6 +175,12 @@ def schedules(depth: int) -> list[tuple[int, ...]]:
         for count in (1, 2, 3)
         if start + (count - 1) * step < depth
     ]
+
+
+def _tome_steps(model: nn.Module, depth: int) -> list[int]:
+    """None, and what leaves 70, 50, 35, 20 and 10 % of the patches after all layers."""
+    rows, columns = find(model).default_grid(model)
+    return sorted({max(0, round((1 - left) * rows * columns / depth)) for left in (1.0, 0.7, 0.5, 0.35, 0.2, 0.1)})
 
 
 def _tower_steps(model: nn.Module) -> list[int]:
