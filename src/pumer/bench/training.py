@@ -132,10 +132,12 @@ def bench_training(
         progress: called after every round of steps.
 
     Raises:
-        ValueError: for unknown names and settings that do not fit.
+        ValueError: for unknown names, settings that do not fit, and a device that is not there.
     """
     named = {BASE: Unreduced(), **name_reducers(models.default_reducers(model) if reducers is None else reducers)}
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if place == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: give --device cpu")
     settings = {"model": model, "batch": batch, "text": text, "device": place, "attention": attention, "runs": runs}
     with using_threads(threads):
         net = models.build(model).to(place)

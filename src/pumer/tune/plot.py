@@ -66,7 +66,8 @@ def draw(rows: Sequence[dict[str, Any]], bound: float | None, path: Path) -> Non
         label=f"not judged ({len(rest)})",
     )  # fmt: skip
     if bound is not None:
-        axes.axhline(bound, color="black", linewidth=1, linestyle="--", label=f"bound: {bound:g} points")
+        label = f"bound: {bound:g} point{'' if bound == 1 else 's'}"
+        axes.axhline(bound, color="black", linewidth=1, linestyle="--", label=label)
         axes.set_ylim(-2 * bound, top)
     axes.axhline(0, color="black", linewidth=0.5)
     fastest = max(_column(judged, "predicted_x"), default=2.0)
