@@ -24,12 +24,13 @@ from pumer.data.images import Square
 from pumer.data.text import train_tokenizer
 from pumer.data.transforms import save_transform
 from pumer.report import last_forward_parts
-from pumer.study import read_study, run, training
+from pumer.study import read_study, run
 from pumer.study.curves import at, difference, half_width, pareto, place, seed_variance, settings_of
 from pumer.study.measure import Subject, _tokens, cost, macs, read_subject
 from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, read_rows, unpack_scores
 from pumer.study.tables import markdown
 from pumer.tasks.scenes import Scenes
+from pumer.train import launch as train_launch
 
 study_run = importlib.import_module("pumer.study.run")  # the package has a function of that name
 TASK = {"name": "scenes", "questions": 24, "image_size": 32, "seed": 5}
@@ -439,14 +440,14 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
         caches.append(Path(yaml.safe_load(Path(words[2]).read_text())["distill"]["cache"]))
         here(words, processes, log, lock)
 
-    monkeypatch.setattr(training, "launch", noting)
+    monkeypatch.setattr(train_launch, "launch", noting)
     run(one, out, scratch=scratch, say=lambda text: None)
     assert resumed == ["true", "false"]
     assert not list(scratch.glob("study-tiny/*/training"))
     assert caches[0] == caches[1]  # the teacher was asked once for both
     assert not caches[0].exists()
 
-    monkeypatch.setattr(training, "launch", here)
+    monkeypatch.setattr(train_launch, "launch", here)
     run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)
     assert results(out) == results(tmp_path / "unbroken")
     untrained, _ = study().candidates()

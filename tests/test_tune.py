@@ -26,6 +26,7 @@ from pumer.hub import save
 from pumer.presets import read_reducer
 from pumer.tasks.base import Collator
 from pumer.tasks.scenes import Scenes
+from pumer.train import launch as train_launch
 from pumer.tune import examples as tune_examples
 from pumer.tune import finetune as tune_finetune
 from pumer.tune import run as tune_run
@@ -528,7 +529,7 @@ def test_finetune_trains_at_the_point_once(tmp_path, monkeypatch):
         if len(launched) > 1:  # the first one is killed while it writes what comes last
             (training / "log.json").write_text("[]")
 
-    monkeypatch.setattr(tune_finetune, "launch", launch)
+    monkeypatch.setattr(train_launch, "launch", launch)
     reducer = pumer.PuMer(layers=(1,))
     for _ in range(3):
         done = tune_finetune.finetune("scenes-pumer", "base", reducer, tmp_path / "run", processes=2)

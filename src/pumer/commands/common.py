@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 import pumer
 from pumer.bench.run import Device
-from pumer.hub import SETTINGS, load, load_stock
+from pumer.hub import is_stock, load, load_stock
 from pumer.presets import model_folder, read_reducer
 from pumer.tasks import build
 from pumer.tasks.base import Collator
@@ -38,13 +37,6 @@ def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> 
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()
-
-
-def is_stock(model: str) -> bool:
-    """Whether it is a folder that transformers wrote, or a name on the Hub: an owner's and the model's."""
-    if (Path(model) / "config.json").is_file():
-        return not (Path(model) / SETTINGS).is_file()
-    return model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
 
 
 def print_metrics(title: str, values: Mapping[str, float]) -> None:

@@ -4,12 +4,12 @@ Weights are read from safetensors files, or from torch's in its weights-only mod
 """
 
 from pumer.hub.files import new_folder
-from pumer.hub.folders import SETTINGS, load, load_stock, model_class, save
+from pumer.hub.folders import is_stock, load, load_stock, model_class, save
 from pumer.hub.official import Official, load_official, read_official, save_official
 
 __all__ = [
-    "SETTINGS",
     "Official",
+    "is_stock",
     "load",
     "load_official",
     "load_stock",

@@ -98,6 +98,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     return model
 
 
+def is_stock(model: str) -> bool:
+    """Whether it is a folder that transformers wrote, or a name on the Hub: an owner's and the model's."""
+    if (Path(model) / "config.json").is_file():
+        return not (Path(model) / SETTINGS).is_file()
+    return model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
+
+
 def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """A stock decoder in eval mode, from a folder that transformers wrote or a name on the Hub; nothing reduces it.
 

@@ -25,7 +25,7 @@ from pumer.bench.overhead import overhead_share
 from pumer.bench.timing import alternate
 from pumer.data.images import KeepAspect
 from pumer.evaluate import evaluate, model_inputs, paired
-from pumer.hub import SETTINGS, load, load_stock
+from pumer.hub import is_stock, load, load_stock
 from pumer.presets import model_folder
 from pumer.reducers import EMBEDDINGS, from_dict
 from pumer.report import GIGA, PICTURES, TOWERS, last_forward_parts
@@ -83,8 +83,7 @@ def read_subject(
     """
     path = model_folder(folder)
     # Shipped in half precision, which CPUs are slow at.
-    ours = (path / SETTINGS).is_file()
-    model = load(path, torch.float32) if ours else load_stock(str(path), torch.float32)
+    model = load_stock(str(path), torch.float32) if is_stock(str(path)) else load(path, torch.float32)
     patch = pumer.active(model)
     saved = pumer.Unreduced() if patch is None else patch.reducer
     pumer.apply(model, saved if reducer is None else from_dict(reducer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from pumer.study.measure import Subject
 from pumer.study.points import Point
 from pumer.tasks import build
 from pumer.tasks.base import Example
-from pumer.train.checkpoints import usable_checkpoints
-from pumer.train.launch import launch
+from pumer.train.launch import train_once
 
 
 def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[str]) -> Path:
@@ -33,17 +31,10 @@ def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[s
     Raises:
         ValueError: if the training fails, with the end of what it said.
     """
-    output = folder / "training"
-    if not (output / "log.json").is_file():  # which training writes last
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "recipe.yaml"
-        config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        resume = usable_checkpoints(output)
-        if not resume:
-            shutil.rmtree(output, ignore_errors=True)
-        words = ["train", "--config", str(config), "--output", str(output), "--resume", str(resume).lower()]
-        launch(words, processes, folder / "training.txt", lock)
-    return output / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return train_once(folder, ["--config", str(config)], processes, lock)
 
 
 def expected_seconds(point: Point, base: Subject, examples: Sequence[Example], processes: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from pumer.train.checkpoints import usable_checkpoints
 
 _ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, see prctl(2)
 _SHOWN = 15
@@ -36,6 +39,28 @@ def locked(folder: Path) -> Iterator[IO[str]]:
                     raise ValueError(f"another process works in {folder}: wait until it has ended") from None
                 time.sleep(0.2)
         yield file
+
+
+def train_once(folder: Path, words: list[str], processes: int, lock: IO[str]) -> Path:
+    """Train into a folder, go on where that was stopped, or leave it alone if it is done; returns the model's folder.
+
+    Args:
+        folder: for `training`, all that the training writes, and `training.txt`, all that it says.
+        words: options of `pumer train` but for its output.
+        processes: that train together.
+        lock: see `launch`.
+
+    Raises:
+        ValueError: if the training fails, with the end of what it said.
+    """
+    output = folder / "training"
+    if not (output / "log.json").is_file():  # which training writes last
+        resume = usable_checkpoints(output)
+        if not resume:
+            shutil.rmtree(output, ignore_errors=True)
+        words = ["train", *words, "--output", str(output), "--resume", str(resume).lower()]
+        launch(words, processes, folder / "training.txt", lock)
+    return output / "model"
 
 
 def launch(words: list[str], processes: int, log: Path, lock: IO[str]) -> None:

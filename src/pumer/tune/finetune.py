@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import yaml
 
 from pumer.reducers import Reducer, to_dict
-from pumer.train.checkpoints import usable_checkpoints
-from pumer.train.launch import launch, locked
+from pumer.train.launch import locked, train_once
 
 
 def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, processes: int = 1) -> Path:
@@ -28,18 +26,12 @@ def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, p
     Raises:
         ValueError: if the training fails, or was done with another reducer.
     """
-    folder = Path(out)
-    training, wanted = folder / "training", json.loads(json.dumps(to_dict(reducer)))
+    folder, wanted = Path(out), json.loads(json.dumps(to_dict(reducer)))
+    training = folder / "training"
     with locked(folder) as lock:
-        if (training / "log.json").is_file():  # which training writes last
+        if (training / "log.json").is_file():
             done = yaml.safe_load((training / "recipe.yaml").read_text(encoding="utf-8"))["reducer"]
             if done != wanted:
                 raise ValueError(f"{folder} holds a training with another reducer: give another --out")
-            return training / "model"
-        resume = usable_checkpoints(training)
-        if not resume:
-            shutil.rmtree(training, ignore_errors=True)
-        words = ["train", "--config", recipe, "--output", str(training), "--resume", str(resume).lower()]
-        words += ["--model.path", str(base), "--distill.teacher", str(base), "--reducer", json.dumps(wanted)]
-        launch(words, processes, folder / "training.txt", lock)
-    return training / "model"
+        words = ["--config", recipe, "--model.path", str(base), "--distill.teacher", str(base)]
+        return train_once(folder, [*words, "--reducer", json.dumps(wanted)], processes, lock)

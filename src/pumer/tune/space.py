@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from pumer.adapters import find
 from pumer.adapters.llm import DecoderAdapter
 from pumer.reducers import Compose, PuMer, Reducer, ToMe
 
-_PUMER = ("prune", "merge", "merge_text", "layers")
+_RATIOS = ("prune", "merge", "merge_text")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Space:
 
     def indices(self, point: Point) -> dict[str, int]:
         """Place of a point on each axis."""
-        pumers = _PUMER if point.tome else ()  # which have no place there
+        pumers = (*_RATIOS, "layers") if point.tome else ()  # which have no place there
         return {name: 0 if name in pumers else values.index(getattr(point, name)) for name, values in self.axes.items()}
 
 
@@ -105,11 +105,11 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
         ValueError: for settings that do not fit the model, naming them, and where nothing is left to search.
     """
     adapter = find(model)
-    writes = isinstance(adapter, DecoderAdapter)  # which has nothing to save in the last layer, and counts no sizes
+    decoder = isinstance(adapter, DecoderAdapter)  # with nothing to save in the last layer, and no count of sizes
     fixed: dict[str, Any] = {
         "tower_depth": adapter.tower_depth(model),
-        "depth": adapter.depth(model) - writes,
-        "proportional": not writes,
+        "depth": adapter.depth(model) - int(decoder),
+        "proportional": not decoder,
     }
     axes: dict[str, list[Any]] = {
         "prune": sorted(set(grid.prune)),
@@ -123,15 +123,8 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
     if empty:
         raise ValueError(f"the grid has no values for {', '.join(empty)}: give one or more")
     points, impossible = [], {}
-    first = axes["layers"][0]
-    for values in itertools.product(*axes.values()):
-        point = Point(**dict(zip(axes, values, strict=True)), **fixed)
-        if point.tome:  # once, and without PuMer
-            if any(getattr(point, name) != axes[name][0] for name in _PUMER):
-                continue
-            point = replace(point, prune=0.0, merge=0.0, merge_text=0.0)
-        elif not any((point.prune, point.merge, point.merge_text)) and (not point.tower or point.layers != first):
-            continue  # reduces nothing, or as much as another point
+    for values in _combinations(axes):
+        point = Point(**values, **fixed)
         try:
             pumer.apply(model, point.reducer)
             points.append(point)
@@ -151,13 +144,25 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
     return Space(axes, tuple(points), impossible)
 
 
+def _combinations(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """The settings of every point that reduces something, each once: PuMer's, the tower's alone, ToMe's."""
+    first = axes["layers"][0]
+    for values in itertools.product(*axes.values()):
+        made = dict(zip(axes, values, strict=True))
+        ours = any(made[name] for name in _RATIOS)
+        if not made["tome"] and (ours or (made["tower"] and made["layers"] == first)):
+            yield made
+    for tower, tome in itertools.product(axes["tower"], filter(None, axes["tome"])):
+        yield dict.fromkeys(_RATIOS, 0.0) | {"layers": first, "tower": tower, "tome": tome}
+
+
 def milder(points: Sequence[Point]) -> np.ndarray:
     """[N, N], true where the point of the row reduces nowhere more than that of the column, and is another one.
 
     No ratio of it is higher, and at no depth has it reduced more often. Of two points neither may be the milder one.
     """
     last = max(layer for point in points for layer in point.layers)
-    columns = [[getattr(p, name) for p in points] for name in ("prune", "merge", "merge_text", "tower", "tome")]
+    columns = [[getattr(p, name) for p in points] for name in (*_RATIOS, "tower", "tome")]
     columns += [[sum(layer <= depth for layer in p.layers) for p in points] for depth in range(last + 1)]
     less = ~np.eye(len(points), dtype=bool)
     for values in map(np.array, columns):
