@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, re
 from pumer.study.tables import markdown
 from pumer.tasks.scenes import Scenes
 from pumer.train import launch as train_launch
+from pumer.train.launch import claimed, locked
 
 study_run = importlib.import_module("pumer.study.run")  # the package has a function of that name
 TASK = {"name": "scenes", "questions": 24, "image_size": 32, "seed": 5}
@@ -381,6 +383,35 @@ def test_without_training(study, tmp_path, capsys):
     assert "| PuMer | prune 0.5 |" in (tmp_path / "out/tiny.md").read_text()
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finishes", "dies"])
+def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeypatch, finished):
+    one = study(methods=[{"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]}])
+    run(one, tmp_path / "alone", scratch=tmp_path / "runs", say=lambda text: None)
+    alone = (tmp_path / "alone/tiny.csv").read_text().splitlines(keepends=True)
+    results = tmp_path / "out/tiny.csv"
+    results.parent.mkdir()
+    results.write_text(alone[0])
+    said, seen = [], []
+    with ExitStack() as other:
+        first, *_ = one.candidates()[0]
+        assert other.enter_context(claimed(tmp_path / "runs/study-tiny" / first.id)) is not None
+
+        def end(seconds):
+            seen.append([row["id"] for row in read_rows(results, "tiny")])
+            if finished:
+                results.write_text(results.read_text() + alone[1])
+            other.close()
+
+        monkeypatch.setattr(study_run.time, "sleep", end)
+        run(one, results.parent, scratch=tmp_path / "runs", say=said.append)
+    assert any("other processes are at the last 1 points" in text for text in said)
+    (before,) = seen
+    ids = [row["id"] for row in read_rows(results, "tiny")]
+    assert ids == [*before, first.id]
+    assert set(ids) == {line.partition(",")[0] for line in alone[1:]}
+    assert (results.read_text().splitlines(keepends=True)[-1] == alone[1]) == finished
+
+
 def test_impossible_settings_are_named_before_anything_runs(study, tmp_path, capsys):
     methods = [
         {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.8}, {"layers": [7]}, {"x": 1}]}
@@ -431,6 +462,8 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
     assert not (out / "tiny.csv").exists()
     # What a kill in the middle of writing a checkpoint leaves.
     (folder,) = scratch.glob("study-tiny/*/training")
+    with locked(folder.parent):  # until its training has ended, too
+        pass
     (folder / "checkpoint-9").mkdir()
 
     resumed, caches = [], []

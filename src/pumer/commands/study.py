@@ -19,6 +19,7 @@ def study_(
     """Compare methods at many settings: train and score every point, then write tables and draw plots.
 
     Stopped at any moment and started again, it goes on where it was; no point is lost or computed twice.
+    Started several times at once, with a GPU or cores of its own each, the processes share the points.
 
     Args:
         file: YAML file of the study; see `pumer.study.Study` for what it holds.

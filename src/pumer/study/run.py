@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import time
@@ -26,11 +27,12 @@ from pumer.study.tables import markdown
 from pumer.study.training import expected_seconds, train_point
 from pumer.tasks.base import Example, Task, replacing
 from pumer.train.checks import uncached
-from pumer.train.launch import locked
+from pumer.train.launch import claimed, locked
 
 Only = Literal["plan", "plots"] | None
 """Part of the work: only say what there is to do, or only draw what there is."""
 Say = Callable[[str], None]
+_POLL = 2.0  # seconds
 _TRIED = 2  # examples that every setting is tried on before anything is trained
 
 
@@ -46,8 +48,9 @@ def run(
 ) -> None:
     """Train and score the points of a study that have no row yet, time its settings, write tables, draw plots.
 
-    It may be killed at any moment: started again, it goes on with the training it was at. Speeds are taken after all
-    trainings, in one process; to take them anew, on a quieter machine for example, delete their file.
+    It may be killed at any moment: started again, it goes on with the training it was at. Started several times, the
+    processes share the points. Speeds are taken after all trainings, in one process; to take them anew, on a quieter
+    machine for example, delete their file.
 
     Args:
         study: what is compared.
@@ -68,15 +71,8 @@ def run(
         if only == "plan":
             say(work.plan())
             return
-        with locked(work.folder) as lock:
-            for file in (results, speeds):
-                drop_unfinished(file)
-            work.look()  # again, if another process has worked at it meanwhile
-            work.score(lock, keep_models)
-            work.time()
-            if not keep_models:
-                for name in ("teacher", *(point.id for point in work.points)):
-                    shutil.rmtree(work.folder / name, ignore_errors=True)
+        work.score(keep_models)
+        work.time(keep_models)
     rows, times = read_rows(results, study.name), read_speeds(speeds, study.name)
     if not rows:
         raise ValueError(f"{results} has no results yet")
@@ -93,6 +89,7 @@ class _Work:
         self, study: Study, results: Path, speeds: Path, folder: Path, skip_impossible: bool, say: Say
     ) -> None:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
+        self.say = say
         points, wrong = study.candidates()
         base = read_subject(study.model, study.task, to_dict(Unreduced()))
         self.examples = _examples(study, base.collator.task)
@@ -136,35 +133,53 @@ class _Work:
             table.append((point.method, point.label, f"{whole / self.macs[name]:.2f}", str(seeds)))
         return "\n".join(align(table, left=2))
 
-    def score(self, lock: IO[str], keep_models: bool) -> None:
-        """Train and score what is left, a row for each."""
-        study = self.study
-        for point in _shown(self.left, self.expected):
-            start = time.perf_counter()
-            if point.recipe is not None:
-                recipe = self._sharing(point.recipe)
-                train_point(recipe, self.folder / point.id, study.processes, lock)
-            trained = time.perf_counter() - start
-            if point.recipe is not None:
-                one = read_subject(str(self._model(point)), study.task)
-                one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
-            else:
-                one = read_subject(study.model, study.task, point.reducer, point.image_size)
-            one = one.on(self.timed, study.batch_size)
-            measured = score(one, self.examples, study.batch_size) | cost(one, self.base, len(self.timed))
-            measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
-            measured["seconds"] = round(time.perf_counter() - start, 1)
-            append(self.results, [row(study, point, COLUMNS, measured)])
-            if keep_models or (point in self.untimed and _by_weights(point)):
-                for checkpoint in self._model(point).parent.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
-            else:
-                shutil.rmtree(self.folder / point.id, ignore_errors=True)
+    def score(self, keep_models: bool) -> None:
+        """Train and score what is left, a row for each; other processes may do the same, each at points of its own."""
+        told = False
+        while self.left:
+            for point in _shown(self.left, self.expected):
+                with claimed(self.folder / point.id) as lock:
+                    if lock is not None and point.id not in {found["id"] for found in self.look()}:
+                        self._score(point, lock, keep_models)
+            self.look()
+            if self.left:
+                if not told:
+                    self.say(f"other processes are at the last {len(self.left)} points")
+                    told = True
+                time.sleep(_POLL)
 
-    def time(self) -> None:
+    def _score(self, point: Point, lock: IO[str], keep_models: bool) -> None:
+        """Train and score a point that is locked for it."""
+        study = self.study
+        start = time.perf_counter()
+        if point.recipe is not None:
+            recipe = self._sharing(point.recipe)
+            train_point(recipe, self.folder / point.id, study.processes, lock)
+        trained = time.perf_counter() - start
+        if point.recipe is not None:
+            one = read_subject(str(self._model(point)), study.task)
+            one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
+        else:
+            one = read_subject(study.model, study.task, point.reducer, point.image_size)
+        one = one.on(self.timed, study.batch_size)
+        measured = score(one, self.examples, study.batch_size) | cost(one, self.base, len(self.timed))
+        measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
+        measured["seconds"] = round(time.perf_counter() - start, 1)
+        with locked(self.folder, wait=math.inf):
+            drop_unfinished(self.results)
+            append(self.results, [row(study, point, COLUMNS, measured)])
+        if keep_models or (point in self.untimed and _by_weights(point)):
+            for checkpoint in self._model(point).parent.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        else:
+            shutil.rmtree(self.folder / point.id, ignore_errors=True)
+
+    def time(self, keep_models: bool) -> None:
         """Time every setting that has no speed yet, next to the unreduced model, in this one process."""
         study = self.study
-        with Progress(transient=True) as progress:
+        with locked(self.folder, wait=math.inf), Progress(transient=True) as progress:
+            drop_unfinished(self.speeds)
+            self.look()  # again: another process may have timed them meanwhile
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
                     one = read_subject(str(self._model(point)), study.task)
@@ -173,6 +188,9 @@ class _Work:
                 one = one.on(self.timed, study.batch_size)
                 measured = speed(one, self.base, len(self.timed), study.runs)
                 append(self.speeds, [row(study, point, SPEED_COLUMNS, measured)])
+            if not keep_models:
+                for name in ("teacher", *(point.id for point in self.points)):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe, with one place for all points where the teacher's logits can be kept."""
