@@ -9,7 +9,7 @@ import torch
 import pumer
 import tiny
 from pumer.reducers import DynamicViT, Plan, PuMer, SmartTrim, Tokens
-from pumer.reducers.learned import decide
+from pumer.reducers.learned import Draw, decide
 from pumer.reducers.smarttrim import HeadTrimmer
 from test_parity import MODEL, folder, inputs_of, publish, read, same  # noqa: F401  # folder is a fixture
 from test_parity_meter import publish as publish_meter
@@ -125,7 +125,7 @@ def test_training_leaves_out_what_using_drops(kind, name, monkeypatch):
         monkeypatch.setattr(DynamicViT, "leaves_gaps", True)
         monkeypatch.setattr(DynamicViT, "plan", lambda self, tokens: keep(tokens, liked(self._logits(tokens))))
     module = type(reducer).__module__
-    monkeypatch.setattr(f"{module}.decide", lambda logits, training, temperature=1.0: liked(logits).float())
+    monkeypatch.setattr(f"{module}.decide", lambda logits, draw: liked(logits).float())
     model = training(kind, reducer)
     inputs = tiny.batch(kind)
     dense = model(**inputs).logits
@@ -178,12 +178,32 @@ def test_the_target_of_smarttrim_goes_down_and_stays():
     assert reducer.budget_loss(half, 1.0, [torch.tensor([0.5])]).item() == pytest.approx(abs(cost - 0.4))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_decisions_are_drawn_with_this_much_noise(noise):
+    logits = torch.randn(500, 2, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    torch.manual_seed(4)
+    drawn = decide(logits, Draw(temperature=0.7, noise=noise))
+    torch.manual_seed(4)
+    gumbel = -torch.log(torch.empty(500, 2).exponential_())
+    noisy = logits + noise * gumbel
+    torch.testing.assert_close(drawn, liked(noisy).float())
+    assert torch.allclose(drawn, decide(logits, None)) == (noise == 0)
+    soft = torch.softmax(noisy / 0.7, dim=-1)[:, 0]
+    mine, slow = (torch.autograd.grad(one.sum(), logits)[0] for one in (drawn, soft))
+    torch.testing.assert_close(mine, slow)
+
+
+def test_at_the_end_of_its_training_smarttrim_pays_for_what_it_will_keep():
+    assert SmartTrim(temperature=2.0).draw_at(0.0) == Draw(2.0, noise=1.0)
+    assert SmartTrim(temperature=2.0).draw_at(1.0) == Draw(1.0, noise=0.0)
+
+
 def test_one_head_is_always_heard():
     trimmer = HeadTrimmer(8, 3)
     torch.nn.init.constant_(trimmer.decisions.bias, 0.0)
     with torch.no_grad():
         trimmer.decisions.bias.view(3, 2)[:, 1] = torch.tensor([5.0, 4.0, 6.0])
-    heard = trimmer(torch.zeros(2, 8), torch.zeros(2, 8), False, 1.0)
+    heard = trimmer(torch.zeros(2, 8), torch.zeros(2, 8), None)
     assert heard.tolist() == [[0, 1, 0]] * 2
 
 
@@ -197,11 +217,11 @@ def test_every_head_learns_whether_it_is_heard():
     trimmer.decisions.register_forward_hook(lambda *found: given.append(found[2]))
 
     torch.manual_seed(1)
-    heard = trimmer(states, states, True, 1.0)
+    heard = trimmer(states, states, Draw())
     mine = torch.autograd.grad(heard.sum(), given[-1])[0]
     logits = given[-1].detach().requires_grad_()
     torch.manual_seed(1)
-    alone = decide(logits.unflatten(-1, (-1, 2)), True, 1.0)
+    alone = decide(logits.unflatten(-1, (-1, 2)), Draw())
     assert (heard != alone).any()  # some surest heads were drawn silent
     torch.testing.assert_close(mine, torch.autograd.grad(alone.sum(), logits)[0])
 

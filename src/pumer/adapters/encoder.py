@@ -161,5 +161,5 @@ def hear(
     for states, columns in ((asking_BAD, asking), (asked_BED, asked)):
         weights = seen_BN[:, columns, None].to(states.dtype)
         pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
-    heard_BH = part[name](*pooled, part.training, learned.temperature_at(patch.progress))
+    heard_BH = part[name](*pooled, learned.draw_at(patch.progress) if part.training else None)
     return heard_BH, replace(axis, heads=(*axis.heads, heard_BH.mean(1))) if part.training else axis

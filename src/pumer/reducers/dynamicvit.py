@@ -77,7 +77,7 @@ class DynamicViT(Learned):
         first = tokens.text + tokens.prefix
         valid_BN = tokens.valid_BN[:, first:]
         before = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
-        image_BN = decide(self._logits(tokens), training=True) * before[:, first:]
+        image_BN = decide(self._logits(tokens), self.draw_at(tokens.progress)) * before[:, first:]
         return Gate(torch.cat([before[:, :first], image_BN], dim=1), mean_of(image_BN, valid_BN))
 
     def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:

@@ -31,6 +31,19 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How decisions are drawn while training.
+
+    Args:
+        temperature: of the soft decisions, whose gradients the drawn ones have.
+        noise: share of the Gumbel noise; without any the likelier decision is drawn, as it is afterwards.
+    """
+
+    temperature: float = 1.0
+    noise: float = 1.0
+
+
+@dataclass(frozen=True)
 class Learned(Reducer):
     """A reducer that decides by trained parts."""
 
@@ -43,9 +56,9 @@ class Learned(Reducer):
         """Whether it decides on attention heads too."""
         return False
 
-    def temperature_at(self, progress: float) -> float:
-        """Temperature of the decisions at this point of the training."""
-        return 1.0
+    def draw_at(self, progress: float) -> Draw:
+        """How decisions are drawn at this point of the training, 0 to 1."""
+        return Draw()
 
     @property
     def self_distils(self) -> bool:
@@ -78,15 +91,17 @@ class Learned(Reducer):
         raise NotImplementedError
 
 
-def decide(logits: Tensor, training: bool, temperature: float = 1.0) -> Tensor:
+def decide(logits: Tensor, draw: Draw | None) -> Tensor:
     """Keep (1) or not (0) from logits [..., (keep, drop)].
 
-    While training a sample of the two by the straight-through Gumbel trick (Jang et al., ICLR 2017), otherwise the
-    likelier one.
+    While training one is drawn by the straight-through Gumbel trick (Jang et al., ICLR 2017); the likelier one is taken
+    where nothing is drawn.
     """
-    if training:
-        return nn.functional.gumbel_softmax(logits.float(), temperature, hard=True)[..., 0]
-    return (logits[..., 0] > logits[..., 1]).float()
+    if draw is None:
+        return (logits[..., 0] > logits[..., 1]).float()
+    gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    soft = ((logits.float() + draw.noise * gumbel) / draw.temperature).softmax(-1)[..., 0]
+    return (soft > 0.5).float() + soft - soft.detach()
 
 
 def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:

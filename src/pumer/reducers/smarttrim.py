@@ -3,8 +3,8 @@
 Wang, Chen, Zhou, Zhu, et al., "SmartTrim: Adaptive Tokens and Attention Pruning for Efficient Vision-Language Models",
 LREC-COLING 2024. Its code was never published. From the paper are: light trimmers in every layer that see the other
 modality's summary, for tokens and for heads; a loss on the cost; self-distillation; a curriculum. How they are built is
-reconstructed: the shape of the trimmers, the straight-through Gumbel decisions, the form of the loss, and that tokens
-leave between attention and MLP.
+reconstructed: the shape of the trimmers, the straight-through Gumbel decisions and their fading noise, the form of the
+loss, and that tokens leave between attention and MLP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers.base import Grid, Tokens, check_layers
-from pumer.reducers.learned import Gate, Learned, decide, mean_of, start_open
+from pumer.reducers.learned import Draw, Gate, Learned, decide, mean_of, start_open
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -91,7 +91,7 @@ class SmartTrim(Learned):
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:
-        keep_BN = self._keep(tokens, training=False).bool() & tokens.valid_BN
+        keep_BN = self._keep(tokens, None).bool() & tokens.valid_BN
         text, image = keep_BN[:, tokens.prefix : tokens.text], keep_BN[:, tokens.text + tokens.prefix :]
         return tokens.with_structure(
             Plan.keep(text, text.shape[1]) if self.text else None, Plan.keep(image, image.shape[1])
@@ -99,7 +99,7 @@ class SmartTrim(Learned):
 
     def gate(self, tokens: Tokens) -> Gate:
         before_BN = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
-        after_BN = self._keep(tokens, training=True) * before_BN
+        after_BN = self._keep(tokens, self.draw_at(tokens.progress)) * before_BN
         shares = [mean_of(gate_BN, tokens.valid_BN) for gate_BN in (before_BN, after_BN)]
         return Gate(after_BN, torch.stack(shares, dim=-1))
 
@@ -117,22 +117,21 @@ class SmartTrim(Learned):
         done = min(progress / self.curriculum, 1.0) if self.curriculum else 1.0
         return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
 
-    def temperature_at(self, progress: float) -> float:
-        """Temperature of the decisions at this point of the training."""
-        return self.temperature * (1 - 0.5 * progress)
+    def draw_at(self, progress: float) -> Draw:
+        """Less and less at random, so that in the end the cost is that of the decisions made afterwards."""
+        return Draw(self.temperature * (1 - 0.5 * progress), noise=1 - progress)
 
-    def _keep(self, tokens: Tokens, training: bool) -> Tensor:
+    def _keep(self, tokens: Tokens, draw: Draw | None) -> Tensor:
         """Decisions [B,N]; structure tokens always stay."""
         assert tokens.states_BND is not None
         assert isinstance(tokens.part, nn.ModuleDict)
         states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
-        temperature = self.temperature_at(tokens.progress)
         kept = []
         for name, start, stop, other in (("text", 0, text, text), ("image", text, states.shape[1], 0)):
             head = states.new_ones(len(states), min(prefix, stop - start), dtype=torch.float32)
             if name in tokens.part:
                 logits = tokens.part[name](states[:, start + prefix : stop], states[:, other])
-                kept += [head, decide(logits, training, temperature)]
+                kept += [head, decide(logits, draw)]
             else:
                 kept.append(states.new_ones(len(states), stop - start, dtype=torch.float32))
         return torch.cat(kept, dim=1)
@@ -165,11 +164,11 @@ class HeadTrimmer(nn.Module):
         self.decisions = nn.Linear(width // 4, 2 * heads)
         start_open(self.decisions, _OPEN)
 
-    def forward(self, asking_BD: Tensor, asked_BD: Tensor, training: bool, temperature: float) -> Tensor:
+    def forward(self, asking_BD: Tensor, asked_BD: Tensor, draw: Draw | None) -> Tensor:
         pooled = torch.cat([self.norm(asking_BD), self.other_norm(asked_BD)], dim=-1)
         hidden = nn.functional.gelu(self.inner(pooled))
         logits = self.decisions(hidden).unflatten(-1, (-1, 2))
-        heard_BH = decide(logits, training, temperature)
+        heard_BH = decide(logits, draw)
         # One head is always heard: the surest one.
         surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
         silent_BH = (1 - heard_BH).detach()  # what is added has no gradient, so that every decision keeps its own
