@@ -343,7 +343,9 @@ def test_what_was_trained_blind_is_scored_blind(study, tmp_path, monkeypatch):
     one = study(train=TRAIN, methods=[{"name": "blind", "reducer": PUMER, "train": {"blind": "text"}}], processes=1)
     work = study_run._Work(one, tmp_path / "a", tmp_path / "b", tmp_path / "runs", False, lambda text: None)
     monkeypatch.setattr(work, "_model", lambda point: Path(one.model))
-    work.score(None, False)
+    for point in work.left:
+        with locked(work.folder / point.id) as lock:
+            work._score(point, lock, False)
     assert seen == [None, "text"]
 
 
@@ -409,7 +411,8 @@ def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monke
     ids = [row["id"] for row in read_rows(results, "tiny")]
     assert ids == [*before, first.id]
     assert set(ids) == {line.partition(",")[0] for line in alone[1:]}
-    assert (results.read_text().splitlines(keepends=True)[-1] == alone[1]) == finished
+    if finished:
+        assert results.read_text().endswith(alone[1])
 
 
 def test_impossible_settings_are_named_before_anything_runs(study, tmp_path, capsys):

@@ -178,7 +178,8 @@ class _Work:
         """Time every setting that has no speed yet, next to the unreduced model, in this one process."""
         study = self.study
         with locked(self.folder, wait=math.inf), Progress(transient=True) as progress:
-            drop_unfinished(self.speeds)
+            for file in (self.results, self.speeds):
+                drop_unfinished(file)
             self.look()  # again: another process may have timed them meanwhile
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
