@@ -32,7 +32,7 @@ from pumer.train.launch import claimed, locked
 Only = Literal["plan", "plots"] | None
 """Part of the work: only say what there is to do, or only draw what there is."""
 Say = Callable[[str], None]
-_POLL = 2.0  # seconds
+_POLL = 2.0  # seconds between looks at what other processes have left
 _TRIED = 2  # examples that every setting is tried on before anything is trained
 
 
@@ -139,7 +139,8 @@ class _Work:
         while self.left:
             for point in _shown(self.left, self.expected):
                 with claimed(self.folder / point.id) as lock:
-                    if lock is not None and point.id not in {found["id"] for found in self.look()}:
+                    self.look()  # another process may have finished it meanwhile
+                    if lock is not None and point in self.left:
                         self._score(point, lock, keep_models)
             self.look()
             if self.left:
