@@ -1,48 +1,17 @@
-"""The latency model: least squares without negative costs, amounts of work, prediction of times it can know."""
+"""The latency model: amounts of work, prediction of times it can know."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pumer
 from pumer import PuMer, ToMe
 from pumer.bench import latency
-from pumer.bench.latency import LatencyModel, calibrate, calibration_reducers, fit, nonnegative_least_squares, work
+from pumer.bench.latency import LatencyModel, calibrate, calibration_reducers, fit, work
 from pumer.bench.run import FUSED
 from pumer.bench.timing import Timing
 from pumer.reducers import Compose, Uniform
 from tiny import FAMILIES, batch
 from tiny import model as tiny_model
-
-
-def slow_nonnegative(matrix, target):
-    """The best of the solutions over every set of columns: what least squares under x >= 0 must come down to."""
-    best, columns = np.zeros(matrix.shape[1]), range(matrix.shape[1])
-    for chosen in itertools.chain.from_iterable(itertools.combinations(columns, n) for n in range(1, len(columns) + 1)):
-        found = np.zeros(matrix.shape[1])
-        found[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
-        if (found >= 0).all() and np.linalg.norm(matrix @ found - target) < np.linalg.norm(matrix @ best - target):
-            best = found
-    return best
-
-
-@given(seed=st.integers(0, 10**6), columns=st.integers(1, 5))
-def test_least_squares_without_negatives(seed, columns):
-    generator = np.random.default_rng(seed)
-    matrix, target = generator.normal(size=(8, columns)), generator.normal(size=8)
-    found, slow = nonnegative_least_squares(matrix, target), slow_nonnegative(matrix, target)
-    assert (found >= 0).all()
-    assert np.linalg.norm(matrix @ found - target) == pytest.approx(np.linalg.norm(matrix @ slow - target), abs=1e-8)
-
-
-def test_equal_columns_do_no_harm():
-    column = np.arange(1.0, 6.0)
-    found = nonnegative_least_squares(np.stack([column, column], 1), 3 * column)
-    assert found.sum() == pytest.approx(3)
 
 
 def reports(family):

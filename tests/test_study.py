@@ -285,6 +285,11 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     assert file.read_text() != good  # somebody else may be writing that row
     run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
     assert file.read_text() == good
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    heading, *rows = good.splitlines(keepends=True)
+    file.write_text("".join([heading, *reversed(rows)]))  # finished in another order
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    assert (tmp_path / "out" / "tiny.md").read_text() == table
     for text, message in (
         (good.replace(points[1].id, "0" * 12), "line 3, is no point"),
         (good.replace(",PuMer,", ",other,"), "is called 'PuMer' in the study"),
@@ -370,6 +375,9 @@ def test_without_training(study, tmp_path, capsys):
     assert "0 of them done" in (said := capsys.readouterr().out)
     assert "prune 0.5" in said
     assert not (tmp_path / "out").exists()
+    assert main([*words, "--only", "scores"]) == 0
+    assert not (tmp_path / "out/tiny-speed.csv").exists()
+    assert "| PuMer | prune 0.5 |" in (tmp_path / "out/tiny.md").read_text()
     assert main(words) == 0
     results = (tmp_path / "out/tiny.csv").read_text()
     speeds = (tmp_path / "out/tiny-speed.csv").read_text()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from pumer.adapters import find
@@ -84,37 +85,8 @@ def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Lat
     terms = [name for name in amounts[0] if any(one[name] for one in amounts)]
     matrix = np.array([[one[name] for name in terms] for one in amounts]) / np.array(seconds)[:, None]
     scale = matrix.max(0)
-    found = nonnegative_least_squares(matrix / scale, np.ones(len(seconds))) / scale
+    found = nnls(matrix / scale, np.ones(len(seconds)))[0] / scale
     return LatencyModel(dict(zip(terms, found.tolist(), strict=True)))
-
-
-def nonnegative_least_squares(matrix_RC: np.ndarray, target_R: np.ndarray) -> np.ndarray:
-    """The vector of no negative entry that minimises |matrix x - target|.
-
-    Lawson, Hanson, "Solving Least Squares Problems", 1974, chapter 23: unknowns are freed one by one while that
-    lowers the error, and held at 0 again where a solution would be negative.
-    """
-    columns = matrix_RC.shape[1]
-    free, found = np.zeros(columns, dtype=bool), np.zeros(columns)
-    for _ in range(3 * columns):
-        slope = matrix_RC.T @ (target_R - matrix_RC @ found)
-        slope[free] = -np.inf
-        if slope.max(initial=-np.inf) <= 1e-10 * np.abs(matrix_RC.T @ target_R).max():
-            break
-        free[slope.argmax()] = True
-        while True:
-            wanted = np.zeros(columns)
-            wanted[free] = np.linalg.lstsq(matrix_RC[:, free], target_R, rcond=None)[0]
-            if (wanted[free] > 0).all():
-                found = wanted
-                break
-            # Go towards the solution until the first unknown meets 0, and hold that one there.
-            blocked = free & (wanted <= 0)
-            share = (found[blocked] / (found[blocked] - wanted[blocked])).min()
-            found = found + share * (wanted - found)
-            free &= found > 1e-12
-            found[~free] = 0.0
-    return found
 
 
 def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:

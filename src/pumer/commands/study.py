@@ -27,8 +27,8 @@ def study_(
         scratch: folder for `study-NAME`, where trainings lie until they have their row.
         skip_impossible: leave settings out that the model cannot have, instead of refusing the study.
         keep_models: keep the models of finished points in `scratch`.
-        only: "plan" says which points there are, what they cost and how long they will take; "plots" writes tables
-            and plots of the rows there are.
+        only: "plan" says which points there are, what they cost and how long they will take; "scores" leaves the timing
+            for when nothing else runs on the machine; "plots" writes tables and plots of the rows there are.
     """
     console = Console()
     run(

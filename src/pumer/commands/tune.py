@@ -68,6 +68,7 @@ def tune_(
     try:
         import matplotlib  # noqa: F401
         import optuna  # noqa: F401
+        import scipy  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f"pumer tune needs {error.name}: pip install 'pumer[tune]'") from None
     from pumer.tune.run import lost, tune

@@ -122,11 +122,10 @@ class Study:
         points: list[Point] = []
         wrong: list[str] = []
         model = fingerprint(model_folder(self.model))
-        baseline = {"name": BASELINE, "reducer": to_dict(Unreduced()), **self.baseline}
-        for method in (baseline, *self.methods):
+        for method in self._every_method():
             recipe = self._recipe(method.get("train", {}))
             for change in _changes(method):
-                label = ", ".join(f"{name} {_short(value)}" for name, value in change.items())
+                label = _label(change)
                 try:
                     reducer, image_size = _reducer(method, change)
                 except (ValueError, TypeError) as error:
@@ -141,6 +140,13 @@ class Study:
                 ]
         _check_once(points)
         return sorted(points, key=lambda point: self.seeds.index(point.seed)), wrong
+
+    def order(self) -> list[tuple[str, str]]:
+        """Methods and labels of all settings as they stand in the study."""
+        return [(method["name"], _label(change)) for method in self._every_method() for change in _changes(method)]
+
+    def _every_method(self) -> tuple[Mapping[str, Any], ...]:
+        return ({"name": BASELINE, "reducer": to_dict(Unreduced()), **self.baseline}, *self.methods)
 
     def _recipe(self, changes: Mapping[str, Any] | bool) -> dict[str, Any] | None:
         """Settings of the training of a method, reducer and seed left out."""
@@ -225,6 +231,11 @@ def _changes(method: Mapping[str, Any]) -> list[dict[str, Any]]:
             dict(zip(method["grid"], values, strict=True)) for values in itertools.product(*method["grid"].values())
         ]
     return method.get("points", [{}])
+
+
+def _label(change: Mapping[str, Any]) -> str:
+    """What tells a setting from the method's other settings."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in change.items())
 
 
 def _reducer(method: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:

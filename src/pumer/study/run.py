@@ -29,8 +29,8 @@ from pumer.tasks.base import Example, Task, replacing
 from pumer.train.checks import uncached
 from pumer.train.launch import claimed, locked
 
-Only = Literal["plan", "plots"] | None
-"""Part of the work: only say what there is to do, or only draw what there is."""
+Only = Literal["plan", "scores", "plots"] | None
+"""Part of the work: only say what there is to do, only train and score, or only draw what there is."""
 Say = Callable[[str], None]
 _POLL = 2.0  # seconds between looks at what other processes have left
 _TRIED = 2  # examples that every setting is tried on before anything is trained
@@ -49,8 +49,8 @@ def run(
     """Train and score the points of a study that have no row yet, time its settings, write tables, draw plots.
 
     It may be killed at any moment: started again, it goes on with the training it was at. Started several times, the
-    processes share the points. Speeds are taken after all trainings, in one process; to take them anew, on a quieter
-    machine for example, delete their file.
+    processes share the points. Speeds are taken after all trainings, in one process, or later, on a quieter machine:
+    `only` "scores" leaves them out; to take them anew, delete their file.
 
     Args:
         study: what is compared.
@@ -72,10 +72,14 @@ def run(
             say(work.plan())
             return
         work.score(keep_models)
-        work.time(keep_models)
+        if only != "scores":
+            work.time(keep_models)
     rows, times = read_rows(results, study.name), read_speeds(speeds, study.name)
     if not rows:
         raise ValueError(f"{results} has no results yet")
+    # Points are finished in any order; tables and legends keep that of the study.
+    order = {setting: number for number, setting in enumerate(study.order())}
+    rows.sort(key=lambda found: (order.get((found["method"], found["label"]), len(order)), found["seed"]))
     plots = plot(settings_of(rows, times), out, study.name)
     with replacing(out / f"{study.name}.md") as text:
         text.write(markdown(rows, times, study.reference, [path.name for path in plots]))
