@@ -2,7 +2,7 @@
 
 Tunes scenes-vilt RUNS times with other seeds of search and questions, each in a folder of its own in OUT, and measures
 what the found setting loses on HELD_OUT other questions. Options are those of `pumer tune`. A run that was stopped goes
-on.
+on, and several processes share the runs.
 """
 
 import json
@@ -13,6 +13,7 @@ import pumer
 from pumer.cli import main
 from pumer.commands.common import open_model, open_task
 from pumer.presets import read_reducer
+from pumer.train.launch import claimed
 from pumer.tune.examples import Pool
 from pumer.tune.sequential import PairedDrop
 
@@ -21,13 +22,15 @@ runs, held_out = (int(value) for value in (*sys.argv[2:4], *("10", "8000")[len(s
 options = sys.argv[4:] or ["--max_drop", "1.0"]
 bound = float(options[options.index("--max_drop") + 1])
 net = pumer.remove(open_model("scenes-vilt", None))
-held = 0
-for seed in range(1, runs + 1):
+
+
+def lost(seed):
+    """Tune with a seed, and measure the loss in points with its interval; empty if nothing was found."""
     task = json.dumps({"name": "scenes", "questions": 24000, "seed": seed})
     folder = out / str(seed)
     arguments = ["--model", "scenes-vilt", "--out", str(folder), "--task", task, "--seed", str(seed)]
     if main(["tune", *arguments, "--resume", "true", *options]):
-        continue
+        return []
     collator = open_task("scenes-vilt", net, {"name": "scenes", "questions": held_out, "seed": 1000 + seed})
     pool = Pool(collator.task.examples("test"), collator, 32, held_out)
     scores = []
@@ -36,7 +39,19 @@ for seed in range(1, runs + 1):
             scores.append([score for batch in pool.scores(net, range(held_out // 32)) for score in batch])
     test = PairedDrop(0.05)
     test.update(a - b for a, b in zip(*scores, strict=True))
-    held += 100 * test.mean <= bound
-    interval = f"{100 * test.mean:.2f} ({100 * test.lower:.2f} to {100 * test.upper:.2f})"
+    return [100 * value for value in (test.mean, test.lower, test.upper)]
+
+
+held = 0
+for seed in range(1, runs + 1):
+    with claimed(out / f"held-{seed}") as lock:
+        if lock is None:
+            continue
+        known = out / f"held-{seed}" / "lost.json"
+        if not known.exists():
+            known.write_text(json.dumps(lost(seed)))
+        found = json.loads(known.read_text())
+    held += bool(found) and found[0] <= bound
+    interval = "{:.2f} ({:.2f} to {:.2f})".format(*found) if found else "nothing found"
     print(f"seed {seed}: loses {interval} held out", flush=True)
 print(f"{held} of {runs} within {bound:g} points")

@@ -17,6 +17,7 @@ from pumer.adapters.base import Patch, Step, exact
 from pumer.adapters.prompt import Axis, Run, View, place, to_device
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
 from pumer.reducers.base import Grid
+from pumer.reducers.plan import tokens_at
 
 
 def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool) -> Tensor:
@@ -117,7 +118,7 @@ def _view(run: Run, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) ->
         prefix=0,
         grid=grid,
         patch_BN=patch_BN,
-        states_BND=states_BKD.gather(1, at_BN[..., None].expand(-1, -1, states_BKD.shape[2])),
+        states_BND=tokens_at(states_BKD, at_BN),
         queries_BHNC=_of_heads(queries_BHKC, at_BN),
         keys_BHNC=_of_heads(keys_BHKC, at_BN, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
         place_BN=at_BN if causal else None,
@@ -126,5 +127,5 @@ def _view(run: Run, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) ->
 
 
 def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
-    taken = x_BHKC.gather(2, at_BN[:, None, :, None].expand(-1, x_BHKC.shape[1], -1, x_BHKC.shape[3]))
+    taken = tokens_at(x_BHKC.transpose(1, 2).flatten(2), at_BN).unflatten(2, x_BHKC.shape[1::2]).transpose(1, 2)
     return taken if repeats == 1 else taken.repeat_interleave(repeats, 1)

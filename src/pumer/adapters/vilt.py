@@ -31,6 +31,7 @@ from pumer.adapters.base import (
 )
 from pumer.adapters.encoder import Axis
 from pumer.reducers import EMBEDDINGS, Reducer
+from pumer.reducers.plan import tokens_at
 
 POOLED = (
     "ViltForQuestionAnswering",
@@ -336,7 +337,7 @@ def embed_patches(
         and rows and columns of patches.
     """
     features = embeddings.patch_embeddings(pixel_values)
-    batch, width, rows, columns = features.shape
+    batch, _, rows, columns = features.shape
     if pixel_mask is None:
         real_BRL = torch.ones(batch, rows, columns, dtype=torch.bool, device=features.device)
     else:
@@ -358,8 +359,7 @@ def embed_patches(
         real_BP = real_BP & ((place + 1) * kept // count > place * kept // count)
         length = limit
     order_BP = (~real_BP).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
-    tokens_BPD = tokens_BPD.gather(1, order_BP[..., None].expand(-1, -1, width))
-    real_BP = real_BP.gather(1, order_BP)
+    tokens_BPD, real_BP = tokens_at(tokens_BPD, order_BP), tokens_at(real_BP, order_BP)
 
     cls_BD = (embeddings.cls_token + table_1P[:, :1]).expand(batch, -1, -1)
     states = embeddings.dropout(torch.cat([cls_BD, tokens_BPD], dim=1))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pumer.reducers.base import Tokens, check_layers
 from pumer.reducers.matching import rank
+from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
 
@@ -58,8 +59,7 @@ class DART(Selector):
         pivot_BP = torch.cat([first + image_BP, text_BP], 1)
         real_BP = torch.cat([image_real_BP, text_real_BP], 1)
 
-        width = states_BID.shape[2]
-        pivots_BPD = tokens.states_BND.gather(1, pivot_BP[..., None].expand(-1, -1, width)).float()
+        pivots_BPD = tokens_at(tokens.states_BND, pivot_BP).float()
         normalize = torch.nn.functional.normalize
         similarity_BPI = normalize(pivots_BPD, dim=-1) @ normalize(states_BID, dim=-1).transpose(1, 2)
 

@@ -46,7 +46,7 @@ def partners(keys_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
     unit = torch.nn.functional.normalize(keys_BND.float(), dim=-1)
     similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     allowed = valid_BN[:, ::2, None] & valid_BN[:, None, 1::2]
-    return similarity.masked_fill(~allowed, -torch.inf).max(dim=-1)
+    return torch.where(allowed, similarity, -torch.inf).max(dim=-1)
 
 
 def bipartite(

@@ -168,10 +168,7 @@ class Plan:
         float32 a sum in place is as exact, and there ten times as fast.
         """
         if self.index_BK is not None:
-            index = self.index_BK
-            if x_BND.ndim == 3:
-                return x_BND.gather(1, index[..., None].expand(-1, -1, x_BND.shape[2]))
-            return x_BND.gather(1, index)
+            return tokens_at(x_BND, self.index_BK)
         if x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
         if x_BND.ndim == 3:
@@ -190,10 +187,7 @@ class Plan:
     def expand(self, y_BKD: Tensor) -> Tensor:
         """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""
         slot, kept = self.slot_BN.clamp_min(0), self.slot_BN >= 0
-        if y_BKD.ndim == 3:
-            wide = y_BKD.gather(1, slot[..., None].expand(-1, -1, y_BKD.shape[2]))
-            return wide * kept[..., None]
-        return y_BKD.gather(1, slot) * kept
+        return tokens_at(y_BKD, slot) * (kept[..., None] if y_BKD.ndim == 3 else kept)
 
     def total(self, sizes_BN: Tensor) -> Tensor:
         """Number of source tokens in every slot [B,K], when the tokens themselves stand for `sizes_BN` ones."""
@@ -205,6 +199,16 @@ class Plan:
         """Which source tokens ended in which slot, bool [B,K,N]."""
         numbers = torch.arange(self.slots, device=self.slot_BN.device)
         return self.slot_BN[:, None] == numbers[None, :, None]
+
+
+def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    """The tokens with these numbers, of any [B,N] or [B,N,D].
+
+    As one selection from all samples' tokens, which copies whole rows: `gather` takes six times as long on a CPU.
+    """
+    batch, count = x_BND.shape[:2]
+    first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]
+    return x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten()).unflatten(0, index_BK.shape)
 
 
 def _ones(shape: torch.Size, device: torch.device) -> Tensor:

@@ -99,45 +99,45 @@ class PuMer(Reducer):
             return published.plan_meter(tokens, self.prune, self.merge, self.merge_text)
         if self.official:
             return published.plan(tokens, self.prune, self.merge, self.merge_text, self.score, self.style)
-        prefix, valid_BN = tokens.prefix, tokens.valid_BN
-        text = slice(prefix, tokens.text)
-        image = slice(tokens.text + prefix, valid_BN.shape[1])
+        prefix, keys_BNC = tokens.prefix, tokens.mean_keys_BNC
+        image = slice(tokens.text + prefix, keys_BNC.shape[1])
         text_slots, image_slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, prefix)
 
         # Text-informed image pruning: the least attended go, the others keep their order.
-        kept, merged = prune_then_merge(valid_BN[:, image].sum(1), self.prune, self.merge)
-        saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(~valid_BN[:, image], -torch.inf)
-        most_kept, _ = prune_then_merge(image.stop - image.start, self.prune, self.merge)
-        pruning = Plan.keep(valid_BN[:, image] & (rank(saliency) < kept[:, None]), most_kept)
+        valid_BI = tokens.valid_BN[:, image]
+        kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
+        reduction = Plan.identity(valid_BI)
+        if self.prune:
+            saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(~valid_BI, -torch.inf)
+            most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
+            reduction = Plan.keep(valid_BI & (rank(saliency) < kept[:, None]), most_kept)
 
         # Modality-aware merging: image tokens among themselves, text tokens among themselves.
-        keys_BNC = tokens.mean_keys_BNC
-        merging = bipartite(
-            pruning.reduce(keys_BNC[:, image]),
-            pruning.mask_BK,
-            merged,
-            image_slots - prefix,
-            pruning.reduce(tokens.sizes_BN[:, image]),
-        )
-        if prefix:
-            text_merging = self._merge(tokens, text, valid_BN[:, text], text_slots - prefix)
-        else:
-            text_merging = self._merge_between(tokens, text_slots)
-        return tokens.with_structure(text_merging, pruning.then(merging))
+        if self.merge:
+            keys_BIC, sizes_BI = reduction.reduce(keys_BNC[:, image]), reduction.reduce(tokens.sizes_BN[:, image])
+            reduction = reduction.then(bipartite(keys_BIC, reduction.mask_BK, merged, image_slots - prefix, sizes_BI))
+        text = None
+        if self.merge_text:
+            text = (self._merge_text if prefix else self._merge_between)(tokens, keys_BNC, text_slots)
+        return tokens.with_structure(text, reduction)
 
-    def _merge(self, tokens: Tokens, text: slice, valid_BT: Tensor, slots: int) -> Plan:
+    def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
+        text = slice(tokens.prefix, tokens.text)
+        return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots - tokens.prefix)
+
+    def _merge(self, tokens: Tokens, keys_BNC: Tensor, text: slice, valid_BT: Tensor, slots: int) -> Plan:
         merged_B = self._merged_text(valid_BT.sum(1))
-        return bipartite(tokens.mean_keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
+        return bipartite(keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
 
-    def _merge_between(self, tokens: Tokens, slots: int) -> Plan:
+    def _merge_between(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
         """Merges text, of which the first token stays in the first slot and the last real one in the last slot."""
         valid_BT = tokens.valid_BN[:, : tokens.text]
         first = Plan.identity(valid_BT[:, :1])
-        if self.merge_text == 0 or slots < 3:
+        if slots < 3:
             return Plan.identity(valid_BT)
         count_B1 = valid_BT.sum(1, keepdim=True)
         places = torch.arange(1, tokens.text, device=valid_BT.device)
-        between = self._merge(tokens, slice(1, tokens.text), places < count_B1 - 1, slots - 2)
+        between = self._merge(tokens, keys_BNC, slice(1, tokens.text), places < count_B1 - 1, slots - 2)
         last_BT = places == count_B1 - 1
         rest = Plan(
             between.slot_BN.masked_fill(last_BT, slots - 2),

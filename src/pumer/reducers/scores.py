@@ -32,8 +32,9 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
         return attention if tokens.cross else attention[:, :, : tokens.text, tokens.image]
     first = tokens.text if tokens.cross else 0
     queries, keys = tokens.queries_BHNC[:, heads, : tokens.text], tokens.keys_BHNC[:, heads, first:]
-    # Scaled before they are multiplied: in half precision the product alone may be too large.
-    logits = (queries / math.sqrt(queries.shape[3]) @ keys.transpose(2, 3)).float()
+    # Scaled before they are multiplied: in half precision the product alone may be too large. Keys are a view of a
+    # larger tensor, which the product would copy transposed, at five times the cost of a plain copy.
+    logits = (queries / math.sqrt(queries.shape[3]) @ keys.contiguous().transpose(2, 3)).float()
     seen_BTN = tokens.valid_BN[:, None, first:]
     if tokens.place_BN is not None:
         # Padding is let see all: a row of nothing but -inf would not be zero but NaN.
@@ -41,7 +42,7 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
         seen_BTN = seen_BTN & (
             (tokens.place_BN[:, None, first:] <= text_BT1) | ~tokens.valid_BN[:, : tokens.text, None]
         )
-    logits = logits.masked_fill(~seen_BTN[:, None], -torch.inf)
+    logits = torch.where(seen_BTN[:, None], logits, -torch.inf)
     return logits.softmax(-1)[..., tokens.text - first :]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pumer.data.scenes import COLOURS, SHAPES
+from pumer.reducers.plan import tokens_at
 from pumer.tasks.prompts import IGNORED, image_tokens, writes
 from pumer.train.losses import grounding_loss
 
@@ -76,5 +77,5 @@ class Grounded(nn.Module):
         first = (inputs["input_ids"] == self.config.image_token_id).int().argmax(1, keepdim=True)
         patches = first + torch.arange(image_tokens(self.config), device=hidden.device)
         last = (inputs["labels"] != IGNORED).int().argmax(1, keepdim=True) - 1
-        image, question = (hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2])) for at in (patches, last))
+        image, question = (tokens_at(hidden, at) for at in (patches, last))
         return torch.cat([image, image * self.asks(question)], dim=-1)
