@@ -288,9 +288,13 @@ def true_drop(reducer):
 
 @pytest.fixture(scope="module")
 def known():
+    return known_times(SMALL)
+
+
+def known_times(grid):
     """A grid of a tiny model, planned with times that are as its FLOPs."""
     net = tiny_model()
-    found = space(SMALL, net)
+    found = space(grid, net)
     base = pumer.report(net, 10)
     terms = dict.fromkeys(("forward", "embedding", "tokens", "pairs", "reductions", "reduced tokens", "reducer"), 0.0)
     inputs = {"input_ids": torch.zeros(8, 10)}
@@ -316,6 +320,18 @@ def test_points_are_planned_fastest_first(known):
     assert [one.speedup for one in planned] == sorted((one.speedup for one in planned), reverse=True)
     with pumer.reduced(known[0], planned[0].point.reducer):
         assert planned[0].flops_ratio == pumer.report(known[0], 10).ratio
+
+
+def test_the_first_points_halve_the_grid_method_by_method():
+    grid = replace(SMALL, tome=[0, 1, 2, 3])
+    one = search(known_times(grid), Bounds(drop=3.0), MadeUp(lambda reducer: 0.03 * len(reducer.layers)))
+    for number, tome in enumerate([False, True, False]):
+        speeds = sorted(other.speedup for other in one.open_points() if (other.point.tome > 0) == tome)
+        one.trials = number + 1
+        one.run()
+        judged = next(other for other in one.planned if other.point.name == list(one.judged)[number])
+        assert (judged.point.tome > 0) == tome
+        assert judged.speedup == speeds[len(speeds) // 2]
 
 
 def test_found_points_hold(known):

@@ -1,7 +1,7 @@
 """The search: which point to judge next, when to stop judging it, and which one to accept.
 
-Optuna's TPE sampler proposes points; each is judged on one batch after another, against the unreduced model on the same
-examples, until the answer is plain. Most points never are judged:
+The first points halve the grid, the others Optuna's TPE sampler proposes. Each is judged on one batch after another,
+against the unreduced model on the same examples, until the answer is plain. Most points never are judged:
 
 * the latency and memory models rule out those that break a bound on speed or memory;
 * of two points of which one is milder everywhere (`space.milder`), the harsher one is taken to lose more: once the
@@ -30,7 +30,7 @@ from pumer.tune.space import Point, Space, milder
 LOOK = 4
 """Batches between two looks at the test."""
 STARTUP = 10
-"""Points drawn at random before TPE has something to go by."""
+"""Points that are judged before TPE has something to go by."""
 _ERROR = 0.05  # of each side of the intervals that points are judged by
 _OUT = ("over", "hopeless", "doubtful", "worse", "failed")
 
@@ -230,19 +230,29 @@ class Search:
     # --- inside ---
 
     def _propose(self, candidates: Sequence[Planned]) -> tuple[optuna.Trial, Planned]:
-        """A trial for an open point: the sampler's proposal, or the open point nearest to it."""
+        """A trial for an open point: one of the first, the sampler's proposal, or the open point nearest to that."""
         # A sampler of its own for each proposal, so that a resumed search makes the same ones.
         seed = self.seed + 1000 * len(self.judged)
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
         trial = self._ask()
         wanted = trial.params
-        nearest = min(candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point)))
+        if len(self.judged) < STARTUP:
+            nearest = self._halving(candidates)
+        else:
+            nearest = min(candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point)))
         indices = self.space.indices(nearest.point)
         if indices != wanted:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which the sampler does not learn from
             self.study.enqueue_trial(indices)
             trial = self._ask()
         return trial, nearest
+
+    def _halving(self, candidates: Sequence[Planned]) -> Planned:
+        """Of each method in turn the open point of median speed: good or bad, it rules out about half of the others."""
+        tomes = sorted({one.point.tome > 0 for one in candidates})
+        tome = tomes[len(self.judged) % len(tomes)]
+        points = sorted((one for one in candidates if (one.point.tome > 0) == tome), key=lambda one: one.speedup)
+        return points[len(points) // 2]
 
     def _ask(self) -> optuna.Trial:
         distributions = {

@@ -26,7 +26,8 @@ class Grid:
         prune: shares of the image tokens to prune at each reducing layer.
         merge: shares of the image tokens to merge away there.
         merge_text: shares of the text tokens to merge away there.
-        layers: lists of reducing layers; one to three in a row or every other, from early to late, if not given.
+        layers: lists of reducing layers; one to three in a row or every other, from early to late, and all, if not
+            given.
         tower: image tokens to merge away in every layer of the vision tower, 0 for none; by default 0, 2, 4 and 6 %
             of the patches where there is a tower.
         tome: image tokens to merge away in every layer, as ToMe does, in place of PuMer; 0 for PuMer. By default also
@@ -171,15 +172,16 @@ def milder(points: Sequence[Point]) -> np.ndarray:
 
 
 def schedules(depth: int) -> list[tuple[int, ...]]:
-    """One, two and three reducing layers, a sixth of the depth apart, from every such layer on."""
+    """One, two and three reducing layers, a sixth of the depth apart, from every such layer on; and all of these."""
     step = max(1, round(depth / 6))
     starts = range(step - 1 if step > 1 else 0, depth - 1, step)
-    return [
+    few = [
         tuple(range(start, start + count * step, step))
         for start in starts
         for count in (1, 2, 3)
         if start + (count - 1) * step < depth
     ]
+    return list(dict.fromkeys([*few, tuple(starts)]))
 
 
 def _tome_steps(model: nn.Module, depth: int) -> list[int]:
