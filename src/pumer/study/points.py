@@ -67,7 +67,7 @@ class Study:
         examples: how many of the split are scored; all if not given.
         train: `recipe`, a shipped one's name or a file, and changes of its settings; nothing is trained if not given.
         baseline: `train`, changes of the training of the unreduced model.
-        reference: the method that the others are compared with.
+        reference: the methods that the others are compared with.
         seeds: of the training; every point is trained with each.
         processes: that train together; batch sizes are per process.
         batch_size: examples at a time, where points are scored and timed.
@@ -83,7 +83,7 @@ class Study:
     examples: int | None = None
     train: dict[str, Any] | None = None
     baseline: dict[str, Any] = field(default_factory=dict)
-    reference: str | None = None
+    reference: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1,)
     processes: int = 2
     batch_size: int = 32
@@ -100,8 +100,9 @@ class Study:
                 raise ValueError(f"{method['name']}: give points or grid, not both")
         if len(set(names)) < len(names):
             raise ValueError(f"methods have names of their own, and none is called {BASELINE}: {', '.join(names[1:])}")
-        if self.reference is not None and self.reference not in names:
-            raise ValueError(f"the reference {self.reference!r} is none of the methods {', '.join(names)}")
+        for reference in self.reference:
+            if reference not in names:
+                raise ValueError(f"the reference {reference!r} is none of the methods {', '.join(names)}")
         if set(self.baseline) - {"train"}:
             raise ValueError(f"the baseline has train alone, not {', '.join(self.baseline)}")
         if self.train is None and len(self.seeds) > 1:
@@ -211,7 +212,9 @@ def read_study(file: str | Path) -> Study:
             f"{file}: a study has {', '.join(sorted(known))}; "
             f"missing {sorted(missing) or 'none'}, unknown {sorted(set(settings) - known) or 'none'}"
         )
-    lists = {name: tuple(settings[name]) for name in ("methods", "seeds") if name in settings}
+    if isinstance(settings.get("reference"), str):
+        settings["reference"] = [settings["reference"]]
+    lists = {name: tuple(settings[name]) for name in ("methods", "seeds", "reference") if name in settings}
     task = settings["task"]
     return Study(**settings | lists | {"task": {"name": task} if isinstance(task, str) else task})
 

@@ -26,7 +26,7 @@ _NOTES = """\
 def markdown(
     rows: Sequence[dict[str, Any]],
     speeds: Sequence[dict[str, Any]],
-    reference: str | None,
+    references: Sequence[str] = (),
     plots: Sequence[str] = (),
 ) -> str:
     """All tables of a study.
@@ -34,7 +34,7 @@ def markdown(
     Args:
         rows: of the results, at least one.
         speeds: rows of the speeds.
-        reference: the method that the others are compared with.
+        references: the methods that the others are compared with.
         plots: file names of the pictures to show.
     """
     settings = settings_of(rows, speeds)
@@ -48,17 +48,18 @@ def markdown(
         f"batches of {first['batch_size']}.",
         f"Results: {_machines(rows)}. Speeds: {_machines(speeds)}.",
         "",
-        *_points(settings, reference),
+        *_points(settings, references),
         "",
         _NOTES,
     ]
-    for title, axis in (("measured speed-up", _speed_up), ("FLOPs ratio", _flops_ratio)):
-        lines += matched(settings, reference, title, axis)
+    for reference in references:
+        for title, axis in (("measured speed-up", _speed_up), ("FLOPs ratio", _flops_ratio)):
+            lines += matched(settings, reference, title, axis)
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def matched(settings: Sequence[Setting], reference: str | None, title: str, axis: Axis) -> list[str]:
+def matched(settings: Sequence[Setting], reference: str, title: str, axis: Axis) -> list[str]:
     """Accuracy of the reference less that of every other method where `axis` is the same for both, as lines.
 
     Between two settings of a method a curve is straight; beyond its ends there is none. Nothing where there are no two
@@ -105,17 +106,16 @@ def matched(settings: Sequence[Setting], reference: str | None, title: str, axis
     ]
 
 
-def _points(settings: Sequence[Setting], reference: str | None) -> list[str]:
+def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]:
     """One line per setting."""
     variance = seed_variance(settings)
-    base = next((setting for setting in settings if setting.method == BASELINE), None)
-    same = [setting for setting in settings if setting.method == reference]
-    mine = same[0] if len(same) == 1 and reference != BASELINE else None  # of a curve no setting stands for the method
+    methods = [setting.method for setting in settings]
+    # Of a curve no setting stands for the method.
+    compared = [one for one in settings if one.method in (BASELINE, *references) and methods.count(one.method) == 1]
     towers = any(setting.mean("gflops_towers") for setting in settings)
-    head = ["method", "setting", "accuracy (95 %)", "Δ unreduced", f"Δ {reference}", "examples/s"]
-    head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", "without towers", "MiB", "tokens", "seeds"]
-    left_out = {name for name, shown in ((head[3], base), (head[4], mine), (head[9], towers)) if not shown}
-    table = [head]
+    head = ["method", "setting", "accuracy (95 %)", *(f"Δ {one.method}" for one in compared), "examples/s"]
+    head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", *["without towers"] * towers]
+    table = [[*head, "MiB", "tokens", "seeds"]]
     for setting in settings:
         margin = half_width(setting, variance)
         table.append(
@@ -124,22 +124,16 @@ def _points(settings: Sequence[Setting], reference: str | None) -> list[str]:
                 setting.label,
                 f"{setting.accuracy:.1f} ({max(setting.accuracy - margin, 0):.1f} - "
                 f"{min(setting.accuracy + margin, 100):.1f})",
-                _against(setting, base, variance),
-                _against(setting, mine, variance),
+                *("" if setting is one else str(difference(at(setting), at(one), variance)) for one in compared),
                 *_speeds(setting.speed),
                 f"{setting.mean('gflops'):.3g} ({setting.flops_ratio:.2f})",
-                _without_towers(setting),
+                *[_without_towers(setting)] * towers,
                 f"{setting.mean('peak_bytes') / 2**20:.1f}",
                 _tokens(setting),
                 str(len(setting.rows)),
             ]
         )
-    kept = [number for number, name in enumerate(head) if name not in left_out]
-    return _table([[row[number] for number in kept] for row in table])
-
-
-def _against(setting: Setting, other: Setting | None, variance: float | None) -> str:
-    return "" if other is None or setting is other else str(difference(at(setting), at(other), variance))
+    return _table(table)
 
 
 def _speeds(speed: dict[str, Any] | None) -> tuple[str, str, str]:
