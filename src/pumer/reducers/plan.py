@@ -208,7 +208,8 @@ def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """
     batch, count = x_BND.shape[:2]
     first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]
-    return x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten()).unflatten(0, index_BK.shape)
+    taken = x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten())
+    return taken.view(*index_BK.shape, *x_BND.shape[2:])
 
 
 def _ones(shape: torch.Size, device: torch.device) -> Tensor:
