@@ -80,9 +80,11 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
 def _draw(axes: Any, known: Sequence[Place], axis: Axis, variance: float | None, name: str, columns: int) -> None:
     methods = dict.fromkeys(setting.method for _, setting in known if setting.method != BASELINE)
     for number, method in enumerate(methods):
+        again = number // len(_COLOURS)  # how often each colour has been used: then the marker and the line tell
         style = {
             "color": _COLOURS[number % len(_COLOURS)],
-            "marker": _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],
+            "marker": _MARKERS[(number + again) % len(_MARKERS)],
+            "linestyle": ("-", "--", "-.", ":")[again % 4],
             "markersize": 5,
             "linewidth": 1.5,
         }
