@@ -110,7 +110,7 @@ def train(
         trainer: settings of transformers' TrainingArguments.
 
     Returns:
-        The metrics of the last evaluation.
+        The metrics of the last evaluation. Where several processes train, their group ends with the training.
 
     Raises:
         ValueError: for settings that do not fit each other; nothing is written then.
@@ -199,6 +199,9 @@ def train(
         plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
         (out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         (out / "log.json").write_text(json.dumps(runner.state.log_history, indent=1) + "\n")
+    # Threads of a process group that outlive the interpreter abort it: a training that went well would end in an error.
+    runner.accelerator.wait_for_everyone()
+    runner.accelerator.end_training()
     return metrics
 
 
