@@ -7,10 +7,8 @@ study's training-free reducers. Prints predicted and measured speed-up over the 
 import statistics
 import sys
 
-import torch
-
 import pumer
-from pumer.bench.latency import calibrate, measure, planned
+from pumer.bench.latency import calibrate, measure
 from pumer.bench.run import FUSED
 from pumer.commands.common import open_model, open_task
 from pumer.reducers import from_dict
@@ -32,13 +30,10 @@ pool.size(1)
 inputs = pool.inputs(0)
 model = calibrate(net, inputs, runs=3)
 seconds, reports = measure(net, inputs, reducers, runs)
-with pumer.reduced(net, pumer.Unreduced()), torch.inference_mode():
-    net(**inputs)
-    base = planned(net, net)
 errors = []
 print("predicted  measured  off     setting")
 for name in reducers:
-    guess = model.seconds(base, batch) / model.seconds(reports[name], batch)
+    guess = model.seconds(reports[FUSED], batch) / model.seconds(reports[name], batch)
     found = seconds[FUSED] / seconds[name]
     errors.append(abs(guess / found - 1))
     print(f"{guess:8.2f}x {found:8.2f}x {100 * (guess / found - 1):+5.1f} %  {name}")

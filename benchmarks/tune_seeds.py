@@ -42,7 +42,7 @@ def lost(seed):
     return [100 * value for value in (test.mean, test.lower, test.upper)]
 
 
-held = 0
+held, done = 0, 0
 for seed in range(1, runs + 1):
     with claimed(out / f"held-{seed}") as lock:
         if lock is None:
@@ -51,7 +51,11 @@ for seed in range(1, runs + 1):
         if not known.exists():
             known.write_text(json.dumps(lost(seed)))
         found = json.loads(known.read_text())
-    held += bool(found) and found[0] <= bound
-    interval = "{:.2f} ({:.2f} to {:.2f})".format(*found) if found else "nothing found"
-    print(f"seed {seed}: loses {interval} held out", flush=True)
-print(f"{held} of {runs} within {bound:g} points")
+    done += 1
+    if not found:
+        print(f"seed {seed}: nothing found", flush=True)
+        continue
+    held += found[0] <= bound
+    interval = "{:.2f} ({:.2f} to {:.2f})".format(*found)
+    print(f"seed {seed}: {read_reducer(str(out / str(seed) / 'reducer.yaml'))} loses {interval} held out", flush=True)
+print(f"{held} of {done} within {bound:g} points")

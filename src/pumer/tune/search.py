@@ -231,21 +231,22 @@ class Search:
 
     def _propose(self, candidates: Sequence[Planned]) -> tuple[optuna.Trial, Planned]:
         """A trial for an open point: one of the first, the sampler's proposal, or the open point nearest to that."""
+        if len(self.judged) < STARTUP:
+            return self._trial_of(self._halving(candidates))
         # A sampler of its own for each proposal, so that a resumed search makes the same ones.
         seed = self.seed + 1000 * len(self.judged)
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
         trial = self._ask()
         wanted = trial.params
-        if len(self.judged) < STARTUP:
-            nearest = self._halving(candidates)
-        else:
-            nearest = min(candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point)))
-        indices = self.space.indices(nearest.point)
-        if indices != wanted:
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which the sampler does not learn from
-            self.study.enqueue_trial(indices)
-            trial = self._ask()
-        return trial, nearest
+        nearest = min(candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point)))
+        if self.space.indices(nearest.point) == wanted:
+            return trial, nearest
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which the sampler does not learn from
+        return self._trial_of(nearest)
+
+    def _trial_of(self, one: Planned) -> tuple[optuna.Trial, Planned]:
+        self.study.enqueue_trial(self.space.indices(one.point))
+        return self._ask(), one
 
     def _halving(self, candidates: Sequence[Planned]) -> Planned:
         """Of each method in turn the open point of median speed: good or bad, it rules out about half of the others."""
