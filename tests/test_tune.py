@@ -18,6 +18,7 @@ import pumer
 import tiny_llm
 from pumer.bench.latency import LatencyModel
 from pumer.cli import main
+from pumer.commands import tune as tune_command
 from pumer.commands.tune import read_size
 from pumer.data.images import Square
 from pumer.data.text import TextTransform, train_tokenizer
@@ -27,6 +28,7 @@ from pumer.presets import read_reducer
 from pumer.tasks.base import Collator
 from pumer.tasks.scenes import Scenes
 from pumer.train import launch as train_launch
+from pumer.train.launch import claimed
 from pumer.tune import examples as tune_examples
 from pumer.tune import finetune as tune_finetune
 from pumer.tune import run as tune_run
@@ -410,6 +412,30 @@ def test_a_point_that_measured_breaks_a_bound_is_not_chosen_again(known, monkeyp
     assert tune_run._settle(one, {}, lambda line: None) == (None, 0.0, 0)
     assert len(measured) == len(set(measured)) > 0
     assert {one.status(found) for found in planned if found.point.name in measured} == {"unfit"}
+    assert f"the nearest is {measured[0]}, 1.00 times as fast, 10 MB" in tune_run._nearest(one)
+
+
+def test_a_point_that_was_never_begun_is_not_taken_for_the_next(known):
+    """Killed right between naming a point to Optuna and asking for it."""
+    _, grid, planned = known
+    study = optuna.create_study(direction="maximize")
+    search(known, Bounds(drop=3.0), MadeUp(true_drop), study, trials=2).run()
+    study.enqueue_trial(grid.indices(planned[0].point))
+    search(known, Bounds(drop=3.0), MadeUp(true_drop), study).run()
+    states = [trial.state for trial in study.trials]
+    assert optuna.trial.TrialState.WAITING not in states
+    points = {one.point.name: grid.indices(one.point) for one in planned}
+    for trial in study.trials:
+        if trial.state == optuna.trial.TrialState.COMPLETE:
+            assert trial.params == points[trial.user_attrs["point"]]
+
+
+def test_a_check_looks_at_no_more_of_the_unreduced_model_than_it_compares(known):
+    one = search(known, Bounds(drop=3.0), MadeUp(true_drop), trials=40)
+    best = one.run()
+    before = set(one._base)
+    one.verify(best)
+    assert all(number in one.check for number in set(one._base) - before)
 
 
 def test_a_journal_that_was_cut_off_goes_on(tmp_path):
@@ -456,6 +482,9 @@ def test_bounds_that_make_no_sense(known):
     small = Planned(Point(0.1, 0.0, 0.0, (1,)), 1.1, 1.1, memory=7_000_000)
     with pytest.raises(ValueError, match="takes 7 MB"):
         check_reachable([small], Bounds(memory=5_000_000))
+    quick = Planned(Point(0.2, 0.0, 0.0, (1,)), 1.5, 1.5, memory=9_000_000)
+    with pytest.raises(ValueError, match=r"the smallest that is fast enough, prune 0.2 .*, 9 MB"):
+        check_reachable([small, quick], Bounds(speedup=1.4, memory=8_000_000))
 
 
 def test_sizes():
@@ -505,10 +534,18 @@ def test_tune_writes_preset_evidence_and_plot(command, tmp_path, model, capsys, 
     assert "is not empty" in capsys.readouterr().err
     assert main([*command, "--max_drop", "80", "--resume", "true"]) == 2
     assert "of another bounds" in capsys.readouterr().err
+    with claimed(out):
+        assert main([*command, "--max_drop", "90", "--resume", "true"]) == 2
+    assert "another process works in" in capsys.readouterr().err
     monkeypatch.setattr(Pool, "scores", None)  # nothing is predicted again
     monkeypatch.setattr(tune_run, "calibrate", None)
     assert main([*command, "--max_drop", "90", "--resume", "true"]) == 0
     assert list(csv.DictReader((out / "candidates.csv").open())) == rows
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    monkeypatch.setattr(tune_command, "open_model", lambda *given: model)
+    assert main([*command, "--max_drop", "90", "--resume", "true"]) == 2
+    assert "of another weights" in capsys.readouterr().err
 
 
 def test_tune_says_what_comes_nearest(command, tmp_path, capsys):
@@ -526,11 +563,20 @@ def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
         (["--min_speedup", "50"], "the fastest"),
         (["--max_memory", "1KB"], "the smallest"),
         (["--max_drop", "1", "--grid.layers", "[[9]]"], "impossible"),
+        (["--max_drop", "1", "--grid.layers", "[[]]"], "a list of layers in the grid is empty"),
         (["--max_drop", "1", "--choose", "10", "--check", "10"], "too few"),
+        (["--max_drop", "1", "--choose", "0"], "--choose is a whole number from 1"),
+        (["--max_drop", "1", "--batch_size", "0"], "--batch_size is a whole number from 1"),
+        (["--max_drop", "1", "--alpha", "0"], "--alpha is a probability"),
+        (["--max_drop", "1", "--alpha", "1.5"], "--alpha is a probability"),
+        (["--max_drop", "1", "--finetune", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("")
+    assert main([*command, "--max_drop", "1"]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_finetune_trains_at_the_point_once(tmp_path, monkeypatch):
@@ -546,16 +592,32 @@ def test_finetune_trains_at_the_point_once(tmp_path, monkeypatch):
             (training / "log.json").write_text("[]")
 
     monkeypatch.setattr(train_launch, "launch", launch)
-    reducer = pumer.PuMer(layers=(1,))
+    base, reducer, recipe = tmp_path / "base", pumer.PuMer(layers=(1,)), tmp_path / "mine.yaml"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    recipe.write_text("task: {name: scenes}")
+
+    def finetune(reducer=reducer, recipe="scenes-pumer", processes=2):
+        return tune_finetune.finetune(recipe, base, reducer, tmp_path / "run", processes)
+
     for _ in range(3):
-        done = tune_finetune.finetune("scenes-pumer", "base", reducer, tmp_path / "run", processes=2)
+        done = finetune()
     assert done == tmp_path / "run" / "training" / "model"
     assert len(launched) == 2
     words, processes = launched[-1]
     assert processes == 2
-    assert words[words.index("--distill.teacher") + 1] == words[words.index("--model.path") + 1] == "base"
-    with pytest.raises(ValueError, match="another reducer"):
-        tune_finetune.finetune("scenes-pumer", "base", pumer.PuMer(layers=(2,)), tmp_path / "run")
+    assert words[words.index("--distill.teacher") + 1] == words[words.index("--model.path") + 1] == str(base)
+    for name, change in (
+        ("reducer", {"reducer": pumer.PuMer(layers=(2,))}),
+        ("recipe", {"recipe": str(recipe)}),
+        ("processes", {"processes": 1}),
+    ):
+        with pytest.raises(ValueError, match=f"a training with another {name}"):
+            finetune(**change)
+    (base / "config.json").write_text("{ }")
+    with pytest.raises(ValueError, match="a training with another model"):
+        finetune()
+    assert len(launched) == 2
 
 
 def test_preset_files(tmp_path):

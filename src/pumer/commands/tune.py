@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 import pumer
+from pumer.bench.run import Device
 from pumer.commands.common import open_model, open_task
+from pumer.hub import is_stock
+from pumer.hub.files import fingerprint
 from pumer.presets import model_folder
+from pumer.train.recipe import read_recipe
 from pumer.tune.finetune import finetune as finetune_
 from pumer.tune.points import Bounds
 from pumer.tune.space import Grid
@@ -41,9 +46,12 @@ def tune_(
     finetune: str | None = None,
     processes: int = 1,
     resume: bool = False,
+    device: Device = "auto",
 ) -> None:
-    """Find the best setting of PuMer or ToMe for a model and a task: the fastest one that loses at most `max_drop`
-    points, or without that bound the one that loses least, among those that keep to the other bounds.
+    """Find the best setting of PuMer or ToMe for a model and a task, within bounds.
+
+    It is the fastest one that loses at most `max_drop` points, or without that bound the one that loses least, among
+    those that keep to the other bounds.
 
     Args:
         model: folder of a saved model, or a shipped one's name; taken unreduced.
@@ -64,6 +72,7 @@ def tune_(
         finetune: recipe of `pumer train` to go on with: distillation from the unreduced model at the point found.
         processes: of that training.
         resume: go on with the search in `out`.
+        device: "auto" takes a CUDA device if there is one.
     """
     try:
         import matplotlib  # noqa: F401
@@ -73,11 +82,13 @@ def tune_(
         raise ValueError(f"pumer tune needs {error.name}: pip install 'pumer[tune]'") from None
     from pumer.tune.run import lost, tune
 
+    if finetune is not None:
+        read_recipe(finetune)  # now rather than after the search
     bounds = Bounds(max_drop, min_speedup, None if max_memory is None else read_size(max_memory))
     console = Console()
     started = time.perf_counter()
     task = {"name": "scenes", "questions": 24000} if task is None else task
-    net = pumer.remove(open_model(model, None))
+    net = pumer.remove(open_model(model, None, device))
     collator = open_task(model, net, task)
     examples = collator.task.examples(split)
     found = tune(
@@ -95,17 +106,25 @@ def tune_(
         trials=trials,
         seed=seed,
         resume=resume,
-        settings={"model": model, "task": task, "split": split},
+        settings={"model": model, "weights": _weights(model), "task": task, "split": split},
         progress=lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True),
     )
     _summary(console, found, out, time.perf_counter() - started)
     if finetune is not None:
         trained = finetune_(finetune, model_folder(model), found.point.point.reducer, f"{out}/finetune", processes)
-        after = lost(net, open_model(str(trained), None), examples, collator, batch_size, choose, check, alpha, seed)
+        after = lost(
+            net, open_model(str(trained), None, device), examples, collator, batch_size, choose, check, alpha, seed
+        )
         console.print(
             f"fine-tuned, {trained} loses {after.mean * 100:.2f} points ({after.lower * 100:.2f} to "
-            f"{after.upper * 100:.2f}) on {after.number} examples instead of {found.checked.drop:.2f}"
+            f"{after.upper * 100:.2f}) on {after.number} fresh examples; before that {found.checked.drop:.2f} on "
+            f"{found.checked.examples} of them"
         )
+
+
+def _weights(model: str) -> str:
+    """What a resumed search knows the model again by; nothing for one that is fetched by its name on the Hub."""
+    return "" if is_stock(model) and not Path(model).is_dir() else fingerprint(model_folder(model))
 
 
 def read_size(text: str) -> int:

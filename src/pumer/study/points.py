@@ -10,17 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import pumer.train
 from pumer.hub.files import digest, fingerprint
 from pumer.presets import model_folder, read_reducer
 from pumer.reducers import Unreduced, to_dict
+from pumer.train.recipe import read_recipe, read_settings
 from pumer.train.run import train
 
 BASELINE = "unreduced"
 """What the unreduced model is called, which every study has, trained like the others."""
-RECIPES = Path(pumer.train.__file__).parent / "recipes"
 _HABITS = ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "disable_tqdm")
 
 
@@ -155,7 +152,7 @@ class Study:
             return None
         wanted = _merged(self.train, changes if isinstance(changes, Mapping) else {})
         name = wanted.pop("recipe", None)
-        merged = _merged(_read_yaml(_recipe_file(name)) if name else {}, wanted)
+        merged = _merged(read_recipe(name) if name else {}, wanted)
         unknown = set(merged) - set(inspect.signature(train).parameters) | {"output", "resume"} & set(merged)
         if unknown:
             raise ValueError(f"a training has no setting {', '.join(sorted(unknown))}")
@@ -204,7 +201,7 @@ class Study:
 
 def read_study(file: str | Path) -> Study:
     """The study that a YAML file describes; raises ValueError for what is missing, unknown or does not fit."""
-    settings = _read_yaml(Path(file))
+    settings = read_settings(Path(file))
     known = {field.name for field in fields(Study)}
     missing = {"name", "model", "task", "methods"} - set(settings)
     if missing or set(settings) - known:
@@ -265,23 +262,6 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
         merged[name] = _merged(before, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _recipe_file(name: str) -> Path:
-    shipped = RECIPES / f"{name}.yaml"
-    return shipped if shipped.is_file() else Path(name)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings")
-    return settings
 
 
 def _short(value: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
-
+from pumer.hub.files import fingerprint
 from pumer.reducers import Reducer, to_dict
+from pumer.tasks.base import replacing
 from pumer.train.launch import locked, train_once
+from pumer.train.recipe import read_recipe
 
 
 def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, processes: int = 1) -> Path:
@@ -24,14 +25,25 @@ def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, p
         processes: that train together.
 
     Raises:
-        ValueError: if the training fails, or was done with another reducer.
+        ValueError: if the training fails, or another one lies in the folder.
     """
-    folder, wanted = Path(out), json.loads(json.dumps(to_dict(reducer)))
-    training = folder / "training"
+    folder, settings = Path(out), json.loads(json.dumps(to_dict(reducer)))
+    wanted = {
+        "reducer": settings,
+        "recipe": read_recipe(recipe),
+        "model": fingerprint(Path(base)),
+        "processes": processes,
+    }
     with locked(folder) as lock:
-        if (training / "log.json").is_file():
-            done = yaml.safe_load((training / "recipe.yaml").read_text(encoding="utf-8"))["reducer"]
-            if done != wanted:
-                raise ValueError(f"{folder} holds a training with another reducer: give another --out")
+        known = folder / "wanted.json"
+        if known.is_file():
+            found = json.loads(known.read_text(encoding="utf-8"))
+            other = [name for name, value in json.loads(json.dumps(wanted)).items() if found.get(name) != value]
+            if other:
+                raise ValueError(
+                    f"{folder} holds a training with another {', '.join(other)}: delete it, or give another --out"
+                )
+        with replacing(known) as file:
+            json.dump(wanted, file)
         words = ["--config", recipe, "--model.path", str(base), "--distill.teacher", str(base)]
-        return train_once(folder, [*words, "--reducer", json.dumps(wanted)], processes, lock)
+        return train_once(folder, [*words, "--reducer", json.dumps(settings)], processes, lock)

@@ -127,6 +127,10 @@ def check_reachable(planned: Sequence[Planned], bounds: Bounds) -> None:
     if bounds.memory is not None:
         smallest = min(planned, key=lambda one: one.memory or 0)
         parts.append(f"the smallest, {smallest.point.name}, takes {(smallest.memory or 0) / 1e6:.0f} MB")
+    quick = [one for one in planned if bounds.speedup is not None and one.speedup >= bounds.speedup]
+    if quick and bounds.memory is not None:
+        smallest = min(quick, key=lambda one: one.memory or 0)
+        parts.append(f"the smallest that is fast enough, {smallest.point.name}, {(smallest.memory or 0) / 1e6:.0f} MB")
     raise ValueError(
         f"no setting of the grid keeps to the bound: {'; '.join(parts)}. Loosen the bound, or widen the grid"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from pumer.evaluate import model_inputs
 from pumer.reducers import to_dict
 from pumer.tasks.base import Collator, Example, replacing
 from pumer.tasks.prompts import writes
+from pumer.train.launch import locked
 from pumer.tune.examples import Pool
 from pumer.tune.plot import draw
 from pumer.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
@@ -108,13 +111,22 @@ def tune(
             bound that nothing keeps to, naming the nearest point; the evidence is then written all the same.
     """
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder as --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise ValueError(f"{folder} is not empty: give another --out, or --resume true to go on with its study")
+    for name, count in (("batch_size", batch_size), ("choose", choose), ("check", check), ("trials", trials)):
+        if count < 1:
+            raise ValueError(f"--{name} is a whole number from 1, not {count}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"--alpha is a probability, more than 0 and less than 1, not {alpha}")
     points = space(grid or Grid(), model, skip_impossible or grid is None)
     pool = Pool(examples, collator, batch_size, choose + check, seed)
     race, total = _shares(pool.available, choose, check, batch_size)
+    where = records.environment(next(model.parameters()).device)
     described = {
         **(settings or {}),
+        "machine": {name: where[name] for name in ("cpu", "threads", "gpu")},
         "bounds": vars(bounds),
         "axes": points.axes,
         "choose": race * batch_size,
@@ -125,30 +137,37 @@ def tune(
     }
     described = json.loads(json.dumps(described))
     journal = folder / STUDY
-    study = _open(journal, described) if journal.exists() else None
-    pool.size(1)
-    inputs = _timed_inputs(model, pool.inputs(0))
-    progress("timing a few forwards")
-    costs = study.user_attrs.get("latency") if study else None
-    latency = LatencyModel(costs) if costs else calibrate(model, inputs, runs=3)
-    with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
-        model(**inputs)
-        base = planned(model, model)
-    progress(f"planning {len(points.points)} points")
-    predicted = plan(model, points.points, latency, base, inputs, bounds.memory is not None)
-    check_reachable(predicted, bounds)
-    folder.mkdir(parents=True, exist_ok=True)
-    study = study or _open(journal, described)
-    study.set_user_attr("latency", dict(latency.costs))
-    search = Search(model, points, predicted, bounds, pool, race, total - race, study, alpha, trials, seed, progress)
-    best, speedup, memory = _settle(search, inputs, progress)
-    rows = _evidence(search, study, best)
-    _write_rows(folder / EVIDENCE, rows)
-    draw(rows, bounds.drop, folder / "tune")
-    if best is None:
-        raise ValueError(_nearest(search))
-    with replacing(folder / PRESET) as file:
-        yaml.safe_dump(json.loads(json.dumps(to_dict(best.point.reducer))), file, sort_keys=False)
+    with ExitStack() as alone:
+        study = None
+        if journal.exists():
+            alone.enter_context(locked(folder, wait=0.0))
+            study = _open(journal, described)
+        pool.size(1)
+        inputs = _timed_inputs(model, pool.inputs(0))
+        progress("timing a few forwards")
+        costs = study.user_attrs.get("latency") if study else None
+        latency = LatencyModel(costs) if costs else calibrate(model, inputs, runs=3)
+        with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
+            model(**inputs)
+            base = planned(model, model)
+        progress(f"planning {len(points.points)} points")
+        predicted = plan(model, points.points, latency, base, inputs, bounds.memory is not None)
+        check_reachable(predicted, bounds)
+        if study is None:  # nothing is written before it is known that there is something to search
+            alone.enter_context(locked(folder, wait=0.0))
+            study = _open(journal, described)
+        study.set_user_attr("latency", dict(latency.costs))
+        search = Search(
+            model, points, predicted, bounds, pool, race, total - race, study, alpha, trials, seed, progress
+        )
+        best, speedup, memory = _settle(search, inputs, progress)
+        rows = _evidence(search, study, best)
+        _write_rows(folder / EVIDENCE, rows)
+        draw(rows, bounds.drop, folder / "tune")
+        if best is None:
+            raise ValueError(_nearest(search))
+        with replacing(folder / PRESET) as file:
+            yaml.safe_dump(json.loads(json.dumps(to_dict(best.point.reducer))), file, sort_keys=False)
     name = best.point.name
     return Tuned(
         best,
@@ -267,19 +286,32 @@ def _nearest(search: Search) -> str:
     def found(one: Planned) -> Judged:
         return search.checked.get(one.point.name) or search.judged[one.point.name]
 
-    if bounds.drop is None:
-        nearest = max(judged, key=lambda one: one.speedup)
+    measured = {
+        one.point.name: search.study.user_attrs[f"measured/{one.point.name}"]
+        for one in judged
+        if search.status(one) == "unfit"
+    }
+    if measured:  # which kept to the bound on the drop
+
+        def short(name: str) -> float:
+            speedup, memory = measured[name]
+            return max((bounds.speedup or 0.0) / speedup, memory / (bounds.memory or math.inf))
+
+        name = min(measured, key=short)
+        speedup, memory = measured[name]
         return (
-            f"measured, no setting of the grid keeps to the bound; the nearest is {nearest.point.name}, predicted to "
-            f"be {nearest.speedup:.2f} times as fast. Loosen the bound, or widen the grid"
+            f"none of the settings that passed their check keeps to the bound when it is measured; the nearest is "
+            f"{name}, {speedup:.2f} times as fast, {memory / 1e6:.0f} MB, which loses {search.checked[name].drop:.2f} "
+            "points. Loosen the bound, or widen the grid"
         )
+    assert bounds.drop is not None  # without it every point passes its check
     nearest = min(judged, key=lambda one: found(one).high)
     known = found(nearest)
     return (
         f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; the nearest is "
         f"{nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, which loses {known.drop:.2f} "
-        f"({known.low:.2f} to {known.high:.2f}) on {known.examples} examples. --max_drop {known.high:.2f} takes it in; "
-        "milder settings in the grid or more examples may help"
+        f"({known.low:.2f} to {known.high:.2f}) on {known.examples} examples. --max_drop "
+        f"{math.ceil(100 * known.high) / 100:.2f} may take it in; milder settings in the grid or more examples may help"
     )
 
 

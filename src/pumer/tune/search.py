@@ -95,6 +95,7 @@ class Search:
         self.judged: dict[str, Judged] = {}
         self.checked: dict[str, Judged] = {}
         self._scores: dict[str, list[float]] = {}
+        waiting = 0
         for trial in study.get_trials(deepcopy=False):
             if trial.state == optuna.trial.TrialState.COMPLETE:
                 name = trial.user_attrs["point"]
@@ -102,6 +103,10 @@ class Search:
                 self._scores[name] = trial.user_attrs["scores"]
             elif trial.state == optuna.trial.TrialState.RUNNING:  # when the process was stopped
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            elif trial.state == optuna.trial.TrialState.WAITING:  # or right before
+                waiting += 1
+        for _ in range(waiting):  # or the next ones would be given their settings
+            study.tell(self._ask(), state=optuna.trial.TrialState.FAIL)
         known = study.user_attrs  # a copy
         self.corrections: dict[str, float] = known.get("corrections", {})
         self._unfit: list[str] = known.get("unfit", [])
@@ -294,7 +299,8 @@ class Search:
     def _differences(self, name: str) -> list[float]:
         """What was lost on each of the examples that a point was judged on."""
         scores = self._scores[name]
-        return [a - b for a, b in zip(self.base(self.race), scores, strict=False)]
+        batches = self.race[: -(-len(scores) // self.pool.batch_size)]
+        return [a - b for a, b in zip(self.base(batches), scores, strict=True)]
 
     def _predict(self, point: Point, batches: range) -> list[float]:
         with pumer.reduced(self.model, point.reducer):

@@ -121,6 +121,8 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
         "tome": sorted(set(_tome_steps(model, fixed["depth"]) if grid.tome is None else grid.tome)),
     }
     empty = [name for name, values in axes.items() if not values]
+    if not all(axes["layers"]):
+        raise ValueError("a list of layers in the grid is empty: name the layers that reduce, for example [[1, 3]]")
     if empty:
         raise ValueError(f"the grid has no values for {', '.join(empty)}: give one or more")
     points, impossible = [], {}
