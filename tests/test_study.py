@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 from hypothesis import given
@@ -26,7 +28,7 @@ from pumer.data.text import train_tokenizer
 from pumer.data.transforms import save_transform
 from pumer.report import last_forward_parts
 from pumer.study import read_study, run
-from pumer.study.curves import at, difference, half_width, pareto, place, seed_variance, settings_of
+from pumer.study.curves import at, difference, half_width, pareto, place, seed_spread, settings_of
 from pumer.study.measure import Subject, _tokens, cost, macs, read_subject
 from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, read_rows, unpack_scores
 from pumer.study.tables import markdown
@@ -153,8 +155,24 @@ def test_a_method_changes_the_training(study):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": [{"name": "a"}]}, "a method has name"),
-        ({"methods": [{"name": "a", "reducer": "tome", "points": [], "grid": {}}]}, "not both"),
+        ({"methods": [{"name": "a"}]}, "reducer"),
+        ({"methods": [{"name": "a", "reducer": "tome", "points": [{"r": 1}], "grid": {"r": [1]}}]}, "not both"),
+        ({"methods": [{"name": "a", "reducer": "tome", "colour": 1}]}, "colour"),
+        (
+            {"methods": [{"name": "a", "reducer": "tome", "points": []}]},
+            "a: points, or the values of a grid, are empty",
+        ),
+        ({"methods": [{"name": "a", "reducer": "tome", "grid": {"r": []}}]}, "are empty"),
+        ({"methods": [{"name": "a", "reducer": "tome", "grid": {"r": 3}}]}, "methods.*list.*Got value: 3"),
+        ({"methods": [{"name": "a", "reducer": "tome", "grid": {"score": "qk"}}]}, "methods.*list.*Got value: qk"),
+        ({"methods": [{"name": "a", "reducer": "tome", "points": {}}]}, "methods.*list"),
+        ({"methods": [{"name": "a", "reducer": 3}]}, "methods.*Given value: 3"),
+        ({"methods": ["tome"]}, "methods.*dict.*Got value: tome"),
+        ({"methods": None}, "methods"),
+        ({"seeds": 1}, "seeds.*Got value: 1"),
+        ({"examples": "all"}, "examples.*Given value: all"),
+        ({"train": "scenes-pumer"}, "train.*dict.*scenes-pumer"),
+        ({"baseline": []}, "baseline"),
         ({"methods": [{"name": "unreduced", "reducer": "tome"}]}, "names of their own"),
         ({"reference": "nothing"}, "none of the methods"),
         ({"seeds": [1, 2]}, "a seed changes nothing"),
@@ -164,8 +182,20 @@ def test_a_method_changes_the_training(study):
     ],
 )
 def test_a_bad_study_is_refused(study, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         study(**changes)
+
+
+def test_sizes_that_are_none_are_named(study):
+    points = [{"image_size": size} for size in (3, "big", 0)]
+    one = study(methods=[{"name": "smaller", "reducer": "none", "points": points}])
+    wrong = one.candidates()[1]
+    assert [text.partition(": ")[2] for text in wrong] == [
+        "image_size is a number of pixels, not 'big'",
+        "image_size is a number of pixels, not 0",
+    ]
+    with pytest.raises(ValueError, match=r"(?s)3 impossible settings.*smaller, image_size 3: "):  # less than a patch
+        run(one, "out", only="plan")
 
 
 def test_bad_trainings_and_equal_points_are_refused(study):
@@ -181,6 +211,15 @@ def test_bad_trainings_and_equal_points_are_refused(study):
 # --- results ---
 
 
+def number_row(line, accuracy):
+    """A line of the results with another accuracy."""
+    values = next(csv.reader([line]))
+    values[COLUMNS.index("accuracy")] = accuracy
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerow(values)
+    return out.getvalue()
+
+
 def made(method, x, scores, seed=1, label="", macs=1.0):
     """A row of the results and one of the speeds."""
     row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(FIGURES, 1.0)
@@ -193,7 +232,7 @@ def made(method, x, scores, seed=1, label="", macs=1.0):
         "image_spread": 0.0,
         "scores": pack_scores(scores, range(len(scores))),
     }
-    speed = dict.fromkeys(SPEED_FIGURES, x) | {"setting": name, "overhead": 0.1}
+    speed = dict.fromkeys(SPEED_FIGURES, x) | {"setting": name, "overhead": 0.1, "runs": "9"}
     return row, speed | {
         name: row[name] for name in ("date", "cpu", "cores", "threads", "gpu", "torch", "transformers")
     }
@@ -227,13 +266,54 @@ def test_seeds_widen_the_interval():
     accuracies = (0.5, 0.6, 0.7)
     rows = [made("a", 1, [1] * round(10 * p) + [0] * round(10 * (1 - p)), seed)[0] for seed, p in enumerate(accuracies)]
     (setting,) = settings_of(rows)
-    variance = seed_variance([setting])
-    assert variance == pytest.approx(np.var([50, 60, 70], ddof=1))
+    spread = seed_spread([setting])
+    assert spread.variance == pytest.approx(np.var([50, 60, 70], ddof=1))
+    assert spread.freedom == 2
     assert setting.accuracy == pytest.approx(60)
-    assert half_width(setting, variance) ** 2 == pytest.approx(half_width(setting, None) ** 2 + 1.96**2 * 100 / 3)
-    assert seed_variance(settings_of(rows[:1])) is None
+    drawn = (half_width(setting, None) / 2.262) ** 2  # the quantile of Student's t for nine degrees of freedom
+    known = (drawn + 100 / 3) ** 2 / (drawn**2 / 9 + (100 / 3) ** 2 / 2)
+    quantile = scipy.stats.t.ppf(0.975, known)
+    assert half_width(setting, spread) == pytest.approx(quantile * np.sqrt(drawn + 100 / 3), rel=1e-3)
+    assert seed_spread(settings_of(rows[:1])) is None
     untrained = settings_of([rows[0] | {"training": ""}])[0]
-    assert half_width(untrained, variance) == half_width(untrained, None)
+    assert half_width(untrained, spread) == half_width(untrained, None)
+
+
+@pytest.mark.parametrize(("settings", "seeds"), [(2, 2), (3, 2), (2, 3), (10, 3)])
+def test_intervals_hold_with_few_seeds(settings, seeds):
+    """95 of 100 of them have the truth, where all that is left to chance is the seed."""
+    rng, held = np.random.default_rng(0), 0
+    made_rows = [[made("a", number, [0.5] * 4, seed)[0] for seed in range(seeds)] for number in range(settings)]
+    for _ in range(2000):
+        accuracies = 50 + 5 * rng.standard_normal((settings, seeds))
+        rows = [
+            row | {"accuracy": accuracy}
+            for group, drawn in zip(made_rows, accuracies, strict=True)
+            for row, accuracy in zip(group, drawn, strict=True)
+        ]
+        found = settings_of(rows)
+        held += abs(accuracies[0].mean() - 50) <= half_width(found[0], seed_spread(found))
+    assert 0.935 < held / 2000 < 0.965
+
+
+def test_a_speed_that_is_not_known_well_widens_the_interval():
+    """A slope of 40 points per unit of speed, a median that is off by 0.1: another four points."""
+    pairs = [made("a", x, [1] * n + [0] * (1000 - n)) for x, n in ((1.0, 900), (2.0, 500))]
+    speeds = [speed | {"x_low": x - 0.2, "x_high": x + 0.2} for (_, speed), x in zip(pairs, (1.0, 2.0), strict=True)]
+    curve = settings_of([row for row, _ in pairs], speeds)
+    error = curve[0].speed_up_error
+    medians = [np.median(draw) for draw in np.random.default_rng(0).normal(0, 0.4 / 1.683, (20000, 9))]
+    assert error == pytest.approx(np.std(medians), rel=0.05)
+    for where, share in ((1.0, 1.0), (1.5, 0.5), (2.0, 1.0)):
+        exact, known = (
+            place(curve, lambda setting: setting.speed_up, where, axis)
+            for axis in (None, lambda setting: setting.speed_up_error)
+        )
+        parts = 2 if where == 1.5 else 1
+        assert exact.placing == 0
+        assert known.placing == pytest.approx((40 * error * share) ** 2 * parts)
+        apart = [difference(one, at(curve[0]), None).half_width for one in (exact, known)]
+        assert apart[1] == pytest.approx(np.hypot(apart[0], 1.96 * np.sqrt(known.placing)), rel=0.01)
 
 
 def test_a_curve_is_straight_between_its_settings_and_nothing_beyond():
@@ -266,6 +346,9 @@ def test_the_tables_say_where_the_reference_is_not_above():
     assert "PuMer against ToMe: below at 1.3x, 1.4x, 1.5x; above at 1.6x, 1.7x, 1.8x." in text
     assert "**-1.5 ± " in text
     assert "less single" not in text
+    assert "; trained, seeds 1; " in text
+    mixed = [row | {"training": "" if row["method"] == "single" else "{}"} for row, _ in pairs]
+    assert "; trained but for single, seeds 1; " in markdown(mixed, [])
     assert "| Δ unreduced | Δ single | examples/s |" in text  # settings that stand for a method, which a curve has not
     assert "| 1.80 (1.80 - 1.80) | 2.00 |" in text  # with and without a tenth of overhead
     assert text.count("## PuMer at the same") == 2
@@ -286,6 +369,12 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     assert file.read_text() != good  # somebody else may be writing that row
     run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
     assert file.read_text() == good
+    file.write_text(good[:-1])  # an editor left the end of the line out
+    assert len(read_rows(file, "tiny", points)) == 2
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    assert file.read_text() == good
+    file.write_text(good.replace("\n", "\n\n"))
+    assert len(read_rows(file, "tiny", points)) == 2
     table = (tmp_path / "out" / "tiny.md").read_text()
     heading, *rows = good.splitlines(keepends=True)
     file.write_text("".join([heading, *reversed(rows)]))  # finished in another order
@@ -296,10 +385,35 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
         (good.replace(",PuMer,", ",other,"), "is called 'PuMer' in the study"),
         (good + good.splitlines()[1] + "\n", "line 4, repeats"),
         (good.replace("accuracy_low", "lowest"), "other columns"),
+        (good + "a,b\n", "line 4, has 2 columns, not"),
+        (good[:-1] + ",more\n", "line 3, has .* columns, not"),
+        (heading + number_row(rows[0], "n/a") + rows[1], "line 2: accuracy is 'n/a', which is no number"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+
+
+def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
+    said = []
+    one, places = study(), {"scratch": tmp_path / "runs", "say": said.append}
+    run(one, tmp_path / "out", **places)
+    speeds = tmp_path / "out" / "tiny-speed.csv"
+    speeds.unlink()
+    monkeypatch.setattr(study_run, "_by_weights", lambda point: point.method == "PuMer")
+    run(one, tmp_path / "out", **places, only="plan")
+    run(one, tmp_path / "out", **places)
+    assert any(text.startswith("not timed: PuMer, seed 1. ") for text in said)
+    assert [row["method"] for row in csv.DictReader(speeds.open())] == ["unreduced"]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "scipy"])
+def test_what_the_tables_need_is_asked_for_at_the_start(study, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=f"needs {missing}: pip install 'pumer.study.'"):
+        run(study(), tmp_path / "out", scratch=tmp_path / "runs")
+    assert not (tmp_path / "out").exists()
 
 
 # --- measuring ---
@@ -347,7 +461,7 @@ def test_what_was_trained_blind_is_scored_blind(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "append", lambda *_: None)
     monkeypatch.setattr(study_run, "row", lambda *_: {})
     one = study(train=TRAIN, methods=[{"name": "blind", "reducer": PUMER, "train": {"blind": "text"}}], processes=1)
-    work = study_run._Work(one, tmp_path / "a", tmp_path / "b", tmp_path / "runs", False, lambda text: None)
+    work = study_run._Work(one, tmp_path / "a", tmp_path / "b", tmp_path / "runs", False, "cpu", lambda text: None)
     monkeypatch.setattr(work, "_model", lambda point: Path(one.model))
     for point in work.left:
         with locked(work.folder / point.id) as lock:

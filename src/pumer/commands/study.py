@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 
+from pumer.bench.run import Device
 from pumer.study import read_study, run
 from pumer.study.run import Only
 
@@ -15,6 +17,7 @@ def study_(
     skip_impossible: bool = False,
     keep_models: bool = False,
     only: Only = None,
+    device: Device = "auto",
 ) -> None:
     """Compare methods at many settings: train and score every point, then write tables and draw plots.
 
@@ -29,6 +32,7 @@ def study_(
         keep_models: keep the models of finished points in `scratch`.
         only: "plan" says which points there are, what they cost and how long they will take; "scores" leaves the timing
             for when nothing else runs on the machine; "plots" writes tables and plots of the rows there are.
+        device: that points are scored and timed on, in float32; "auto" takes a CUDA device if there is one.
     """
     console = Console()
     run(
@@ -38,5 +42,6 @@ def study_(
         skip_impossible=skip_impossible,
         keep_models=keep_models,
         only=only,
+        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
         say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
     )

@@ -4,6 +4,7 @@ Every point of a study is scored on the same examples, so that two of them are c
 is usually a picture), which tells far smaller differences than the intervals of either. Two things are left to chance:
 which examples were drawn, and which seed trained. Both are in every interval: the first by the cluster-robust variance
 of the mean (Liang and Zeger, 1986), the second by the variance over the seeds of a setting, pooled over the study.
+Where methods are compared at a speed that was measured, so is how well the speeds are known.
 """
 
 from __future__ import annotations
@@ -20,7 +21,21 @@ from pumer.study.results import unpack_scores
 
 Axis = Callable[["Setting"], float | None]
 """A number of a setting, None where it is not known."""
-_95 = 1.96
+_MEDIAN = 0.745
+"""Standard error of the median of normal values, by their 20th to 80th percentile over the root of their number."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the accuracy over trainings with other seeds.
+
+    Args:
+        variance: in squared points, of one training.
+        freedom: degrees of freedom that this is known by.
+    """
+
+    variance: float
+    freedom: int
 
 
 @dataclass(frozen=True)
@@ -57,9 +72,16 @@ class Setting:
         """Against unreduced, measured; None if it was not."""
         return None if self.speed is None else float(self.speed["x_unreduced"])
 
-    def training_variance(self, seed_variance: float) -> float:
-        """Of its accuracy, from the seeds; `seed_variance` is that of one training."""
-        return seed_variance / len(self.rows) if self.rows[0]["training"] else 0.0
+    @property
+    def speed_up_error(self) -> float:
+        """Standard error of that median over the rounds, which are taken for normal."""
+        if self.speed is None:
+            return 0.0
+        return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(int(self.speed["runs"]))
+
+    def training_variance(self, seeds: Spread | None) -> float:
+        """Of its accuracy in squared points, from the seeds."""
+        return seeds.variance / len(self.rows) if seeds and self.rows[0]["training"] else 0.0
 
     @property
     def flops_ratio(self) -> float:
@@ -87,18 +109,24 @@ class Difference:
 
 @dataclass(frozen=True)
 class Mix:
-    """A place on a curve: settings and their weights, which sum to one."""
+    """A place on a curve.
+
+    Args:
+        parts: settings and their weights, which sum to one.
+        placing: variance of its accuracy in squared points, because it is not known exactly where the settings lie.
+    """
 
     parts: tuple[tuple[Setting, float], ...]
+    placing: float = 0.0
 
     @property
     def scores(self) -> np.ndarray:
         """Sum of the scores of every cluster."""
         return np.sum([weight * setting.scores for setting, weight in self.parts], axis=0)
 
-    def training_variance(self, seed_variance: float) -> float:
-        """Of the accuracy, from the seeds; `seed_variance` is that of one training."""
-        return sum(weight**2 * setting.training_variance(seed_variance) for setting, weight in self.parts)
+    def training_variance(self, seeds: Spread | None) -> float:
+        """Of the accuracy in squared points, from the seeds."""
+        return sum(weight**2 * setting.training_variance(seeds) for setting, weight in self.parts)
 
 
 def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()) -> list[Setting]:
@@ -115,24 +143,25 @@ def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]]
     return made
 
 
-def seed_variance(settings: Iterable[Setting]) -> float | None:
-    """Variance of the accuracy over trainings with other seeds, in squared points; None if all have one seed alone."""
+def seed_spread(settings: Iterable[Setting]) -> Spread | None:
+    """Of all settings together; None if all have one seed alone."""
     groups = [[row["accuracy"] for row in setting.rows] for setting in settings]
     freedom = sum(len(group) - 1 for group in groups)
-    return sum(float(np.var(group)) * len(group) for group in groups) / freedom if freedom else None
+    return Spread(sum(float(np.var(group)) * len(group) for group in groups) / freedom, freedom) if freedom else None
 
 
-def half_width(setting: Setting, variance: float | None) -> float:
-    """Half of the 95 % interval of a setting's accuracy, in points; `variance` is that of the seeds."""
-    return _half_width(setting.scores, setting.counts, setting.training_variance(variance or 0.0))
+def half_width(setting: Setting, seeds: Spread | None) -> float:
+    """Half of the 95 % interval of a setting's accuracy, in points."""
+    return _half_width(setting.scores, setting.counts, setting.training_variance(seeds), seeds)
 
 
-def difference(one: Mix, other: Mix, variance: float | None) -> Difference:
+def difference(one: Mix, other: Mix, seeds: Spread | None) -> Difference:
     """Accuracy of one place on a curve less that of another, in points."""
     counts = one.parts[0][0].counts
     apart = one.scores - other.scores
-    trained = sum(mix.training_variance(variance or 0.0) for mix in (one, other))
-    return Difference(float(100 * apart.sum() / counts.sum()), _half_width(apart, counts, trained))
+    trained = sum(mix.training_variance(seeds) for mix in (one, other))
+    half = _half_width(apart, counts, trained, seeds, one.placing + other.placing)
+    return Difference(float(100 * apart.sum() / counts.sum()), half)
 
 
 def at(setting: Setting) -> Mix:
@@ -140,14 +169,20 @@ def at(setting: Setting) -> Mix:
     return Mix(((setting, 1.0),))
 
 
-def place(curve: Sequence[Setting], axis: Axis, where: float) -> Mix | None:
-    """The place on a curve where `axis` has a value, between the two settings next to it; None beyond its ends."""
+def place(curve: Sequence[Setting], axis: Axis, where: float, error: Axis | None = None) -> Mix | None:
+    """The place on a curve where `axis` has a value, between the two settings next to it; None beyond its ends.
+
+    `error` is the standard error of a setting's value.
+    """
     known = [(value, setting) for setting in curve if (value := axis(setting)) is not None]
     ordered = sorted(known, key=lambda pair: pair[0])
     for (low, left), (high, right) in pairwise(ordered):
         if low <= where <= high and low < high:
             share = (where - low) / (high - low)
-            return Mix(((left, 1 - share), (right, share)))
+            slope = (right.accuracy - left.accuracy) / (high - low)
+            errors = [(error(setting) if error else None) or 0.0 for setting in (left, right)]
+            placing = slope**2 * (((1 - share) * errors[0]) ** 2 + (share * errors[1]) ** 2)
+            return Mix(((left, 1 - share), (right, share)), placing)
     return None
 
 
@@ -160,9 +195,24 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _half_width(scores: np.ndarray, counts: np.ndarray, training: float) -> float:
-    """Of the 95 % interval of a mean score, in points; `training` is a variance in squared points that is added."""
+def _half_width(
+    scores: np.ndarray, counts: np.ndarray, training: float, seeds: Spread | None, placing: float = 0.0
+) -> float:
+    """Of the 95 % interval of a mean score, in points.
+
+    Args:
+        scores: sum of every cluster.
+        counts: examples of every cluster.
+        training: variance in squared points, from the seeds.
+        seeds: whose degrees of freedom that has.
+        placing: another variance in squared points.
+    """
+    from scipy.special import stdtrit  # the quantile of Student's t
+
     total, clusters = counts.sum(), len(counts)
     residual = scores - scores.sum() / total * counts
-    drawn = float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
-    return _95 * math.sqrt(100**2 * drawn + training)
+    drawn = 100**2 * float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
+    whole = drawn + training + placing
+    # Degrees of freedom of a sum of variances (Welch, 1947; Satterthwaite, 1946).
+    known = drawn**2 / max(clusters - 1, 1) + (training**2 / seeds.freedom if seeds else 0.0)
+    return float(stdtrit(whole**2 / known if known else math.inf, 0.975)) * math.sqrt(whole)

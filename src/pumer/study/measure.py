@@ -50,12 +50,17 @@ class Subject:
     collator: Collator
     batches: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
     def on(self, examples: Sequence[Example], batch_size: int) -> Subject:
         """The same, timed on these examples."""
         batches = []
         for start in range(0, len(examples), batch_size):
             batch = self.collator(examples[start : start + batch_size])
-            inputs = paired(self.model, model_inputs(batch), batch.get("texts_per_image", 1))
+            inputs = paired(self.model, model_inputs(batch, self.device), batch.get("texts_per_image", 1))
             # Of a model that writes the way to the first token of the answer is measured.
             batches.append(inputs | {"logits_to_keep": 1} if writes(self.model) else inputs)
         return replace(self, batches=tuple(batches))
@@ -68,7 +73,11 @@ class Subject:
 
 
 def read_subject(
-    folder: str, task: dict[str, Any], reducer: dict[str, Any] | None = None, image_size: int | None = None
+    folder: str,
+    task: dict[str, Any],
+    reducer: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> Subject:
     """A saved model and what it needs for a task.
 
@@ -77,13 +86,15 @@ def read_subject(
         task: `name` and settings.
         reducer: name and settings; the one that the model was saved with if not given.
         image_size: side of the pictures in pixels; the one that the model was saved with if not given.
+        device: for the model, which is in float32 on any.
 
     Raises:
         ValueError: for a reducer that does not fit the model.
     """
     path = model_folder(folder)
     # Shipped in half precision, which CPUs are slow at.
-    model = load_stock(str(path), torch.float32) if is_stock(str(path)) else load(path, torch.float32)
+    read = load_stock if is_stock(str(path)) else load
+    model = read(str(path), torch.float32, device)
     patch = pumer.active(model)
     saved = pumer.Unreduced() if patch is None else patch.reducer
     pumer.apply(model, saved if reducer is None else from_dict(reducer))
@@ -139,7 +150,7 @@ def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
         count: examples in the batches of either.
         runs: timed ones.
     """
-    times = alternate({"base": base.run, "one": one.run}, runs)
+    times = alternate({"base": base.run, "one": one.run}, runs, device=one.device)
     mine = times["one"]
     gains = [slow / fast for slow, fast in zip(times["base"].seconds, mine.seconds, strict=True)]
     return {
@@ -156,8 +167,8 @@ def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
 
 def _overhead(one: Subject) -> float:
     """Share of the time that choosing and reducing takes, in the layers of encoders and around those of decoders."""
-    share = overhead_share(one.model, one.run, runs=3)
-    return share + prefill_shares(one.model, one.run).selection if writes(one.model) else share
+    share = overhead_share(one.model, one.run, one.device, runs=3)
+    return share + prefill_shares(one.model, one.run, one.device).selection if writes(one.model) else share
 
 
 def _peak(one: Subject) -> int:
@@ -167,7 +178,7 @@ def _peak(one: Subject) -> int:
         with torch.inference_mode():
             return one.model(**one.batches[0])
 
-    return peak_activations(call)
+    return peak_activations(call, one.device)
 
 
 def macs(one: Subject, count: int) -> tuple[int, int]:
@@ -209,7 +220,7 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
     layers = [torch.cat(counts[layer]).double() for layer in range(EMBEDDINGS, depth)]
     mean = torch.stack([layer.mean(0) for layer in layers])
     spread = torch.stack([layer.std(0, correction=0) for layer in layers])
-    return mean.numpy(), spread.numpy()
+    return mean.cpu().numpy(), spread.cpu().numpy()
 
 
 def _entry(model: Any, batch: dict[str, Any], number: int) -> Tensor:

@@ -8,7 +8,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer.hub.files import digest, fingerprint
 from pumer.presets import model_folder, read_reducer
@@ -49,6 +51,22 @@ class Point:
         return ", ".join(filter(None, (self.method, self.label))) + f", seed {self.seed}"
 
 
+class Method(TypedDict):
+    """What a study's file says of a method; see `Study`."""
+
+    name: str
+    reducer: str | dict[str, Any]
+    points: NotRequired[list[dict[str, Any]]]
+    grid: NotRequired[dict[str, list[Any]]]
+    train: NotRequired[dict[str, Any] | bool]
+
+
+class Baseline(TypedDict, total=False):
+    """What a study's file says of the unreduced model."""
+
+    train: dict[str, Any] | bool
+
+
 @dataclass(frozen=True)
 class Study:
     """Which methods are compared, on what.
@@ -75,11 +93,11 @@ class Study:
     name: str
     model: str
     task: dict[str, Any]
-    methods: tuple[dict[str, Any], ...]
+    methods: tuple[Method, ...]
     split: str = "test"
     examples: int | None = None
     train: dict[str, Any] | None = None
-    baseline: dict[str, Any] = field(default_factory=dict)
+    baseline: Baseline = field(default_factory=Baseline)
     reference: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1,)
     processes: int = 2
@@ -95,6 +113,9 @@ class Study:
                 raise ValueError(f"a method has name, reducer, points or grid, train; not {', '.join(method)}")
             if "points" in method and "grid" in method:
                 raise ValueError(f"{method['name']}: give points or grid, not both")
+            values = (method[name] for name in ("points", "grid") if name in method)
+            if not all(values) or not all(method.get("grid", {}).values()):
+                raise ValueError(f"{method['name']}: points, or the values of a grid, are empty")
         if len(set(names)) < len(names):
             raise ValueError(f"methods have names of their own, and none is called {BASELINE}: {', '.join(names[1:])}")
         for reference in self.reference:
@@ -209,11 +230,17 @@ def read_study(file: str | Path) -> Study:
             f"{file}: a study has {', '.join(sorted(known))}; "
             f"missing {sorted(missing) or 'none'}, unknown {sorted(set(settings) - known) or 'none'}"
         )
+    if isinstance(settings["task"], str):
+        settings["task"] = {"name": settings["task"]}
     if isinstance(settings.get("reference"), str):
         settings["reference"] = [settings["reference"]]
-    lists = {name: tuple(settings[name]) for name in ("methods", "seeds", "reference") if name in settings}
-    task = settings["task"]
-    return Study(**settings | lists | {"task": {"name": task} if isinstance(task, str) else task})
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study)
+    try:
+        checked = parser.parse_object(settings)
+    except ArgumentError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix('Parser key ')}") from error
+    return Study(**checked.as_dict())
 
 
 def _check_once(points: Iterable[Point]) -> None:
@@ -243,6 +270,8 @@ def _reducer(method: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[dict
     given = method["reducer"]
     settings = _merged(given if isinstance(given, Mapping) else to_dict(read_reducer(given)), change)
     image_size = settings.pop("image_size", None)
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size is a number of pixels, not {image_size!r}")
     plain: dict[str, Any] = json.loads(json.dumps(to_dict(read_reducer(settings))))
     return plain, image_size
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pumer.bench.records import environment
 from pumer.study.points import Point, Study
+from pumer.tasks.base import replacing
 
 FIGURES = (
     "accuracy",
@@ -84,7 +85,9 @@ the forward that goes into reducing.
 """
 
 
-def row(study: Study, point: Point, columns: Sequence[str], measured: Mapping[str, Any]) -> dict[str, Any]:
+def row(
+    study: Study, point: Point, columns: Sequence[str], measured: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
     """The row of a point for `records.append`, with the machine; `measured` are the columns not known beforehand."""
     known = {
         "id": point.id,
@@ -100,7 +103,7 @@ def row(study: Study, point: Point, columns: Sequence[str], measured: Mapping[st
         "training": "" if point.recipe is None else json.dumps(_training(point.recipe)),
         "seed": point.seed,
         "batch_size": study.batch_size,
-        **environment(),
+        **environment(device),
         **measured,
     }
     return {name: known[name] for name in columns}
@@ -131,8 +134,22 @@ def read_speeds(path: str | Path, study: str, points: Iterable[Point] | None = N
 
 def drop_unfinished(path: Path) -> None:
     """Take a last row that a kill cut off out of a file that nobody writes to: its point was not finished."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    finished = _finished(text)
+    if finished and not finished.endswith("\n"):
+        finished += "\n"
+    if finished != text:
+        with replacing(path) as file:
+            file.write(finished)
+
+
+def _finished(text: str) -> str:
+    """A results file without a last row that ends too early; one that lacks nothing but the end of its line counts."""
+    end = text.rfind("\n") + 1
+    columns, last = (len(next(csv.reader([line]), [])) for line in (text.partition("\n")[0], text[end:]))
+    return text if end and last == columns else text[:end]
 
 
 def _read(
@@ -141,17 +158,22 @@ def _read(
     """Rows that are known by their first column; `names` are the methods by what may stand there."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    lines = list(csv.reader(_finished(path.read_text(encoding="utf-8")).splitlines()))
     if not lines:
         return []
     if lines[0] != list(columns):
         other = sorted(set(lines[0]) ^ set(columns)) or ["their order"]
         raise ValueError(f"{path} has other columns (differing in {', '.join(other)}): name another folder")
-    rows = [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+    rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for number, found in enumerate(rows, start=2):
-        key, line = found[columns[0]], f"{path}, line {number}"
+    for number, values in enumerate(lines[1:], start=2):
+        if not values:
+            continue
+        line = f"{path}, line {number}"
+        if len(values) != len(columns):
+            raise ValueError(f"{line}, has {len(values)} columns, not {len(columns)}: take the line out")
+        found = dict(zip(columns, values, strict=True))
+        key = found[columns[0]]
         if found["study"] != study or (names is not None and key not in names):
             raise ValueError(
                 f"{line}, is no point of the study {study}: {found['study']}, {found['method']} {found['label']}. "
@@ -164,7 +186,8 @@ def _read(
         if key in seen:
             raise ValueError(f"{line}, repeats a point: take one of the two lines out")
         seen.add(key)
-    return [found | {name: _number(found[name]) for name in figures} for found in rows]
+        rows.append(found | {name: _number(found[name], f"{line}: {name}") for name in figures})
+    return rows
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
@@ -192,5 +215,8 @@ def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(text: str) -> float | None:
-    return float(text) if text else None
+def _number(text: str, place: str) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"{place} is {text!r}, which is no number: mend the line, or take it out") from None

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pumer.bench.records import append
@@ -44,13 +45,14 @@ def run(
     skip_impossible: bool = False,
     keep_models: bool = False,
     only: Only = None,
+    device: str = "cpu",
     say: Say = print,
 ) -> None:
     """Train and score the points of a study that have no row yet, time its settings, write tables, draw plots.
 
     It may be killed at any moment: started again, it goes on with the training it was at. Started several times, the
     processes share the points. Speeds are taken after all trainings, in one process, or later, on a quieter machine:
-    `only` "scores" leaves them out; to take them anew, delete their file.
+    `only` "scores" leaves them out; to take some anew, take their rows out.
 
     Args:
         study: what is compared.
@@ -59,15 +61,22 @@ def run(
         skip_impossible: leave settings out that the model cannot have, instead of refusing the study.
         keep_models: keep the models of finished points.
         only: see `Only`.
+        device: that points are scored and timed on, in float32; a training takes a CUDA device if there is one.
         say: is told what happens.
 
     Raises:
-        ValueError: for impossible settings, foreign rows, and trainings that fail; the first two before anything runs.
+        ValueError: for impossible settings, foreign rows, and trainings that fail, the first two before anything runs;
+            and without matplotlib or scipy.
     """
+    try:
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"pumer study needs {error.name}: pip install 'pumer[study]'") from None
     out = Path(out)
     results, speeds = out / f"{study.name}.csv", out / f"{study.name}-speed.csv"
     if only != "plots":
-        work = _Work(study, results, speeds, Path(scratch) / f"study-{study.name}", skip_impossible, say)
+        work = _Work(study, results, speeds, Path(scratch) / f"study-{study.name}", skip_impossible, device, say)
         if only == "plan":
             say(work.plan())
             return
@@ -90,12 +99,19 @@ class _Work:
     """What a study still has to do; all that can be wrong with it shows when it is made."""
 
     def __init__(
-        self, study: Study, results: Path, speeds: Path, folder: Path, skip_impossible: bool, say: Say
+        self,
+        study: Study,
+        results: Path,
+        speeds: Path,
+        folder: Path,
+        skip_impossible: bool,
+        device: str,
+        say: Say,
     ) -> None:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
-        self.say = say
+        self.device, self.say = torch.device(device), say
         points, wrong = study.candidates()
-        base = read_subject(study.model, study.task, to_dict(Unreduced()))
+        base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
         self.timed = self.examples[: study.timed]
         self.base = base.on(self.timed, study.batch_size)
@@ -118,13 +134,11 @@ class _Work:
         taken = {found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)}
         self.left = [point for point in self.points if point.id not in done]
         settings = {point.setting: point for point in reversed(self.points)}  # with the first seed
-        self.untimed = [settings[name] for name in self.macs if name not in taken]
-        for point in self.untimed:
-            if point.id in done and _by_weights(point) and not self._model(point).is_dir():
-                raise ValueError(
-                    f"the speed of {point} is that of its weights, which are gone: take its line out of "
-                    f"{self.results} too"
-                )
+        untimed = [settings[name] for name in self.macs if name not in taken]
+        self.gone = [
+            point for point in untimed if point.id in done and _by_weights(point) and not self._model(point).is_dir()
+        ]
+        self.untimed = [point for point in untimed if point not in self.gone]
         return rows
 
     def plan(self) -> str:
@@ -162,17 +176,17 @@ class _Work:
             train_point(recipe, self.folder / point.id, study.processes, lock)
         trained = time.perf_counter() - start
         if point.recipe is not None:
-            one = read_subject(str(self._model(point)), study.task)
+            one = read_subject(str(self._model(point)), study.task, device=self.device)
             one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
         else:
-            one = read_subject(study.model, study.task, point.reducer, point.image_size)
+            one = read_subject(study.model, study.task, point.reducer, point.image_size, self.device)
         one = one.on(self.timed, study.batch_size)
         measured = score(one, self.examples, study.batch_size) | cost(one, self.base, len(self.timed))
         measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
         measured["seconds"] = round(time.perf_counter() - start, 1)
         with locked(self.folder, wait=math.inf):
             drop_unfinished(self.results)
-            append(self.results, [row(study, point, COLUMNS, measured)])
+            append(self.results, [row(study, point, COLUMNS, measured, self.device)])
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -188,15 +202,20 @@ class _Work:
             self.look()  # again: another process may have timed them meanwhile
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
-                    one = read_subject(str(self._model(point)), study.task)
+                    one = read_subject(str(self._model(point)), study.task, device=self.device)
                 else:
-                    one = read_subject(study.model, study.task, point.reducer, point.image_size)
+                    one = read_subject(study.model, study.task, point.reducer, point.image_size, self.device)
                 one = one.on(self.timed, study.batch_size)
                 measured = speed(one, self.base, len(self.timed), study.runs)
-                append(self.speeds, [row(study, point, SPEED_COLUMNS, measured)])
+                append(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
             if not keep_models:
                 for name in ("teacher", *(point.id for point in self.points)):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
+            if self.gone:
+                self.say(
+                    f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of their weights, which are "
+                    f"gone. To train them again take their lines out of {self.results}; keep_models keeps the weights"
+                )
 
     def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe, with one place for all points where the teacher's logits can be kept."""
@@ -252,7 +271,7 @@ def _try(study: Study, points: Sequence[Point], examples: Sequence[Example], wro
         try:
             one = read_subject(study.model, study.task, point.reducer, point.image_size)
             costs[point.setting], _ = macs(one.on(examples, len(examples)), len(examples))
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             wrong.append(f"{point.method}, {point.label}: {error}")
     return costs
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pumer.study.curves import Axis, Difference, Setting, at, difference, half_width, place, seed_variance, settings_of
+from pumer.study.curves import Axis, Difference, Setting, at, difference, half_width, place, seed_spread, settings_of
 from pumer.study.points import BASELINE
 
 MATCHED_FROM, MATCHED_STEP = 1.3, 0.1
 _NOTES = """\
 * Accuracy: in percent, mean over the seeds, with its 95 % interval. Δ: in points, of the same examples, which makes
   its interval narrower than those of the two accuracies. Intervals cover the choice of examples and, where there are
-  several seeds, that of the seed.
+  several seeds, that of the seed; at the same measured speed-up, also how well the speeds are known.
 * x unreduced: how many times the speed of the unreduced model with the same fused attention, the two taking turns in
   one process; median of the rounds, and from the 20th to the 80th percentile. What the unreduced model is off 1
   against itself is the noise of the machine. "Without overhead" leaves out the time of choosing and reducing.
@@ -39,12 +39,11 @@ def markdown(
     """
     settings = settings_of(rows, speeds)
     first = rows[0]
-    seeds = sorted({int(row["seed"]) for row in rows})
     lines = [
         f"# {first['study']}",
         "",
         f"Model {first['model']}, task `{first['task']}`, {first['examples']} examples of {first['split']}; "
-        f"{'trained' if first['training'] else 'nothing trained'}, seeds {', '.join(map(str, seeds))}; "
+        f"{_training(rows)}, seeds {', '.join(map(str, sorted({int(row['seed']) for row in rows})))}; "
         f"batches of {first['batch_size']}.",
         f"Results: {_machines(rows)}. Speeds: {_machines(speeds)}.",
         "",
@@ -53,17 +52,19 @@ def markdown(
         _NOTES,
     ]
     for reference in references:
-        for title, axis in (("measured speed-up", _speed_up), ("FLOPs ratio", _flops_ratio)):
-            lines += matched(settings, reference, title, axis)
+        lines += matched(settings, reference, "measured speed-up", _speed_up, _speed_up_error)
+        lines += matched(settings, reference, "FLOPs ratio", _flops_ratio)
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def matched(settings: Sequence[Setting], reference: str, title: str, axis: Axis) -> list[str]:
+def matched(
+    settings: Sequence[Setting], reference: str, title: str, axis: Axis, error: Axis | None = None
+) -> list[str]:
     """Accuracy of the reference less that of every other method where `axis` is the same for both, as lines.
 
-    Between two settings of a method a curve is straight; beyond its ends there is none. Nothing where there are no two
-    curves.
+    `error` is the standard error of a setting's value. Between two settings of a method a curve is straight; beyond its
+    ends there is none. Nothing where there are no two curves.
     """
     curves: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -71,21 +72,21 @@ def matched(settings: Sequence[Setting], reference: str, title: str, axis: Axis)
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if reference not in curves or len(curves) < 2:
         return []
-    variance = seed_variance(settings)
+    seeds = seed_spread(settings)
     rivals = [name for name in curves if name != reference]
     longest = max(axis(setting) or 0.0 for setting in curves[reference])
     table = [["", f"{reference}, accuracy", *(f"less {name}" for name in rivals)]]
     verdicts: dict[str, dict[str, list[str]]] = {name: {"below": [], "no telling": [], "above": []} for name in rivals}
     for step in range(int((longest - MATCHED_FROM) / MATCHED_STEP + 1e-9) + 1 if longest >= MATCHED_FROM else 0):
         where = round(MATCHED_FROM + step * MATCHED_STEP, 2)
-        mine = place(curves[reference], axis, where)
+        mine = place(curves[reference], axis, where, error)
         if mine is None:
             continue
         counts = mine.parts[0][0].counts
         row = [f"{where:.1f}x", f"{100 * mine.scores.sum() / counts.sum():.1f}"]
         for name in rivals:
-            other = place(curves[name], axis, where)
-            apart = None if other is None else difference(mine, other, variance)
+            other = place(curves[name], axis, where, error)
+            apart = None if other is None else difference(mine, other, seeds)
             row.append(_cell(apart))
             if apart is not None:
                 verdicts[name][apart.verdict].append(f"{where:.1f}x")
@@ -97,7 +98,8 @@ def matched(settings: Sequence[Setting], reference: str, title: str, axis: Axis)
     return [
         f"## {reference} at the same {title}",
         "",
-        "Points of accuracy, with their 95 % intervals; between settings a curve is straight.",
+        "Points of accuracy, with their 95 % intervals; between settings a curve is straight. "
+        f"Bold: {reference} is below.",
         "",
         *_table(table),
         "",
@@ -108,7 +110,7 @@ def matched(settings: Sequence[Setting], reference: str, title: str, axis: Axis)
 
 def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]:
     """One line per setting."""
-    variance = seed_variance(settings)
+    seeds = seed_spread(settings)
     methods = [setting.method for setting in settings]
     # Of a curve no setting stands for the method.
     compared = [one for one in settings if one.method in (BASELINE, *references) and methods.count(one.method) == 1]
@@ -117,14 +119,14 @@ def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]
     head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", *["without towers"] * towers]
     table = [[*head, "MiB", "tokens", "seeds"]]
     for setting in settings:
-        margin = half_width(setting, variance)
+        margin = half_width(setting, seeds)
         table.append(
             [
                 setting.method,
                 setting.label,
                 f"{setting.accuracy:.1f} ({max(setting.accuracy - margin, 0):.1f} - "
                 f"{min(setting.accuracy + margin, 100):.1f})",
-                *("" if setting is one else str(difference(at(setting), at(one), variance)) for one in compared),
+                *("" if setting is one else str(difference(at(setting), at(one), seeds)) for one in compared),
                 *_speeds(setting.speed),
                 f"{setting.mean('gflops'):.3g} ({setting.flops_ratio:.2f})",
                 *[_without_towers(setting)] * towers,
@@ -145,6 +147,14 @@ def _speeds(speed: dict[str, Any] | None) -> tuple[str, str, str]:
         f"{x:.2f} ({speed['x_low']:.2f} - {speed['x_high']:.2f})",
         f"{x / (1 - speed['overhead']):.2f}",
     )
+
+
+def _training(rows: Sequence[dict[str, Any]]) -> str:
+    """What was trained."""
+    without = dict.fromkeys(row["method"] for row in rows if not row["training"])
+    if all(row["training"] for row in rows):
+        return "trained"
+    return f"trained but for {', '.join(without)}" if any(row["training"] for row in rows) else "nothing trained"
 
 
 def _machines(rows: Sequence[dict[str, Any]]) -> str:
@@ -169,7 +179,7 @@ def _tokens(setting: Setting) -> str:
 def _cell(apart: Difference | None) -> str:
     if apart is None:
         return "no curve"
-    return f"**{apart}**" if apart.value <= 0 else str(apart)
+    return f"**{apart}**" if apart.verdict == "below" else str(apart)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -179,6 +189,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _speed_up(setting: Setting) -> float | None:
     return setting.speed_up
+
+
+def _speed_up_error(setting: Setting) -> float | None:
+    return setting.speed_up_error
 
 
 def _flops_ratio(setting: Setting) -> float:
