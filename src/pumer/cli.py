@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ COMMANDS = {
     "data check": ("pumer.commands.data:check", "say what of a task's official files is there and what is missing"),
     "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
-    "list": ("pumer.commands.list:list_", "reducers, presets, model classes and tasks"),
+    "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
 }
 POSITIONAL = {"convert", "data check", "study"}  # their required arguments go by place, not by name
 
@@ -58,9 +59,14 @@ def _run(name: str, words: list[str]) -> int:
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
     parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings, or a recipe's name")
     parser.add_function_arguments(function, as_positional=name in POSITIONAL)
-    settings = parser.instantiate(parser.parse_args([_recipe(word) for word in words]))
+    words = [_recipe(word) for word in words]
+    for option, word in pairwise(words):
+        if option == "--config" and not Path(word).is_file():
+            print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names", file=sys.stderr)
+            return 2
+    settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     try:
         function(**values)

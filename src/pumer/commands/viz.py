@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
+import pumer
 from pumer.commands.common import ReducerSettings, open_model, open_task
 from pumer.data.images import open_image
 from pumer.evaluate import model_inputs
@@ -35,6 +36,8 @@ def viz_(
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
     """
     net = open_model(model, reducer)
+    if pumer.active(net) is None:
+        raise ValueError(f"nothing reduces {model}: give --reducer")
     collator = open_task(model, net, {"name": "scenes"})
     if image is None:
         chosen = Scenes(questions=example + 1, seed=7).examples("test")[example]

@@ -149,7 +149,10 @@ def _image_settings(directory: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
         if "image_processor" in settings:
             return dict(settings["image_processor"])
-    raise ValueError(f"{directory} has no preprocessor_config.json; say which image transform the model takes")
+    raise ValueError(
+        f"{directory} has no preprocessor_config.json, which says how the model takes its images: save its processor "
+        "there too, or pumer.data.transforms.save_transform(transform, folder)"
+    )
 
 
 def _of_clip(config: dict[str, Any], directory: str | Path) -> Square | Crop:

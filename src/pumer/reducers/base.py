@@ -193,7 +193,11 @@ class Reducer:
         """Raise ValueError if the settings do not fit a model with `depth` layers."""
         wrong = [layer for layer in self.layers if not EMBEDDINGS <= layer < depth]
         if wrong:
-            raise ValueError(f"{self.name} reduces in layers {wrong}, but the model has layers 0 to {depth - 1}")
+            by_depth = any(field.name == "depth" for field in dataclasses.fields(self))
+            raise ValueError(
+                f"{self.name} reduces in layers {wrong}, but the model has layers 0 to {depth - 1}: "
+                + (f"give depth={depth}" if by_depth else "choose among these")
+            )
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, for JSON."""

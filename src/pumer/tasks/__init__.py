@@ -1,7 +1,8 @@
 """Benchmarks by name."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from pumer.tasks.base import Collator, Example, Task
@@ -62,4 +63,12 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
         raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     if "labels" in known and labels:
         rest.setdefault("labels", tuple(labels))
+    needed = [
+        field.name
+        for field in fields(kind)  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in rest
+    ]
+    if needed:
+        example = json.dumps({"name": kind.name, **dict.fromkeys(needed, "...")})
+        raise ValueError(f"task {kind.name} needs {', '.join(needed)}: give it as {example}")
     return kind(**rest)
