@@ -123,6 +123,15 @@ def test_commands_explain_what_is_wrong(folder, capsys):
     assert "no model folder" in capsys.readouterr().err
     assert main(["eval", "--model", str(folder), "--reducer", "best"]) == 2
     assert "no reducer is named 'best'" in capsys.readouterr().err
+    for words, message in (
+        (["eval", "--model", str(folder), "--task", "vqav2"], 'needs root: give it as {"name": "vqav2", "root"'),
+        (["eval", "--model", str(folder), "--reducer", "tome"], "the model has layers 0 to 3: give depth=4"),
+        (["eval", "--model", str(folder), "--reducer", "pumer"], "the model has layers 0 to 3: choose among these"),
+        (["viz", "--model", "scenes-vilt", "--out", "a.png"], "nothing reduces scenes-vilt: give --reducer"),
+        (["train", "--config", "scenes-pumper", "--output", "a"], "no file, nor a recipe that `pumer list` names"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
     assert main(["fly"]) == 2
     assert main(["--help"]) == 0
     assert "pumer COMMAND --help" in capsys.readouterr().out
@@ -131,7 +140,7 @@ def test_commands_explain_what_is_wrong(folder, capsys):
 def test_command_list_names_everything(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    for word in ("pumer", "tome", "vilt-vqav2", "ViltForQuestionAnswering", "vqav2", "nlvr"):
+    for word in ("pumer", "tome", "vilt-vqav2", "ViltForQuestionAnswering", "vqav2", "nlvr", "scenes-pumer-2"):
         assert word in shown
 
 
