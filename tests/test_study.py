@@ -309,11 +309,34 @@ def test_a_speed_that_is_not_known_well_widens_the_interval():
             place(curve, lambda setting: setting.speed_up, where, axis)
             for axis in (None, lambda setting: setting.speed_up_error)
         )
-        parts = 2 if where == 1.5 else 1
-        assert exact.placing == 0
-        assert known.placing == pytest.approx((40 * error * share) ** 2 * parts)
-        apart = [difference(one, at(curve[0]), None).half_width for one in (exact, known)]
-        assert apart[1] == pytest.approx(np.hypot(apart[0], 1.96 * np.sqrt(known.placing)), rel=0.01)
+        ends = 2 if where == 1.5 else 1
+        assert exact.placing == ()
+        assert known.placing == ((pytest.approx((40 * error * share) ** 2), 4.0),) * ends
+        narrow, wide = (difference(one, at(curve[0]), None).half_width for one in (exact, known))
+        variances = [(narrow / 1.962) ** 2, *(variance for variance, _ in known.placing)]
+        freedom = sum(variances) ** 2 / sum(x**2 / y for x, y in zip(variances, (999, 4, 4), strict=False))
+        assert wide == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances)), rel=1e-3)
+
+
+@pytest.mark.parametrize("runs", [3, 5, 9, 15])
+def test_intervals_hold_with_few_rounds(runs):
+    """95 of 100 of them, or more, have the truth, where all that is left to chance is the speed of the settings."""
+    rng, held = np.random.default_rng(0), 0
+    made_pairs = [made("a", x, [n] * 4) for x, n in ((1.0, 0.9), (2.0, 0.5))]
+    rows = [row for row, _ in made_pairs]
+    for _ in range(1500):
+        speeds = []
+        for (_, speed), x in zip(made_pairs, (1.0, 2.0), strict=True):
+            gains = rng.normal(x, 0.05, runs)
+            low, high = np.quantile(gains, [0.2, 0.8])
+            speeds.append(speed | {"x_unreduced": np.median(gains), "x_low": low, "x_high": high, "runs": runs})
+        found = place(
+            settings_of(rows, speeds), lambda setting: setting.speed_up, 1.5, lambda setting: setting.speed_up_error
+        )
+        truth = at(settings_of([made("b", 1.5, [0.7] * 4)[0]])[0])
+        apart = difference(found, truth, None)
+        held += abs(apart.value) <= apart.half_width
+    assert 0.94 < held / 1500 <= 1.0
 
 
 def test_a_curve_is_straight_between_its_settings_and_nothing_beyond():
@@ -406,6 +429,34 @@ def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypat
     run(one, tmp_path / "out", **places)
     assert any(text.startswith("not timed: PuMer, seed 1. ") for text in said)
     assert [row["method"] for row in csv.DictReader(speeds.open())] == ["unreduced"]
+
+
+def test_rows_of_another_machine_are_not_mixed_with_ours(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
+    one, places = study(), {"scratch": tmp_path / "runs", "say": lambda text: None}
+    run(one, tmp_path / "out", **places)
+    results, speeds = tmp_path / "out" / "tiny.csv", tmp_path / "out" / "tiny-speed.csv"
+    rows = list(csv.reader(speeds.open()))
+    rows[1][rows[0].index("threads")] = "99"
+    with speeds.open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    run(one, tmp_path / "out", **places)  # nothing is left to time
+    with speeds.open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows[:2])
+    with pytest.raises(ValueError, match=r"tiny-speed.csv has rows of threads 99; here it is gpu none, "):
+        run(one, tmp_path / "out", **places)
+    rows = list(csv.reader(results.open()))
+    rows[1][rows[0].index("gpu")] = "H100"
+    with results.open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    with pytest.raises(ValueError, match=r"tiny.csv has rows of gpu H100; here it is gpu none"):
+        run(one, tmp_path / "out", **places)
+
+
+def test_text_in_a_study_stays_text(study):
+    one = study(task=TASK | {"root": "2017"}, methods=[{"name": "a", "reducer": PUMER, "train": None}])
+    assert one.task["root"] == "2017"
+    assert study(baseline=None, reference=None).reference == ()
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "scipy"])

@@ -617,6 +617,9 @@ def test_finetune_trains_at_the_point_once(tmp_path, monkeypatch):
     (base / "config.json").write_text("{ }")
     with pytest.raises(ValueError, match="a training with another model"):
         finetune()
+    (tmp_path / "run" / "wanted.json").unlink()
+    with pytest.raises(ValueError, match="nothing tells what the training in"):
+        finetune()
     assert len(launched) == 2
 
 

@@ -59,11 +59,15 @@ def _run(name: str, words: list[str]) -> int:
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
     parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings, or a recipe's name")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of these settings" + ", or a recipe's name" * (name == "train"),
+    )
     parser.add_function_arguments(function, as_positional=name in POSITIONAL)
     words = [_recipe(word) for word in words]
     for option, word in pairwise(words):
-        if option == "--config" and not Path(word).is_file():
+        if option == "--config" and not Path(word).exists():
             print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names", file=sys.stderr)
             return 2
     settings = parser.instantiate(parser.parse_args(words))

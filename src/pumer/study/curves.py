@@ -21,6 +21,8 @@ from pumer.study.results import unpack_scores
 
 Axis = Callable[["Setting"], float | None]
 """A number of a setting, None where it is not known."""
+Known = tuple[float, float]
+"""A variance in squared points, and the degrees of freedom it is known by."""
 _MEDIAN = 0.745
 """Standard error of the median of normal values, by their 20th to 80th percentile over the root of their number."""
 
@@ -73,11 +75,16 @@ class Setting:
         return None if self.speed is None else float(self.speed["x_unreduced"])
 
     @property
+    def rounds(self) -> int:
+        """How often it was timed."""
+        return 0 if self.speed is None else int(self.speed["runs"])
+
+    @property
     def speed_up_error(self) -> float:
-        """Standard error of that median over the rounds, which are taken for normal."""
+        """Standard error of that median over the rounds, which are taken for normal; 0 if there are none."""
         if self.speed is None:
             return 0.0
-        return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(int(self.speed["runs"]))
+        return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(self.rounds)
 
     def training_variance(self, seeds: Spread | None) -> float:
         """Of its accuracy in squared points, from the seeds."""
@@ -113,11 +120,11 @@ class Mix:
 
     Args:
         parts: settings and their weights, which sum to one.
-        placing: variance of its accuracy in squared points, because it is not known exactly where the settings lie.
+        placing: variances of its accuracy, because it is not known exactly where the settings lie.
     """
 
     parts: tuple[tuple[Setting, float], ...]
-    placing: float = 0.0
+    placing: tuple[Known, ...] = ()
 
     @property
     def scores(self) -> np.ndarray:
@@ -160,7 +167,7 @@ def difference(one: Mix, other: Mix, seeds: Spread | None) -> Difference:
     counts = one.parts[0][0].counts
     apart = one.scores - other.scores
     trained = sum(mix.training_variance(seeds) for mix in (one, other))
-    half = _half_width(apart, counts, trained, seeds, one.placing + other.placing)
+    half = _half_width(apart, counts, trained, seeds, (*one.placing, *other.placing))
     return Difference(float(100 * apart.sum() / counts.sum()), half)
 
 
@@ -180,9 +187,12 @@ def place(curve: Sequence[Setting], axis: Axis, where: float, error: Axis | None
         if low <= where <= high and low < high:
             share = (where - low) / (high - low)
             slope = (right.accuracy - left.accuracy) / (high - low)
-            errors = [(error(setting) if error else None) or 0.0 for setting in (left, right)]
-            placing = slope**2 * (((1 - share) * errors[0]) ** 2 + (share * errors[1]) ** 2)
-            return Mix(((left, 1 - share), (right, share)), placing)
+            parts = ((left, 1 - share), (right, share))
+            if error is None:
+                return Mix(parts)
+            # Percentiles of a few rounds tell a spread about half as well as its variance would.
+            placing = (((slope * part * (error(end) or 0.0)) ** 2, (end.rounds - 1) / 2) for end, part in parts)
+            return Mix(parts, tuple(one for one in placing if one[0]))
     return None
 
 
@@ -196,7 +206,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _half_width(
-    scores: np.ndarray, counts: np.ndarray, training: float, seeds: Spread | None, placing: float = 0.0
+    scores: np.ndarray, counts: np.ndarray, training: float, seeds: Spread | None, placing: Sequence[Known] = ()
 ) -> float:
     """Of the 95 % interval of a mean score, in points.
 
@@ -205,14 +215,17 @@ def _half_width(
         counts: examples of every cluster.
         training: variance in squared points, from the seeds.
         seeds: whose degrees of freedom that has.
-        placing: another variance in squared points.
+        placing: further variances.
     """
     from scipy.special import stdtrit  # the quantile of Student's t
 
     total, clusters = counts.sum(), len(counts)
     residual = scores - scores.sum() / total * counts
     drawn = 100**2 * float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
-    whole = drawn + training + placing
+    variances = [(drawn, max(clusters - 1, 1)), *placing, *([(training, seeds.freedom)] if seeds else [])]
+    whole = sum(variance for variance, _ in variances)
+    if not whole:
+        return 0.0
     # Degrees of freedom of a sum of variances (Welch, 1947; Satterthwaite, 1946).
-    known = drawn**2 / max(clusters - 1, 1) + (training**2 / seeds.freedom if seeds else 0.0)
-    return float(stdtrit(whole**2 / known if known else math.inf, 0.975)) * math.sqrt(whole)
+    freedom = whole**2 / sum(variance**2 / known for variance, known in variances)
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(whole)

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -58,7 +59,7 @@ class Method(TypedDict):
     reducer: str | dict[str, Any]
     points: NotRequired[list[dict[str, Any]]]
     grid: NotRequired[dict[str, list[Any]]]
-    train: NotRequired[dict[str, Any] | bool]
+    train: NotRequired[dict[str, Any] | bool | None]
 
 
 class Baseline(TypedDict, total=False):
@@ -224,12 +225,13 @@ def read_study(file: str | Path) -> Study:
     """The study that a YAML file describes; raises ValueError for what is missing, unknown or does not fit."""
     settings = read_settings(Path(file))
     known = {field.name for field in fields(Study)}
-    missing = {"name", "model", "task", "methods"} - set(settings)
+    missing = {name for name in ("name", "model", "task", "methods") if settings.get(name) is None}
     if missing or set(settings) - known:
         raise ValueError(
             f"{file}: a study has {', '.join(sorted(known))}; "
             f"missing {sorted(missing) or 'none'}, unknown {sorted(set(settings) - known) or 'none'}"
         )
+    settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(settings["task"], str):
         settings["task"] = {"name": settings["task"]}
     if isinstance(settings.get("reference"), str):
@@ -237,10 +239,13 @@ def read_study(file: str | Path) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        checked = parser.parse_object(settings)
+        parser.parse_object(deepcopy(settings))  # a check alone: it takes texts such as "no" and "007" for other things
     except ArgumentError as error:
         raise ValueError(f"{file}: {str(error).removeprefix('Parser key ')}") from error
-    return Study(**checked.as_dict())
+    lists: dict[str, Any] = {
+        name: tuple(settings[name]) for name in ("methods", "seeds", "reference") if name in settings
+    }
+    return Study(**settings | lists)
 
 
 def _check_once(points: Iterable[Point]) -> None:

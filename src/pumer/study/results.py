@@ -132,6 +132,19 @@ def read_speeds(path: str | Path, study: str, points: Iterable[Point] | None = N
     return _read(Path(path), study, SPEED_COLUMNS, SPEED_FIGURES, names)
 
 
+def check_machine(path: Path, rows: Iterable[dict[str, Any]], device: torch.device, parts: Sequence[str]) -> None:
+    """Raise ValueError if rows come from another machine than this device's, as far as `parts` of it matter."""
+    here = environment(device)
+    for found in rows:
+        other = [f"{name} {found[name] or 'none'}" for name in parts if found[name] != str(here[name])]
+        if other:
+            now = ", ".join(f"{name} {here[name] or 'none'}" for name in parts)
+            raise ValueError(
+                f"{path} has rows of {', '.join(other)}; here it is {now}. "
+                "Use the same --device and threads, or another folder"
+            )
+
+
 def drop_unfinished(path: Path) -> None:
     """Take a last row that a kill cut off out of a file that nobody writes to: its point was not finished."""
     if not path.is_file():

@@ -23,7 +23,7 @@ from pumer.study.curves import settings_of
 from pumer.study.measure import cost, macs, read_subject, score, speed
 from pumer.study.plots import plot
 from pumer.study.points import Point, Study
-from pumer.study.results import COLUMNS, SPEED_COLUMNS, drop_unfinished, read_rows, read_speeds, row
+from pumer.study.results import COLUMNS, SPEED_COLUMNS, check_machine, drop_unfinished, read_rows, read_speeds, row
 from pumer.study.tables import markdown
 from pumer.study.training import expected_seconds, train_point
 from pumer.tasks.base import Example, Task, replacing
@@ -115,7 +115,7 @@ class _Work:
         self.examples = _examples(study, base.collator.task)
         self.timed = self.examples[: study.timed]
         self.base = base.on(self.timed, study.batch_size)
-        self.macs = _try(study, points, self.examples[:_TRIED], wrong)
+        self.macs = _try(study, points, self.examples[:_TRIED], wrong, self.device)
         if wrong and not skip_impossible:
             raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
         for reason in wrong:
@@ -130,6 +130,7 @@ class _Work:
     def look(self) -> list[dict[str, Any]]:
         """See in the files what is left; returns the results there are."""
         rows = read_rows(self.results, self.study.name, self.points)
+        check_machine(self.results, rows, self.device, ("gpu",))
         done = {found["id"] for found in rows}
         taken = {found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)}
         self.left = [point for point in self.points if point.id not in done]
@@ -200,6 +201,8 @@ class _Work:
             for file in (self.results, self.speeds):
                 drop_unfinished(file)
             self.look()  # again: another process may have timed them meanwhile
+            if self.untimed:
+                check_machine(self.speeds, read_speeds(self.speeds, study.name), self.device, ("gpu", "cpu", "threads"))
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
                     one = read_subject(str(self._model(point)), study.task, device=self.device)
@@ -232,7 +235,7 @@ class _Work:
 
         From the points that are done, or from one step and one run.
         """
-        once = alternate({"base": self.base.run}, runs=2, warmup=1)["base"].median
+        once = alternate({"base": self.base.run}, runs=2, warmup=1, device=self.device)["base"].median
         took: dict[bool, list[float]] = {True: [], False: []}
         for found in done:
             took[bool(found["training"])].append(found["seconds"])
@@ -264,12 +267,14 @@ def _examples(study: Study, task: Task) -> list[Example]:
     return take(every, range(count))
 
 
-def _try(study: Study, points: Sequence[Point], examples: Sequence[Example], wrong: list[str]) -> dict[str, int]:
+def _try(
+    study: Study, points: Sequence[Point], examples: Sequence[Example], wrong: list[str], device: torch.device
+) -> dict[str, int]:
     """Multiply-accumulates of every setting that fits the model; what is wrong with the others goes into `wrong`."""
     costs: dict[str, int] = {}
     for point in {point.setting: point for point in points}.values():
         try:
-            one = read_subject(study.model, study.task, point.reducer, point.image_size)
+            one = read_subject(study.model, study.task, point.reducer, point.image_size, device)
             costs[point.setting], _ = macs(one.on(examples, len(examples)), len(examples))
         except (ValueError, TypeError, RuntimeError) as error:
             wrong.append(f"{point.method}, {point.label}: {error}")

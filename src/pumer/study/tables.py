@@ -9,6 +9,7 @@ from pumer.study.curves import Axis, Difference, Setting, at, difference, half_w
 from pumer.study.points import BASELINE
 
 MATCHED_FROM, MATCHED_STEP = 1.3, 0.1
+_FEWEST_ROUNDS = 3  # of which it can be told how well a speed is known
 _NOTES = """\
 * Accuracy: in percent, mean over the seeds, with its 95 % interval. Δ: in points, of the same examples, which makes
   its interval narrower than those of the two accuracies. Intervals cover the choice of examples and, where there are
@@ -188,7 +189,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _speed_up(setting: Setting) -> float | None:
-    return setting.speed_up
+    return setting.speed_up if setting.rounds >= _FEWEST_ROUNDS else None
 
 
 def _speed_up_error(setting: Setting) -> float | None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from pumer.bench.run import using_threads
+from pumer.bench.timing import wait
 from pumer.study.measure import Subject
 from pumer.study.points import Point
 from pumer.tasks import build
@@ -54,12 +55,14 @@ def expected_seconds(point: Point, base: Subject, examples: Sequence[Example], p
     seconds = []
     with using_threads(max(1, cores // processes)):
         for _ in range(2):
+            wait(base.device)
             start = time.perf_counter()
             with torch.autocast(base.model.device.type, torch.bfloat16, enabled=bool(trainer.get("bf16"))):
                 base.model(**inputs).logits.float().square().mean().backward()
                 if recipe.get("distill"):
                     with torch.no_grad():
                         base.model(**inputs)
+            wait(base.device)
             seconds.append(time.perf_counter() - start)
     base.model.zero_grad(set_to_none=True)
     return float(steps * min(seconds) * batch / len(shown))

@@ -36,6 +36,8 @@ def finetune(recipe: str, base: str | Path, reducer: Reducer, out: str | Path, p
     }
     with locked(folder) as lock:
         known = folder / "wanted.json"
+        if not known.is_file() and (folder / "training").exists():
+            raise ValueError(f"nothing tells what the training in {folder} is of: delete it, or give another --out")
         if known.is_file():
             found = json.loads(known.read_text(encoding="utf-8"))
             other = [name for name, value in json.loads(json.dumps(wanted)).items() if found.get(name) != value]
