@@ -28,7 +28,7 @@ from pumer.data.text import train_tokenizer
 from pumer.data.transforms import save_transform
 from pumer.report import last_forward_parts
 from pumer.study import read_study, run
-from pumer.study.curves import at, difference, half_width, pareto, place, seed_spread, settings_of
+from pumer.study.curves import Mix, at, difference, half_width, pareto, place, seed_spreads, settings_of
 from pumer.study.measure import Subject, _tokens, cost, macs, read_subject
 from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, read_rows, unpack_scores
 from pumer.study.tables import markdown
@@ -254,10 +254,10 @@ def test_intervals_are_those_of_a_bootstrap_over_clusters():
     one, other = (settings_of([made(name, 1, list(rng.random(300) < p))[0]])[0] for name, p in (("a", 0.8), ("b", 0.7)))
     apart = one.scores - other.scores
     drawn = [100 * apart[rng.integers(300, size=300)].mean() for _ in range(4000)]
-    found = difference(at(one), at(other), None)
+    found = difference(at(one), at(other), {})
     assert found.value == pytest.approx(100 * apart.mean())
     assert found.half_width == pytest.approx(1.96 * np.std(drawn), rel=0.05)
-    assert half_width(one, None) == pytest.approx(
+    assert half_width(one, {}) == pytest.approx(
         196 * np.sqrt(one.accuracy / 100 * (1 - one.accuracy / 100) / 300), rel=0.01
     )
 
@@ -266,17 +266,18 @@ def test_seeds_widen_the_interval():
     accuracies = (0.5, 0.6, 0.7)
     rows = [made("a", 1, [1] * round(10 * p) + [0] * round(10 * (1 - p)), seed)[0] for seed, p in enumerate(accuracies)]
     (setting,) = settings_of(rows)
-    spread = seed_spread([setting])
+    spreads = seed_spreads([setting])
+    spread = spreads["a"]
     assert spread.variance == pytest.approx(np.var([50, 60, 70], ddof=1))
     assert spread.freedom == 2
     assert setting.accuracy == pytest.approx(60)
-    drawn = (half_width(setting, None) / 2.262) ** 2  # the quantile of Student's t for nine degrees of freedom
+    drawn = (half_width(setting, {}) / 2.262) ** 2  # the quantile of Student's t for nine degrees of freedom
     known = (drawn + 100 / 3) ** 2 / (drawn**2 / 9 + (100 / 3) ** 2 / 2)
     quantile = scipy.stats.t.ppf(0.975, known)
-    assert half_width(setting, spread) == pytest.approx(quantile * np.sqrt(drawn + 100 / 3), rel=1e-3)
-    assert seed_spread(settings_of(rows[:1])) is None
+    assert half_width(setting, spreads) == pytest.approx(quantile * np.sqrt(drawn + 100 / 3), rel=1e-3)
+    assert seed_spreads(settings_of(rows[:1])) == {}
     untrained = settings_of([rows[0] | {"training": ""}])[0]
-    assert half_width(untrained, spread) == half_width(untrained, None)
+    assert half_width(untrained, spreads) == half_width(untrained, {})
 
 
 @pytest.mark.parametrize(("settings", "seeds"), [(2, 2), (3, 2), (2, 3), (10, 3)])
@@ -292,8 +293,43 @@ def test_intervals_hold_with_few_seeds(settings, seeds):
             for row, accuracy in zip(group, drawn, strict=True)
         ]
         found = settings_of(rows)
-        held += abs(accuracies[0].mean() - 50) <= half_width(found[0], seed_spread(found))
+        held += abs(accuracies[0].mean() - 50) <= half_width(found[0], seed_spreads(found))
     assert 0.935 < held / 2000 < 0.965
+
+
+def test_every_method_has_the_spread_of_its_own_seeds():
+    """Those of one setting have one together, and where there is one seed it is that of the study."""
+    accuracies = {
+        "a": [(50, 52), (60, 64)],
+        "b": [(50, 51), (60, 60)],
+        "c": [(50, 58)],
+        "d": [(70, 72)],
+        "e": [(9,), (8,)],
+    }
+    rows = [
+        made(method, number, [0.5] * 4, seed)[0] | {"accuracy": accuracy}
+        for method, groups in accuracies.items()
+        for number, group in enumerate(groups)
+        for seed, accuracy in enumerate(group)
+    ]
+    found = settings_of(rows)
+    spreads = seed_spreads(found)
+    assert {name: (spread.variance, spread.freedom) for name, spread in spreads.items()} == {
+        "a": (pytest.approx((2 + 8) / 2), 2),
+        "b": (pytest.approx(0.5 / 2), 2),
+        "c": (pytest.approx((32 + 2) / 2), 2),
+        "d": (pytest.approx((32 + 2) / 2), 2),
+        "e": (pytest.approx((2 + 8 + 0.5 + 32 + 2) / 6), 6),
+    }
+    one, two, other = found[0], found[1], found[2]
+    between = Mix(((one, 0.5), (two, 0.5)))
+    # Two settings by one estimate add up before their degrees of freedom are counted, those of two methods do not.
+    for apart, variances in ((between, [(5 / 2 * 0.5, 2)]), (at(one), [(5 / 2, 2)])):
+        known = [*variances, (0.25 / 2, 2)]
+        whole = sum(variance for variance, _ in known)
+        freedom = whole**2 / sum(variance**2 / number for variance, number in known)
+        wanted = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(whole)
+        assert difference(apart, at(other), spreads).half_width == pytest.approx(wanted)
 
 
 def test_a_speed_that_is_not_known_well_widens_the_interval():
@@ -312,7 +348,7 @@ def test_a_speed_that_is_not_known_well_widens_the_interval():
         ends = 2 if where == 1.5 else 1
         assert exact.placing == ()
         assert known.placing == ((pytest.approx((40 * error * share) ** 2), 4.0),) * ends
-        narrow, wide = (difference(one, at(curve[0]), None).half_width for one in (exact, known))
+        narrow, wide = (difference(one, at(curve[0]), {}).half_width for one in (exact, known))
         variances = [(narrow / 1.962) ** 2, *(variance for variance, _ in known.placing)]
         freedom = sum(variances) ** 2 / sum(x**2 / y for x, y in zip(variances, (999, 4, 4), strict=False))
         assert wide == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances)), rel=1e-3)
@@ -334,7 +370,7 @@ def test_intervals_hold_with_few_rounds(runs):
             settings_of(rows, speeds), lambda setting: setting.speed_up, 1.5, lambda setting: setting.speed_up_error
         )
         truth = at(settings_of([made("b", 1.5, [0.7] * 4)[0]])[0])
-        apart = difference(found, truth, None)
+        apart = difference(found, truth, {})
         held += abs(apart.value) <= apart.half_width
     assert 0.94 < held / 1500 <= 1.0
 

@@ -3,14 +3,16 @@
 Every point of a study is scored on the same examples, so that two of them are compared cluster by cluster (a cluster
 is usually a picture), which tells far smaller differences than the intervals of either. Two things are left to chance:
 which examples were drawn, and which seed trained. Both are in every interval: the first by the cluster-robust variance
-of the mean (Liang and Zeger, 1986), the second by the variance over the seeds of a setting, pooled over the study.
-Where methods are compared at a speed that was measured, so is how well the speeds are known.
+of the mean (Liang and Zeger, 1986), the second by the variance over the seeds of a setting, pooled over those of its
+method: one method's trainings may scatter ten times as far as another's. Where methods are compared at a speed that was
+measured, so is how well the speeds are known.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +40,10 @@ class Spread:
 
     variance: float
     freedom: int
+
+
+Spreads = Mapping[str, Spread]
+"""By method."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,6 @@ class Setting:
             return 0.0
         return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(self.rounds)
 
-    def training_variance(self, seeds: Spread | None) -> float:
-        """Of its accuracy in squared points, from the seeds."""
-        return seeds.variance / len(self.rows) if seeds and self.rows[0]["training"] else 0.0
-
     @property
     def flops_ratio(self) -> float:
         """How many times fewer FLOPs than unreduced."""
@@ -131,10 +133,6 @@ class Mix:
         """Sum of the scores of every cluster."""
         return np.sum([weight * setting.scores for setting, weight in self.parts], axis=0)
 
-    def training_variance(self, seeds: Spread | None) -> float:
-        """Of the accuracy in squared points, from the seeds."""
-        return sum(weight**2 * setting.training_variance(seeds) for setting, weight in self.parts)
-
 
 def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()) -> list[Setting]:
     """Results put together over the seeds, in the order in which they appear, with their speeds."""
@@ -150,25 +148,29 @@ def settings_of(rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]]
     return made
 
 
-def seed_spread(settings: Iterable[Setting]) -> Spread | None:
-    """Of all settings together; None if all have one seed alone."""
-    groups = [[row["accuracy"] for row in setting.rows] for setting in settings]
-    freedom = sum(len(group) - 1 for group in groups)
-    return Spread(sum(float(np.var(group)) * len(group) for group in groups) / freedom, freedom) if freedom else None
+def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
+    """Of every method, over all its settings; methods of one setting are taken together, and so is all there is where a
+    method has one seed alone. Nothing where all have."""
+    methods: dict[str, list[Setting]] = {}
+    for setting in settings:
+        methods.setdefault(setting.method, []).append(setting)
+    alone = [group[0] for group in methods.values() if len(group) == 1]
+    whole = _spread(itertools.chain(*methods.values()))
+    found = {name: _spread(group if len(group) > 1 else alone) or whole for name, group in methods.items()}
+    return {name: spread for name, spread in found.items() if spread}
 
 
-def half_width(setting: Setting, seeds: Spread | None) -> float:
+def half_width(setting: Setting, spreads: Spreads) -> float:
     """Half of the 95 % interval of a setting's accuracy, in points."""
-    return _half_width(setting.scores, setting.counts, setting.training_variance(seeds), seeds)
+    return _half_width(setting.scores, setting.counts, _trained(at(setting).parts, spreads))
 
 
-def difference(one: Mix, other: Mix, seeds: Spread | None) -> Difference:
+def difference(one: Mix, other: Mix, spreads: Spreads) -> Difference:
     """Accuracy of one place on a curve less that of another, in points."""
     counts = one.parts[0][0].counts
     apart = one.scores - other.scores
-    trained = sum(mix.training_variance(seeds) for mix in (one, other))
-    half = _half_width(apart, counts, trained, seeds, (*one.placing, *other.placing))
-    return Difference(float(100 * apart.sum() / counts.sum()), half)
+    known = [*_trained((*one.parts, *other.parts), spreads), *one.placing, *other.placing]
+    return Difference(float(100 * apart.sum() / counts.sum()), _half_width(apart, counts, known))
 
 
 def at(setting: Setting) -> Mix:
@@ -205,24 +207,36 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _half_width(
-    scores: np.ndarray, counts: np.ndarray, training: float, seeds: Spread | None, placing: Sequence[Known] = ()
-) -> float:
+def _spread(settings: Iterable[Setting]) -> Spread | None:
+    groups = [[row["accuracy"] for row in setting.rows] for setting in settings]
+    freedom = sum(len(group) - 1 for group in groups)
+    return Spread(sum(float(np.var(group)) * len(group) for group in groups) / freedom, freedom) if freedom else None
+
+
+def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[Known]:
+    """Variances of a weighted sum of accuracies, from the seeds: one for each spread that they are estimated by."""
+    shares: dict[Spread, float] = {}
+    for setting, weight in parts:
+        spread = spreads.get(setting.method)
+        if spread and setting.rows[0]["training"]:
+            shares[spread] = shares.get(spread, 0.0) + weight**2 / len(setting.rows)
+    return [(share * spread.variance, spread.freedom) for spread, share in shares.items()]
+
+
+def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Known]) -> float:
     """Of the 95 % interval of a mean score, in points.
 
     Args:
         scores: sum of every cluster.
         counts: examples of every cluster.
-        training: variance in squared points, from the seeds.
-        seeds: whose degrees of freedom that has.
-        placing: further variances.
+        others: variances besides that of the clusters drawn.
     """
     from scipy.special import stdtrit  # the quantile of Student's t
 
     total, clusters = counts.sum(), len(counts)
     residual = scores - scores.sum() / total * counts
     drawn = 100**2 * float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
-    variances = [(drawn, max(clusters - 1, 1)), *placing, *([(training, seeds.freedom)] if seeds else [])]
+    variances = [(drawn, max(clusters - 1, 1)), *others]
     whole = sum(variance for variance, _ in variances)
     if not whole:
         return 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumer.study.curves import Setting, Spread, half_width, pareto, seed_spread
+from pumer.study.curves import Setting, Spreads, half_width, pareto, seed_spreads
 from pumer.study.points import BASELINE
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black is for the unreduced model.
@@ -56,7 +56,7 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
     files = []
     # The same file for the same rows, with text as text.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 10}):
-        seeds = seed_spread(settings)
+        spreads = seed_spreads(settings)
         for axis in AXES:
             known = [(value, setting) for setting in settings if (value := axis.value(setting)) is not None]
             if not known:
@@ -64,7 +64,7 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
             # So that the legend, of methods, the unreduced model and the front, is no higher than the plot.
             columns = -(-(len({setting.method for _, setting in known}) + 1) // _LEGEND_ROWS)
             figure = Figure(figsize=(6.0 + 2.2 * columns, 4.8 + 0.6 * (columns > 1)), layout="constrained")
-            _draw(figure.add_subplot(), known, axis, seeds, name, columns)
+            _draw(figure.add_subplot(), known, axis, spreads, name, columns)
             file = folder / f"{name}-{axis.name}.png"
             figure.savefig(file, dpi=150)
             figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
@@ -72,7 +72,7 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _draw(axes: Any, known: Sequence[Place], axis: Axis, seeds: Spread | None, name: str, columns: int) -> None:
+def _draw(axes: Any, known: Sequence[Place], axis: Axis, spreads: Spreads, name: str, columns: int) -> None:
     methods = dict.fromkeys(setting.method for _, setting in known if setting.method != BASELINE)
     for number, method in enumerate(methods):
         again = number // len(_COLOURS)  # how often each colour has been used: then the marker and the line tell
@@ -84,11 +84,11 @@ def _draw(axes: Any, known: Sequence[Place], axis: Axis, seeds: Spread | None, n
             "linewidth": 1.5,
         }
         curve = sorted((pair for pair in known if pair[1].method == method), key=lambda pair: pair[0])
-        _line(axes, curve, seeds, style)
+        _line(axes, curve, spreads, style)
     base = [pair for pair in known if pair[1].method == BASELINE]
     for pair in base:
         axes.axhline(pair[1].accuracy, color="black", linewidth=0.8, linestyle=":", zorder=0)
-        _line(axes, [pair], seeds, {"color": "black", "marker": "*", "markersize": 13, "linestyle": "", "zorder": 5})
+        _line(axes, [pair], spreads, {"color": "black", "marker": "*", "markersize": 13, "linestyle": "", "zorder": 5})
     sign = -1 if axis.more_is_better else 1
     places = [(value, setting.accuracy) for value, setting in known]
     front = [places[number] for number in pareto([(sign * x, y) for x, y in places])]
@@ -112,11 +112,11 @@ def _draw(axes: Any, known: Sequence[Place], axis: Axis, seeds: Spread | None, n
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=columns)
 
 
-def _line(axes: Any, curve: Sequence[Place], seeds: Spread | None, style: dict[str, Any]) -> None:
+def _line(axes: Any, curve: Sequence[Place], spreads: Spreads, style: dict[str, Any]) -> None:
     """One method: its settings with their intervals, and the single seeds where there are several."""
     x = [value for value, _ in curve]
     y = [setting.accuracy for _, setting in curve]
-    margin = [half_width(setting, seeds) for _, setting in curve]
+    margin = [half_width(setting, spreads) for _, setting in curve]
     if len(curve) > 1:
         low, high = ([v + sign * m for v, m in zip(y, margin, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pumer.study.curves import Axis, Difference, Setting, at, difference, half_width, place, seed_spread, settings_of
+from pumer.study.curves import Axis, Difference, Setting, at, difference, half_width, place, seed_spreads, settings_of
 from pumer.study.points import BASELINE
 
 MATCHED_FROM, MATCHED_STEP = 1.3, 0.1
@@ -73,7 +73,7 @@ def matched(
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if reference not in curves or len(curves) < 2:
         return []
-    seeds = seed_spread(settings)
+    spreads = seed_spreads(settings)
     rivals = [name for name in curves if name != reference]
     longest = max(axis(setting) or 0.0 for setting in curves[reference])
     table = [["", f"{reference}, accuracy", *(f"less {name}" for name in rivals)]]
@@ -87,7 +87,7 @@ def matched(
         row = [f"{where:.1f}x", f"{100 * mine.scores.sum() / counts.sum():.1f}"]
         for name in rivals:
             other = place(curves[name], axis, where, error)
-            apart = None if other is None else difference(mine, other, seeds)
+            apart = None if other is None else difference(mine, other, spreads)
             row.append(_cell(apart))
             if apart is not None:
                 verdicts[name][apart.verdict].append(f"{where:.1f}x")
@@ -111,7 +111,7 @@ def matched(
 
 def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]:
     """One line per setting."""
-    seeds = seed_spread(settings)
+    spreads = seed_spreads(settings)
     methods = [setting.method for setting in settings]
     # Of a curve no setting stands for the method.
     compared = [one for one in settings if one.method in (BASELINE, *references) and methods.count(one.method) == 1]
@@ -120,14 +120,14 @@ def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]
     head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", *["without towers"] * towers]
     table = [[*head, "MiB", "tokens", "seeds"]]
     for setting in settings:
-        margin = half_width(setting, seeds)
+        margin = half_width(setting, spreads)
         table.append(
             [
                 setting.method,
                 setting.label,
                 f"{setting.accuracy:.1f} ({max(setting.accuracy - margin, 0):.1f} - "
                 f"{min(setting.accuracy + margin, 100):.1f})",
-                *("" if setting is one else str(difference(at(setting), at(one), seeds)) for one in compared),
+                *("" if setting is one else str(difference(at(setting), at(one), spreads)) for one in compared),
                 *_speeds(setting.speed),
                 f"{setting.mean('gflops'):.3g} ({setting.flops_ratio:.2f})",
                 *[_without_towers(setting)] * towers,
