@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,11 @@ def study(model, tmp_path):
         return read_study(file)
 
     return write
+
+
+def in_this_process(words, processes, log, lock):
+    """In place of `launch`."""
+    assert main(words) == 0
 
 
 # --- points ---
@@ -467,6 +473,26 @@ def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypat
     assert [row["method"] for row in csv.DictReader(speeds.open())] == ["unreduced"]
 
 
+def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
+    monkeypatch.setattr(train_launch, "launch", in_this_process)
+    monkeypatch.setattr(study_run, "_by_weights", lambda point: point.method == "PuMer")
+    one, out, said = study(train=TRAIN, baseline={"train": False}, seeds=[1, 2], processes=1), tmp_path / "out", []
+    points = [point for point in one.candidates()[0] if point.method == "PuMer"]
+    places = {"scratch": tmp_path / "runs", "say": said.append}
+    models = [tmp_path / "runs" / "study-tiny" / point.id / "training" / "model" for point in points]
+    run(one, out, **places, only="scores")
+    assert [model.is_dir() for model in models] == [True, False]
+    shutil.rmtree(models[0].parents[1])
+    results = out / "tiny.csv"
+    results.write_text("".join(line for line in results.open() if not line.startswith(points[1].id)))
+    run(one, out, **places, only="scores")
+    assert [model.is_dir() for model in models] == [False, True]
+    run(one, out, **places)
+    assert [row["method"] for row in csv.DictReader((out / "tiny-speed.csv").open())] == ["unreduced", "PuMer"]
+    assert not any("not timed" in text for text in said)
+
+
 def test_rows_of_another_machine_are_not_mixed_with_ours(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "plot", lambda *_: [])
     one, places = study(), {"scratch": tmp_path / "runs", "say": lambda text: None}
@@ -659,9 +685,6 @@ def results(folder):
 def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp_path, monkeypatch):
     one = study(train=TRAIN, processes=1)
 
-    def here(words, processes, log, lock):
-        assert main(words) == 0
-
     file, out, scratch = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "runs"
     command = [sys.executable, "-m", "pumer.cli", "study", str(file), "--out", str(out), "--scratch", str(scratch)]
     # Its first training goes on for longer than it is allowed to live.
@@ -684,7 +707,7 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
     def noting(words, processes, log, lock):
         resumed.append(words[-1])
         caches.append(Path(yaml.safe_load(Path(words[2]).read_text())["distill"]["cache"]))
-        here(words, processes, log, lock)
+        in_this_process(words, processes, log, lock)
 
     monkeypatch.setattr(train_launch, "launch", noting)
     run(one, out, scratch=scratch, say=lambda text: None)
@@ -693,7 +716,7 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
     assert caches[0] == caches[1]  # the teacher was asked once for both
     assert not caches[0].exists()
 
-    monkeypatch.setattr(train_launch, "launch", here)
+    monkeypatch.setattr(train_launch, "launch", in_this_process)
     run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)
     assert results(out) == results(tmp_path / "unbroken")
     untrained, _ = study().candidates()

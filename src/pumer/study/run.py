@@ -134,12 +134,16 @@ class _Work:
         done = {found["id"] for found in rows}
         taken = {found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)}
         self.left = [point for point in self.points if point.id not in done]
-        settings = {point.setting: point for point in reversed(self.points)}  # with the first seed
-        untimed = [settings[name] for name in self.macs if name not in taken]
-        self.gone = [
-            point for point in untimed if point.id in done and _by_weights(point) and not self._model(point).is_dir()
-        ]
-        self.untimed = [point for point in untimed if point not in self.gone]
+        self.untimed: list[Point] = []
+        self.gone: list[Point] = []
+        for name in [name for name in self.macs if name not in taken]:
+            seeds = [point for point in self.points if point.setting == name]
+            timeable = [
+                point
+                for point in seeds
+                if not _by_weights(point) or point.id not in done or self._model(point).is_dir()
+            ]
+            (self.untimed if timeable else self.gone).append((timeable or seeds)[0])
         return rows
 
     def plan(self) -> str:
