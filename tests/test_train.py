@@ -22,9 +22,11 @@ from pumer.models.vilt.resize import resize_patches
 from pumer.tasks.scene_tasks import ScenesRetrieval, ScenesVE
 from pumer.tasks.scenes import Scenes
 from pumer.train import model as start
+from pumer.train import precision
 from pumer.train.losses import distillation_loss, grounding_loss, matching_loss, task_loss
 from pumer.train.model import prepare
 from pumer.train.optimizer import OptimizerSettings, group_of, parameter_groups, published_names
+from pumer.train.precision import in_bfloat16
 from pumer.train.run import DistillSettings, Examples, GroundingSettings, ModelSettings, _Epochs, train
 from pumer.train.trainer import TaskTrainer
 from tiny import model as tiny_model
@@ -598,3 +600,22 @@ def test_every_parameter_is_in_the_group_of_its_published_name(shared, case):
 def test_models_without_published_names_have_no_groups():
     with pytest.raises(ValueError, match="no place for ViltForTokenClassification"):
         published_names(tiny_model("ViltForTokenClassification"))
+
+
+def test_bfloat16_is_for_machines_that_have_it(monkeypatch):
+    for emulated, wanted in ((True, False), (False, True)):
+        monkeypatch.setattr(precision, "_emulated", lambda emulated=emulated: emulated)
+        assert in_bfloat16({"bf16": True, "use_cpu": True}) is wanted
+        assert in_bfloat16({"bf16": True, "use_cpu": False}) is True
+        assert in_bfloat16({"use_cpu": True}) is False
+
+
+def test_a_training_says_that_it_leaves_bfloat16_out(base, tmp_path, monkeypatch, caplog):
+    used = []
+    monkeypatch.setattr(precision, "_emulated", lambda: True)
+    monkeypatch.setattr(TaskTrainer, "train", lambda self, **_: used.append(self.args.bf16))
+    steps = STEPS | {"bf16": True, "use_cpu": True}
+    train(str(tmp_path / "run"), TASK, ModelSettings(path=str(base / "model")), eval_split=None, trainer=steps)
+    assert used == [False]
+    assert "training in float32" in caplog.text
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["trainer"]["bf16"] is True  # as it was given

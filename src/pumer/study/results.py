@@ -16,6 +16,7 @@ import torch
 from pumer.bench.records import environment
 from pumer.study.points import Point, Study
 from pumer.tasks.base import replacing
+from pumer.train.precision import in_bfloat16
 
 FIGURES = (
     "accuracy",
@@ -224,6 +225,7 @@ def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "task": recipe["task"],
         "distill": bool(recipe.get("distill")),
+        "bfloat16": in_bfloat16(trainer),
         **{name: trainer[name] for name in ("num_train_epochs", "max_steps", "learning_rate") if name in trainer},
     }
 

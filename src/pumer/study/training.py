@@ -18,6 +18,7 @@ from pumer.study.points import Point
 from pumer.tasks import build
 from pumer.tasks.base import Example
 from pumer.train.launch import train_once
+from pumer.train.precision import in_bfloat16
 
 
 def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[str]) -> Path:
@@ -57,7 +58,7 @@ def expected_seconds(point: Point, base: Subject, examples: Sequence[Example], p
         for _ in range(2):
             wait(base.device)
             start = time.perf_counter()
-            with torch.autocast(base.model.device.type, torch.bfloat16, enabled=bool(trainer.get("bf16"))):
+            with torch.autocast(base.model.device.type, torch.bfloat16, enabled=in_bfloat16(trainer)):
                 base.model(**inputs).logits.float().square().mean().backward()
                 if recipe.get("distill"):
                     with torch.no_grad():

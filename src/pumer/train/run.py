@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
@@ -30,9 +31,12 @@ from pumer.train.checks import check, check_teacher, uncached
 from pumer.train.grounding import Grounded
 from pumer.train.model import ModelSettings, model_path, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
+from pumer.train.precision import in_bfloat16
 from pumer.train.teacher import taught
 from pumer.train.trainer import TaskTrainer
 from pumer.train.writing import WritingTrainer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,7 +111,8 @@ def train(
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
         seed: of weights, order and dropout.
         resume: go on from the last checkpoint in `output`.
-        trainer: settings of transformers' TrainingArguments.
+        trainer: settings of transformers' TrainingArguments; `bf16` is for machines that have such arithmetic, on a CPU
+            without it the training is in float32.
 
     Returns:
         The metrics of the last evaluation. Where several processes train, their group ends with the training.
@@ -142,6 +147,9 @@ def train(
     chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
     if settings.learned:  # every part has its say in every step, some of it twice
         chosen.setdefault("ddp_find_unused_parameters", False)
+    if chosen.get("bf16") and not in_bfloat16(chosen):
+        _LOG.warning("this processor has no bfloat16 arithmetic, and would be far slower with it: training in float32")
+        chosen["bf16"] = False
     # YAML takes the word no, by which the Trainer means never, for false.
     chosen |= {name: "no" for name, value in chosen.items() if name.endswith("_strategy") and value is False}
     try:
