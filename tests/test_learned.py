@@ -8,7 +8,7 @@ import torch
 
 import pumer
 import tiny
-from pumer.reducers import DynamicViT, Plan, PuMer, SmartTrim, Tokens
+from pumer.reducers import Chain, Compose, DynamicViT, Plan, PuMer, SmartTrim, Tokens, ToMe
 from pumer.reducers.learned import Draw, decide
 from pumer.reducers.smarttrim import HeadTrimmer
 from test_parity import MODEL, folder, inputs_of, publish, read, same  # noqa: F401  # folder is a fixture
@@ -196,10 +196,26 @@ def test_decisions_are_drawn_with_this_much_noise(noise):
 def test_at_the_end_of_its_training_smarttrim_pays_for_what_it_will_keep():
     assert SmartTrim(temperature=2.0).draw_at(0.0) == Draw(2.0, noise=1.0)
     assert SmartTrim(temperature=2.0).draw_at(1.0) == Draw(1.0, noise=0.0)
+    for curriculum, noises in ((0.5, [1, 1, 1, 0.5, 0]), (0.0, [1, 0.75, 0.5, 0.25, 0]), (1.0, [1, 1, 1, 1, 0])):
+        drawn = [SmartTrim(curriculum=curriculum).draw_at(quarter / 4).noise for quarter in range(5)]
+        assert drawn == pytest.approx(noises)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_smarttrim_begins_with_nearly_everything_whatever_its_depth(depth, monkeypatch):
+    """Decisions of a layer count in all later ones, so that each has to keep more the more there are."""
+    monkeypatch.undo()  # parts as users get them, not those of conftest
+    model = training("ViltForQuestionAnswering", SmartTrim(layers=tuple(range(depth)), target=0.4))
+    pumer.active(model).progress, left = 0.0, []
+    for _ in range(40):
+        with torch.no_grad():
+            model(**tiny.batch())
+        left.append(pumer.active(model).decided[-1][0][-1][:, 1])
+    assert torch.stack(left).mean().item() == pytest.approx(0.9, abs=0.03)
 
 
 def test_one_head_is_always_heard():
-    trimmer = HeadTrimmer(8, 3)
+    trimmer = HeadTrimmer(8, 3, 2.0)
     torch.nn.init.constant_(trimmer.decisions.bias, 0.0)
     with torch.no_grad():
         trimmer.decisions.bias.view(3, 2)[:, 1] = torch.tensor([5.0, 4.0, 6.0])
@@ -210,7 +226,7 @@ def test_one_head_is_always_heard():
 def test_every_head_learns_whether_it_is_heard():
     """Of the straight-through decision nothing is lost where one head has to be heard: ties are not shared out."""
     torch.manual_seed(0)
-    trimmer = HeadTrimmer(8, 3)
+    trimmer = HeadTrimmer(8, 3, 2.0)
     torch.nn.init.normal_(trimmer.decisions.weight)
     states = torch.randn(64, 8)
     given = []
@@ -272,6 +288,30 @@ def test_parts_stay_where_they_fit_and_go_with_the_reducer():
     assert not hasattr(model, "reducer_parts")
 
 
+def test_parts_follow_the_model_while_another_reducer_is_in_force():
+    model = pumer.apply(tiny.model(), LEARNED["smarttrim"]).train()
+    with pumer.reduced(model, PuMer(layers=(1,))):
+        model.eval().double()
+    assert not any(module.training for module in model.modules())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_model_in_training_can_be_copied():
+    model = training("ViltForQuestionAnswering", LEARNED["dynamicvit"])
+    model(**tiny.batch()).logits.sum().backward()
+    twin = copy.deepcopy(model)
+    assert pumer.active(model).budget_loss() > 0
+    assert pumer.active(twin).budget_loss() is None
+
+
+def test_the_port_keeps_all_where_all_are_wanted():
+    model = pumer.apply(tiny.model(), DynamicViT(keep=1.0, layers=(1,), official=True))
+    with torch.no_grad():
+        assert model(**tiny.batch()).logits.isfinite().all()
+    assert pumer.report(model).active
+    assert pumer.active(model).lengths[-1] == pumer.active(model).lengths[0]
+
+
 def test_a_copy_has_parts_of_its_own():
     model = pumer.apply(tiny.model(), LEARNED["dynamicvit"])
     twin = copy.deepcopy(model)
@@ -294,6 +334,9 @@ def test_a_copy_has_parts_of_its_own():
         (lambda: SmartTrim(target=1.5), "target is a share of the cost"),
         (lambda: SmartTrim(curriculum=2), "curriculum is a share of the training"),
         (lambda: SmartTrim(layers=(-1, 2)), "trims in layers"),
+        (lambda: Chain((ToMe(r=[2], depth=1), SmartTrim(layers=(2,)))), "smarttrim learns, which a chain"),
+        (lambda: Compose(DynamicViT(), PuMer()), "dynamicvit learns where text and image meet"),
+        (lambda: Compose(ToMe(), SmartTrim()), "give tome proportional=False"),
     ],
 )
 def test_settings_are_checked(make, message):

@@ -61,11 +61,25 @@ def test_its_parts_learn_faster():
     assert len(rates) == len(list(model.parameters()))
     assert {rate for key, rate in rates.items() if key in parts} == {1e-2}
     assert {rate for key, rate in rates.items() if key not in parts} == {1e-3}
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for parameter in module.parameters()
+    }
     for name, parameter in model.named_parameters():
-        assert decays[id(parameter)] == (0.0 if name.endswith("bias") or "norm" in name.lower() else 0.1), name
+        assert decays[id(parameter)] == (0.0 if name.endswith("bias") or id(parameter) in norms else 0.1), name
 
 
 def test_the_published_optimizer_has_no_place_for_them(base, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="knows no learned reducer"):
         run(base, tmp_path / "out", DYNAMIC, optimizer=OptimizerSettings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_are_run_again_have_to_let_gradients_through(base, tmp_path):  # noqa: F811
+    again = STEPS | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    start = ModelSettings(path=str(base / "model"))
+    with pytest.raises(ValueError, match="reentrant way has no gradient"):
+        train(str(tmp_path / "out"), TASK, start, reducer=DYNAMIC, trainer=again)
     assert not (tmp_path / "out").exists()

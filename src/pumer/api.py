@@ -79,10 +79,10 @@ def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.Mod
         return None
     heads, channels = adapter.attention_shape(model)
     new = reducer.learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
-    if parts is not None and _shapes(parts) == _shapes(new):
-        return parts
     weight = next(model.parameters())
-    return new.to(weight.device, weight.dtype).train(model.training)
+    own = parts if parts is not None and _shapes(parts) == _shapes(new) else new
+    # Those kept aside meanwhile have not followed the model.
+    return own.to(weight.device, weight.dtype).train(model.training)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -80,6 +80,10 @@ class Patch:
     _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, which can have no part in the graph of its last forward."""
+        return vars(self) | {"decided": []}
+
     def part(self, layer: int) -> Any:
         """What is trained for one layer."""
         return None if self.parts is None else self.parts[str(layer)]

@@ -38,6 +38,13 @@ class Compose(Reducer):
                 raise ValueError(f"{place} is itself a composition: give a single reducer")
         if isinstance(self.tower, PuMer):
             raise ValueError("PuMer is guided by the text, and a vision tower has none: give `tower` ToMe, for example")
+        if self.tower.learned is not None:
+            raise ValueError(f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for example")
+        if self.tower.weighs_by_size and self.inside.learned is not None:
+            raise ValueError(
+                f"{self.inside.name} is trained by an attention that knows no sizes: give {self.tower.name} "
+                "proportional=False"
+            )
 
     @property
     def in_tower(self) -> Reducer:
@@ -114,18 +121,15 @@ class Chain(Reducer):
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ValueError(f"more than one reducer acts in layers {twice}: give them layers of their own")
-        if sum(reducer.learned is not None for reducer in self.reducers) > 1:
-            raise ValueError("only one reducer of a chain can be a learned one")
+        learned = [reducer.name for reducer in self.reducers if reducer.learned is not None]
+        if learned:
+            raise ValueError(f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself")
         if len({reducer.after_layer for reducer in self.reducers if max(reducer.layers, default=-1) >= 0}) > 1:
             raise ValueError("some of these act inside layers and some after them: chain those that do the same")
 
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted(layer for reducer in self.reducers for layer in reducer.layers))
-
-    @property
-    def learned(self) -> Learned | None:
-        return next((reducer.learned for reducer in self.reducers if reducer.learned is not None), None)
 
     @property
     def after_layer(self) -> bool:

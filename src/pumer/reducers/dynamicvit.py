@@ -28,9 +28,11 @@ class DynamicViT(Learned):
     Args:
         keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
         layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5, 8.
-        weight: of the loss that holds the share of kept tokens to `keep`.
+        weight: of the loss that holds the share of kept tokens to `keep`. The paper's other two losses are left to the
+            training: a teacher's is there if one is given, the one on the tokens' states is not.
         official: the port in the published PuMer code: predictors without the half that sees the whole picture, a
-            count that includes [CLS], tokens in the order of their scores, and the published softmax.
+            count that includes [CLS], tokens in the order of their scores, and the published softmax, which padding has
+            a say in; not while training, so that with padding the two differ in the third digit of a logit.
     """
 
     name = "dynamicvit"
@@ -97,8 +99,10 @@ class DynamicViT(Learned):
     def _kept(self, count: Count) -> Count:
         if not self.official:
             return portion(self.keep, count)
-        # Of a count that has [CLS] in it, rounded down.
-        return int((count + 1) * self.keep) if isinstance(count, int) else ((count + 1).double() * self.keep).long()
+        # Of a count that has [CLS] in it, rounded down; all there are where that is one more.
+        if isinstance(count, int):
+            return min(int((count + 1) * self.keep), count)
+        return ((count + 1).double() * self.keep).long().minimum(count)
 
 
 class Predictor(nn.Module):

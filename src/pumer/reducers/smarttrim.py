@@ -9,6 +9,7 @@ loss, and that tokens leave between attention and MLP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ from pumer.reducers.registry import register
 
 _ATTENTION = 1 / 3
 """Share of attention in the cost of a layer: four products of the width with itself, next to the MLP's eight."""
-_OPEN = 2.0
-"""How far apart the logits of (keep, drop) start: nearly everything is kept."""
+_OPEN = 0.9
+"""Share of the tokens that are left after all layers when training begins."""
 
 
 @register
@@ -35,7 +36,8 @@ class SmartTrim(Learned):
     computed and multiplied by zero, as every sample of a batch silences others.
 
     Args:
-        target: share of the layers' cost that samples may use on average, once trained.
+        target: share of the cost of the layers that trim, to be used on average once trained. A layer costs a
+            third of the tokens that enter it, times the share of its heads, and two thirds of those that leave it.
         layers: layers that trim, counted from 0.
         text: trim text tokens too.
         heads: trim attention heads too.
@@ -76,13 +78,15 @@ class SmartTrim(Learned):
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
         attentions = ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+        each = _OPEN ** (1 / max(len(self.layers), 1))
+        apart = math.log(each / (1 - each))
         layers = {}
         for layer in self.layers:
-            trimmers: dict[str, nn.Module] = {"image": TokenTrimmer(width)}
+            trimmers: dict[str, nn.Module] = {"image": TokenTrimmer(width, apart)}
             if self.text:
-                trimmers["text"] = TokenTrimmer(width)
+                trimmers["text"] = TokenTrimmer(width, apart)
             if self.heads:
-                trimmers |= {name: HeadTrimmer(width, heads) for name in attentions}
+                trimmers |= {name: HeadTrimmer(width, heads, apart) for name in attentions}
             layers[str(layer)] = nn.ModuleDict(trimmers)
         return nn.ModuleDict(layers)
 
@@ -118,8 +122,13 @@ class SmartTrim(Learned):
         return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
 
     def draw_at(self, progress: float) -> Draw:
-        """Less and less at random, so that in the end the cost is that of the decisions made afterwards."""
-        return Draw(self.temperature * (1 - 0.5 * progress), noise=1 - progress)
+        """At random while the target goes down, then less and less, until the cost is that of the later decisions.
+
+        Noise that faded from the start would do the trimmers' work the wrong way round: as each layer drops a little by
+        chance, less of it alone leaves more tokens, while fewer are wanted.
+        """
+        noise = min(1.0, (1 - progress) / max(1 - self.curriculum, 1e-9))
+        return Draw(self.temperature * (1 - 0.5 * progress), noise)
 
     def _keep(self, tokens: Tokens, draw: Draw | None) -> Tensor:
         """Decisions [B,N]; structure tokens always stay."""
@@ -138,14 +147,19 @@ class SmartTrim(Learned):
 
 
 class TokenTrimmer(nn.Module):
-    """Logits of (keep, drop) for every token, from its state and a summary of the other modality."""
+    """Logits of (keep, drop) for every token, from its state and a summary of the other modality.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: channels of a token.
+        apart: by how much they begin as keeping.
+    """
+
+    def __init__(self, width: int, apart: float) -> None:
         super().__init__()
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decision = nn.Linear(width // 4, 2)
-        start_open(self.decision, _OPEN)
+        start_open(self.decision, apart)
 
     def forward(self, states_BND: Tensor, other_BD: Tensor) -> Tensor:
         other = self.other_norm(other_BD)[:, None].expand_as(states_BND)
@@ -155,14 +169,20 @@ class TokenTrimmer(nn.Module):
 
 
 class HeadTrimmer(nn.Module):
-    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those who are asked."""
+    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those who are asked.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: channels of a token.
+        heads: of the attention.
+        apart: as in `TokenTrimmer`.
+    """
+
+    def __init__(self, width: int, heads: int, apart: float) -> None:
         super().__init__()
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decisions = nn.Linear(width // 4, 2 * heads)
-        start_open(self.decisions, _OPEN)
+        start_open(self.decisions, apart)
 
     def forward(self, asking_BD: Tensor, asked_BD: Tensor, draw: Draw | None) -> Tensor:
         pooled = torch.cat([self.norm(asking_BD), self.other_norm(asked_BD)], dim=-1)

@@ -42,6 +42,11 @@ def check(
             f"{reducer.name} is its own teacher, which a layer that is run again knows nothing of: leave "
             "trainer.gradient_checkpointing out"
         )
+    if learned and (trainer.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        raise ValueError(
+            "a layer that is run again by the reentrant way has no gradient for what decides in it: leave "
+            "trainer.gradient_checkpointing_kwargs.use_reentrant out"
+        )
     if optimizer and writes(net):
         raise ValueError(f"the published optimizer knows no {type(net).__name__}: leave it out")
     if trainer.get("label_smoothing_factor"):

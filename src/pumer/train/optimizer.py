@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from pumer.adapters.base import PARTS
 from pumer.models.meter.published import LAYOUT as METER
@@ -73,11 +73,12 @@ def reducer_groups(
         model: with its reducer in force.
         multiplier: of the learning rate of the reducer's parts.
         learning_rate: of the rest.
-        weight_decay: of what is neither bias nor norm.
+        weight_decay: of what the Trainer lets decay: neither biases nor norms.
     """
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # which has no use for a Trainer
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        key = name.startswith(f"{PARTS}."), not re.search("bias|norm", name.lower())
+        key = name.startswith(f"{PARTS}."), name in decaying
         rate = learning_rate * (multiplier if key[0] else 1.0)
         new = {"params": [], "lr": rate, "weight_decay": weight_decay if key[1] else 0.0}
         groups.setdefault(key, new)["params"].append(parameter)
