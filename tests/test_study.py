@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -470,6 +471,7 @@ def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypat
     run(one, tmp_path / "out", **places, only="plan")
     run(one, tmp_path / "out", **places)
     assert any(text.startswith("not timed: PuMer, seed 1. ") for text in said)
+    assert sum(re.fullmatch(r"PuMer, seed 1: \d+\.\d %, in \d+ s", text) is not None for text in said) == 1
     assert [row["method"] for row in csv.DictReader(speeds.open())] == ["unreduced"]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
 from pumer.bench.records import append
 from pumer.bench.timing import alternate
@@ -192,6 +193,7 @@ class _Work:
         with locked(self.folder, wait=math.inf):
             drop_unfinished(self.results)
             append(self.results, [row(study, point, COLUMNS, measured, self.device)])
+        self.say(f"{point}: {measured['accuracy']:.1f} %, in {_duration(measured['seconds'])}")
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -201,7 +203,7 @@ class _Work:
     def time(self, keep_models: bool) -> None:
         """Time every setting that has no speed yet, next to the unreduced model, in this one process."""
         study = self.study
-        with locked(self.folder, wait=math.inf), Progress(transient=True) as progress:
+        with locked(self.folder, wait=math.inf), _bars() as progress:
             for file in (self.results, self.speeds):
                 drop_unfinished(file)
             self.look()  # again: another process may have timed them meanwhile
@@ -289,7 +291,7 @@ def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
     """The points, with a bar that tells which it is, of how many, and how long the rest will take."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}{task.fields[left]}"))
     start, expected = time.perf_counter(), 0.0
-    with Progress(*columns, transient=True) as progress:
+    with _bars(*columns) as progress:
         bar = progress.add_task("", total=len(left), left="")
         for number, point in enumerate(left):
             # As far as it was off so far, the expectation will be off again.
@@ -299,6 +301,11 @@ def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
             yield point
             expected += seconds[point.id]
             progress.advance(bar)
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    """Bars that go when they are done; a log gets none of them."""
+    return Progress(*columns, transient=True, disable=not Console().is_terminal)
 
 
 def _duration(seconds: float) -> str:
