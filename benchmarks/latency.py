@@ -28,12 +28,12 @@ collator = open_task(study.model, net, dict(study.task))
 pool = Pool(collator.task.examples("test"), collator, batch, batch)
 pool.size(1)
 inputs = pool.inputs(0)
-model = calibrate(net, inputs, runs=3)
+model = calibrate(net, inputs)
 seconds, reports = measure(net, inputs, reducers, runs)
 errors = []
-print("predicted  measured  off     setting")
+print(f"{study.name}\npredicted  measured  off     setting")
 for name in reducers:
-    guess = model.seconds(reports[FUSED], batch) / model.seconds(reports[name], batch)
+    guess = model.seconds(reports[FUSED]) / model.seconds(reports[name])
     found = seconds[FUSED] / seconds[name]
     errors.append(abs(guess / found - 1))
     print(f"{guess:8.2f}x {found:8.2f}x {100 * (guess / found - 1):+5.1f} %  {name}")

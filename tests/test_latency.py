@@ -27,7 +27,7 @@ def reports(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_reducers_fit_the_model_and_tell_terms_apart(family):
     _, found = reports(family)
-    amounts = [work(report, 2) for report in found]
+    amounts = [work(report) for report in found]
     assert {name for one in amounts for name, amount in one.items() if amount} == {
         name for name in amounts[0] if family == "METER" or "tower" not in name
     }
@@ -36,48 +36,54 @@ def test_calibration_reducers_fit_the_model_and_tell_terms_apart(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_machine_that_is_as_modelled_is_predicted_exactly(family):
     net, found = reports(family)
-    costs = {name: 10.0 ** -(3 + place % 4) for place, name in enumerate(work(found[0], 1))}
+    costs = {name: 10.0 ** -(3 + place % 4) for place, name in enumerate(work(found[0]))}
     truth = LatencyModel(costs)
-    timed = [(one, n) for one in found for n in (2, 4)]
-    model = fit([work(*forward) for forward in timed], [truth.seconds(*forward) for forward in timed])
+    model = fit([work(one) for one in found], [truth.seconds(one) for one in found])
     held_out = [Uniform(prune=0.4, layers=(1, 2)), PuMer(0.2, 0.3, 0.2, layers=(0, 2)), ToMe(r=3, depth=3)]
     for reducer in held_out:
         with pumer.reduced(net, reducer):
             planned = pumer.report(net)
-        assert model.seconds(planned, 3) == pytest.approx(truth.seconds(planned, 3), rel=0.05)
+        assert model.seconds(planned) == pytest.approx(truth.seconds(planned), rel=0.05)
 
 
 def test_work_counts_what_is_there():
     net = tiny_model("MeterForQuestionAnswering")
     with pumer.reduced(net, Compose(ToMe(r=4, depth=2), PuMer(0.25, 0.0, 0.0, layers=(1,)))):
         planned = pumer.report(net, text=10)
-    done = work(planned, 3)
+    done = work(planned)
     assert planned.tower == (37, 33, 29, 29)
     assert planned.lengths == ((10, 29), (10, 29), (10, 22), (10, 22), (10, 22))
-    assert done["reductions"] == 3
-    assert done["reduced tokens"] == 3 * (37 + 33 + 39)
-    assert done["tower pairs"] == 3 * (37**2 + 33**2 + 29**2)
-    assert done["tokens"] == 3 * (39 + 32 + 32 + 32)
-    assert done["reducer"] == 3 * planned.parts["reducer"]
+    assert done["tower pairs"] == 37**2 + 33**2 + 29**2
+    assert done["tokens"] == 39 + 32 + 32 + 32
+    assert done["reducer"] == planned.parts["reducer"]
+    assert done["reducer operators"] == planned.own.operators > 0
+    assert done["reducer traffic"] == planned.own.traffic > 0
 
 
 def test_a_tower_that_was_never_timed_is_refused():
     _, joint = reports("ViLT")
     _, towers = reports("METER")
-    model = fit([work(one, 2) for one in joint], [1.0] * len(joint))
+    model = fit([work(one) for one in joint], [1.0] * len(joint))
     with pytest.raises(ValueError, match="tower"):
-        model.seconds(towers[0], 2)
+        model.seconds(towers[0])
 
 
-def test_times_are_shares_of_the_unreduced_forward_of_the_same_round(monkeypatch):
-    def slower_and_slower(calls, runs, warmup, device, progress):
+def test_times_are_shares_of_the_unreduced_forward_next_to_them(monkeypatch):
+    turns = []
+
+    def slower_and_slower(calls, runs, warmup, device):
         for call in calls.values():
             call()
-        return {name: Timing(tuple((1 if name == FUSED else 0.5) * k for k in (1, 2, 9))) for name in calls}
+        turns.append(tuple(calls))
+        slow = len(turns)
+        shares = {FUSED: 1, "half": 0.5, "third": 1 / 3}
+        return {name: Timing(tuple(shares[name] * slow * k for k in (1, 2, 9))) for name in calls}
 
     monkeypatch.setattr(latency, "alternate", slower_and_slower)
-    seconds, planned = latency.measure(tiny_model(), batch(), {"half": PuMer(layers=(1,))}, runs=3)
-    assert seconds == {FUSED: 2.0, "half": 1.0}
+    reducers = {"half": PuMer(layers=(1,)), "third": PuMer(layers=(0,))}
+    seconds, planned = latency.measure(tiny_model(), batch(), reducers, runs=3)
+    assert turns == [(FUSED, "half"), (FUSED, "third")]
+    assert seconds == pytest.approx({FUSED: 3.0, "half": 1.5, "third": 1.0})  # the median of 1, 2, 9, 2, 4, 18
     assert planned["half"].entry == planned[FUSED].entry == planned[FUSED].lengths[0]
 
 

@@ -1,5 +1,7 @@
 """Reports: the FLOPs formula against torch's counter and the published costs; what really ran."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,6 +11,8 @@ import matrix
 import pumer
 import tiny
 from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
+from pumer.reducers import Plan, Reducer
+from pumer.reducers.cost import NOTHING, own_costs
 from pumer.report import last_forward_macs
 
 
@@ -150,3 +154,46 @@ def test_a_model_of_two_images_and_bad_lengths():
     assert shown.base_macs / 1e9 == pytest.approx(33.37, rel=0.005)
     with pytest.raises(ValueError, match="at least 1 token"):
         pumer.report(model, text=0)
+
+
+@dataclass(frozen=True)
+class _Looks(Reducer):
+    """Keeps all, after it has computed with the states as often as it is told to."""
+
+    products: int = 0
+    layers = (1,)
+
+    def plan(self, tokens):
+        states = tokens.states_BND
+        for _ in range(self.products):
+            states @ states.transpose(1, 2)
+        return Plan.identity(tokens.mask_BN)
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_what_a_reducer_takes_is_what_its_operators_do(place):
+    (text, image), width = (5, 7), 2 * 4
+    count = text + image
+    lengths = [(text, image)] * 3
+    none, two = (own_costs(_Looks(n), (2, 4), (text, image), lengths, None, place)[1] for n in (0, 2))
+    assert two.macs - none.macs == 2 * count * count * width
+    assert two.operators - none.operators == 2  # turning a matrix around is none
+    assert two.traffic - none.traffic == 2 * 4 * (2 * count * width + count * count)
+    assert own_costs(_Looks(2), (2, 4), (text, image), lengths, None, place)[0] == NOTHING
+
+
+def test_passes_and_towers_count_what_reducers_take():
+    kind = "ViltForImagesAndTextClassification"
+    once, twice = (
+        pumer.report(pumer.apply(tiny.model(name), pumer.PuMer(layers=(0, 2)))).own
+        for name in ("ViltForQuestionAnswering", kind)
+    )
+    assert twice == 2 * once
+    tower = pumer.Compose(pumer.ToMe(r=4, depth=2), pumer.PuMer(layers=(1,)))
+    apart = (tower, pumer.Compose(pumer.ToMe(r=4, depth=2), pumer.Unreduced()))
+    both, alone = (
+        pumer.report(pumer.apply(tiny.model("MeterForQuestionAnswering"), reducer), text=10).own for reducer in apart
+    )
+    assert 0 < alone.operators < both.operators
+    assert 0 < alone.traffic < both.traffic
+    assert alone.macs < both.macs

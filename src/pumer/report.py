@@ -18,7 +18,7 @@ from pumer.adapters.llm import DecoderAdapter
 from pumer.api import active
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid
-from pumer.reducers.cost import own_macs
+from pumer.reducers.cost import NOTHING, Own, own_costs
 
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
@@ -60,6 +60,7 @@ class Report:
         parts: MACs by part: embedding, attention, mlp, head and reducer, and those of the towers where there are any.
         base_parts: those of the unreduced model at the same entry.
         passes: how often one example goes through the layers; costs are for all passes together.
+        own: what choosing and reducing takes, of which `parts` has the MACs alone; for all passes, too.
         ran: lengths of the last forward, None if there was none.
         planned: what they had to be for its texts and images, None if there was none.
     """
@@ -73,6 +74,7 @@ class Report:
     parts: dict[str, int]
     base_parts: dict[str, int]
     passes: int = 1
+    own: Own = NOTHING
     ran: Lengths | None = None
     planned: Lengths | None = None
 
@@ -212,6 +214,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     base = [entry] * (depth + 1)
     layers = zip(adapter.layer_macs(model, lengths, reducer.after_layer), adapter.layer_macs(model, base), strict=True)
     ran, planned = _last_forward(patch, adapter, model)
+    spent = passes * sum(own.values(), NOTHING)
     made = Report(
         model=type(model).__name__,
         reducer=None if patch is None else to_dict(reducer),
@@ -219,12 +222,13 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         lengths=lengths,
         tower=tower,
         layers=tuple(
-            LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number]), passes * sum(base_macs))
+            LayerCost(number, *lengths[number + 1], passes * (sum(macs) + own[number].macs), passes * sum(base_macs))
             for number, (macs, base_macs) in enumerate(layers)
         ),
-        parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer) | {"reducer": passes * sum(own.values())},
+        parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer) | {"reducer": spent.macs},
         base_parts=adapter.macs(model, base) | {"reducer": 0},
         passes=passes,
+        own=spent,
         ran=ran,
         planned=planned,
     )
@@ -252,7 +256,7 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
     ran = (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None  # the data have decided
     tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid, ran)
     macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
-    return macs | {"reducer": adapter.passes(model) * sum(own.values())}
+    return macs | {"reducer": adapter.passes(model) * sum(own.values(), NOTHING).macs}
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
@@ -297,26 +301,26 @@ def _plan(
     image: int,
     grid: Grid | None,
     ran: tuple[tuple[int, ...], Lengths] | None = None,
-) -> tuple[tuple[int, ...], Lengths, dict[int, int]]:
-    """Lengths in the vision tower and after it, and the reducers' own MACs: by layer, all of the tower at `EMBEDDINGS`.
+) -> tuple[tuple[int, ...], Lengths, dict[int, Own]]:
+    """Lengths in the vision tower and after it, and what reducers take: by layer, all of the tower at `EMBEDDINGS`.
 
     Args as for `planned_lengths`, in tensors without data where the model lies on a device; `ran` are the lengths of
     the tower and after it, where they are known.
     """
     place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
-    first, spent = (text, image), 0
+    first, spent = (text, image), NOTHING
     if reducer.in_tower is not None:
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
         pictures, _ = adapter.tower_entry(model, image)
-        spent = pictures * sum(own_macs(reducer.in_tower, shape, inside[0], inside, grid, place).values())
+        spent = pictures * sum(own_costs(reducer.in_tower, shape, inside[0], inside, grid, place).values(), NOTHING)
         first = text, adapter.tower_exit(model, image, tower[-1])
         grid = None if tower[-1] != tower[0] else grid
     lengths = ran[1] if ran else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.prefix)
     patch = active(model)
-    own = own_macs(
+    own = own_costs(
         reducer,
         adapter.attention_shape(model),
         first,

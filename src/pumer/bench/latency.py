@@ -1,15 +1,17 @@
 """A latency model of this machine: the time of a forward from its lengths, fitted to a few forwards that were timed.
 
 Multiply-accumulates alone miss what a forward costs besides: starting its operators, reading and writing every token
-once more for norms and activations, the softmax, the sorting inside a reducer. Each of these is a term here, an amount
-of work that follows from the planned lengths, and the fit finds what one unit of it costs on this machine. No unit of
-work can cost less than nothing, so the fit is least squares with non-negative coefficients.
+once more for norms and activations, the softmax, what a reducer reads and writes. Each of these is a term here, an
+amount of work that follows from the planned lengths, and the fit finds what one unit of it costs on this machine. No
+unit of work can cost less than nothing, so the fit is least squares with non-negative coefficients. It holds for
+batches of the size it was fitted to: twice the examples can take more than twice the time, where their states no longer
+fit a cache.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from pumer.adapters import find
 from pumer.api import active
-from pumer.bench.run import FUSED, first_rows, forward, variants
+from pumer.bench.run import FUSED, forward, variants
 from pumer.bench.timing import alternate
 from pumer.reducers import Compose, PuMer, Random, Reducer, ToMe
 from pumer.report import TOWERS, Report, report
@@ -28,7 +30,7 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Seconds per unit of each term of `work`; made by `calibrate`.
+    """Seconds per unit of each term of `work`, for batches of one size; made by `calibrate`.
 
     Args:
         costs: seconds per unit, by term; terms that no calibration forward had do not appear.
@@ -36,42 +38,37 @@ class LatencyModel:
 
     costs: Mapping[str, float]
 
-    def seconds(self, planned: Report, batch: int) -> float:
-        """Predicted seconds of one forward of `batch` examples with these lengths.
+    def seconds(self, planned: Report) -> float:
+        """Predicted seconds of one forward with these lengths.
 
         Raises ValueError for a vision tower if none was in the calibration.
         """
-        done = work(planned, batch)
+        done = work(planned)
         unknown = sorted(name for name, amount in done.items() if amount and name not in self.costs)
         if unknown:
             raise ValueError(f"nothing timed had a cost for {', '.join(unknown)}: calibrate on this model")
         return sum(self.costs[name] * amount for name, amount in done.items() if amount)
 
 
-def work(planned: Report, batch: int) -> dict[str, float]:
-    """Amounts of work of one forward, by term; multiply-accumulates, tokens, or pairs of tokens that attend.
+def work(planned: Report) -> dict[str, float]:
+    """Amounts of work of one forward, by term, per example: multiply-accumulates, tokens, pairs that attend, bytes.
 
     Args:
-        planned: lengths and multiply-accumulates of the model with its reducer.
-        batch: examples at a time.
+        planned: lengths of the model with its reducer, and what that takes.
     """
-    each, parts = batch * planned.passes, planned.parts
-    counts = [sum(pair) for pair in planned.lengths]
-    reduced = [n for n, pair, after in zip(counts, planned.lengths, planned.lengths[1:], strict=False) if pair != after]
-    tower = planned.tower[:-1]
-    merged = [before for before, after in zip(planned.tower, planned.tower[1:], strict=False) if before != after]
+    passes, parts = planned.passes, planned.parts
+    counts, tower = [sum(pair) for pair in planned.lengths], planned.tower[:-1]
     return {
-        "forward": 1.0,
-        "embedding": batch * parts["embedding"],
-        "towers": batch * sum(parts.get(part, 0) for part in TOWERS),
-        "tower tokens": each * sum(tower),
-        "tower pairs": each * sum(n * n for n in tower),
-        "products": batch * (parts["attention"] + parts["mlp"]),
-        "tokens": each * sum(counts[1:]),
-        "pairs": each * sum(n * n for n in counts[:-1]),
-        "reductions": float(len(reduced) + len(merged)),
-        "reduced tokens": each * (sum(reduced) + sum(merged)),
-        "reducer": batch * parts["reducer"],
+        "forward": 1.0,  # and whatever else no reducer changes
+        "towers": sum(parts.get(part, 0) for part in TOWERS),
+        "tower tokens": passes * sum(tower),
+        "tower pairs": passes * sum(n * n for n in tower),
+        "products": parts["attention"] + parts["mlp"],
+        "tokens": passes * sum(counts[1:]),
+        "pairs": passes * sum(n * n for n in counts[:-1]),
+        "reducer": parts["reducer"],
+        "reducer operators": planned.own.operators,
+        "reducer traffic": planned.own.traffic,
     }
 
 
@@ -93,13 +90,17 @@ def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:
     """Reducers whose forwards tell the terms apart: other lengths in other layers, with cheap and costly reducers."""
     adapter = find(model)
     depth, tower = adapter.depth(model), adapter.tower_depth(model)
-    early, middle, late = 0, depth // 3, 2 * depth // 3
+    early, middle, late, every = 0, depth // 3, 2 * depth // 3, tuple(range(depth - 1))
     inside: list[Reducer] = [
         Random(prune=0.4),
         Random(prune=0.8),
         Random(prune=0.5, layers=(middle,)),
         PuMer(prune=0.1, merge=0.0, merge_text=0.0, layers=tuple(sorted({early, middle, late}))),
-        PuMer(prune=0.0, merge=0.1, merge_text=0.2, layers=tuple(range(depth - 1))),
+        PuMer(prune=0.0, merge=0.05, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.1, merge_text=0.2, layers=every),
+        PuMer(prune=0.05, merge=0.1, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.2, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.3, merge_text=0.0, layers=(early,)),
         PuMer(prune=0.2, merge=0.4, merge_text=0.0, layers=(early,)),
         PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=tuple(sorted({middle, late}))),
         PuMer(prune=0.3, merge=0.4, merge_text=0.0, layers=(late,)),
@@ -117,30 +118,28 @@ def measure(
     inputs: Mapping[str, Tensor],
     reducers: Mapping[str, Reducer],
     runs: int = 5,
-    progress: Callable[[], None] = lambda: None,
 ) -> tuple[Seconds, dict[str, Report]]:
-    """Time a model unreduced and with each reducer, in turns; seconds and planned lengths of each, by name.
+    """Time a model unreduced and with each reducer; seconds and planned lengths of each, by name.
 
-    Whatever else the machine does slows a whole round down, so each time is taken as a share of that of the
-    unreduced forward in the same round: the median share times the median unreduced time.
+    Each takes turns with the unreduced model alone: how fast that is also depends on what ran before it, as memory is
+    left behind. The median share of the unreduced time, times its median over all.
 
     Args:
         model: a supported model that nothing reduces.
         inputs: a batch.
         reducers: to time, by name; the unreduced model goes under `bench.run.FUSED`.
-        runs: timed rounds.
-        progress: called after every round.
+        runs: timed rounds of each.
     """
     device = next(model.parameters()).device
     nets = {name: net for name, net in variants(model, dict(reducers)).items() if name in (FUSED, *reducers)}
     calls = {name: forward(net, dict(inputs)) for name, net in nets.items()}
-    timings = alternate(calls, runs, 1, device, progress)
-    unreduced = timings[FUSED]
-    seconds = {
-        name: unreduced.median
-        * statistics.median(one / other for one, other in zip(timing.seconds, unreduced.seconds, strict=True))
-        for name, timing in timings.items()
-    }
+    shares, unreduced = {FUSED: 1.0}, list[float]()
+    for name in reducers:
+        timings = alternate({other: calls[other] for other in (FUSED, name)}, runs, 1, device)
+        base = timings[FUSED].seconds
+        shares[name] = statistics.median(one / other for one, other in zip(timings[name].seconds, base, strict=True))
+        unreduced += base
+    seconds = {name: share * statistics.median(unreduced) for name, share in shares.items()}
     return seconds, {name: planned(net, nets[FUSED]) for name, net in nets.items()}
 
 
@@ -154,29 +153,13 @@ def planned(net: nn.Module, ran: nn.Module) -> Report:
     return report(net, text, None if image == usual else image)
 
 
-def calibrate(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    reducers: Mapping[str, Reducer] | None = None,
-    runs: int = 5,
-    progress: Callable[[], None] = lambda: None,
-) -> LatencyModel:
+def calibrate(model: nn.Module, inputs: Mapping[str, Tensor], runs: int = 5) -> LatencyModel:
     """Time a few forwards of a model and fit its latency model; on an idle machine a matter of seconds.
 
     Args:
         model: a supported model that nothing reduces, on its device.
-        inputs: a batch as it will be used. Its half is timed too, which tells the cost per forward from that per
-            example.
-        reducers: those of the forwards to time; `calibration_reducers` if not given.
-        runs: timed rounds.
-        progress: called after every round; there are twice as many as `runs` and two to warm up.
+        inputs: a batch as it will be used.
+        runs: timed rounds of each.
     """
-    reducers = calibration_reducers(model) if reducers is None else reducers
-    batch = len(inputs["input_ids"])
-    halves = dict(list(reducers.items())[::3])
-    amounts, times = [], []
-    for rows, chosen in ((batch, reducers), (max(1, batch // 2), halves)):
-        seconds, reports = measure(model, first_rows(inputs, rows), chosen, runs, progress)
-        amounts += [work(reports[name], rows) for name in seconds]
-        times += list(seconds.values())
-    return fit(amounts, times)
+    seconds, reports = measure(model, inputs, calibration_reducers(model), runs)
+    return fit([work(reports[name]) for name in seconds], list(seconds.values()))

@@ -4,15 +4,60 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumer.reducers.base import EMBEDDINGS, Encoder, Grid, Reducer, Tokens
 
 
-def own_macs(
+@dataclass(frozen=True)
+class Own:
+    """What choosing and reducing takes, for one example.
+
+    Args:
+        macs: multiply-accumulates of its matrix products.
+        traffic: bytes that its operators read and write, which is what they take time for.
+        operators: how many of them are started, for one example or many.
+    """
+
+    macs: int = 0
+    traffic: int = 0
+    operators: int = 0
+
+    def __add__(self, other: Own) -> Own:
+        return Own(self.macs + other.macs, self.traffic + other.traffic, self.operators + other.operators)
+
+    def __rmul__(self, times: int) -> Own:
+        return Own(times * self.macs, times * self.traffic, times * self.operators)
+
+
+NOTHING = Own()
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are started inside the with block, but for those that only look at a tensor anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.traffic = self.started = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if not operator.is_view and operator is not torch.ops.aten._unsafe_view.default:
+            self.started += 1
+            self.traffic += sum(x.nbytes for x in tree_leaves((args, kwargs, made)) if isinstance(x, Tensor))
+        return made
+
+
+def own_costs(
     reducer: Reducer,
     shape: tuple[int, int],
     entry: tuple[int, int],
@@ -23,8 +68,8 @@ def own_macs(
     parts: nn.ModuleDict | None = None,
     encoder: Encoder | None = None,
     prefix: int = 1,
-) -> dict[int, int]:
-    """MACs of planning and of applying the plan, before the first layer and in every one.
+) -> dict[int, Own]:
+    """What planning and applying the plan takes, before the first layer and in every one.
 
     Counted by letting the reducer run on tokens without content, so that it holds for every method. A CPU is counted
     as it is; for anything else tensors that have shapes and no data do.
@@ -42,10 +87,10 @@ def own_macs(
         prefix: structure tokens at the head of each modality.
     """
     heads, channels = shape
-    macs = {}
+    costs = {}
     for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
         if not reducer.reduces_at(layer):
-            macs[layer] = 0
+            costs[layer] = NOTHING
             continue
         count = text + image
         seen = (text, image) if cross else (count, count)
@@ -68,8 +113,8 @@ def own_macs(
             encoder=encoder if layer == EMBEDDINGS else None,
             part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval() if parts is not None else None,
         )
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as flops, _Operators() as operators, torch.no_grad():
             reducer.plan(tokens).reduce(states)
-        macs[layer] = counter.get_total_flops() // 2
+        costs[layer] = Own(flops.get_total_flops() // 2, operators.traffic, operators.started)
         grid = None
-    return macs
+    return costs

@@ -95,7 +95,7 @@ def plan(
     batch = len(inputs["input_ids"])
     rows = min(batch, _MEMORY_ROWS)
     few = first_rows(inputs, rows)
-    unreduced = latency.seconds(base, batch)
+    unreduced = latency.seconds(base)
     found = []
     for point in points:
         with pumer.reduced(model, point.reducer):
@@ -103,7 +103,7 @@ def plan(
             size = None
             if memory:
                 size = weight_bytes(model) + round(peak_memory(model, few) * batch / rows)
-        found.append(Planned(point, planned.ratio, unreduced / latency.seconds(planned, batch), size))
+        found.append(Planned(point, planned.ratio, unreduced / latency.seconds(planned), size))
         progress()
     return sorted(found, key=lambda one: (-one.speedup, one.point.name))
 

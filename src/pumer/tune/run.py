@@ -146,7 +146,7 @@ def tune(
         inputs = _timed_inputs(model, pool.inputs(0))
         progress("timing a few forwards")
         costs = study.user_attrs.get("latency") if study else None
-        latency = LatencyModel(costs) if costs else calibrate(model, inputs, runs=3)
+        latency = LatencyModel(costs) if costs else calibrate(model, inputs)
         with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
             model(**inputs)
             base = planned(model, model)
