@@ -44,6 +44,28 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What the text attends to besides the tokens that a reducer is shown.
+
+    A cached prefix, other turns, separators and structure tokens are keys of the model's own softmax, so they are keys
+    of ours: what is kept then does not depend on how a prompt is cut into calls.
+
+    Args:
+        keys_BHMC: their keys, as many heads as the keys of `Tokens`.
+        valid_BM: bool, false for padding, and for what nobody may attend to.
+        place_BM: int64, their places in the numbering of `Tokens.place_BN`; None where all tokens see each other.
+        window: a token sees only places later than its own less this number; None for all.
+        softcap: logits are `softcap * tanh(logits / softcap)`, as in Gemma 2; None leaves them as they are.
+    """
+
+    keys_BHMC: Tensor
+    valid_BM: Tensor
+    place_BM: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The token axis of one layer as a reducer may look at it: text first, then the image.
 
@@ -65,6 +87,7 @@ class Tokens:
             image. The keys of the text are those of its self-attention.
         place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
             that come later. None where all tokens see each other.
+        context: what the text attends to besides these tokens, in a language model; None elsewhere.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
         part: what a learned reducer has trained for this layer.
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
@@ -84,6 +107,7 @@ class Tokens:
     attention_BHNN: Tensor | None = None
     cross: bool = False
     place_BN: Tensor | None = None
+    context: Context | None = None
     encoder: Encoder | None = None
     part: nn.Module | None = None
     gate_BN: Tensor | None = None
