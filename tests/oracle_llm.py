@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pumer
+from pumer.adapters import kv_cache
 
 Kept = dict[int, Tensor]
 
@@ -26,10 +27,10 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
     """
     if generating:
         settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
-        cache = model.generate(**inputs, **settings).past_key_values
+        cache = kv_cache.find(model.generate(**inputs, **settings))
     else:
         with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = kv_cache.find(model(**inputs, use_cache=True))
     batch, length = inputs["input_ids"].shape
     marks = {}
     for number, layer in enumerate(cache.layers):
@@ -52,7 +53,7 @@ def masked(model: nn.Module, marks: Kept) -> Iterator[nn.Module]:
             states, mask = args[0], kwargs["attention_mask"]
             queries = states.shape[1]
             if mask is None:
-                cache = kwargs.get("past_key_values")
+                cache = kv_cache.find(kwargs)
                 past = 0 if cache is None else cache.get_seq_length()
                 if layer.self_attn.layer_idx > 0 and cache is not None:
                     past -= queries  # the first layer has been here
@@ -61,7 +62,7 @@ def masked(model: nn.Module, marks: Kept) -> Iterator[nn.Module]:
                 mask = mask.expand(len(states), 1, queries, keys)
             hidden = ~keep
             if mask.shape[3] < keep.shape[1] and queries == 1:  # a sliding window shows the last keys alone
-                counted = kwargs["past_key_values"].get_seq_length() + (layer.self_attn.layer_idx == 0)
+                counted = kv_cache.find(kwargs).get_seq_length() + (layer.self_attn.layer_idx == 0)
                 hidden = hidden[:, counted - mask.shape[3] :]
             hidden = nn.functional.pad(hidden, (0, mask.shape[3] - hidden.shape[1]))[:, None, None]
             nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -8,7 +8,7 @@ import torch
 import pumer
 import tiny_llm
 from pumer import FastV, PuMer, Unreduced
-from pumer.adapters.inside_llm import Reduction
+from pumer.adapters import decoder_output, prefill
 from pumer.bench.llm import Answer, bench_llm, forward_costs
 from pumer.bench.llm_models import build, configure, default_reducers, inputs
 from pumer.bench.llm_overhead import prefill_shares
@@ -133,11 +133,11 @@ def test_the_stopwatch_leaves_nothing_behind():
     net = pumer.apply(tiny_llm.model("llava"), FastV(keep=0.5, layer=2))
     net(**inputs(net, text=9))  # transformers hooks in with the first forward
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()]
-    start, adapter = Reduction.start, pumer.api.active(net).adapter
+    parts, adapter = (prefill.begin, decoder_output.finish), pumer.api.active(net).adapter
     shares = prefill_shares(net, Answer(net, inputs(net, text=9), 1, "cpu").prefill, runs=1)
     assert 0 < shares.selection < 1
     assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()]
-    assert Reduction.start is start
+    assert (prefill.begin, decoder_output.finish) == parts
     assert "pictures" not in vars(adapter)
 
 

@@ -9,8 +9,9 @@ from transformers import StaticCache
 import pumer
 import tiny_llm
 from pumer import NoVision, PuMer, Random, ToMe, Uniform, Unreduced
+from pumer.adapters import kv_cache
 from pumer.reducers import FastV
-from tiny_llm import GREEDY, answer, logits, near
+from tiny_llm import CACHE, GREEDY, answer, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2))
@@ -157,7 +158,7 @@ def test_a_conversation_goes_on_with_the_cache(model, family, name):
     more = torch.tensor([[7, 9, 11, 5]])
     with pumer.reduced(model, REDUCERS[name]), torch.no_grad():
         first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
-        cache = first.past_key_values
+        cache = kv_cache.find(first)
         counted = cache.get_seq_length()
         assert counted == first.sequences.shape[1] - 1
         second = torch.cat([first.sequences, more], 1)
@@ -166,10 +167,10 @@ def test_a_conversation_goes_on_with_the_cache(model, family, name):
             rest["mm_token_type_ids"] = torch.zeros_like(second, dtype=torch.int)
             rest["mm_token_type_ids"][:, : inputs["input_ids"].shape[1]] = inputs["mm_token_type_ids"]
         twin = copy.deepcopy(cache)
-        said = model.generate(**rest, past_key_values=cache, **GREEDY)
+        said = model.generate(**rest, **{CACHE: cache}, **GREEDY)
         # One by one through the copy of the cache, as decoding goes.
         for place in range(counted, second.shape[1]):
-            step = model(input_ids=second[:, place : place + 1], past_key_values=twin).logits
+            step = model(input_ids=second[:, place : place + 1], **{CACHE: twin}).logits
         assert step[0, -1, :50].argmax() == said[0, second.shape[1]]
 
 
@@ -180,11 +181,11 @@ def test_a_second_image_in_a_conversation(llava):
     cut = 1 + 4 + 16 + 6
     with pumer.reduced(llava, Random(prune=0.5)) as model, torch.no_grad():
         whole = model(**both).logits
-        cache = model(input_ids=ids[:, :cut], pixel_values=pixels[:1]).past_key_values
-        rest = model(input_ids=ids[:, cut:], pixel_values=pixels[1:], past_key_values=cache)
+        cache = kv_cache.find(model(input_ids=ids[:, :cut], pixel_values=pixels[:1]))
+        rest = model(input_ids=ids[:, cut:], pixel_values=pixels[1:], **{CACHE: cache})
     near(rest.logits[:, -3:], whole[:, -3:])
-    assert rest.past_key_values.get_seq_length() == ids.shape[1]
-    assert {layer.keys.shape[2] for layer in rest.past_key_values.layers} == {ids.shape[1] - 16}
+    assert kv_cache.find(rest).get_seq_length() == ids.shape[1]
+    assert {layer.keys.shape[2] for layer in kv_cache.find(rest).layers} == {ids.shape[1] - 16}
 
 
 def test_drafted_tokens_are_checked_together(model, family):
@@ -202,7 +203,7 @@ def test_caches_of_one_length_are_refused(llava):
         with pytest.raises(ValueError, match="DynamicCache"):
             llava.generate(**inputs, **GREEDY, cache_implementation="static")
         with pytest.raises(ValueError, match="DynamicCache"):
-            llava(**inputs, past_key_values=StaticCache(config=llava.config.text_config, max_cache_len=64))
+            llava(**inputs, **{CACHE: StaticCache(config=llava.config.text_config, max_cache_len=64)})
         llava.generate(**text, **GREEDY, cache_implementation="static")  # nothing is reduced here
 
 
@@ -210,7 +211,7 @@ def test_caches_of_one_length_are_refused(llava):
 def test_cache_holds_what_is_left(model, family, name):
     inputs = tiny_llm.batch(family, ((4, "i", 6),))
     with pumer.reduced(model, REDUCERS[name]), torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = kv_cache.find(model(**inputs))
         lengths = pumer.active(model).lengths
         text, image, _ = pumer.active(model).entry
     rest = inputs["input_ids"].shape[1] - text - image

@@ -13,8 +13,9 @@ import oracle_llm
 import pumer
 import tiny_llm
 from pumer import NoVision, PuMer, Random
+from pumer.adapters import kv_cache
 from pumer.reducers import FastV
-from tiny_llm import GREEDY, answer, logits, near
+from tiny_llm import CACHE, GREEDY, answer, logits, near
 
 MORE = torch.tensor([[7, 9, 11]])
 
@@ -42,7 +43,7 @@ def test_a_cache_is_freed_without_the_garbage_collector(model, family, beams):
         gc.disable()
         try:
             output = model.generate(**inputs, **GREEDY, num_beams=beams, return_dict_in_generate=True)
-            keys = [weakref.ref(layer.keys) for layer in output.past_key_values.layers]
+            keys = [weakref.ref(layer.keys) for layer in kv_cache.find(output).layers]
             del output
             assert all(ref() is None for ref in keys)
         finally:
@@ -51,9 +52,9 @@ def test_a_cache_is_freed_without_the_garbage_collector(model, family, beams):
 
 def test_a_cache_can_be_copied_and_stored(model, family):
     with pumer.reduced(model, Random(prune=0.5)), torch.no_grad():
-        cache = model(**tiny_llm.batch(family, ((4, "i", 6),))).past_key_values
+        cache = kv_cache.find(model(**tiny_llm.batch(family, ((4, "i", 6),))))
         said = [
-            model(input_ids=MORE, past_key_values=twin).logits
+            model(input_ids=MORE, **{CACHE: twin}).logits
             for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache)
         ]
     assert torch.equal(said[0], said[2])
@@ -64,7 +65,7 @@ def test_layers_that_hold_the_same_go_on_sharing_it(llava):
     """So that one mask does for all of them, whatever beams do to the cache."""
     inputs = tiny_llm.batch("llava", ((4, "i", 6), (2, "i", 3)))
     with pumer.reduced(llava, Random(prune=0.5)):
-        cache = llava.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True).past_key_values
+        cache = kv_cache.find(llava.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
     cache.crop(-9)  # more than was generated
@@ -78,12 +79,12 @@ def test_a_cache_that_was_reset_is_as_new(model, family):
 
     def after_a_reset():
         with torch.no_grad():
-            cache = model(**inputs).past_key_values
+            cache = kv_cache.find(model(**inputs))
             cache.reset()
             assert cache.get_seq_length() == 0
-            first = model(**text, past_key_values=cache).logits
+            first = model(**text, **{CACHE: cache}).logits
             assert cache.get_seq_length() == text["input_ids"].shape[1] == cache.layers[1].keys.shape[2]
-            return torch.cat([first, model(input_ids=MORE, past_key_values=cache).logits], 1)
+            return torch.cat([first, model(input_ids=MORE, **{CACHE: cache}).logits], 1)
 
     stock = after_a_reset()
     with pumer.reduced(model, Random(prune=0.5)):
@@ -139,10 +140,10 @@ def test_going_back_into_the_prompt(model, family):
         cache = transformers.DynamicCache(config=model.config.text_config)
         if window:
             cache.activate_past_recording()
-        whole = model(**inputs, past_key_values=cache).logits
+        whole = model(**inputs, **{CACHE: cache}).logits
         cache.crop(-3)
         assert cache.get_seq_length() == whole.shape[1] - 3
-        near(model(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache).logits, whole[:, -3:])
+        near(model(input_ids=inputs["input_ids"][:, -3:], **{CACHE: cache}).logits, whole[:, -3:])
 
 
 @pytest.mark.parametrize("reducer", [Random(prune=0.5, layers=(1,)), NoVision()])
@@ -153,9 +154,9 @@ def test_going_back_into_an_image_takes_what_is_left_of_it(llava, reducer):
     mask = torch.cat([inputs["attention_mask"][:, :-back], ones], 1)
     with pumer.reduced(llava, reducer), torch.no_grad():
         marks = oracle_llm.kept(llava, inputs)
-        cache = llava(**inputs).past_key_values
+        cache = kv_cache.find(llava(**inputs))
         cache.crop(-back)
-        rest = llava(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        rest = llava(input_ids=more, attention_mask=mask, **{CACHE: cache}).logits
     with torch.no_grad():
         states = llava.get_input_embeddings()(inputs["input_ids"])
         image = inputs["input_ids"] == tiny_llm.IMAGE

@@ -14,12 +14,12 @@ import pumer
 import tiny
 import tiny_llm
 from pumer import DivPrune, FasterVLM, FoPru, Pool, PuMer, Random, SparseVLM
-from pumer.adapters import before_llm
+from pumer.adapters import before_llm, kv_cache, vision_capture
 from pumer.adapters.prompt import Picture
 from pumer.reducers import FastV, Tokens
 from pumer.reducers.base import Encoder
 from pumer.reducers.scores import text_attention
-from tiny_llm import IMAGE, logits, near
+from tiny_llm import CACHE, IMAGE, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2))
 RECEIVED = FasterVLM(keep=4, saliency="received")
@@ -36,11 +36,6 @@ def kept(model, inputs, **more):
     with pumer.trace(model) as steps, torch.no_grad():
         model(**inputs, **more)
     return steps[0].plan.slot_BN[-1] >= 0
-
-
-def reduction(model):
-    """What the hooks of a reduced model share."""
-    return model.model.get_image_features.bound[1]
 
 
 # --- vision towers ---
@@ -92,7 +87,7 @@ def test_patches_of_every_tower(vision, strategy, tokens, patches):
     with pumer.reduced(model, RECEIVED):
         chosen = kept(model, inputs)[-patches:]
         assert pumer.active(model).lengths[-1] == (8, 8)
-        assert reduction(model).pictures[0].patches == patches
+        assert pumer.active(model).entry[1] == 2 * patches  # of the row with two images
     assert chosen.nonzero().flatten().tolist() == received.topk(4).indices.sort().values.tolist()
 
 
@@ -140,11 +135,11 @@ class Largest(TorchFunctionMode):
 
 
 def test_received_attention_is_added_up_in_parts(monkeypatch):
-    monkeypatch.setattr(before_llm, "AT_ONCE", 3)
+    monkeypatch.setattr(vision_capture, "AT_ONCE", 3)
     queries, keys = torch.randn(2, 2, 3, 20, 2, generator=torch.Generator().manual_seed(0))
     whole = (queries @ keys.transpose(2, 3) / 2**0.5).softmax(-1).mean((1, 2))
     with Largest() as largest:
-        known = before_llm.attention_of(frozenset({"received_BN"}), queries, keys, first=True)
+        known = vision_capture.attention_of(frozenset({"received_BN"}), queries, keys, first=True)
     torch.testing.assert_close(known["received_BN"], whole[:, 1:], rtol=0, atol=1e-6)
     assert largest.size == 2 * 3 * 3 * 20
 
@@ -155,7 +150,6 @@ def test_what_is_seen_of_a_video_is_forgotten(family):
     with pumer.reduced(model, RECEIVED):
         fresh = kept(model, image)
         logits(model, with_video(family, tiny_llm.batch(family, ((3,),))))
-        assert reduction(model).tower.heads == []
         assert torch.equal(kept(model, image), fresh)
 
 
@@ -229,7 +223,11 @@ def test_images_encoded_earlier(llava):
         for features, fresh in ((first, a), (second, b)):
             given = kept(llava, text, mm_encoder_outputs={"image": features})
             assert torch.equal(given, kept(llava, fresh))
-        unknown = BaseModelOutputWithPooling(pooler_output=first.pooler_output)
+        rebuilt = BaseModelOutputWithPooling(**second)
+        assert torch.equal(kept(llava, text, mm_encoder_outputs={"image": rebuilt}), kept(llava, b))
+        moved = BaseModelOutputWithPooling(pooler_output=[features.clone() for features in second.pooler_output])
+        assert torch.equal(kept(llava, text, mm_encoder_outputs={"image": moved}), kept(llava, b))
+        unknown = BaseModelOutputWithPooling(pooler_output=[features + 1 for features in first.pooler_output])
         with pytest.raises(ValueError, match="mm_encoder_outputs"):
             llava(**text, mm_encoder_outputs={"image": unknown})
         with pytest.raises(ValueError, match="prefill_chunk_size"):
@@ -261,7 +259,7 @@ def test_no_reducer_is_asked_under_autocast(llava, monkeypatch):
 
         monkeypatch.setattr(owner, name, asked)
 
-    listen(before_llm, "attention_of")
+    listen(vision_capture, "attention_of")
     listen(FasterVLM, "plan")
     listen(Random, "plan")
     family = tiny.FAMILIES["ViLT"]
@@ -295,8 +293,8 @@ def test_flash_attention_does_not_take_gaps_for_packed_sequences(llava, monkeypa
 
     def turns(model):
         with pumer.reduced(model, reducer), torch.no_grad():
-            cache = model(input_ids=ids[:, :cut], pixel_values=pixels[:1]).past_key_values
-            return model(input_ids=ids[:, cut:], pixel_values=pixels[1:], past_key_values=cache).logits[:, -3:]
+            cache = kv_cache.find(model(input_ids=ids[:, :cut], pixel_values=pixels[:1]))
+            return model(input_ids=ids[:, cut:], pixel_values=pixels[1:], **{CACHE: cache}).logits[:, -3:]
 
     expected = turns(llava)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
@@ -317,7 +315,7 @@ def test_half_precision_holds_the_scores():
     queries, keys = torch.randn(2, 1, 1, 6, 64, generator=torch.Generator().manual_seed(0)) + 36
     assert (queries.half() @ keys.half().transpose(2, 3)).isinf().any()
     needs = frozenset({"received_BN", "class_attention_BN"})
-    known = before_llm.attention_of(needs, queries.half(), keys.half(), first=True)
+    known = vision_capture.attention_of(needs, queries.half(), keys.half(), first=True)
     assert all(known[name].isfinite().all() for name in needs)
 
     ones = torch.ones(1, 6)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import pumer
 import tiny_llm
+from pumer.adapters import kv_cache
 from pumer.adapters.before_llm import Tiles, assign, join
 from pumer.adapters.prompt import Axis, Picture, place
 from pumer.reducers import Chain, Energy, FastV, Plan, Random
@@ -37,7 +38,7 @@ def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
     plan = Plan.merge(slot, torch.ones(batch, slots, dtype=torch.bool), torch.ones(batch, width))
     marks = torch.zeros(batch, count, dtype=torch.bool)
     index = torch.arange(count).expand(batch, -1)
-    axis = Axis(index, filled, marks, marks, filled.float(), ((0, 0),) * batch, whole=False)
+    axis = Axis(index, filled, marks, marks, marks, marks, filled.float(), ((0, 0),) * batch, whole=False)
 
     expected = [groups_by_hand(count, empty[row], shown[row], goes[row]) for row in range(batch)]
     length = max(map(len, expected)) + 1
@@ -118,7 +119,7 @@ def test_budgets_that_the_data_decide():
     layout = ((4, "i", 6), (2, "i", 3))
     batch = tiny_llm.batch("llava", layout)
     with pumer.reduced(model, Energy(tau=0.6)), torch.no_grad():
-        cache = model(**batch).past_key_values
+        cache = kv_cache.find(model(**batch))
         together = model(**batch).logits
         for row in range(2):
             one = tiny_llm.alone("llava", layout, row)

@@ -9,6 +9,7 @@ import pumer
 import slow
 import tiny_llm
 from pumer import Compose, DivPrune, DyMU, FastV, PuMer, ToMe, Unreduced
+from pumer.adapters import kv_cache
 from tiny_llm import answer, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
@@ -72,7 +73,7 @@ def test_a_row_of_a_batch_is_the_sample_alone(model, tower, inside):
 def test_pictures_are_left_with_as_many_tokens_as_they_need(model):
     inputs = tiny_llm.batch("llava", ((4, "i", 6), (4, "i", 6)))
     with pumer.reduced(model, Compose(RAGGED, Unreduced())), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = kv_cache.find(model(**inputs, use_cache=True))
         assert pumer.report(model).active
     filled = cache.layers[0]._pumer_held.filled_BK.sum(1)
     assert filled[0] != filled[1]

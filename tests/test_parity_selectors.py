@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from selector_parity import Case, load, names
 
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("parity_*.py"))

@@ -35,27 +35,27 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "_attend in adapters/vilt.py, adapters/probes.py",
     ),
     (GradientCheckpointingLayer, "__init_subclass__"): (
-        "2196b62df474d5a4",
+        "bc6216ba47e59dfb",
         "_layer in adapters/vilt.py, adapters/meter.py and adapters/tower.py",
     ),
     (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in adapters/tower.py"),
     (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in adapters/tower.py"),
     (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in adapters/tower.py"),
     (clip.CLIPAttention, "forward"): ("124d8a01d30df424", "_attend_and_reduce in adapters/tower.py"),
-    (bert.BertAttention, "forward"): ("24dd5fe80045ff58", "_attend in adapters/meter.py"),
-    (bert.BertSelfAttention, "forward"): ("1663e0dd4c0b10aa", "_attend in adapters/meter.py"),
-    (bert.BertCrossAttention, "forward"): ("0701a034b8b36c71", "_attend in adapters/meter.py"),
+    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in adapters/meter.py"),
+    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in adapters/meter.py"),
+    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in adapters/meter.py"),
     (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in adapters/meter.py"),
     (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
     (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
-    (roberta.RobertaModel, "_create_attention_masks"): ("897c781af2f223e6", "_encode_text in adapters/meter.py"),
+    (roberta.RobertaModel, "_create_attention_masks"): ("93100ceb4e3a44e6", "_encode_text in adapters/meter.py"),
     (cache_utils.DynamicLayer, "get_seq_length"): ("8d1f98494eff50f2", "_Shorter in adapters/kv_cache.py"),
     (cache_utils.DynamicLayer, "crop"): ("b3548264770a5686", "_Shorter in adapters/kv_cache.py"),
     (cache_utils.DynamicSlidingWindowLayer, "crop"): ("2bbc3c01add9a99f", "_ShorterSliding in adapters/kv_cache.py"),
-    (idefics3.Idefics3Model, "inputs_merger"): ("65beaa033ba95e55", "_merger in adapters/inside_llm.py"),
+    (idefics3.Idefics3Model, "inputs_merger"): ("65beaa033ba95e55", "_inputs_merger in adapters/inside_llm.py"),
     (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): ("a78050f93b55c837", "_deepstack in adapters/inside_llm.py"),
 } | {
-    (model, "get_placeholder_mask"): (known, "_placeholders in adapters/inside_llm.py, marks in adapters/llm.py")
+    (model, "get_placeholder_mask"): (known, "_placeholder_mask in adapters/inside_llm.py, marks in adapters/llm.py")
     for known, models in {
         "125a9d7446d62bc2": (
             transformers.LlavaModel,

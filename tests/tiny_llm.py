@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from pumer.adapters import kv_cache
+
+CACHE = next(name for name in kv_cache.NAMES if name in inspect.signature(transformers.LlamaModel.forward).parameters)
+"""What models call their cache."""
 LAYERS = 4
 """Layers of every language model."""
 VOCABULARY = 60

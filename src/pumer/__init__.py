@@ -1,7 +1,7 @@
 """Token reduction for vision-language models: fewer image and text tokens, the same answers, about twice the speed."""
 
 from pumer._version import __version__
-from pumer.api import active, apply, reduced, remove, trace
+from pumer.api import active, apply, kept, reduced, remove, trace
 from pumer.hub import load, load_official, save, save_official
 from pumer.reducers import (
     DART,
@@ -70,6 +70,7 @@ __all__ = [
     "__version__",
     "active",
     "apply",
+    "kept",
     "load",
     "load_official",
     "reduced",

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find
+from pumer.adapters import Adapter, Patch, Step, find, is_supported
 from pumer.adapters.base import PARTS
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import preset
@@ -17,6 +17,8 @@ from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_pumer_patch"
+WRAPPED = ("base_model", "module", "_orig_mod")
+"""Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
 
 def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> M:
@@ -39,10 +41,12 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
         ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
     """
     before = active(model)
-    return _apply(model, reducer, attention, trim, None if before is None else before.parts)
+    _apply(model, reducer, attention, trim, None if before is None else before.parts)
+    return model
 
 
-def _apply(model: M, reducer: Reducer | str, attention: str, trim: bool, parts: nn.ModuleDict | None) -> M:
+def _apply(wrapped: nn.Module, reducer: Reducer | str, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
+    model = next((module for module in _unwrapped(wrapped) if is_supported(module)), wrapped)
     adapter = find(model)
     if isinstance(reducer, str):
         reducer = preset(reducer)
@@ -70,7 +74,6 @@ def _apply(model: M, reducer: Reducer | str, attention: str, trim: bool, parts: 
         patch.undo()
         raise
     setattr(model, _ATTRIBUTE, patch)
-    return model
 
 
 def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None) -> nn.ModuleDict | None:
@@ -122,11 +125,34 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
 
 
 def remove(model: M) -> M:
-    """Give the model back exactly as it was before `apply`; does nothing to an unreduced model."""
-    patch = vars(model).pop(_ATTRIBUTE, None)
-    if patch is not None:
-        patch.undo()
+    """Restore the original model; does nothing to an unreduced one.
+
+    What others have wrapped around its methods since (torch.compile, autocast, offloading) stays, around the original
+    methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is restored inside its wrapper.
+    """
+    patched = _patched(model)
+    if patched is not None:
+        vars(patched).pop(_ATTRIBUTE).undo()
     return model
+
+
+def _patched(model: nn.Module) -> nn.Module | None:
+    """The module that carries the patch: the model itself, or what a wrapper around it wraps."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((module for module in _unwrapped(model) if _ATTRIBUTE in vars(module)), None)
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, what it wraps, what that wraps, and so on."""
+    names: tuple[str, ...] = WRAPPED
+    while isinstance(model, nn.Module):
+        yield model
+        name = next((name for name in names if name in model._modules), None)
+        if name is None:
+            return
+        names = (*WRAPPED, "model") if name == "base_model" else WRAPPED  # PEFT's models hold a tuner that holds it
+        model = model._modules[name]  # type: ignore[assignment]
 
 
 @contextmanager
@@ -160,8 +186,29 @@ def unreduced(model: nn.Module) -> Iterator[None]:
 
 def active(model: nn.Module) -> Patch | None:
     """What is in force on this model, None if nothing is."""
-    patch = getattr(model, _ATTRIBUTE, None)
-    return patch if isinstance(patch, Patch) else None
+    patched = _patched(model)
+    return None if patched is None else vars(patched)[_ATTRIBUTE]
+
+
+def kept(model: nn.Module) -> Tensor:
+    """Which tokens of its prompts the last call of a reduced model has left, after the last layer that reduces.
+
+    Returns:
+        Places in the prompt (behind a cached prefix: in the whole sequence), in order, int64 [B,K]; -1 fills rows that
+        have fewer. Text tokens are among them, and padding that was left alone. A merged token is where its first
+        member was. In joint encoders places count the text tokens as given, then the image tokens, [CLS] first.
+
+    Raises:
+        ValueError: if the model carries no reducer, or has reduced nothing yet.
+
+    Example:
+        >>> places = pumer.kept(model)  # after model(**inputs)
+        >>> words = inputs["input_ids"].gather(1, places.clamp_min(0))
+    """
+    patch = active(model)
+    if patch is None or patch.kept is None:
+        raise ValueError("nothing was reduced yet: call pumer.apply(model, ...), then the model with images")
+    return patch.kept
 
 
 @contextmanager

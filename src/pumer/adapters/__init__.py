@@ -7,6 +7,6 @@ from pumer.adapters import paligemma as paligemma
 from pumer.adapters import qwen_vl as qwen_vl
 from pumer.adapters import smolvlm as smolvlm
 from pumer.adapters import vilt as vilt
-from pumer.adapters.base import Adapter, Patch, Step, find
+from pumer.adapters.base import Adapter, Patch, Step, find, is_supported
 
-__all__ = ["Adapter", "Patch", "Step", "find"]
+__all__ = ["Adapter", "Patch", "Step", "find", "is_supported"]

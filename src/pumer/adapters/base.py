@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Encoder, Grid
 
@@ -73,11 +74,14 @@ class Patch:
     """(text, image, grid) of the last forward before anything was reduced; None if there was no forward."""
     planned: list[tuple[int, int]] | None = None
     """What `lengths` had to be, where a prompt of several images does not follow from `entry`."""
+    kept: Tensor | None = None
+    """Places [B,K] of the tokens that were left after the last layer of the last forward, -1 for empty slots."""
     tower: list[int] = field(default_factory=list)
     """Image tokens before the first layer of the vision tower and after every one, of the last forward."""
     steps: list[Step] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
-    _changes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    _changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
+    _methods: list[Rebound] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,19 +107,39 @@ class Patch:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance, remembering what was there."""
-        self._changes.append((owner, name, vars(owner).get(name, _Absent)))
+        self._changes.append((owner, name, vars(owner).get(name, _Absent), value))
         setattr(owner, name, value)
+
+    def replace(self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any) -> None:
+        """Give one module instance another `name(module, *bound, *args)`."""
+        self._methods.append(rebind(module, name, method, *bound))
+
+    def wrap(
+        self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any, adds: Sequence[str] = ()
+    ) -> None:
+        """The same with the method that was there: `name(module, stock, *bound, *args)`.
+
+        `adds` names keyword arguments that it takes besides.
+        """
+        self._methods.append(rebind(module, name, method, *bound, wraps=True, adds=adds))
 
     def hook(self, handle: Any) -> None:
         """Remember a hook that was registered."""
         self._hooks.append(handle)
 
     def undo(self) -> None:
-        """Take every hook off and put every attribute back, last change first."""
+        """Take every hook off and put every attribute and method back, last change first.
+
+        What somebody else has set or wrapped in the meantime stays.
+        """
         while self._hooks:
             self._hooks.pop().remove()
+        while self._methods:
+            self._methods.pop().undo()
         while self._changes:
-            owner, name, before = self._changes.pop()
+            owner, name, before, value = self._changes.pop()
+            if getattr(owner, name, _Absent) is not value:
+                continue
             if before is _Absent:
                 delattr(owner, name)
             else:
@@ -227,6 +251,11 @@ def adapters() -> tuple[Adapter, ...]:
     return tuple(_ADAPTERS)
 
 
+def is_supported(model: nn.Module) -> bool:
+    """Whether there is an adapter for a model."""
+    return any(is_a(model, adapter.classes) for adapter in _ADAPTERS)
+
+
 def find(model: nn.Module) -> Adapter:
     """The adapter of a model; raises ValueError saying what is supported."""
     for adapter in _ADAPTERS:
@@ -269,7 +298,7 @@ def inside(lengths: Sequence[tuple[int, int]], after_layer: bool) -> list[tuple[
 
 def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
     """`block(*args)` in place of a layer's forward, and of the gradient checkpointing around it."""
-    if layer.gradient_checkpointing and layer.training:
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(block, *args)
     return block(*args)
 
@@ -296,23 +325,3 @@ def extent(mask_BN: Tensor) -> Tensor:
     """Position after the last real token of any row."""
     places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
     return (places * mask_BN.bool()).max()
-
-
-def replace_forward(patch: Patch, module: nn.Module, forward: Callable[..., Any], *bound: Any) -> None:
-    """Give one module instance another `forward(module, *bound, *args)`."""
-    replace_method(patch, module, "forward", forward, *bound)
-
-
-def replace_method(patch: Patch, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any) -> None:
-    """Give one module instance another `name(module, *bound, *args)`."""
-    patch.set(module, name, _Bound(method, (module, *bound)))
-
-
-class _Bound:
-    """A function with its first arguments bound; unlike a closure it is copied along by copy.deepcopy."""
-
-    def __init__(self, function: Callable[..., Any], bound: tuple[Any, ...]) -> None:
-        self.function, self.bound = function, bound
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*self.bound, *args, **kwargs)

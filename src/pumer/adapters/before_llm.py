@@ -8,28 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pumer.adapters import decoder_attention
-from pumer.adapters.base import Patch
 from pumer.adapters.prompt import Axis, Picture, View, to_device
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Encoder, Grid
 
-if TYPE_CHECKING:
-    from pumer.adapters.llm import DecoderAdapter
 
-CLASS_ATTENTION = "class_attention_BN"
-RECEIVED = "received_BN"
-AT_ONCE = 256
-"""Queries whose attention to all patches is there at one time."""
-
-
-def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor) -> View:
+def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor, causal: bool) -> View:
     """What a reducer sees before the first layer: one row per image with the text of its sample, which stays.
 
     Args:
@@ -37,6 +26,7 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         pictures: their images, in order.
         owner: sample of every image.
         states_BSD: embeddings.
+        causal: whether a token of the prompt sees only those before it.
     """
     device = axis.index_BK.device
     at_BN, valid_BN = axis.view()
@@ -61,6 +51,8 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         grid=grid,
         patch_BN=None if patch_RI is None else torch.nn.functional.pad(patch_RI, (text, 0), value=-1),
         states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
+        place_BN=axis.index_BK.flatten()[flat].view(at_RN.shape) if causal else None,
+        question_BT=axis.question_BK.flatten()[flat].view(at_RN.shape)[:, :text] & valid_RN[:, :text],
         encoder=_encoder(pictures, device),
     )
     own_RN = valid_RN & (torch.arange(at_RN.shape[1], device=device) >= text)
@@ -98,85 +90,6 @@ def _encoder(pictures: Sequence[Picture], device: torch.device) -> Encoder | Non
             wide = values[0] if len(values) == 1 else pad_sequence([value[0] for value in values], batch_first=True)
             joined[field.name] = wide.to(device)
     return Encoder(**joined)
-
-
-def summarise(look: Look, tower: bool = False, projected: bool = False) -> dict[str, Tensor]:
-    """What a vision tower knows of the patches of every crop [R,P,...], from the layer that its features come from.
-
-    Args:
-        look: what was seen of the tower.
-        tower: whether its tokens begin with one that is no patch of the picture's.
-        projected: whether what goes into the projector does.
-    """
-    (features, heads), needs = look.take(), look.needs
-    known = {} if features is None else {"features_BND": features[:, int(projected) :]}
-    if heads:
-        known |= attention_of(needs, *heads[-1], tower)
-    return {name: known[name] for name in needs}
-
-
-def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
-    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the logits.
-
-    `first` is whether the first token, such as [CLS], is no patch.
-    """
-    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(first) :], "queries_BNC": queries_RHPC.mean(1)[:, int(first) :]}
-    # Scaled before they are multiplied: in half precision the products alone may be too large.
-    queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
-    if CLASS_ATTENTION in needs:
-        logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
-        known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
-    if RECEIVED in needs:
-        # Never all at once, which for the thousands of patches of a large picture would be gigabytes.
-        received = [
-            (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1).sum((1, 2))
-            for part in queries_RHPC.split(AT_ONCE, 2)
-        ]
-        known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[:, int(first) :]
-    return known
-
-
-class Look:
-    """What is asked of the vision tower: queries and keys of one layer, and what goes into the projector."""
-
-    def __init__(self) -> None:
-        self.needs: frozenset[str] = frozenset()
-        self.features: Tensor | None = None
-        self.heads: list[tuple[Tensor, Tensor]] = []
-        self.merged: Plan | None = None
-        """Where the patches of every picture went, if the tower merged them."""
-        self.packed: Any = None
-        """How a family puts its crops together."""
-
-    def install(self, patch: Patch, spec: DecoderAdapter, model: nn.Module, needs: frozenset[str]) -> None:
-        """Begin to look, if a reducer needs anything."""
-        self.needs = needs
-        if not needs:
-            return
-        patch.hook(spec.projector(model).register_forward_pre_hook(self._projected))
-        if needs - {"features_BND"}:
-            self.attention = spec.tower_attention(model)
-            decoder_attention.watch(patch, self.attention, self._see)
-
-    def _projected(self, _: nn.Module, args: Any) -> None:
-        self.features = args[0].detach()
-
-    def _see(self, queries: Tensor, keys: Tensor) -> None:
-        self.heads.append(comparable(self.attention, queries, keys))
-
-    def take(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """What was seen since the last time."""
-        seen = self.features, self.heads
-        self.features, self.heads = None, []
-        return seen
-
-
-def comparable(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by, detached."""
-    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
-    factor = scaling * queries.shape[-1] ** 0.5
-    queries = queries.detach()
-    return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
 
 
 def assign(pictures: Sequence[Picture], placeholders: Sequence[int]) -> tuple[list[Picture], list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,19 +20,27 @@ from pumer.adapters.base import Patch
 
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _PREFIX = "pumer_"
+_inside: ContextVar[bool] = ContextVar("pumer_inside_attention", default=False)
+"""Whether a watched module's own kernel runs, which reads the module's configuration too."""
 
-Seen = Callable[[Tensor, Tensor], None]
+Seen = Callable[[Tensor, Tensor, dict[str, Any]], None]
 
 
-def check_backend(config: Any) -> None:
-    """Raise ValueError if the model's attention is none that is supported."""
+def check_backend(config: Any, where: str = "") -> None:
+    """Raise ValueError if the model's attention is none that is supported.
+
+    Args:
+        config: of the model whose attention it is.
+        where: which of a model's parts that is, as `set_attn_implementation` names it; "" for all.
+    """
     name = config._attn_implementation
     if name not in BACKENDS:
+        part = f'{{"{where}": ...}}' if where else "..."
         raise ValueError(
-            f"attention {name!r} cannot be given fewer tokens: call "
-            f"model.set_attn_implementation(...) first, with one of {', '.join(BACKENDS)}"
+            f"attention {name!r}{f' of the {where}' if where else ''} cannot be given fewer tokens or looked into: "
+            f"call model.set_attn_implementation({part}) first, with one of {', '.join(BACKENDS)}"
         )
-    kinds = getattr(config, "layer_types", None) or ()
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
     sliding = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
     if sliding and name.startswith("flash"):
         raise ValueError(
@@ -40,26 +49,38 @@ def check_backend(config: Any) -> None:
         )
 
 
-def watch(patch: Patch, attention: nn.Module, seen: Seen) -> None:
-    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C])` whenever an attention module of transformers runs."""
+def watch(patch: Patch, attention: nn.Module, seen: Seen, where: str = "") -> None:
+    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C], options)` whenever an attention module of transformers runs.
+
+    Args:
+        patch: what takes it off again.
+        attention: the module.
+        seen: is told; `options` are the keyword arguments that its kernel gets.
+        where: as for `check_backend`.
+    """
+    check_backend(attention.config, where)
     registry = _registry()
     for name in BACKENDS:
         registry.register(_PREFIX + name, _attend)
-    patch.set(attention, "config", _Watched(attention.config, seen))
+    patch.set(attention, "config", _Watched(attention.config, seen, where))
 
 
 class _Watched:
     """A module's configuration, except that its attention goes by way of `_attend`."""
 
-    def __init__(self, config: Any, seen: Seen) -> None:
-        self.config, self.seen = config, seen
+    def __init__(self, config: Any, seen: Seen, where: str) -> None:
+        self.config, self.seen, self.where = config, seen, where
 
     @property
     def _attn_implementation(self) -> str:
-        return _PREFIX + self.config._attn_implementation
+        name: str = self.config._attn_implementation
+        if _inside.get():
+            return name
+        check_backend(self.config, self.where)  # it may have been changed since
+        return _PREFIX + name
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("config", "seen"):  # not there yet while it is being copied
+        if name in ("config", "seen", "where"):  # not there yet while it is being copied
             raise AttributeError(name)
         return getattr(self.config, name)
 
@@ -67,14 +88,14 @@ class _Watched:
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The module's own attention, after somebody has had a look."""
     watched = module.config
-    watched.seen(query, key)
+    watched.seen(query, key, kwargs)
     name = watched.config._attn_implementation
     attend: Any = _eager(module) if name == "eager" else _registry()[name]
-    module.config = watched.config  # kernels read it too
+    token = _inside.set(True)
     try:
         return attend(module, query, key, value, *args, **kwargs)
     finally:
-        module.config = watched
+        _inside.reset(token)
 
 
 def _registry() -> Any:

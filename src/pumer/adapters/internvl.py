@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
-from pumer.adapters.before_llm import Look, Tiles, summarise
+from pumer.adapters.before_llm import Tiles
 from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import Captured, vision_features
 from pumer.reducers.base import Grid
 
 
@@ -33,9 +34,9 @@ class InternVLAdapter(DecoderAdapter):
         factor = self._factor(model)
         return rows // factor, columns // factor
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(summarise(look, tower=True), rows * columns))
+        return plain(output.pooler_output, grid, pooled(vision_features(captured, tower=True), rows * columns))
 
     def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
         rows, columns = self.default_grid(trunk)

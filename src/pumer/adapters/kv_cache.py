@@ -11,16 +11,21 @@ Shape suffixes: B samples, H heads, K cached tokens, Q tokens of this call, L to
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pumer.adapters.base import extent
+from pumer.adapters.prompt import current_state
 
 _ATTRIBUTE = "_pumer_held"
+NAMES = ("cache", "past_key_values")
+"""What transformers calls the cache, from 5.24 on and before."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,14 @@ class _Shorter(DynamicLayer):
         held = super().get_seq_length()
         return held + self._pumer_held.missing if held else 0
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if current_state() is None:
+            raise ValueError(
+                "this cache holds fewer tokens than its prompt had, which only the reduced model knows how to mask: "
+                "decode with the model and the reducer that filled it, or prefill again without a reducer"
+            )
+        return super().update(*args, **kwargs)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back that many tokens as the model counts them: of those of the prompt the ones that are here."""
         held, counted = self._pumer_held, self.get_seq_length()
@@ -126,6 +139,17 @@ class _ShorterSliding(_Shorter, DynamicSlidingWindowLayer):
         left = self.cumulative_length - abs(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.cumulative_length = left
+
+
+def find(inputs: Mapping[str, Any]) -> Any:
+    """The cache among what a module of transformers is called with, or gives; None if there is none."""
+    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+
+
+def argument(module: nn.Module) -> str:
+    """The name by which a module of transformers takes a cache."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return next(name for name in NAMES if name in parameters)
 
 
 def check(cache: Any) -> None:

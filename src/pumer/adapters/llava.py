@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters import tower
-from pumer.adapters.base import Patch, config_of, is_a, register, replace_forward, replace_method
-from pumer.adapters.before_llm import Look, summarise
+from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.llm import DecoderAdapter, feature_depth, plain, tower_layers
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import Captured, VisionCapture, vision_features
 from pumer.reducers.base import Encoder, Grid
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
@@ -55,25 +55,25 @@ class LlavaAdapter(DecoderAdapter):
         vision = config_of(model).vision_config
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
 
-    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         if patch.reducer.in_tower is not None:
             grid, depth = self.default_grid(model), self.tower_depth(model)
-            replace_forward(patch, self.vision(model), _reduced_tower, patch, look, grid, depth)
+            patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
 
     def tower_attention(self, model: nn.Module) -> Any:
         vision: Any = self.vision(model)
         return tower_layers(vision)[feature_depth(vision, config_of(model).vision_feature_layer) - 1].self_attn
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
         # The other strategy drops a tower's first token, whether that is [CLS] or a patch.
         cls = self.tower_class(trunk)
-        known, tokens = summarise(look, cls or not full, cls and full), len(output.pooler_output[0])
+        known, tokens = vision_features(captured, cls or not full, cls and full), len(output.pooler_output[0])
         structure = torch.arange(tokens) == 0 if cls and full else None
         rows, columns = grid = self.default_grid(trunk)
         whole = rows * columns == tokens - int(structure is not None)
         made = plain(output.pooler_output, grid if whole else None, known, structure)
-        merged, look.merged = look.merged, None
+        merged = captured.merged
         if merged is None:
             return made
         return [replace(picture, merged=merged.rows([number])) for number, picture in enumerate(made)]
@@ -87,18 +87,18 @@ class _Packed(LlavaAdapter):
     def tower_depth(self, model: nn.Module) -> int:
         return 0  # crops lose tokens when they are put together, and merged ones would lose parts of themselves
 
-    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
-        replace_method(patch, self.trunk(model), "pack_image_features", _pack, look)
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
+        patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
-        shapes, assemble = look.packed
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
+        shapes, assemble = captured.packed
         # Newlines among nothing: the model's own way of putting images together says where they come.
         blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
         marks, _ = assemble(blank, image_newline=torch.ones(1))
         made = []
         known = {
             name: _assembled(value, shapes, assemble)
-            for name, value in summarise(look, self.tower_class(trunk)).items()
+            for name, value in vision_features(captured, self.tower_class(trunk)).items()
         }
         for number, mark in enumerate(marks):
             structure = mark[:, 0] > 0.5
@@ -127,8 +127,9 @@ class LlavaOnevisionAdapter(_Packed):
 
 def _reduced_tower(
     vision: Any,
+    stock: Callable[..., Any],
     patch: Patch,
-    look: Look,
+    capture: VisionCapture,
     grid: Grid,
     depth: int,
     pixel_values: Tensor,
@@ -138,24 +139,35 @@ def _reduced_tower(
     """In place of `CLIPVisionModel.forward`: tokens are merged on the way, and all of a group have the same states.
 
     So what follows the tower finds as many tokens as ever; the language model then gets one of each group. Layers
-    behind the `depth` ones that the features come from are not run.
+    behind the `depth` ones that the features come from are not run. Where it is called by itself, it is the stock one.
     """
+    captured = capture.current
+    if captured is None:
+        return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
     spread: list[Tensor | None] = []
     for states, axis in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
         spread.append(axis.expand(states))
-        look.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
+        captured.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
     spread += [None] * (len(vision.encoder.layers) - depth)
     return BaseModelOutputWithPooling(hidden_states=tuple(spread))  # what else it gives nobody reads here
 
 
-def _pack(trunk: Any, look: Look, image_features: Sequence[Tensor], image_sizes: Tensor, **kwargs: Any) -> Any:
+def _pack(
+    trunk: Any,
+    stock: Callable[..., Any],
+    capture: VisionCapture,
+    image_features: Sequence[Tensor],
+    image_sizes: Tensor,
+    **kwargs: Any,
+) -> Any:
     """In place of `pack_image_features`: the same, and how it was done noted."""
-    stock = type(trunk).pack_image_features
+    captured = capture.current
     again = {name: value for name, value in kwargs.items() if name != "image_newline"}
     shapes = [tuple(features.shape) for features in image_features]
-    look.packed = shapes, partial(stock, trunk, image_sizes=image_sizes.cpu(), **again)
-    return stock(trunk, image_features, image_sizes, **kwargs)
+    if captured is not None:
+        captured.packed = shapes, partial(stock, image_sizes=image_sizes.cpu(), **again)
+    return stock(image_features, image_sizes, **kwargs)
 
 
 def _assembled(value: Tensor, shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor]:

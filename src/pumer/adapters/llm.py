@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pumer.adapters import decoder_attention
 from pumer.adapters.base import Adapter, Patch, config_of, head_macs
-from pumer.adapters.before_llm import CLASS_ATTENTION, Look, Tiles, shift
-from pumer.adapters.inside_llm import Reduction
+from pumer.adapters.before_llm import Tiles, shift
+from pumer.adapters.inside_llm import DecoderHooks
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import CLASS_ATTENTION, Captured, VisionCapture
 from pumer.reducers import EMBEDDINGS, Compose, Reducer
 from pumer.reducers.base import Encoder, Grid
 
@@ -57,7 +58,7 @@ class DecoderAdapter(Adapter):
         """Whether the vision tower has a [CLS] token."""
         return False
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         """Every image that went through `get_image_features`, whose output and inputs are given."""
         raise NotImplementedError
 
@@ -91,7 +92,7 @@ class DecoderAdapter(Adapter):
         """
         return None
 
-    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         """Change what is peculiar to the family."""
 
     def depth(self, model: nn.Module) -> int:
@@ -128,7 +129,7 @@ class DecoderAdapter(Adapter):
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of {type(model).__name__} has no "
                 '[CLS]: methods that take saliency="received" do without'
             )
-        Reduction(patch, self, model)
+        DecoderHooks(patch, self, model)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)

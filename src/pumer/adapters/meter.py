@@ -26,8 +26,6 @@ from pumer.adapters.base import (
     inside,
     is_a,
     register,
-    replace_forward,
-    replace_method,
     run_block,
 )
 from pumer.adapters.encoder import Axis
@@ -75,11 +73,11 @@ class MeterAdapter(Adapter):
     def patch(self, model: nn.Module, patch: Patch) -> None:
         meter = _meter(model)
         pooled = is_a(model, POOLED)
-        replace_method(patch, meter, "encode_text", _encode_text, patch, pooled)
-        replace_method(patch, meter, "encode_image", _encode_image, patch)
-        replace_method(patch, meter, "fuse", _fuse, patch, pooled)
+        patch.replace(meter, "encode_text", _encode_text, patch, pooled)
+        patch.replace(meter, "encode_image", _encode_image, patch)
+        patch.replace(meter, "fuse", _fuse, patch, pooled)
         for number, layer in enumerate(meter.layers):
-            replace_forward(patch, layer, _layer, patch, number)
+            patch.replace(layer, "forward", _layer, patch, number)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pumer.adapters.base import config_of, register
-from pumer.adapters.before_llm import Look, summarise
 from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import Captured, vision_features
 from pumer.reducers.base import Grid
 
 
@@ -24,8 +24,8 @@ class PaliGemmaAdapter(DecoderAdapter):
     def tower_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
-        return plain(output.pooler_output, self.default_grid(trunk), summarise(look))
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
+        return plain(output.pooler_output, self.default_grid(trunk), vision_features(captured))
 
 
 @register
@@ -45,6 +45,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
         vision = config_of(model).vision_config
         return int((vision.image_size // vision.patch_size) ** 2 // config_of(model).mm_tokens_per_image)
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(summarise(look), rows * columns))
+        return plain(output.pooler_output, grid, pooled(vision_features(captured), rows * columns))

@@ -6,7 +6,9 @@ T text tokens, I image tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,7 +51,10 @@ class Axis:
     Args:
         index_BK: place of every token in the prompt; a merged one is where its first member was.
         filled_BK: bool, false for empty slots, which lie at the left; None where all are filled.
-        text_BK, image_BK: bool, tokens of the question and patches; both false for padding and structure tokens.
+        text_BK, image_BK: bool, words that a reducer is shown and patches; both false for padding, structure tokens and
+            answers.
+        question_BK: bool, those of the words that are the question.
+        hidden_BK: bool, real tokens that are neither, whose keys the text attends to.
         sizes_BK: tokens of the prompt that each token stands for.
         counts: (text, image) tokens of every sample, on the host.
         whole: whether nothing was reduced yet.
@@ -59,6 +64,8 @@ class Axis:
     filled_BK: Tensor | None
     text_BK: Tensor
     image_BK: Tensor
+    question_BK: Tensor
+    hidden_BK: Tensor
     sizes_BK: Tensor
     counts: tuple[tuple[int, int], ...]
     whole: bool = True
@@ -78,6 +85,8 @@ class Axis:
             filled_BK=None if self.filled_BK is None else self.filled_BK.to(device),
             text_BK=self.text_BK.to(device),
             image_BK=self.image_BK.to(device),
+            question_BK=self.question_BK.to(device),
+            hidden_BK=self.hidden_BK.to(device),
             sizes_BK=self.sizes_BK.to(device),
         )
 
@@ -98,6 +107,8 @@ class Axis:
             filled_BK=filled_BK if gaps else None,
             text_BK=self.text_BK.gather(1, index_BK) & filled_BK,
             image_BK=self.image_BK.gather(1, index_BK) & filled_BK,
+            question_BK=self.question_BK.gather(1, index_BK) & filled_BK,
+            hidden_BK=self.hidden_BK.gather(1, index_BK) & filled_BK,
             sizes_BK=placed.total(self.sizes_BK),
             counts=counts,
             whole=False,
@@ -135,41 +146,64 @@ class View:
     owner: Sequence[int]
 
 
-@dataclass
-class Run:
-    """One forward of the model on its way.
+@dataclass(eq=False)
+class ForwardState:
+    """What one call of a reduced model hands from hook to hook; it ends with the call.
 
     Args:
-        inputs: what the model was called with.
-        labels: those of training, if any.
-        drafts: last tokens of the prompts that are guesses at the answer, to be checked.
+        owner: whose hooks these are.
+        call_kwargs: what the whole model was called with.
+        inputs: what the model without its head was called with.
+        images: of the call, in order, as the vision tower gave them.
         length: tokens of the prompts, S.
         past: tokens in the cache before them, as the model counts them.
+        mask_BL: attention mask of cache and prompts, 1 at real tokens; None where all are real.
         pictures: images of the prompts, in order.
-        owner: sample of every image.
+        owners: sample of every image.
         rest: tokens of every sample that no reducer sees: padding and structure tokens.
+        hidden: of these the real ones, whose keys the text attends to.
         axis: tokens of the layer that runs; None where the call brings no images.
         plan: from the prompt to that axis; None while nothing was reduced.
         axes: those of every layer that has run.
+        plans: from the axis before to that of every layer; None where nothing was reduced there.
         widths: tokens that the states of these layers really have.
-        seen: queries and keys by layer.
+        embeddings_BSD: states before layer 0, where the reducer reads them.
+        seen: what was seen of the attention of a layer that reduces.
         cut: masks and positions that were cut already, with what they were cut from.
+        entry: (text, image, grid) before anything was reduced.
+        entered: whether the model without its head has begun.
+        left: whether the language model has.
     """
 
-    inputs: dict[str, Any]
-    labels: Tensor | None = None
-    drafts: int = 0
+    owner: Any
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    images: list[Picture] = field(default_factory=list)
     length: int = 0
     past: int = 0
+    mask_BL: Tensor | None = None
     pictures: list[Picture] = field(default_factory=list)
-    owner: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
     rest: list[int] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)
     axis: Axis | None = None
     plan: Plan | None = None
     axes: list[Axis] = field(default_factory=list)
+    plans: list[Plan | None] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    embeddings_BSD: Tensor | None = None
+    seen: dict[int, Attended] = field(default_factory=dict)
     cut: dict[Any, Any] = field(default_factory=dict)
+    entry: tuple[int, int, Grid | None] | None = None
+    entered: bool = False
+    left: bool = False
+
+    def places_of(self, axis: Axis | None, batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Places of a layer's tokens as the model counts them [B,K], and which are filled; None for all."""
+        if axis is None:
+            places = torch.arange(self.past, self.past + self.length, device=device)
+            return places.expand(batch, -1), None
+        return axis.index_BK + self.past, axis.filled_BK
 
     def once(self, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What is made of these objects: made for the first layer that asks, the same for all others."""
@@ -177,6 +211,44 @@ class Run:
         if key not in self.cut:
             self.cut[key] = sources, make()  # kept, so that no other object gets their id
         return self.cut[key][1]
+
+
+_current: ContextVar[ForwardState | None] = ContextVar("pumer_forward_state", default=None)
+
+
+def current_state(owner: Any = None) -> ForwardState | None:
+    """The state of the call that runs in this thread; None outside of one, or where it is not `owner`'s."""
+    state = _current.get()
+    return state if state is None or owner is None or state.owner is owner else None
+
+
+@contextmanager
+def enter_state(state: ForwardState) -> Iterator[ForwardState]:
+    """Let this be the state of the call inside the with block; the one before is back afterwards, come what may."""
+    token = _current.set(state)
+    try:
+        yield state
+    finally:
+        _current.reset(token)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the attention of a layer was asked: all its queries, all its keys, and by what rule.
+
+    Args:
+        queries_BHKC: of the layer's tokens; products with keys over sqrt(C) are the logits.
+        keys_BhLC: of the tokens that its cache holds, and behind them of its own.
+        window: a token sees only places later than its own less this number; None for all.
+        softcap: bound of the logits; None for none.
+        held: what the cache held before this call; None if every token.
+    """
+
+    queries_BHKC: Tensor
+    keys_BhLC: Tensor
+    window: int | None = None
+    softcap: float | None = None
+    held: Any = None
 
 
 def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN: Tensor, slots: int) -> Plan:

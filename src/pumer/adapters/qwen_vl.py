@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from pumer.adapters.base import Patch, config_of, register
-from pumer.adapters.before_llm import Look, attention_of
 from pumer.adapters.llm import DecoderAdapter
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import Captured, VisionCapture, attention_of
 from pumer.reducers.base import Encoder, Grid
 
 
@@ -50,26 +50,26 @@ class QwenVLAdapter(DecoderAdapter):
     def patches_per_token(self, model: nn.Module) -> int:
         return int(config_of(model).vision_config.spatial_merge_size ** 2)
 
-    def install(self, patch: Patch, model: nn.Module, look: Look) -> None:
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         patch.hook(self.trunk(model).visual.register_forward_pre_hook(_to_device, with_kwargs=True))
 
     def default_grid(self, model: nn.Module) -> Grid:
         return DEFAULT_GRID
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         merge = trunk.visual.spatial_merge_size
         frames = inputs["image_grid_thw"]
         grids = [(rows // merge, columns // merge) for _, rows, columns in frames.tolist()]
-        known = self._known(trunk, frames, look, [len(features) for features in output.pooler_output])
+        known = self._known(trunk, frames, captured, [len(features) for features in output.pooler_output])
         return [
             Picture(len(features), None, grid if grid[0] * grid[1] == len(features) else None, encoder)
             for features, grid, encoder in zip(output.pooler_output, grids, known, strict=True)
         ]
 
-    def _known(self, trunk: Any, frames: Tensor, look: Look, lengths: list[int]) -> list[Encoder | None]:
+    def _known(self, trunk: Any, frames: Tensor, captured: Captured, lengths: list[int]) -> list[Encoder | None]:
         """What the tower knows of every image's tokens, each the mean of its four patches."""
-        features, heads = look.take()
-        if not look.needs:
+        features, heads = captured.features_RPD, captured.heads
+        if not captured.needs:
             return [None] * len(lengths)
         group = trunk.visual.spatial_merge_size**2
         back = torch.arange(sum(lengths))
@@ -87,10 +87,12 @@ class QwenVLAdapter(DecoderAdapter):
             known = {} if features is None else {"features_BND": features[None, stretch]}
             if wide is not None:
                 queries, keys = (part[:, :, stretch] for part in wide)
-                known |= attention_of(look.needs, queries, keys, first=False)
+                known |= attention_of(captured.needs, queries, keys, first=False)
             order = (back[start : start + length] - start).to(trunk.visual.device)
             made.append(
-                Encoder(**{name: known[name].unflatten(1, (length, group)).mean(2)[:, order] for name in look.needs})
+                Encoder(
+                    **{name: known[name].unflatten(1, (length, group)).mean(2)[:, order] for name in captured.needs}
+                )
             )
         return made
 

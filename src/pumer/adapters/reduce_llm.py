@@ -12,20 +12,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import before_llm
+from pumer.adapters import before_llm, kv_cache
 from pumer.adapters.base import Patch, Step, exact
-from pumer.adapters.prompt import Axis, Run, View, place, to_device
+from pumer.adapters.prompt import Attended, Axis, ForwardState, View, place, to_device
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
-from pumer.reducers.base import Grid
+from pumer.reducers.base import Context, Grid
 from pumer.reducers.plan import tokens_at
 
 
-def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool) -> Tensor:
-    """States after the reducer acted after this layer; the run then has their axis.
+def reduce(patch: Patch, run: ForwardState, layer: int, states_BKD: Tensor, causal: bool) -> tuple[Tensor, Plan | None]:
+    """States after the reducer acted after this layer, whose axis the call's state then has, and the plan from one axis
+    to the other; None where nothing was reduced.
 
     Args:
         patch: whose reducer acts.
-        run: the forward.
+        run: the state of the call.
         layer: the one that has run, `EMBEDDINGS` before the first.
         states_BKD: after it.
         causal: whether a token of the prompt sees only those before it.
@@ -35,13 +36,13 @@ def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool)
     if layer == EMBEDDINGS and any(picture.merged for picture in run.pictures):
         return _gather(patch, run, run.axis.to(states_BKD.device), states_BKD)
     if not reducer.reduces_at(layer):
-        return states_BKD
+        return states_BKD, None
     axis = run.axis.to(states_BKD.device)
     before = axis.counts
     grids: list[Grid | None] = [None] * len(axis.counts)
     if layer == EMBEDDINGS:
-        view = before_llm.view(axis, run.pictures, run.owner, states_BKD)
-        before = tuple((axis.counts[row][0], one.patches) for row, one in zip(run.owner, run.pictures, strict=True))
+        view = before_llm.view(axis, run.pictures, run.owners, states_BKD, causal)
+        before = tuple((axis.counts[row][0], one.patches) for row, one in zip(run.owners, run.pictures, strict=True))
         grids = [picture.grid for picture in run.pictures]
     else:
         view = _view(run, axis, layer, states_BKD, causal)
@@ -60,27 +61,27 @@ def reduce(patch: Patch, run: Run, layer: int, states_BKD: Tensor, causal: bool)
     return _take(patch, run, axis, view, plan, after, unsure, states_BKD)
 
 
-def _gather(patch: Patch, run: Run, axis: Axis, states_BSD: Tensor) -> Tensor:
+def _gather(patch: Patch, run: ForwardState, axis: Axis, states_BSD: Tensor) -> tuple[Tensor, Plan | None]:
     """States with one token for every group that the vision tower merged; all of a group have the same."""
-    view = before_llm.view(axis, run.pictures, run.owner, states_BSD)
+    view = before_llm.view(axis, run.pictures, run.owners, states_BSD, causal=False)
     merged = Plan.stack([picture.merged for picture in run.pictures if picture.merged]).to(states_BSD.device)
     plan = Plan.side_by_side([Plan.identity(view.tokens.mask_BN[:, : view.tokens.text]), merged])
     # The tower has cut its slots to those that the data fill; how many each picture fills is still to be asked.
     left = merged.mask_BK.sum(1).tolist() if patch.reducer.leaves_gaps else [merged.slots] * len(run.pictures)
-    after = [(axis.counts[row][0], count) for row, count in zip(run.owner, left, strict=True)]
+    after = [(axis.counts[row][0], count) for row, count in zip(run.owners, left, strict=True)]
     return _take(patch, run, axis, view, plan, after, False, states_BSD)
 
 
 def _take(
     patch: Patch,
-    run: Run,
+    run: ForwardState,
     axis: Axis,
     view: View,
     plan: Plan,
     after: Sequence[tuple[int, int]],
     unsure: bool,
     states_BKD: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Plan | None]:
     """States after a plan for a view of the axis.
 
     Args:
@@ -98,21 +99,23 @@ def _take(
     if plan.index_BK is None:
         placed = replace(placed, index_BK=None)
     run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
-    return placed.reduce(states_BKD)
+    return placed.reduce(states_BKD), placed
 
 
-def _view(run: Run, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) -> View:
+def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) -> View:
     """What a reducer sees after a layer, one row per sample."""
     at_BN, valid_BN = axis.view()
-    queries_BHKC, keys_BHKC = run.seen.pop(layer)
+    attended = run.seen.pop(layer)
+    queries_BHKC, keys_BhKC = attended.queries_BHKC, attended.keys_BhLC[:, :, -axis.index_BK.shape[1] :]
+    text, _ = axis.lengths
     grid, patch_BN = None, None
-    if axis.whole and run.owner == list(range(len(at_BN))):  # one picture each
+    if axis.whole and run.owners == list(range(len(at_BN))):  # one picture each
         grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
-        text, _ = axis.lengths
         patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
+    groups = queries_BHKC.shape[1] // keys_BhKC.shape[1]
     tokens = Tokens(
         mask_BN=valid_BN,
-        text=axis.lengths[0],
+        text=text,
         sizes_BN=axis.sizes_BK.gather(1, at_BN),
         layer=layer,
         prefix=0,
@@ -120,10 +123,45 @@ def _view(run: Run, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) ->
         patch_BN=patch_BN,
         states_BND=tokens_at(states_BKD, at_BN),
         queries_BHNC=_of_heads(queries_BHKC, at_BN),
-        keys_BHNC=_of_heads(keys_BHKC, at_BN, queries_BHKC.shape[1] // keys_BHKC.shape[1]),
-        place_BN=at_BN if causal else None,
+        keys_BHNC=_of_heads(keys_BhKC, at_BN, groups),
+        place_BN=(axis.index_BK + run.past).gather(1, at_BN) if causal else None,
+        context=_context(run, axis, attended, groups, causal),
+        question_BT=axis.question_BK.gather(1, at_BN[:, :text]) & valid_BN[:, :text],
     )
     return View(tokens, at_BN, valid_BN, range(len(at_BN)))
+
+
+def _context(run: ForwardState, axis: Axis, attended: Attended, groups: int, causal: bool) -> Context | None:
+    """What the text attends to besides the tokens of a view; None if there is nothing.
+
+    Args:
+        run: the state of the call.
+        axis: of the layer.
+        attended: what its attention was asked.
+        groups: heads of queries to one of keys.
+        causal: whether a token of the prompt sees only those before it.
+    """
+    count = axis.index_BK.shape[1]
+    cached = attended.keys_BhLC.shape[2] - count
+    if not cached and not max(run.hidden) and attended.window is None and attended.softcap is None:
+        return None
+    # Tokens of this call that the view leaves out, as many slots as any sample has of them.
+    hidden = Plan.keep(axis.hidden_BK, max(run.hidden))
+    assert hidden.index_BK is not None
+    keys_BHMC = _of_heads(attended.keys_BhLC[:, :, cached:], hidden.index_BK, groups)
+    places_BM, valid_BM = hidden.reduce(axis.index_BK + run.past), hidden.mask_BK
+    if cached:
+        # Before them those of the cache: the last ones where a window has passed.
+        own_B0 = axis.index_BK[:, :0]
+        cached_BM, filled_BM = kv_cache.before(attended.held, run.past, cached, own_B0, None)
+        valid_cached_BM = torch.ones_like(cached_BM, dtype=torch.bool) if filled_BM is None else filled_BM
+        if run.mask_BL is not None:
+            valid_cached_BM = valid_cached_BM & run.mask_BL.to(cached_BM.device).gather(1, cached_BM)
+        keys = attended.keys_BhLC[:, :, :cached]
+        keys_BHMC = torch.cat([keys if groups == 1 else keys.repeat_interleave(groups, 1), keys_BHMC], 2)
+        places_BM = torch.cat([cached_BM, places_BM], 1)
+        valid_BM = torch.cat([valid_cached_BM, valid_BM], 1)
+    return Context(keys_BHMC, valid_BM, places_BM if causal else None, attended.window, attended.softcap)
 
 
 def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:

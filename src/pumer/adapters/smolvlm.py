@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
-from pumer.adapters.before_llm import Look, Tiles, summarise
+from pumer.adapters.before_llm import Tiles
 from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.prompt import Picture
+from pumer.adapters.vision_capture import Captured, vision_features
 from pumer.reducers.base import Grid
 
 
@@ -41,10 +42,10 @@ class SmolVLMAdapter(DecoderAdapter):
         factor = config_of(model).scale_factor
         return rows // factor, columns // factor
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], look: Look) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
         rows, columns = grid = self.default_grid(trunk)
-        known = pooled(summarise(look), rows * columns)
+        known = pooled(vision_features(captured), rows * columns)
         crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
         return plain(crops, grid, known)
 

@@ -26,7 +26,6 @@ from pumer.adapters.base import (
     inside,
     is_a,
     register,
-    replace_forward,
     run_block,
 )
 from pumer.adapters.encoder import Axis
@@ -63,12 +62,12 @@ class ViltAdapter(Adapter):
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vilt = _vilt(model)
-        replace_forward(patch, vilt, _forward, patch, is_a(model, POOLED))
+        patch.replace(vilt, "forward", _forward, patch, is_a(model, POOLED))
         published = patch.reducer.published
         for number, layer in enumerate(vilt.encoder.layer):
-            replace_forward(patch, layer, _layer, patch, number, published)
-            replace_forward(patch, layer.intermediate, _intermediate)
-            replace_forward(patch, layer.output, _output)
+            patch.replace(layer, "forward", _layer, patch, number, published)
+            patch.replace(layer.intermediate, "forward", _intermediate)
+            patch.replace(layer.output, "forward", _output)
             if published:
                 patch.set(layer.layernorm_before, "eps", PUBLISHED_EPS)
                 patch.set(layer.layernorm_after, "eps", PUBLISHED_EPS)

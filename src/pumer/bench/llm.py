@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import find
+from pumer.adapters import find, kv_cache
 from pumer.adapters.base import config_of
 from pumer.api import active
 from pumer.bench import llm_models, records
@@ -138,10 +138,12 @@ class Answer:
         made = [output.logits[:, -1].argmax(-1, keepdim=True)]
         wait(self.device)
         self.prefills.append(time.perf_counter() - start)
-        self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+        self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in kv_cache.find(output).layers)
         while len(made) < self.tokens:
             # The prompts are of one length, so that nothing is to be masked.
-            output = self.net(input_ids=made[-1], past_key_values=output.past_key_values, use_cache=True)
+            output = self.net(
+                input_ids=made[-1], use_cache=True, **{kv_cache.argument(self.net): kv_cache.find(output)}
+            )
             made.append(output.logits[:, -1].argmax(-1, keepdim=True))
         return torch.cat(made, 1)
 

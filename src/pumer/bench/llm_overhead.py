@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumer.adapters.inside_llm import Reduction
+from pumer.adapters import decoder_output, prefill
 from pumer.api import active
 from pumer.bench.timing import clock, wait
 
@@ -95,18 +95,18 @@ def _watched(model: nn.Module, device: torch.device | str) -> Iterator[_Stopwatc
     adapter: Any = patch.adapter
     language, vision = adapter.language(model), adapter.vision(model)
     watch = _Stopwatch(device)
-    begin, pictures = Reduction.start, adapter.pictures
+    parts = [(prefill, "begin"), (decoder_output, "finish")]
     with ExitStack() as undo:
         hooks = [vision.register_forward_pre_hook(watch.start), vision.register_forward_hook(watch.stop_tower)]
         # Hooks run in order: one before and one behind those that reduce.
         hooks += [layer.register_forward_pre_hook(watch.start, prepend=True) for layer in language.layers]
         hooks += [layer.register_forward_pre_hook(watch.stop_selection) for layer in language.layers]
-        hooks += [language.register_forward_hook(watch.start, prepend=True)]
-        hooks += [language.register_forward_hook(watch.stop_selection)]
         for hook in hooks:
             undo.callback(hook.remove)
-        undo.callback(setattr, Reduction, "start", begin)
-        Reduction.start = watch.timing(begin)  # type: ignore[method-assign]
+        for module, name in parts:
+            function = getattr(module, name)
+            undo.callback(setattr, module, name, function)
+            setattr(module, name, watch.timing(function))
         undo.callback(delattr, adapter, "pictures")
-        adapter.pictures = watch.timing(pictures)
+        adapter.pictures = watch.timing(adapter.pictures)
         yield watch

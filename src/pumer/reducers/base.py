@@ -88,6 +88,9 @@ class Tokens:
         place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
             that come later. None where all tokens see each other.
         context: what the text attends to besides these tokens, in a language model; None elsewhere.
+        question_BT: bool, the words that are the question: those that the caller names, or those behind
+            the first image, or all where there are none; None for all. What images are rated by, where a
+            method reads words.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
         part: what a learned reducer has trained for this layer.
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
@@ -108,6 +111,7 @@ class Tokens:
     cross: bool = False
     place_BN: Tensor | None = None
     context: Context | None = None
+    question_BT: Tensor | None = None
     encoder: Encoder | None = None
     part: nn.Module | None = None
     gate_BN: Tensor | None = None
@@ -162,6 +166,11 @@ class Reducer:
     def needs(self) -> frozenset[str]:
         """Names of the fields of `Encoder` that `plan` reads: the adapter gets these and no others."""
         return frozenset()
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether `plan` reads `Tokens.embeddings_BND`, which a language model keeps for it from layer 0 on."""
+        return False
 
     @property
     def weighs_by_size(self) -> bool:

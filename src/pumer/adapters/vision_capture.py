@@ -1,0 +1,135 @@
+"""What a vision tower knows of its patches, seen while it runs: attention, keys, features.
+
+Shape suffixes: R crops, P patches, D channels, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import decoder_attention
+from pumer.adapters.base import Patch
+from pumer.reducers import Plan
+
+if TYPE_CHECKING:
+    from pumer.adapters.llm import DecoderAdapter
+
+CLASS_ATTENTION = "class_attention_BN"
+RECEIVED = "received_BN"
+AT_ONCE = 256
+"""Queries whose attention to all patches is there at one time."""
+
+
+@dataclass(eq=False)
+class Captured:
+    """What was seen in one call of `get_image_features`; it ends with the call.
+
+    Args:
+        capture: who looks.
+        needs: fields of `Encoder` that the reducer reads.
+        features_RPD: what goes into the projector.
+        heads: queries and keys [R,H,P,C] of the watched layer, one pair for each run of its attention.
+        merged: where the patches of every crop went, if the tower merged them.
+        packed: how a family puts its crops together.
+    """
+
+    capture: VisionCapture
+    needs: frozenset[str]
+    features_RPD: Tensor | None = None
+    heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    merged: Plan | None = None
+    packed: Any = None
+
+
+_current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=None)
+
+
+class VisionCapture:
+    """What is asked of a vision tower: queries and keys of one layer, and what goes into the projector."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs
+
+    def install(self, patch: Patch, spec: DecoderAdapter, model: nn.Module) -> None:
+        """Begin to look, if a reducer needs anything."""
+        if not self.needs:
+            return
+        patch.hook(spec.projector(model).register_forward_pre_hook(self._on_projector))
+        if self.needs - {"features_BND"}:
+            self.attention = spec.tower_attention(model)
+            decoder_attention.watch(patch, self.attention, self._on_qk, "vision_config")
+
+    @property
+    def current(self) -> Captured | None:
+        """What this call has seen so far; None where the tower runs outside of `get_image_features`."""
+        captured = _current.get()
+        return captured if captured is not None and captured.capture is self else None
+
+    @contextmanager
+    def call(self) -> Iterator[Captured]:
+        """One call of `get_image_features`: what hooks see inside the with block is its own."""
+        captured = Captured(self, self.needs)
+        token = _current.set(captured)
+        try:
+            yield captured
+        finally:
+            _current.reset(token)
+
+    def _on_projector(self, _: nn.Module, args: Any) -> None:
+        if self.current is not None:
+            self.current.features_RPD = args[0].detach()
+
+    def _on_qk(self, queries: Tensor, keys: Tensor, _: Any) -> None:
+        if self.current is not None:  # layers may be computed again for their gradients
+            self.current.heads.append(normalize_qk_scale(self.attention, queries, keys))
+
+
+def vision_features(captured: Captured, tower: bool = False, projected: bool = False) -> dict[str, Tensor]:
+    """What a vision tower knows of the patches of every crop [R,P,...], from the layer that its features come from.
+
+    Args:
+        captured: what was seen of the tower.
+        tower: whether its tokens begin with one that is no patch of the picture's.
+        projected: whether what goes into the projector does.
+    """
+    features, needs = captured.features_RPD, captured.needs
+    known = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    if captured.heads:
+        known |= attention_of(needs, *captured.heads[-1], tower)
+    return {name: known[name] for name in needs}
+
+
+def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
+    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the logits.
+
+    `first` is whether the first token, such as [CLS], is no patch.
+    """
+    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(first) :], "queries_BNC": queries_RHPC.mean(1)[:, int(first) :]}
+    # Scaled before they are multiplied: in half precision the products alone may be too large.
+    queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
+    if CLASS_ATTENTION in needs:
+        logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
+        known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
+    if RECEIVED in needs:
+        # Never all at once, which for the thousands of patches of a large picture would be gigabytes.
+        received = [
+            (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1).sum((1, 2))
+            for part in queries_RHPC.split(AT_ONCE, 2)
+        ]
+        known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[:, int(first) :]
+    return known
+
+
+def normalize_qk_scale(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by, detached."""
+    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+    factor = scaling * queries.shape[-1] ** 0.5
+    queries = queries.detach()
+    return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
