@@ -38,7 +38,7 @@ REDUCERS: dict[str, Reducer] = {
     "svd-prune": SVDPrune(keep=0.5, features="states"),
     "dart": DART(keep=0.5, layer=1),
     "pyramiddrop": PyramidDrop(keep=(0.7, 0.4), layers=(0, 2)),
-    "sparsevlm": SparseVLM(keep=(0.5, 0.6), layers=(1, 2), average=True),
+    "sparsevlm": SparseVLM(keep=(0.5, 0.6), layers=(1, 2), merge="rating"),
     "energy": Energy(DivPrune(), tau=0.8, least=2, most=0.7),
     "dymu": DyMU(thresholds=(0.3, 1.0, 0.5)),
     "divprune+pyramiddrop": Chain((DivPrune(keep=0.6), PyramidDrop(keep=(0.5,), layers=(1,)))),

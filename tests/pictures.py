@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pumer.reducers import EMBEDDINGS, Encoder, Tokens
+from pumer.reducers.base import Embeddings
 
 GRIDS, WORDS = ((6, 5), (4, 4), (2, 7), (1, 3)), (7, 1, 5, 3)
 FULL = {"grids": ((6, 6),), "words": (5,), "padding": 0}
@@ -26,14 +27,19 @@ class Picture:
     keys: np.ndarray
     sizes: np.ndarray
     grid: tuple[int, int]
+    places: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
 
     @property
     def count(self):
         return len(self.states)
 
 
-def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS):
-    """The tokens of some pictures with their texts; everything about padding is noise."""
+def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS, causal=False):
+    """The tokens of some pictures with their texts; everything about padding is noise.
+
+    In a causal one every picture stands somewhere among its words, and embeddings are known.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
@@ -50,6 +56,17 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS)
         patch[row, text : text + rows * columns] = raster
     near = noise(len(grids), text + image, width)
     inside = layer >= 0
+    places = embeddings = None
+    if causal:
+        places = torch.randint(0, 99, mask.shape, generator=generator)
+        for row, (rows, columns) in enumerate(grids):
+            before = int(torch.randint(0, words[row] + 1, (), generator=generator))
+            words_at, image_at = torch.arange(words[row]), torch.arange(rows * columns)
+            places[row, : words[row]] = words_at + rows * columns * (words_at >= before)
+            places[row, text : text + rows * columns] = before + image_at
+        # Of the whole image, although it may have lost some tokens since.
+        embedded = noise(len(grids), text + image, width) / 2
+        embeddings = Embeddings(embedded[:, :text], embedded[:, text:], mask[:, text:])
     return Tokens(
         mask_BN=mask,
         text=text,
@@ -68,6 +85,8 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS)
             keys_BNC=noise(len(grids), image, 8),
             queries_BNC=noise(len(grids), image, 8),
         ),
+        place_BN=places,
+        embeddings=embeddings,
     )
 
 
@@ -84,8 +103,17 @@ def alone(tokens, row, grids=GRIDS):
         name: None if getattr(tokens, name) is None else getattr(tokens, name)[rows, :, kept]
         for name in ("queries_BHNC", "keys_BHNC")
     }
+    embeddings = tokens.embeddings
+    if embeddings is not None:
+        embeddings = Embeddings(
+            embeddings.text_BTD[rows, :text],
+            embeddings.image_BID[rows, image],
+            embeddings.valid_BI[rows, image],
+        )
     return replace(
         tokens,
+        place_BN=None if tokens.place_BN is None else tokens.place_BN[rows, kept],
+        embeddings=embeddings,
         mask_BN=tokens.mask_BN[rows, kept],
         sizes_BN=tokens.sizes_BN[rows, kept],
         states_BND=tokens.states_BND[rows, kept],
@@ -105,7 +133,7 @@ def picture(tokens, row, grids=GRIDS):
         return np.zeros((1, 0)) if x is None else x[0].double().numpy()
 
     states = array(one.states_BND)
-    encoder = one.encoder
+    encoder, embedded = one.encoder, one.embeddings
     return Picture(
         states=states[one.text :],
         words=states[: one.text],
@@ -117,6 +145,8 @@ def picture(tokens, row, grids=GRIDS):
         keys=array(one.keys_BHNC),
         sizes=array(one.sizes_BN)[one.text :],
         grid=one.grid,
+        places=None if one.place_BN is None else one.place_BN[0].numpy(),
+        embeddings=None if embedded is None else array(torch.cat([embedded.text_BTD, embedded.image_BID], 1)),
     )
 
 

@@ -154,63 +154,93 @@ def holov(picture, count, chunks):
     return sorted(kept + [t for t in by_attention if t not in kept][: count - len(kept)])
 
 
+def words_after_image(picture):
+    """The words behind the last image token; all of them where none is, or where order does not matter."""
+    words = range(len(picture.words))
+    if picture.places is None:
+        return list(words)
+    last = max(picture.places[len(words) :], default=-1)
+    return [word for word in words if picture.places[word] > last] or list(words)
+
+
 def dart(picture, count, pivots):
     words = len(picture.words)
     size = np.abs(picture.keys).sum((0, 2))
-    image = sorted(range(picture.count), key=lambda t: -size[words + t])[: min(pivots[0], count)]
-    text = sorted(range(words), key=lambda t: -size[t])[: pivots[1]]
+    text = sorted(words_after_image(picture), key=lambda t: -size[t])[: pivots[1]]
+    wanted = max(pivots[0], 0 if text else 1)
+    image = sorted(range(picture.count), key=lambda t: -size[words + t])[: min(wanted, count)]
     states = [picture.states[t] for t in image] + [picture.words[t] for t in text]
-    kept, left = list(image), count - len(image)
-    for number, state in enumerate(states):
-        quota = left // len(states) + (number < left % len(states))
-        rest = [t for t in range(picture.count) if t not in kept]
-        kept += sorted(rest, key=lambda t: unit(picture.states[t]) @ unit(state))[:quota]
-    return sorted(kept)
+    remaining = count - len(image)
+    quotas = [remaining // len(states) + (pivot < remaining % len(states)) for pivot in range(len(states))]
+    return sorted(dart_choices(picture, image, states, quotas))
+
+
+def dart_choices(picture, image, states, quotas):
+    """The image pivots, then of every pivot the least similar tokens that no pivot before it has taken."""
+    kept = list(image)
+    for state, quota in zip(states, quotas, strict=True):
+        free = [t for t in range(picture.count) if t not in kept]
+        kept += sorted(free, key=lambda t: unit(picture.states[t]) @ unit(state))[:quota]
+    return kept
 
 
 def text_attention(picture, rows):
-    """Attention to the image of some words, mean over heads and words."""
+    """Attention to the image of some tokens, mean over heads and tokens."""
     words, channels = len(picture.words), picture.queries.shape[2]
     logits = picture.queries[:, rows] @ picture.keys.transpose(0, 2, 1) / math.sqrt(channels)
+    if picture.places is not None:
+        logits[:, picture.places[rows][:, None] < picture.places] = -np.inf
     return softmax(logits)[:, :, words:].mean((0, 1))
 
 
+def last_token(picture):
+    """The token that has seen all others; where order does not matter the last of the text, or of the image alone."""
+    if picture.places is not None:
+        return int(np.argmax(picture.places))
+    return len(picture.words) - 1 if len(picture.words) else picture.count - 1
+
+
 def pyramiddrop(picture, count):
-    return top(text_attention(picture, [len(picture.words) - 1]), count)
+    return top(text_attention(picture, [last_token(picture)]), count)
 
 
 def raters(picture):
-    likeness = softmax(math.sqrt(picture.states.shape[1]) * unit(picture.states) @ unit(picture.words).T).mean(0)
-    above = [word for word in range(len(likeness)) if likeness[word] > likeness.mean()]
-    return above or list(range(len(likeness)))
+    words = words_after_image(picture)
+    if picture.embeddings is None:
+        image, text = unit(picture.states), math.sqrt(picture.states.shape[1]) * unit(picture.words)
+    else:
+        text, image = np.split(picture.embeddings, [len(picture.words)])
+    likeness = softmax(image @ text[words].T).mean(0)
+    above = [word for word, like in zip(words, likeness, strict=True) if like > likeness.mean()]
+    return above or words
 
 
 def density_peaks(x, clusters):
-    """Centre of every one of these tokens."""
+    """Centre of every one of these tokens; the earlier of two is the denser where they are as dense."""
     distance = np.linalg.norm(x[:, None] - x, axis=-1) / math.sqrt(x.shape[1])
     tokens = range(len(x))
-    density = [math.exp(-np.mean(np.sort(distance[t])[:5] ** 2)) for t in tokens]
+    density = [math.exp(-np.mean(np.sort(distance[t])[:clusters] ** 2)) for t in tokens]
     peak = {}
     for t in tokens:
-        denser = [distance[t, u] for u in tokens if density[u] > density[t]]
+        denser = [distance[t, u] for u in tokens if (density[u], -u) > (density[t], -t)]
         peak[t] = density[t] * (min(denser) if denser else distance.max())
     centres = sorted(tokens, key=lambda t: -peak[t])[:clusters]
     return [t if t in centres else min(centres, key=lambda c: distance[t, c]) for t in tokens]
 
 
-def sparsevlm(picture, count, average=False):
+def sparsevlm(picture, count, merge="mean"):
     """Groups of tokens with their shares, in order of the token that each group stands for."""
     score = text_attention(picture, raters(picture))
     kept = top(score, count)
     groups = {t: {t: 1.0} for t in kept}
     dropped = [t for t in range(picture.count) if t not in kept]
     if dropped:
-        number = min(len(dropped), int(len(dropped) * 0.3 + 1e-9) + 1)
+        number = min(len(dropped), int(len(dropped) * 0.3) + 1)
         recycled = sorted(sorted(dropped, key=lambda t: -score[t])[:number])
         centres = density_peaks(picture.states[recycled], min(number, number // 10 + 1))
         for token, centre in zip(recycled, centres, strict=True):
-            groups.setdefault(recycled[centre], {})[token] = score[token] if average else 1.0
-    if average:
+            groups.setdefault(recycled[centre], {})[token] = score[token] if merge == "rating" else 1.0
+    if merge != "sum":
         groups = {c: {t: w / sum(group.values()) for t, w in group.items()} for c, group in groups.items()}
     return [groups[leader] for leader in sorted(groups)]
 

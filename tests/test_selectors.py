@@ -63,7 +63,8 @@ MERGERS = {
     "visionzip-none": (VisionZip(contextual=0.0), partial(slow.visionzip, contextual=0.0)),
     "prumerge": (PruMerge(keep=0.5), slow.prumerge_fixed),
     "sparsevlm": (SparseVLM(keep=(0.5,), layers=(2,)), slow.sparsevlm),
-    "sparsevlm-average": (SparseVLM(keep=(0.5,), layers=(2,), average=True), partial(slow.sparsevlm, average=True)),
+    "sparsevlm-sum": (SparseVLM(keep=(0.5,), layers=(2,), merge="sum"), partial(slow.sparsevlm, merge="sum")),
+    "sparsevlm-rating": (SparseVLM(keep=(0.5,), layers=(2,), merge="rating"), partial(slow.sparsevlm, merge="rating")),
 }
 ADAPTIVE = {
     "prumerge": PruMerge(plus=False),
@@ -105,7 +106,8 @@ def test_a_selection_is_what_the_paper_says(reducer, reference, keep):
         plan = reducer.plan(tokens)
         for row in range(len(GRIDS)):
             one = picture(tokens, row)
-            assert kept(plan, tokens, row) == reference(one, budget(keep, one.count))
+            count = reducer.budget(one.count, reducer.layers[0])
+            assert kept(plan, tokens, row) == reference(one, count)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 0.8, 5])

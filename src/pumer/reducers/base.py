@@ -66,6 +66,21 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """What entered the first layer of a language model, for a reducer that `reads_embeddings`.
+
+    Args:
+        text_BTD: at the text tokens of `Tokens`.
+        image_BID: at all image tokens of the prompt, those that earlier layers have dropped too.
+        valid_BI: bool, false for padding.
+    """
+
+    text_BTD: Tensor
+    image_BID: Tensor
+    valid_BI: Tensor
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The token axis of one layer as a reducer may look at it: text first, then the image.
 
@@ -86,11 +101,12 @@ class Tokens:
             alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
             image. The keys of the text are those of its self-attention.
         place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
-            that come later. None where all tokens see each other.
+            that come later. Real tokens of a modality stand in this order. None where all tokens see each other.
         context: what the text attends to besides these tokens, in a language model; None elsewhere.
         question_BT: bool, the words that are the question: those that the caller names, or those behind
             the first image, or all where there are none; None for all. What images are rated by, where a
             method reads words.
+        embeddings: what entered the first layer; None where it is not known, and for reducers that do not ask.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
         part: what a learned reducer has trained for this layer.
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
@@ -112,6 +128,7 @@ class Tokens:
     place_BN: Tensor | None = None
     context: Context | None = None
     question_BT: Tensor | None = None
+    embeddings: Embeddings | None = None
     encoder: Encoder | None = None
     part: nn.Module | None = None
     gate_BN: Tensor | None = None
@@ -169,7 +186,7 @@ class Reducer:
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether `plan` reads `Tokens.embeddings_BND`, which a language model keeps for it from layer 0 on."""
+        """Whether `plan` reads `Tokens.embeddings`, which a language model keeps for it."""
         return False
 
     @property
@@ -231,6 +248,11 @@ class Reducer:
                 f"{self.name} reduces in layers {wrong}, but the model has layers 0 to {depth - 1}: "
                 + (f"give depth={depth}" if by_depth else "choose among these")
             )
+
+    @classmethod
+    def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings that an older version saved, under the names that they have today."""
+        return settings
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, for JSON."""

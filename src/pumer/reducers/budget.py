@@ -56,13 +56,21 @@ def smaller(count: Count, limit: Count | int) -> Count:
     return min(count, int(limit))
 
 
+def larger(count: Count, least: Count) -> Count:
+    """The larger of a count and a limit."""
+    if isinstance(count, Tensor):
+        return torch.maximum(count, least)
+    return max(count, least)
+
+
 def prune_then_merge(count: Count, prune: float, merge: float) -> tuple[Count, Count]:
     """(kept, merged): of `count` tokens, how many survive pruning and how many of those are merged away.
 
     Both ratios are of the unpruned count (PuMer's convention). The two together are rounded once, so that the
     remaining number never shrinks when `count` grows: a padded length is then an upper bound for every sample in it.
+    Where there is a token, one stays.
     """
-    kept = count - portion(prune, count)
+    kept = larger(count - portion(prune, count), smaller(count, 1))
     merged = smaller(portion(prune + merge, count) - portion(prune, count), halves(kept))
     return kept, merged
 

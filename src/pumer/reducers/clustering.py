@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pumer.reducers.matching import rank
 
-NEIGHBOURS = 5
-"""A token's density is told by this many nearest ones, itself included."""
-
 
 def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[Tensor, Tensor]:
     """Centres of clusters, and the centre nearest to every token.
+
+    Density counts as many nearest neighbours as there will be clusters, the token itself included. Of equally dense
+    tokens the earlier one counts as denser.
 
     Args:
         x_BMD: what distance (Euclidean, over the root of D) is measured on.
@@ -28,11 +28,15 @@ def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[
     x = x_BMD.float()
     # Not by a matrix product: near twins would be told apart by what its rounding leaves of their difference.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+    # Infinity is for what is no pair, also where a difference is too large for a number.
+    distance = distance.clamp_max(torch.finfo(torch.float32).max)
     pairs = valid_BM[:, :, None] & valid_BM[:, None]
 
-    near = distance.masked_fill(~pairs, torch.inf).sort(2).values[..., :NEIGHBOURS]
-    counted = near.isfinite()
-    density_BM = (-near.masked_fill(~counted, 0).square().sum(2) / counted.sum(2).clamp_min(1)).exp()
+    numbers = torch.arange(x.shape[1], device=x.device)
+    nearest = distance.masked_fill(~pairs, torch.inf).sort(2).values
+    counted_BM = numbers < clusters_B[:, None]
+    near = torch.where(counted_BM[:, None] & nearest.isfinite(), nearest, 0.0)
+    density_BM = (-near.square().sum(2) / clusters_B[:, None].clamp_min(1)).exp()
 
     place_BM = rank(density_BM.masked_fill(~valid_BM, -1.0))
     denser = (place_BM[:, None] < place_BM[:, :, None]) & pairs
@@ -42,5 +46,4 @@ def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[
 
     centre_BM = valid_BM & (rank(peak_BM.masked_fill(~valid_BM, -1.0)) < clusters_B[:, None])
     nearest_BM = distance.masked_fill(~centre_BM[:, None], torch.inf).argmin(2)
-    places = torch.arange(x.shape[1], device=x.device)
-    return centre_BM, torch.where(centre_BM, places, nearest_BM)
+    return centre_BM, torch.where(centre_BM, numbers, nearest_BM)

@@ -71,6 +71,10 @@ class Compose(Reducer):
         return self.inside.needs_attention
 
     @property
+    def reads_embeddings(self) -> bool:
+        return self.inside.reads_embeddings
+
+    @property
     def weighs_by_size(self) -> bool:
         return self.inside.weighs_by_size or self.tower.weighs_by_size
 
@@ -142,6 +146,10 @@ class Chain(Reducer):
     @property
     def needs_attention(self) -> bool:
         return any(reducer.needs_attention for reducer in self.reducers)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        return any(reducer.reads_embeddings for reducer in self.reducers)
 
     @property
     def weighs_by_size(self) -> bool:

@@ -17,6 +17,7 @@ from pumer.reducers.base import Tokens, check_layers
 from pumer.reducers.matching import rank
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
+from pumer.reducers.scores import words_after_image
 from pumer.reducers.selector import Selector, candidates, image_states
 
 
@@ -25,9 +26,14 @@ from pumer.reducers.selector import Selector, candidates, image_states
 class DART(Selector):
     """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
 
-    Pivots choose one after the other, each the same number of tokens. The budget is kept exactly: it counts the pivots,
-    which the published code adds to it, and spends what the division leaves over on the first pivots. Tokens are
-    compared as they come out of the layer; the published code compares them normed.
+    Text pivots are words after the image (before the first layer, and where attention is not causal, any words). Pivots
+    choose one after the other, each the same number of tokens; image pivots first, each kind by falling size. The
+    budget is kept exactly: it counts the image pivots and spends what the division leaves over on the first pivots. A
+    row without any pivot, because it has no text, takes one image token as pivot.
+
+    The published code differs in this: it adds the pivots to the budget and drops what the division leaves over, goes
+    through the pivots in the order of a Python set of their places, and compares states after the model's final norm,
+    where tokens are compared here as they come out of the layer.
 
     Args:
         pivots: image tokens and text tokens that are pivots, (image, text).
@@ -42,7 +48,8 @@ class DART(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers([self.layer])
-        if min(self.pivots) < 0 or sum(self.pivots) == 0:
+        whole = all(isinstance(count, int) for count in self.pivots)
+        if len(self.pivots) != 2 or not whole or min(self.pivots) < 0 or sum(self.pivots) == 0:
             raise ValueError(f"pivots are the numbers of image and of text tokens that are pivots, not {self.pivots}")
 
     @property
@@ -53,32 +60,47 @@ class DART(Selector):
         valid_BI, states_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
         text, first, size_BN = tokens.text, tokens.text + tokens.prefix, _size(tokens)
-        image_BP, image_real_BP = _largest(size_BN[:, first:], valid_BI, min(self.pivots[0], most), kept_B)
-        words_BT = tokens.valid_BN[:, :text]
-        text_BP, text_real_BP = _largest(size_BN[:, :text], words_BT, min(self.pivots[1], text), words_BT.sum(1))
+
+        # Pivots: the largest words after the image, and the largest image tokens, which are kept.
+        words_BT = words_after_image(tokens)
+        wanted_text = min(self.pivots[1], text)
+        text_BP, text_real_BP = _largest(size_BN[:, :text], words_BT, wanted_text, words_BT.sum(1))
+        wanted_B = torch.where(text_real_BP.any(1), self.pivots[0], max(self.pivots[0], 1))
+        image_BP, image_real_BP = _largest(
+            size_BN[:, first:],
+            valid_BI,
+            min(max(self.pivots[0], 1), most),
+            torch.minimum(wanted_B, kept_B),
+        )
         pivot_BP = torch.cat([first + image_BP, text_BP], 1)
         real_BP = torch.cat([image_real_BP, text_real_BP], 1)
+        numbers = torch.arange(valid_BI.shape[1], device=valid_BI.device)
+        chosen_BI = ((numbers == image_BP[..., None]) & image_real_BP[..., None]).any(1)
+
+        # Quotas: the budget that is left, in equal parts.
+        remaining_B, count_B = kept_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
+        one_more_BP = real_BP.long().cumsum(1) <= (remaining_B % count_B)[:, None]
+        quota_BP = ((remaining_B // count_B)[:, None] + one_more_BP) * real_BP
 
         pivots_BPD = tokens_at(tokens.states_BND, pivot_BP).float()
         normalize = torch.nn.functional.normalize
         similarity_BPI = normalize(pivots_BPD, dim=-1) @ normalize(states_BID, dim=-1).transpose(1, 2)
+        return take_unlike(similarity_BPI, quota_BP, chosen_BI, valid_BI)
 
-        places = torch.arange(valid_BI.shape[1], device=valid_BI.device)
-        chosen_BI = ((places == image_BP[..., None]) & image_real_BP[..., None]).any(1)
-        rest_B, number_B = kept_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
-        one_more_BP = real_BP.long().cumsum(1) <= (rest_B % number_B)[:, None]
-        quota_BP = ((rest_B // number_B)[:, None] + one_more_BP) * real_BP
-        for pivot in range(quota_BP.shape[1]):
-            free_BI = valid_BI & ~chosen_BI
-            unlike_BI = (-similarity_BPI[:, pivot]).masked_fill(~free_BI, -torch.inf)
-            chosen_BI = chosen_BI | free_BI & (rank(unlike_BI) < quota_BP[:, pivot, None])
-        return chosen_BI
+
+def take_unlike(similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, valid_BI: Tensor) -> Tensor:
+    """The chosen tokens and, for one pivot after the other, its quota of those least like it: bool [B,I]."""
+    for pivot in range(quota_BP.shape[1]):
+        free_BI = valid_BI & ~chosen_BI
+        unlike_BI = (-similarity_BPI[:, pivot]).masked_fill(~free_BI, -torch.inf)
+        chosen_BI = chosen_BI | free_BI & (rank(unlike_BI) < quota_BP[:, pivot, None])
+    return chosen_BI
 
 
 def _largest(size_BN: Tensor, valid_BN: Tensor, count: int, real_B: Tensor) -> tuple[Tensor, Tensor]:
     """The `count` largest tokens [B,P] in falling order, and which of these there are, given how many are wanted."""
     index_BP = size_BN.masked_fill(~valid_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
-    return index_BP, torch.arange(count, device=size_BN.device) < real_B[:, None]
+    return index_BP, torch.arange(index_BP.shape[1], device=size_BN.device) < real_B[:, None]
 
 
 def _size(tokens: Tokens) -> Tensor:

@@ -25,7 +25,8 @@ from pumer.reducers.scores import SCORES, text_saliency
 class PuMer(Reducer):
     """Prune image tokens the text does not attend to, then merge alike image tokens and alike text tokens.
 
-    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted. In a decoder,
+    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted, rounded half
+    to even; of an image that has tokens at least one stays. Without text all image tokens count the same. In a decoder,
     whose prompt has none, the first and the last token of the text stay: all others look at the first, and the answer
     comes out of the last.
 
@@ -90,9 +91,10 @@ class PuMer(Reducer):
             return published.lengths_meter(text, image, self.prune, self.merge, self.merge_text)
         if self.official:
             return published.lengths(text, image, self.prune, self.merge, self.merge_text, self.style)
-        kept, merged = prune_then_merge(image - prefix, self.prune, self.merge)
-        mergeable = text - prefix if prefix else max(text - 2, 0)
-        return text - self._merged_text(mergeable), prefix + kept - merged
+        head = min(prefix, image)
+        kept, merged = prune_then_merge(image - head, self.prune, self.merge)
+        mergeable = max(text - (prefix or 2), 0)
+        return text - self._merged_text(mergeable), head + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
         if self.official == "meter":
@@ -102,6 +104,7 @@ class PuMer(Reducer):
         prefix, keys_BNC = tokens.prefix, tokens.mean_keys_BNC
         image = slice(tokens.text + prefix, keys_BNC.shape[1])
         text_slots, image_slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, prefix)
+        slots = max(image_slots - prefix, 0)
 
         # Text-informed image pruning: the least attended go, the others keep their order.
         valid_BI = tokens.valid_BN[:, image]
@@ -115,7 +118,7 @@ class PuMer(Reducer):
         # Modality-aware merging: image tokens among themselves, text tokens among themselves.
         if self.merge:
             keys_BIC, sizes_BI = reduction.reduce(keys_BNC[:, image]), reduction.reduce(tokens.sizes_BN[:, image])
-            reduction = reduction.then(bipartite(keys_BIC, reduction.mask_BK, merged, image_slots - prefix, sizes_BI))
+            reduction = reduction.then(bipartite(keys_BIC, reduction.mask_BK, merged, slots, sizes_BI))
         text = None
         if self.merge_text:
             text = (self._merge_text if prefix else self._merge_between)(tokens, keys_BNC, text_slots)
@@ -123,7 +126,7 @@ class PuMer(Reducer):
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
         text = slice(tokens.prefix, tokens.text)
-        return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots - tokens.prefix)
+        return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], max(slots - tokens.prefix, 0))
 
     def _merge(self, tokens: Tokens, keys_BNC: Tensor, text: slice, valid_BT: Tensor, slots: int) -> Plan:
         merged_B = self._merged_text(valid_BT.sum(1))

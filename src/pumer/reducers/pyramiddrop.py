@@ -6,13 +6,15 @@ Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens, check_layers
-from pumer.reducers.budget import Count, check_keep, kept
+from pumer.reducers.budget import Count, check_keep, kept, smaller
 from pumer.reducers.registry import register
 from pumer.reducers.scores import last_text_attention
 from pumer.reducers.selector import Selector, best, candidates
@@ -26,9 +28,12 @@ class PyramidDrop(Selector):
     The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23. Attention is that of the
     layer that it acts after, where the published code asks the next one.
 
+    Shares are of the image's number before the first stage, rounded down: halves of 575 tokens leave 287, 143 and 71. A
+    later stage takes that number to be the smallest one that leaves what it finds. Where several do, it may keep one
+    token less than the published code, which remembers the number; not where every stage halves.
+
     Args:
-        keep: what is left after each stage, shares of the image's own number (each stage keeps its share of what the
-            one before left) or whole numbers; never rising.
+        keep: what is left after each stage, shares of the image's own number or whole numbers; never rising.
         layers: the layers after which it acts, counted from 0, one for each number.
     """
 
@@ -43,12 +48,25 @@ class PyramidDrop(Selector):
 
     def budget(self, count: Count, layer: int) -> Count:
         stage = self.layers.index(layer)
-        before = self.keep[stage - 1] if stage else 1.0
         keep = self.keep[stage]
-        return kept(keep if isinstance(keep, int) else keep / before, count)
+        if isinstance(keep, int):
+            return kept(keep, count)
+        before = self.keep[stage - 1] if stage else 1.0
+        return smaller(_share(count, before, keep), count)
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         return best(last_text_attention(tokens)[:, tokens.prefix :], candidates(tokens), kept_B)
+
+
+def _share(count: Count, before: float, keep: float) -> Count:
+    """The `keep` share, rounded down but at least one, of the fewest tokens of whose `before` share `count` is left."""
+    if isinstance(count, Tensor):
+        fewest = torch.ceil(count.double() / before)
+        fewest = fewest + ((fewest * before).long() < count)
+        return (fewest * keep).long().clamp_min(1)
+    fewest = math.ceil(count / before)
+    fewest += int(fewest * before) < count
+    return max(1, int(fewest * keep))
 
 
 def check_stages(keep: tuple[float | int, ...], layers: tuple[int, ...]) -> None:

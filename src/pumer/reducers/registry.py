@@ -41,6 +41,7 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     """The reducer that `to_dict` described; raises ValueError for unknown names and settings."""
     settings = {key: _read(value) for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
+    settings = kind.upgraded(settings)
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(settings) - set(known))
     if unknown:

@@ -1,14 +1,15 @@
-"""SparseVLM: the words that speak of the picture rate the image tokens; the best of the dropped ones are recycled.
+"""SparseVLM: the words that speak of the image rate its tokens; the best of the dropped ones are recycled.
 
 Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, arXiv
 2410.04417.
 
-Shape suffixes: B batch, N tokens, T text tokens, I image tokens, M recycled ones, D channels.
+Shape suffixes: B batch, N tokens, T text tokens, I image tokens, R some of these, M recycled ones, D channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from pumer.reducers.clustering import density_peaks
 from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
-from pumer.reducers.scores import text_saliency
+from pumer.reducers.scores import UNSEEN, row_blocks, text_saliency, words_after_image
 from pumer.reducers.selector import best, candidates, image_states
+
+MERGES = ("mean", "sum", "rating")
+"""What becomes of a cluster: the mean of its tokens, their sum, or their mean weighed by their ratings."""
 
 
 @register
@@ -28,25 +32,41 @@ from pumer.reducers.selector import best, candidates, image_states
 class SparseVLM(Reducer):
     """Keep the image tokens that the raters among the words attend to most; cluster the best of the others.
 
-    Raters are the words that image tokens are more like than the average word. They are chosen anew at each layer, from
-    its states scaled to one size; the published code chooses them once, from the embeddings.
+    Raters are the words after the image that image tokens are more like than the average word, as they enter the
+    language model. Where those embeddings are not known, in joint encoders, the states of the layer stand for them,
+    scaled to one size. A cluster stands where its centre stood, because positions are kept; the published code puts
+    clusters behind the kept tokens.
 
     Args:
         keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares of those that arrive
             there. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128, (66, 30, 17) for 64.
         layers: the layers after which it acts, counted from 0, one for each number.
         recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
-        average: make a cluster the average of its tokens, by their ratings; published is their sum.
+        merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the formula of the paper.
     """
 
     name = "sparsevlm"
     keep: tuple[float | int, ...] = (300, 200, 110)
     layers: tuple[int, ...] = (2, 6, 15)
     recycle: bool = True
-    average: bool = False
+    merge: str = "mean"
 
     def __post_init__(self) -> None:
         check_stages(self.keep, self.layers)
+        if self.merge not in MERGES:
+            raise ValueError(f"merge is one of {', '.join(MERGES)}, not {self.merge!r}")
+
+    @classmethod
+    def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """`average` was there before `merge`: true for "rating", false for "sum"."""
+        if "average" not in settings:
+            return settings
+        current = {name: value for name, value in settings.items() if name != "average"}
+        return {"merge": "rating" if settings["average"] else "sum", **current}
+
+    @property
+    def reads_embeddings(self) -> bool:
+        return True
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if layer not in self.layers:
@@ -72,34 +92,55 @@ class SparseVLM(Reducer):
         if most == 0:
             return tokens.with_structure(None, Plan.keep(chosen_BI, most_kept))
 
+        # The recycled tokens as a list of their own, which is clustered.
         recycled_BI = best(score_BI, valid_BI & ~chosen_BI, recycled_B)
         gather = Plan.keep(recycled_BI, most)
         assert gather.index_BK is not None
         centre_BM, nearest_BM = density_peaks(
             gather.reduce(image_states(tokens)), gather.mask_BK, self._clusters(recycled_B)
         )
-        # Back from the list of the recycled to the image: which are centres, and who belongs to which.
+
+        # Back from the list to the image: which are centres, and who belongs to which.
         centre_BI = recycled_BI & gather.expand(centre_BM)
         home_BI = gather.expand(gather.index_BK.gather(1, nearest_BM))
         keeping = Plan.keep(chosen_BI | centre_BI, most_kept + self._clusters(most))
         slot_BI = torch.where(recycled_BI, keeping.slot_BN.gather(1, home_BI), keeping.slot_BN)
-        if self.average:
+        weight_BI = torch.ones_like(score_BI)
+        if self.merge == "sum":
+            return tokens.with_structure(None, Plan(slot_BI, weight_BI, keeping.mask_BK))
+        if self.merge == "rating":
             weight_BI = torch.where(recycled_BI, score_BI.clamp_min(1e-12), 1.0)
-            return tokens.with_structure(None, Plan.merge(slot_BI, keeping.mask_BK, weight_BI))
-        return tokens.with_structure(None, Plan(slot_BI, torch.ones_like(score_BI), keeping.mask_BK))
+        return tokens.with_structure(None, Plan.merge(slot_BI, keeping.mask_BK, weight_BI))
 
 
 def raters(tokens: Tokens) -> Tensor:
-    """The words that image tokens are more like than the average word, bool [B,T]; all words where none stands out.
+    """The words after the image that image tokens are more like than the average word, bool [B,T].
 
-    Likeness is a softmax over the words of the product of states of one size, averaged over the image.
+    Likeness is a softmax over these words of the dot products of embeddings, averaged over the image. All of these
+    words are raters where none stands out.
     """
-    words_BT, valid_BI, image_BID = tokens.valid_BN[:, : tokens.text], candidates(tokens), image_states(tokens)
-    assert tokens.states_BND is not None
-    text_BTD = torch.nn.functional.normalize(tokens.states_BND[:, : tokens.text].float(), dim=-1)
-    root = image_BID.shape[2] ** 0.5
-    logits_BIT = root * torch.nn.functional.normalize(image_BID, dim=-1) @ text_BTD.transpose(1, 2)
-    likeness_BIT = logits_BIT.masked_fill(~words_BT[:, None], torch.finfo(torch.float32).min).softmax(2)
-    mean_BT = (likeness_BIT * valid_BI[..., None]).sum(1) / valid_BI.sum(1, keepdim=True).clamp_min(1)
+    words_BT, embeddings = words_after_image(tokens), tokens.embeddings
+    if embeddings is not None:
+        text_BTD, image_BID = embeddings.text_BTD.float(), embeddings.image_BID.float()
+        valid_BI = embeddings.valid_BI
+    else:
+        # States of a layer differ in size by orders of magnitude: the largest word would win everything.
+        assert tokens.states_BND is not None
+        normalize, root = torch.nn.functional.normalize, tokens.states_BND.shape[2] ** 0.25
+        text_BTD = root * normalize(tokens.states_BND[:, : tokens.text].float(), dim=-1)
+        image_BID = root * normalize(tokens.states_BND[:, tokens.text + tokens.prefix :].float(), dim=-1)
+        valid_BI = candidates(tokens)
+    mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
     above_BT = words_BT & (mean_BT > 1 / words_BT.sum(1, keepdim=True).clamp_min(1))
     return torch.where(above_BT.any(1, keepdim=True), above_BT, words_BT)
+
+
+def _likeness(image_BID: Tensor, valid_BI: Tensor, text_BTD: Tensor, words_BT: Tensor) -> Tensor:
+    """How like the real image tokens are to each word, mean over them of a softmax over the words, float32 [B,T]."""
+    batch, text, _ = text_BTD.shape
+    total_BT = torch.zeros(batch, text, device=text_BTD.device)
+    for rows in row_blocks(valid_BI.shape[1], batch * text):
+        logits_BRT = image_BID[:, rows] @ text_BTD.transpose(1, 2)
+        likeness_BRT = logits_BRT.masked_fill(~words_BT[:, None], UNSEEN).softmax(2)
+        total_BT = total_BT + likeness_BRT.masked_fill(~valid_BI[:, rows, None], 0).sum(1)
+    return total_BT / valid_BI.sum(1, keepdim=True).clamp_min(1)
