@@ -113,10 +113,7 @@ def sparsevlm(case: Case) -> None:
     plan = SparseVLM(keep=(case.settings["keep"],), layers=(LAYER,)).plan(tokens)
     slots = plan.slot_BN[0, tokens.text :] - tokens.text
     reduced = plan.reduce(tokens.states_BND)[0, tokens.text :]
-    ours = {
-        frozenset((slots == slot).nonzero().flatten().tolist()): state
-        for slot, state in enumerate(reduced)
-    }
+    ours = {frozenset((slots == slot).nonzero().flatten().tolist()): state for slot, state in enumerate(reduced)}
     assert ours.keys() == groups.keys()
     for members, features in groups.items():
         if features is not None:

@@ -190,7 +190,7 @@ def text_attention(picture, rows):
     logits = picture.queries[:, rows] @ picture.keys.transpose(0, 2, 1) / math.sqrt(channels)
     if picture.places is not None:
         logits[:, picture.places[rows][:, None] < picture.places] = -np.inf
-    return softmax(logits)[:, :, words:].mean((0, 1))
+    return softmax(logits)[:, :, words:].sum((0, 1)) / max(len(rows), 1) / len(logits)
 
 
 def last_token(picture):
@@ -206,6 +206,8 @@ def pyramiddrop(picture, count):
 
 def raters(picture):
     words = words_after_image(picture)
+    if not words:
+        return []
     if picture.embeddings is None:
         image, text = unit(picture.states), math.sqrt(picture.states.shape[1]) * unit(picture.words)
     else:
@@ -231,6 +233,8 @@ def density_peaks(x, clusters):
 def sparsevlm(picture, count, merge="mean"):
     """Groups of tokens with their shares, in order of the token that each group stands for."""
     score = text_attention(picture, raters(picture))
+    if not score.any():  # nobody who rates has seen the image
+        score = text_attention(picture, [last_token(picture)])
     kept = top(score, count)
     groups = {t: {t: 1.0} for t in kept}
     dropped = [t for t in range(picture.count) if t not in kept]

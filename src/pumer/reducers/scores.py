@@ -147,24 +147,31 @@ def last_text_attention(tokens: Tokens) -> Tensor:
     own last token, because the text has not seen it. Where it is not, it is the last real token of the text, or of the
     image where there is no text. In co-attention, where only text attends to the image, it is zero without text.
     """
+    return _of_last_token(TextAttention.of(tokens))
+
+
+def _of_last_token(attention: TextAttention) -> Tensor:
+    tokens = attention.tokens
     count, text = tokens.mask_BN.shape[1], tokens.text
-    if tokens.place_BN is not None:
-        order_BN = tokens.place_BN
-    else:
-        # The image first, then the text: the last real one in this order rates.
-        order_BN = ((torch.arange(count, device=tokens.mask_BN.device) - text) % max(count, 1))[None]
     valid_BN = tokens.valid_BN[:, :text] if tokens.cross else tokens.valid_BN
     if count == text or valid_BN.shape[1] == 0:
         return torch.zeros(tokens.mask_BN[:, text:].shape, device=tokens.mask_BN.device)
+    if tokens.place_BN is not None:
+        order_BN = tokens.place_BN
+    else:
+        # The image first, then the text: the last real token in this order rates.
+        order_BN = ((torch.arange(count, device=valid_BN.device) - text) % count)[None]
     order_BN = order_BN[:, : valid_BN.shape[1]].masked_fill(~valid_BN, -1)
-    attention_BI = TextAttention.of(tokens).row(order_BN.argmax(1, keepdim=True))
+    attention_BI = attention.row(order_BN.argmax(1, keepdim=True))
     return torch.where(valid_BN.any(1, keepdim=True), attention_BI, 0.0)
 
 
 def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | None = None) -> Tensor:
     """How much the text attends to every image token, float32 [B,I] (PuMer, section 3.2, equation 1).
 
-    Rows are read in blocks, so that memory is linear in the words. Zero where there is no text.
+    Rows are read in blocks, so that memory is linear in the words. By attention, an image that no
+    row has seen, because attention is causal, is rated by the last token of the prompt; where it is
+    not causal, the scores of an image without text are zero.
 
     Args:
         tokens: the joint token axis of one layer.
@@ -204,7 +211,11 @@ def _attended(tokens: Tokens, heads: slice, weight_BT: Tensor) -> Tensor:
         attention_BHRI = attention.rows(rows)
         weight_B1K = weight_BR[:, None].expand(-1, count, -1).flatten(1)[:, None]
         total_BI = total_BI + (weight_B1K @ attention_BHRI.flatten(1, 2))[:, 0]
-    return total_BI / count
+    total_BI = total_BI / count
+    if tokens.place_BN is None:
+        return total_BI
+    unseen_B1 = (total_BI == 0).all(1, keepdim=True)
+    return torch.where(unseen_B1, _of_last_token(attention), total_BI)
 
 
 def _rows_at(x_BHNC: Tensor, index_B1: Tensor) -> Tensor:

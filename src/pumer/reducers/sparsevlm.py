@@ -109,7 +109,7 @@ class SparseVLM(Reducer):
         if self.merge == "sum":
             return tokens.with_structure(None, Plan(slot_BI, weight_BI, keeping.mask_BK))
         if self.merge == "rating":
-            weight_BI = torch.where(recycled_BI, score_BI.clamp_min(1e-12), 1.0)
+            weight_BI = torch.where(recycled_BI, score_BI.nan_to_num(0).clamp_min(1e-12), 1.0)
         return tokens.with_structure(None, Plan.merge(slot_BI, keeping.mask_BK, weight_BI))
 
 
