@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from selector_parity import Case
 from torch import Tensor
 
 from pumer.reducers import DART, FastV, Plan, PyramidDrop, SparseVLM, Tokens
@@ -23,6 +22,7 @@ from pumer.reducers.base import Embeddings
 from pumer.reducers.dart import take_unlike
 from pumer.reducers.scores import last_text_attention, text_saliency
 from pumer.reducers.sparsevlm import raters
+from selector_parity import Case
 
 LAYER = 5
 OTHER_ORDER = {
@@ -113,7 +113,8 @@ def sparsevlm(case: Case) -> None:
     plan = SparseVLM(keep=(case.settings["keep"],), layers=(LAYER,)).plan(tokens)
     slots = plan.slot_BN[0, tokens.text :] - tokens.text
     reduced = plan.reduce(tokens.states_BND)[0, tokens.text :]
-    ours = {frozenset((slots == slot).nonzero().flatten().tolist()): state for slot, state in enumerate(reduced)}
+    sources = [(slots == slot).nonzero().flatten().tolist() for slot in range(len(reduced))]
+    ours = dict(zip(map(frozenset, sources), reduced, strict=True))
     assert ours.keys() == groups.keys()
     for members, features in groups.items():
         if features is not None:

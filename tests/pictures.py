@@ -133,7 +133,9 @@ def picture(tokens, row, grids=GRIDS):
         return np.zeros((1, 0)) if x is None else x[0].double().numpy()
 
     states = array(one.states_BND)
-    encoder, embedded = one.encoder, one.embeddings
+    encoder, embedded = one.encoder, None
+    if one.embeddings is not None:
+        embedded = array(torch.cat([one.embeddings.text_BTD, one.embeddings.image_BID], 1))
     return Picture(
         states=states[one.text :],
         words=states[: one.text],
@@ -146,7 +148,7 @@ def picture(tokens, row, grids=GRIDS):
         sizes=array(one.sizes_BN)[one.text :],
         grid=one.grid,
         places=None if one.place_BN is None else one.place_BN[0].numpy(),
-        embeddings=None if embedded is None else array(torch.cat([embedded.text_BTD, embedded.image_BID], 1)),
+        embeddings=embedded,
     )
 
 

@@ -155,7 +155,7 @@ def holov(picture, count, chunks):
 
 
 def words_after_image(picture):
-    """The words behind the last image token; all of them where none is, or where order does not matter."""
+    """The words behind the last image token; all where none is, or where order does not matter."""
     words = range(len(picture.words))
     if picture.places is None:
         return list(words)
@@ -171,12 +171,13 @@ def dart(picture, count, pivots):
     image = sorted(range(picture.count), key=lambda t: -size[words + t])[: min(wanted, count)]
     states = [picture.states[t] for t in image] + [picture.words[t] for t in text]
     remaining = count - len(image)
-    quotas = [remaining // len(states) + (pivot < remaining % len(states)) for pivot in range(len(states))]
+    each, more = divmod(remaining, len(states))
+    quotas = [each + (pivot < more) for pivot in range(len(states))]
     return sorted(dart_choices(picture, image, states, quotas))
 
 
 def dart_choices(picture, image, states, quotas):
-    """The image pivots, then of every pivot the least similar tokens that no pivot before it has taken."""
+    """The image pivots, then of every pivot the least similar tokens that are not taken yet."""
     kept = list(image)
     for state, quota in zip(states, quotas, strict=True):
         free = [t for t in range(picture.count) if t not in kept]
@@ -194,7 +195,7 @@ def text_attention(picture, rows):
 
 
 def last_token(picture):
-    """The token that has seen all others; where order does not matter the last of the text, or of the image alone."""
+    """The token that has seen all others; without order the last word, or image token."""
     if picture.places is not None:
         return int(np.argmax(picture.places))
     return len(picture.words) - 1 if len(picture.words) else picture.count - 1
@@ -218,7 +219,7 @@ def raters(picture):
 
 
 def density_peaks(x, clusters):
-    """Centre of every one of these tokens; the earlier of two is the denser where they are as dense."""
+    """Centre of every one of these tokens; of two equally dense ones the earlier is the denser."""
     distance = np.linalg.norm(x[:, None] - x, axis=-1) / math.sqrt(x.shape[1])
     tokens = range(len(x))
     density = [math.exp(-np.mean(np.sort(distance[t])[:clusters] ** 2)) for t in tokens]
@@ -243,7 +244,8 @@ def sparsevlm(picture, count, merge="mean"):
         recycled = sorted(sorted(dropped, key=lambda t: -score[t])[:number])
         centres = density_peaks(picture.states[recycled], min(number, number // 10 + 1))
         for token, centre in zip(recycled, centres, strict=True):
-            groups.setdefault(recycled[centre], {})[token] = score[token] if merge == "rating" else 1.0
+            share = score[token] if merge == "rating" else 1.0
+            groups.setdefault(recycled[centre], {})[token] = share
     if merge != "sum":
         groups = {c: {t: w / sum(group.values()) for t, w in group.items()} for c, group in groups.items()}
     return [groups[leader] for leader in sorted(groups)]

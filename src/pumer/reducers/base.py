@@ -101,12 +101,14 @@ class Tokens:
             alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
             image. The keys of the text are those of its self-attention.
         place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
-            that come later. Real tokens of a modality stand in this order. None where all tokens see each other.
+            that come later. Real tokens of a modality stand in this order.
+            None where all tokens see each other.
         context: what the text attends to besides these tokens, in a language model; None elsewhere.
         question_BT: bool, the words that are the question: those that the caller names, or those behind
             the first image, or all where there are none; None for all. What images are rated by, where a
             method reads words.
-        embeddings: what entered the first layer; None where it is not known, and for reducers that do not ask.
+        embeddings: what entered the first layer; None where it is not known, and for reducers
+            that do not ask.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
         part: what a learned reducer has trained for this layer.
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.

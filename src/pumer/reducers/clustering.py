@@ -14,8 +14,8 @@ from pumer.reducers.matching import rank
 def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[Tensor, Tensor]:
     """Centres of clusters, and the centre nearest to every token.
 
-    Density counts as many nearest neighbours as there will be clusters, the token itself included. Of equally dense
-    tokens the earlier one counts as denser.
+    Density counts as many nearest neighbours as there will be clusters, the token itself included.
+    Of equally dense tokens the earlier one counts as denser.
 
     Args:
         x_BMD: what distance (Euclidean, over the root of D) is measured on.

@@ -26,14 +26,15 @@ from pumer.reducers.selector import Selector, candidates, image_states
 class DART(Selector):
     """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
 
-    Text pivots are words after the image (before the first layer, and where attention is not causal, any words). Pivots
-    choose one after the other, each the same number of tokens; image pivots first, each kind by falling size. The
-    budget is kept exactly: it counts the image pivots and spends what the division leaves over on the first pivots. A
-    row without any pivot, because it has no text, takes one image token as pivot.
+    Text pivots are words after the image; before the first layer, and where attention is not
+    causal, any words. Pivots choose one after the other, each the same number of tokens; image
+    pivots first, each kind by falling size. The budget is kept exactly: it counts the image pivots
+    and spends what the division leaves over on the first pivots. A row without any pivot, because
+    it has no text, takes one image token as pivot.
 
-    The published code differs in this: it adds the pivots to the budget and drops what the division leaves over, goes
-    through the pivots in the order of a Python set of their places, and compares states after the model's final norm,
-    where tokens are compared here as they come out of the layer.
+    The published code adds the image pivots to the budget and drops what the division leaves over,
+    goes through the pivots in the order of a Python set of their places, and compares states after
+    the model's final norm. Here tokens are compared as they come out of the layer.
 
     Args:
         pivots: image tokens and text tokens that are pivots, (image, text).
@@ -89,7 +90,7 @@ class DART(Selector):
 
 
 def take_unlike(similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, valid_BI: Tensor) -> Tensor:
-    """The chosen tokens and, for one pivot after the other, its quota of those least like it: bool [B,I]."""
+    """The chosen tokens and, pivot after pivot, its quota of those least like it: bool [B,I]."""
     for pivot in range(quota_BP.shape[1]):
         free_BI = valid_BI & ~chosen_BI
         unlike_BI = (-similarity_BPI[:, pivot]).masked_fill(~free_BI, -torch.inf)

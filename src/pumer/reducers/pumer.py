@@ -26,9 +26,8 @@ class PuMer(Reducer):
     """Prune image tokens the text does not attend to, then merge alike image tokens and alike text tokens.
 
     Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted, rounded half
-    to even; of an image that has tokens at least one stays. Without text all image tokens count the same. In a decoder,
-    whose prompt has none, the first and the last token of the text stay: all others look at the first, and the answer
-    comes out of the last.
+    to even; one image token always stays. In a decoder, whose prompt has no [CLS], the first and the last token of the
+    text stay: all others look at the first, and the answer comes out of the last.
 
     Args:
         prune: share of the image tokens to prune, the ones the text attends to least.
@@ -118,7 +117,8 @@ class PuMer(Reducer):
         # Modality-aware merging: image tokens among themselves, text tokens among themselves.
         if self.merge:
             keys_BIC, sizes_BI = reduction.reduce(keys_BNC[:, image]), reduction.reduce(tokens.sizes_BN[:, image])
-            reduction = reduction.then(bipartite(keys_BIC, reduction.mask_BK, merged, slots, sizes_BI))
+            merging = bipartite(keys_BIC, reduction.mask_BK, merged, slots, sizes_BI)
+            reduction = reduction.then(merging)
         text = None
         if self.merge_text:
             text = (self._merge_text if prefix else self._merge_between)(tokens, keys_BNC, text_slots)
@@ -126,7 +126,8 @@ class PuMer(Reducer):
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
         text = slice(tokens.prefix, tokens.text)
-        return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], max(slots - tokens.prefix, 0))
+        slots = max(slots - tokens.prefix, 0)
+        return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots)
 
     def _merge(self, tokens: Tokens, keys_BNC: Tensor, text: slice, valid_BT: Tensor, slots: int) -> Plan:
         merged_B = self._merged_text(valid_BT.sum(1))

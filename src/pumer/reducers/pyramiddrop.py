@@ -28,12 +28,14 @@ class PyramidDrop(Selector):
     The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23. Attention is that of the
     layer that it acts after, where the published code asks the next one.
 
-    Shares are of the image's number before the first stage, rounded down: halves of 575 tokens leave 287, 143 and 71. A
-    later stage takes that number to be the smallest one that leaves what it finds. Where several do, it may keep one
-    token less than the published code, which remembers the number; not where every stage halves.
+    Shares are of the image's number before the first stage, rounded down: of 575 tokens 287, 143
+    and 71 are left. A later stage takes that number to be the smallest one that leaves what it
+    finds. Where several do, it may keep one token less than the published code, which remembers the
+    number; never where every stage halves.
 
     Args:
-        keep: what is left after each stage, shares of the image's own number or whole numbers; never rising.
+        keep: what is left after each stage, shares of the image's own number or whole numbers;
+            never rising.
         layers: the layers after which it acts, counted from 0, one for each number.
     """
 
@@ -59,7 +61,10 @@ class PyramidDrop(Selector):
 
 
 def _share(count: Count, before: float, keep: float) -> Count:
-    """The `keep` share, rounded down but at least one, of the fewest tokens of whose `before` share `count` is left."""
+    """The `keep` share, at least one, of the fewest tokens whose `before` share is `count`.
+
+    Both shares are rounded down.
+    """
     if isinstance(count, Tensor):
         fewest = torch.ceil(count.double() / before)
         fewest = fewest + ((fewest * before).long() < count)

@@ -1,7 +1,7 @@
 """Saliency: how much a token matters, from the queries and keys of one layer.
 
-Shape suffixes: B batch, H heads, N tokens, T text tokens, R some of these, I image tokens, M tokens of the context,
-J keys of a softmax, C channels of a head.
+Shape suffixes: B batch, H heads, N tokens, T text tokens, R some of these, I image tokens, M tokens
+of the context, J keys of a softmax, C channels of a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 2**22
 """Elements of the largest tensor that exists while many rows are read: 16 MiB in float32."""
 
 UNSEEN = torch.finfo(torch.float32).min
-"""Logit of a key that a row does not see; finite, because a row of nothing but -inf would be NaN."""
+"""Logit of a key that is not seen; finite, because a row of nothing but -inf would be NaN."""
 
 
 def row_blocks(rows: int, per_row: int) -> list[slice]:
@@ -38,16 +38,17 @@ def row_blocks(rows: int, per_row: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class TextAttention:
-    """Attention of text rows to the image, of the softmax over every key that a row sees in the model.
+    """Attention of text rows to the image, of the softmax over every key that they see in the model.
 
-    Only the rows asked for are computed, whatever attention kernel the layer itself uses. The keys are those of the
-    shown tokens and those of `Tokens.context`: cached prefixes, other turns, separators and structure tokens.
+    Only the rows asked for are computed, whatever attention kernel the layer itself uses. The keys
+    are those of the shown tokens and those of `Tokens.context`: cached prefixes, other turns,
+    separators and structure tokens.
 
     Args:
         tokens: the joint token axis of one layer.
         heads: those whose attention is read.
-        keys_BHJC: keys of the image, then of the context, last of the text, so that the words behind a block of rows
-            can be left out by a slice where attention is causal.
+        keys_BHJC: keys of the image, then of the context, last of the text, so that the words
+            behind a block of rows can be left out by a slice where attention is causal.
         valid_BJ: bool, false for padding.
         place_BJ: their places; None where all tokens see each other.
     """
@@ -60,7 +61,7 @@ class TextAttention:
 
     @classmethod
     def of(cls, tokens: Tokens, heads: slice = slice(None)) -> TextAttention:
-        """Of these tokens; raises ValueError before the first layer, where there is no attention."""
+        """Of these tokens; raises ValueError before the first layer, which has no attention."""
         if tokens.queries_BHNC is None or tokens.keys_BHNC is None:
             raise ValueError("there is no attention before the first layer: give `layers` numbers from 0")
         text, image, context = slice(0, tokens.text), tokens.image, tokens.context
@@ -87,7 +88,7 @@ class TextAttention:
         return row_blocks(self.tokens.text, batch * heads * keys)
 
     def rows(self, rows: slice) -> Tensor:
-        """Attention of these text rows to the image, structure tokens included, float32 [B,H,R,I]."""
+        """Attention of these text rows to the image, its [CLS] included, float32 [B,H,R,I]."""
         tokens = self.tokens
         if tokens.attention_BHNN is not None:
             attention = tokens.attention_BHNN[:, self.heads, rows].float()
@@ -104,7 +105,7 @@ class TextAttention:
         return self._softmax(queries_BHRC, tokens.place_BN[:, rows], seen)
 
     def row(self, index_B1: Tensor) -> Tensor:
-        """Attention of one token of every sample to the image, mean over the heads, float32 [B,I]."""
+        """Attention of one token a sample to the image, mean over the heads, float32 [B,I]."""
         tokens = self.tokens
         if tokens.attention_BHNN is not None:
             attention = _rows_at(tokens.attention_BHNN[:, self.heads], index_B1).float().mean(1)
@@ -143,9 +144,10 @@ def text_attention(tokens: Tokens, heads: slice = slice(None)) -> Tensor:
 def last_text_attention(tokens: Tokens) -> Tensor:
     """Attention of the last token of the prompt to every image token, mean over the heads, float32 [B,I].
 
-    Where attention is causal, the last token is the one with the last place: an image behind all text is rated by its
-    own last token, because the text has not seen it. Where it is not, it is the last real token of the text, or of the
-    image where there is no text. In co-attention, where only text attends to the image, it is zero without text.
+    Where attention is causal, the last token is the one with the last place: an image behind all
+    text is rated by its own last token, because the text has not seen it. Where it is not, it is
+    the last real token of the text, or of the image where there is no text. In co-attention, where
+    only text attends to the image, all is zero without text.
     """
     return _of_last_token(TextAttention.of(tokens))
 
@@ -190,7 +192,10 @@ def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | No
 
 
 def words_after_image(tokens: Tokens) -> Tensor:
-    """The words that come after the image, bool [B,T]; all words where none does, or where order does not matter."""
+    """The words that come after the image, bool [B,T].
+
+    All words where none does, and where attention is not causal.
+    """
     words_BT = tokens.valid_BN[:, : tokens.text]
     if tokens.place_BN is None:
         return words_BT
@@ -201,7 +206,7 @@ def words_after_image(tokens: Tokens) -> Tensor:
 
 
 def _attended(tokens: Tokens, heads: slice, weight_BT: Tensor) -> Tensor:
-    """Weighted sum over the text rows of their attention to the image, mean over the heads, float32 [B,I]."""
+    """Weighted sum over text rows of their attention to the image, mean over heads [B,I]."""
     attention = TextAttention.of(tokens, heads)
     batch, width = len(weight_BT), tokens.mask_BN.shape[1] - tokens.text
     count = attention.keys_BHJC.shape[1]
@@ -220,7 +225,8 @@ def _attended(tokens: Tokens, heads: slice, weight_BT: Tensor) -> Tensor:
 
 def _rows_at(x_BHNC: Tensor, index_B1: Tensor) -> Tensor:
     """One row of every sample [B,H,1,C], the same of all heads."""
-    return x_BHNC.gather(2, index_B1[:, None, :, None].expand(-1, x_BHNC.shape[1], -1, x_BHNC.shape[3]))
+    index_BH1C = index_B1[:, None, :, None].expand(-1, x_BHNC.shape[1], -1, x_BHNC.shape[3])
+    return x_BHNC.gather(2, index_BH1C)
 
 
 def _mean_queries(tokens: Tokens) -> Tensor:

@@ -1,9 +1,10 @@
-"""SparseVLM: the words that speak of the image rate its tokens; the best of the dropped ones are recycled.
+"""SparseVLM: words that speak of the image rate its tokens; the best dropped ones are recycled.
 
 Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, arXiv
 2410.04417.
 
-Shape suffixes: B batch, N tokens, T text tokens, I image tokens, R some of these, M recycled ones, D channels.
+Shape suffixes: B batch, N tokens, T text tokens, I image tokens, R some of these, M recycled ones,
+D channels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pumer.reducers.scores import UNSEEN, row_blocks, text_saliency, words_after
 from pumer.reducers.selector import best, candidates, image_states
 
 MERGES = ("mean", "sum", "rating")
-"""What becomes of a cluster: the mean of its tokens, their sum, or their mean weighed by their ratings."""
+"""What a cluster becomes: the mean of its tokens, their sum, or their mean weighed by ratings."""
 
 
 @register
@@ -32,17 +33,18 @@ MERGES = ("mean", "sum", "rating")
 class SparseVLM(Reducer):
     """Keep the image tokens that the raters among the words attend to most; cluster the best of the others.
 
-    Raters are the words after the image that image tokens are more like than the average word, as they enter the
-    language model. Where those embeddings are not known, in joint encoders, the states of the layer stand for them,
-    scaled to one size. A cluster stands where its centre stood, because positions are kept; the published code puts
-    clusters behind the kept tokens.
+    Raters are the words after the image that image tokens are more like than the average word, as
+    they enter the language model. Where those embeddings are not known, as in joint encoders, the
+    states of the layer stand for them, scaled to one size. A cluster stands where its centre stood,
+    because positions are kept; the published code puts clusters behind the kept tokens.
 
     Args:
         keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares of those that arrive
             there. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128, (66, 30, 17) for 64.
         layers: the layers after which it acts, counted from 0, one for each number.
         recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
-        merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the formula of the paper.
+        merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the
+            formula of the paper.
     """
 
     name = "sparsevlm"
@@ -116,27 +118,27 @@ class SparseVLM(Reducer):
 def raters(tokens: Tokens) -> Tensor:
     """The words after the image that image tokens are more like than the average word, bool [B,T].
 
-    Likeness is a softmax over these words of the dot products of embeddings, averaged over the image. All of these
-    words are raters where none stands out.
+    Likeness is a softmax over these words of the dot products of embeddings, averaged over the
+    image. All of these words are raters where none stands out.
     """
     words_BT, embeddings = words_after_image(tokens), tokens.embeddings
     if embeddings is not None:
         text_BTD, image_BID = embeddings.text_BTD.float(), embeddings.image_BID.float()
         valid_BI = embeddings.valid_BI
     else:
-        # States of a layer differ in size by orders of magnitude: the largest word would win everything.
+        # States of a layer differ in size by orders of magnitude: one word would win everything.
         assert tokens.states_BND is not None
-        normalize, root = torch.nn.functional.normalize, tokens.states_BND.shape[2] ** 0.25
-        text_BTD = root * normalize(tokens.states_BND[:, : tokens.text].float(), dim=-1)
-        image_BID = root * normalize(tokens.states_BND[:, tokens.text + tokens.prefix :].float(), dim=-1)
-        valid_BI = candidates(tokens)
+        states_BND = torch.nn.functional.normalize(tokens.states_BND.float(), dim=-1)
+        states_BND = states_BND * states_BND.shape[2] ** 0.25
+        text_BTD = states_BND[:, : tokens.text]
+        image_BID, valid_BI = states_BND[:, tokens.text + tokens.prefix :], candidates(tokens)
     mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
     above_BT = words_BT & (mean_BT > 1 / words_BT.sum(1, keepdim=True).clamp_min(1))
     return torch.where(above_BT.any(1, keepdim=True), above_BT, words_BT)
 
 
 def _likeness(image_BID: Tensor, valid_BI: Tensor, text_BTD: Tensor, words_BT: Tensor) -> Tensor:
-    """How like the real image tokens are to each word, mean over them of a softmax over the words, float32 [B,T]."""
+    """Mean over the real image tokens of the softmax over the words, float32 [B,T]."""
     batch, text, _ = text_BTD.shape
     total_BT = torch.zeros(batch, text, device=text_BTD.device)
     for rows in row_blocks(valid_BI.shape[1], batch * text):
