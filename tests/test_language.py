@@ -233,32 +233,35 @@ def test_memory_is_linear_in_the_words(reducer):
     assert max(sizes) <= scores.BLOCK
 
 
-@pytest.mark.parametrize("block", [1, 300, 2000])
 @causal
-def test_blocks_add_up_to_the_whole(causal, block, monkeypatch):
-    tokens = batch(0, layer=LAYER, causal=causal)
+def test_blocks_add_up_to_the_whole(causal, monkeypatch):
+    grids = ((9, 9), *GRIDS[1:])
+    tokens = batch(0, grids, words=(23, 1, 40, 13), width=6, layer=LAYER, causal=causal)
     functions = (text_attention, text_saliency, partial(text_saliency, score="first_head"), raters)
     expected = [function(tokens) for function in functions]
-    monkeypatch.setattr(scores, "BLOCK", block)
-    assert len(scores.TextAttention.of(tokens).blocks()) > 1
+    monkeypatch.setattr(scores, "BLOCK", 1)
+    assert len(scores.TextAttention.of(tokens).blocks()) == 6
     for function, value in zip(functions, expected, strict=True):
         torch.testing.assert_close(function(tokens), value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_short_prompt_is_one_block():
-    """LLaVA's shape in `pumer bench llm`: 576 patches and 64 words at 32 heads."""
-    assert len(scores.row_blocks(64, 32 * (576 + 64))) == 1
-    assert scores.row_blocks(0, 0) == [slice(0, 0)]
-    assert [part.stop - part.start for part in scores.row_blocks(7, scores.BLOCK // 3)] == [3, 3, 1]
+    """LLaVA's shape in `pumer bench llm`: 576 patches and 64 words at 32 heads of 128 channels."""
+    assert len(scores.row_blocks(64, 8 * 32 * (576 + 64), 128)) == 1
+    assert scores.row_blocks(0, 0, 4) == [slice(0, 0)]
+    for width, sizes in ((1, [3, 3, 1]), (5, [5, 2])):
+        blocks = scores.row_blocks(7, scores.BLOCK // 3, width)
+        assert [block.stop - block.start for block in blocks] == sizes
 
 
 @pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm-mean", "pumer"])
 def test_several_blocks_compile_into_one_graph(name, monkeypatch):
-    monkeypatch.setattr(scores, "BLOCK", 3000)
+    monkeypatch.setattr(scores, "BLOCK", 1)
     torch._dynamo.reset()
     plan = torch.compile(REDUCERS[name].plan, fullgraph=True, backend="eager")
     for seed in range(2):
-        tokens = batch(seed, layer=LAYER, causal=True)
+        tokens = batch(seed, words=(30, 1, 5, 3), layer=LAYER, causal=True)
+        assert len(scores.TextAttention.of(tokens).blocks()) == 4
         assert torch.equal(plan(tokens).slot_BN, REDUCERS[name].plan(tokens).slot_BN)
 
 

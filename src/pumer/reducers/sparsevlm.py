@@ -139,9 +139,9 @@ def raters(tokens: Tokens) -> Tensor:
 
 def _likeness(image_BID: Tensor, valid_BI: Tensor, text_BTD: Tensor, words_BT: Tensor) -> Tensor:
     """Mean over the real image tokens of the softmax over the words, float32 [B,T]."""
-    batch, text, _ = text_BTD.shape
+    batch, text, width = text_BTD.shape
     total_BT = torch.zeros(batch, text, device=text_BTD.device)
-    for rows in row_blocks(valid_BI.shape[1], batch * text):
+    for rows in row_blocks(valid_BI.shape[1], batch * text, width):
         logits_BRT = image_BID[:, rows] @ text_BTD.transpose(1, 2)
         likeness_BRT = logits_BRT.masked_fill(~words_BT[:, None], UNSEEN).softmax(2)
         total_BT = total_BT + likeness_BRT.masked_fill(~valid_BI[:, rows, None], 0).sum(1)
