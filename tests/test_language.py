@@ -26,6 +26,7 @@ from pumer.reducers import (
     to_dict,
 )
 from pumer.reducers.base import Context
+from pumer.reducers.clustering import density_peaks
 from pumer.reducers.scores import (
     last_text_attention,
     text_attention,
@@ -52,9 +53,13 @@ MERGERS = {
 PRUNING = PuMer(prune=0.5, merge=0, merge_text=0, layers=(LAYER,))
 REDUCERS = {name: reducer for name, (reducer, _) in (SELECTORS | MERGERS).items()} | {
     "pumer": PRUNING,
+    "pumer-k": replace(PRUNING, score="k_metric"),
+    "pumer-qk": replace(PRUNING, score="qk"),
     "chain": Chain((DivPrune(keep=0.5), FastV(keep=0.5, layer=LAYER + 1))),
 }
 every = pytest.mark.parametrize("reducer", REDUCERS.values(), ids=REDUCERS)
+MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0, layers=(LAYER,))
+every_and_merging = pytest.mark.parametrize("reducer", [*REDUCERS.values(), MERGING], ids=[*REDUCERS, "pumer-merging"])
 causal = pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 
 
@@ -230,7 +235,7 @@ def test_memory_is_linear_in_the_words(reducer):
         with Largest() as largest:
             reducer.plan(tokens)
         sizes.append(largest.size)
-    assert max(sizes) <= scores.BLOCK
+    assert max(sizes) <= 2**20
 
 
 @causal
@@ -296,7 +301,7 @@ def test_a_row_without_text_is_as_alone(reducer, causal, words):
             same(shares(plan, tokens, row), shares(reducer.plan(one), one, 0))
 
 
-@every
+@every_and_merging
 @causal
 def test_a_row_without_image_has_nothing_to_reduce(reducer, causal):
     tokens = batch(0, layer=LAYER, causal=causal)
@@ -317,7 +322,22 @@ def test_a_row_without_image_has_nothing_to_reduce(reducer, causal):
     for tokens in (nothing, replace(nothing, prefix=1)):
         plan = reducer.plan(tokens)
         assert plan.slots == text
+        assert reducer.lengths(text, 0, LAYER, tokens.prefix) == (text, 0)
         assert torch.equal(plan.mask_BK, tokens.mask_BN)
+
+
+def test_in_co_attention_a_row_without_text_is_as_alone():
+    tokens = batch(0, words=(3, 0, 2, 4), layer=LAYER)
+    queries = tokens.queries_BHNC[:, :, : tokens.text].masked_fill(
+        ~tokens.mask_BN[:, None, : tokens.text, None], math.nan
+    )
+    for function in (last_text_attention, text_saliency):
+        together = function(replace(tokens, cross=True, queries_BHNC=queries))
+        for row in range(len(GRIDS)):
+            one = alone(tokens, row)
+            queries_of_text = one.queries_BHNC[:, :, : one.text]
+            expected = function(replace(one, cross=True, queries_BHNC=queries_of_text))[0]
+            torch.testing.assert_close(together[row, : len(expected)], expected)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -355,10 +375,21 @@ def test_what_is_no_number_stays_in_its_row(reducer, causal, value):
         ill.keys_BHNC[0, :, hit, 0] *= value
         plan, expected = reducer.plan(ill), reducer.plan(tokens)
         check(plan, reducer, ill)
+        assert torch.equal((plan.slot_BN >= 0).sum(1), (expected.slot_BN >= 0).sum(1))
         assert torch.equal(plan.slot_BN[1:], expected.slot_BN[1:])
         assert torch.equal(plan.weight_BN[1:], expected.weight_BN[1:])
         if math.isfinite(value):
             assert plan.weight_BN.isfinite().all()
+
+
+def test_tokens_too_far_apart_for_a_number_have_a_centre():
+    x = torch.randn(3, 20, 3, generator=torch.Generator().manual_seed(0))
+    x[:2, 5:8] *= 1e30
+    x[2] *= 1e30
+    counts = torch.tensor([1, 2, 4])
+    centre, nearest = density_peaks(x, torch.ones(3, 20, dtype=torch.bool), counts)
+    assert torch.equal(centre.sum(1), counts)
+    assert centre.gather(1, nearest).all()
 
 
 @every
