@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pumer
 import slow_selectors as slow
+import tiny_llm
 from pictures import GRIDS, batch, kept, picture, shares
 from pumer.reducers import (
     DART,
@@ -28,9 +30,9 @@ from pumer.reducers import (
 from pumer.reducers.base import Context
 from pumer.reducers.scores import (
     last_text_attention,
+    question_words,
     text_attention,
     text_saliency,
-    words_after_image,
 )
 from pumer.reducers.sparsevlm import raters
 from test_selectors import same
@@ -85,10 +87,56 @@ def test_it_is_what_the_paper_says(case, causal, words):
 @pytest.mark.parametrize("seed", range(4))
 def test_words_after_the_image(seed):
     tokens = batch(seed, layer=LAYER, causal=True)
-    after = words_after_image(tokens)
+    after = question_words(tokens)
     for row in range(len(GRIDS)):
         expected = slow.words_after_image(picture(tokens, row))
         assert after[row].nonzero().flatten().tolist() == expected
+
+
+def test_the_caller_may_say_which_words_are_the_question():
+    tokens = batch(0, layer=LAYER, causal=True)
+    asked = torch.zeros_like(tokens.mask_BN[:, : tokens.text])
+    asked[0, 2:4] = asked[2, 0] = True
+    words = question_words(replace(tokens, question_BT=asked))
+    assert [row.nonzero().flatten().tolist() for row in words] == [[2, 3], [0], [0], [0, 1, 2]]
+    spoken = raters(replace(tokens, question_BT=asked))
+    assert not (spoken & ~words).any()
+
+
+@dataclass(frozen=True)
+class Shown(FastV):
+    """Keeps what it was shown, after an earlier layer has dropped tokens."""
+
+    name = "shown"
+    noted: tuple = field(default=(), compare=False)
+    reads_embeddings = True
+
+    def chosen(self, tokens, kept_B, most):
+        self.noted[0].append(tokens)
+        return super().chosen(tokens, kept_B, most)
+
+
+def test_a_decoder_shows_what_entered_its_first_layer():
+    model = tiny_llm.model("llava")
+    layout = ((4, "i", 6), (2, "i", 3))
+    inputs = tiny_llm.batch("llava", layout)
+    noted = []
+    reducer = Chain((FastV(keep=5, layer=1), Shown(keep=3, layer=2, noted=(noted,))))
+    entered = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    with pumer.reduced(model, reducer), torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    (tokens,), states = noted, entered[0]
+    embeddings, ids = tokens.embeddings, inputs["input_ids"]
+    for row in range(2):
+        image = ids[row] == tiny_llm.IMAGE
+        words = ~image & inputs["attention_mask"][row].bool()
+        assert torch.equal(embeddings.image_BID[row, embeddings.valid_BI[row]], states[row, image])
+        shown = embeddings.text_BTD[row, tokens.mask_BN[row, : tokens.text]]
+        assert torch.equal(shown, states[row, words])
 
 
 # --- which keys count ---

@@ -16,7 +16,7 @@ from pumer.adapters import before_llm, kv_cache
 from pumer.adapters.base import Patch, Step, exact
 from pumer.adapters.prompt import Attended, Axis, ForwardState, View, place, to_device
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
-from pumer.reducers.base import Context, Grid
+from pumer.reducers.base import Context, Embeddings, Grid
 from pumer.reducers.plan import tokens_at
 
 
@@ -127,8 +127,24 @@ def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal:
         place_BN=(axis.index_BK + run.past).gather(1, at_BN) if causal else None,
         context=_context(run, axis, attended, groups, causal),
         question_BT=axis.question_BK.gather(1, at_BN[:, :text]) & valid_BN[:, :text],
+        embeddings=_embeddings(run, axis, at_BN[:, :text]),
     )
     return View(tokens, at_BN, valid_BN, range(len(at_BN)))
+
+
+def _embeddings(run: ForwardState, axis: Axis, at_BT: Tensor) -> Embeddings | None:
+    """What entered the first layer at the text of a view and at all image tokens; None if not kept."""
+    if run.embeddings_BSD is None:
+        return None
+    device = axis.index_BK.device
+    embeddings_BSD, entered = run.embeddings_BSD.to(device), run.axes[0].to(device)
+    at_BN, valid_BN = entered.view()
+    text, _ = entered.lengths
+    return Embeddings(
+        text_BTD=tokens_at(embeddings_BSD, axis.index_BK.gather(1, at_BT)),
+        image_BID=tokens_at(embeddings_BSD, entered.index_BK.gather(1, at_BN[:, text:])),
+        valid_BI=valid_BN[:, text:],
+    )
 
 
 def _context(run: ForwardState, axis: Axis, attended: Attended, groups: int, causal: bool) -> Context | None:

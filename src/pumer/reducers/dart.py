@@ -17,7 +17,7 @@ from pumer.reducers.base import Tokens, check_layers
 from pumer.reducers.matching import rank
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
-from pumer.reducers.scores import words_after_image
+from pumer.reducers.scores import question_words
 from pumer.reducers.selector import Selector, candidates, image_states
 
 
@@ -26,8 +26,8 @@ from pumer.reducers.selector import Selector, candidates, image_states
 class DART(Selector):
     """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
 
-    Text pivots are words after the image; before the first layer, and where attention is not
-    causal, any words. Pivots choose one after the other, each the same number of tokens; image
+    Text pivots are words of the question, as `scores.question_words` has it: those after the image,
+    unless the caller names others. Pivots choose one after the other, each the same number of tokens; image
     pivots first, each kind by falling size. The budget is kept exactly: it counts the image pivots
     and spends what the division leaves over on the first pivots. A row without any pivot, because
     it has no text, takes one image token as pivot.
@@ -62,8 +62,8 @@ class DART(Selector):
         assert tokens.states_BND is not None
         text, first, size_BN = tokens.text, tokens.text + tokens.prefix, _size(tokens)
 
-        # Pivots: the largest words after the image, and the largest image tokens, which are kept.
-        words_BT = words_after_image(tokens)
+        # Pivots: the largest words of the question, and the largest image tokens, which are kept.
+        words_BT = question_words(tokens)
         wanted_text = min(self.pivots[1], text)
         text_BP, text_real_BP = _largest(size_BN[:, :text], words_BT, wanted_text, words_BT.sum(1))
         wanted_B = torch.where(text_real_BP.any(1), self.pivots[0], max(self.pivots[0], 1))

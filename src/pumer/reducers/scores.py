@@ -197,12 +197,15 @@ def text_saliency(tokens: Tokens, score: str = "mean_head", rows_BT: Tensor | No
     return torch.einsum("bc,bic->bi", summed_BC, tokens.mean_keys_BNC[:, tokens.image].float())
 
 
-def words_after_image(tokens: Tokens) -> Tensor:
-    """The words that come after the image, bool [B,T].
+def question_words(tokens: Tokens) -> Tensor:
+    """The words of the question, bool [B,T]: `Tokens.question_BT`, or those after the image.
 
-    All words where none does, and where attention is not causal.
+    All words where there are none of these, and where neither question nor places are known.
     """
     words_BT = tokens.valid_BN[:, : tokens.text]
+    if tokens.question_BT is not None:
+        question_BT = words_BT & tokens.question_BT
+        return torch.where(question_BT.any(1, keepdim=True), question_BT, words_BT)
     if tokens.place_BN is None:
         return words_BT
     place_BI = tokens.place_BN[:, tokens.image].masked_fill(~tokens.valid_BN[:, tokens.image], -1)

@@ -21,7 +21,7 @@ from pumer.reducers.clustering import density_peaks
 from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
-from pumer.reducers.scores import UNSEEN, row_blocks, text_saliency, words_after_image
+from pumer.reducers.scores import UNSEEN, question_words, row_blocks, text_saliency
 from pumer.reducers.selector import best, candidates, image_states
 
 MERGES = ("mean", "sum", "rating")
@@ -33,10 +33,11 @@ MERGES = ("mean", "sum", "rating")
 class SparseVLM(Reducer):
     """Keep the image tokens that the raters among the words attend to most; cluster the best of the others.
 
-    Raters are the words after the image that image tokens are more like than the average word, as
-    they enter the language model. Where those embeddings are not known, as in joint encoders, the
-    states of the layer stand for them, scaled to one size. A cluster stands where its centre stood,
-    because positions are kept; the published code puts clusters behind the kept tokens.
+    Raters are the words of the question (those after the image, unless the caller names others)
+    that image tokens are more like than the average word, as they enter the language model. Where
+    those embeddings are not known, as in joint encoders, the states of the layer stand for them,
+    scaled to one size. A cluster stands where its centre stood, because positions are kept; the
+    published code puts clusters behind the kept tokens.
 
     Args:
         keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares of those that arrive
@@ -116,12 +117,12 @@ class SparseVLM(Reducer):
 
 
 def raters(tokens: Tokens) -> Tensor:
-    """The words after the image that image tokens are more like than the average word, bool [B,T].
+    """The words of the question that image tokens are more like than the average, bool [B,T].
 
     Likeness is a softmax over these words of the dot products of embeddings, averaged over the
     image. All of these words are raters where none stands out.
     """
-    words_BT, embeddings = words_after_image(tokens), tokens.embeddings
+    words_BT, embeddings = question_words(tokens), tokens.embeddings
     if embeddings is not None:
         text_BTD, image_BID = embeddings.text_BTD.float(), embeddings.image_BID.float()
         valid_BI = embeddings.valid_BI
