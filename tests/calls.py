@@ -167,7 +167,7 @@ class Largest(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self.size = max(self.size, result.numel() * result.element_size())
+            self.size = max(self.size, result.untyped_storage().nbytes())
         return result
 
 
