@@ -226,9 +226,7 @@ def instance_state(model: nn.Module) -> dict[str, tuple[str, ...]]:
     state = {}
     for name, module in model.named_modules():
         hooks = [
-            f"{key}:{len(value)}"
-            for key, value in vars(module).items()
-            if "hooks" in key and isinstance(value, dict)
+            f"{key}:{len(value)}" for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)
         ]
         state[name] = (*sorted(vars(module)), *hooks)
     return state

@@ -92,9 +92,7 @@ def with_window(text):
 def windowed(kind):
     if kind == "mistral":
         return with_window(transformers.MistralConfig(**tiny_llm.TEXT, sliding_window=16))
-    text = transformers.Qwen2Config(
-        **tiny_llm.TEXT, use_sliding_window=True, sliding_window=16, max_window_layers=1
-    )
+    text = transformers.Qwen2Config(**tiny_llm.TEXT, use_sliding_window=True, sliding_window=16, max_window_layers=1)
     return with_window(text)
 
 

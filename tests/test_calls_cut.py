@@ -158,9 +158,7 @@ def question_of(batch, new, images=True):
 def check_ratio_is_one(model, batch, images=True):
     full, old = rollout(model, batch)
     kept = pumer.kept(model)
-    new = scored(
-        model, full, NEW, **behind(batch, NEW), question_mask=question_of(batch, NEW, images)
-    )
+    new = scored(model, full, NEW, **behind(batch, NEW), question_mask=question_of(batch, NEW, images))
     torch.testing.assert_close((new - old).exp(), torch.ones_like(new), rtol=0, atol=1e-3)
     return full, old, kept
 

@@ -34,9 +34,7 @@ def offloaded(family, how, folder):
         if name.split(".")[-1] in heaviest:
             device_map[name] = "disk"
     assert set(device_map.values()) == {"cpu", "disk"}
-    return accelerate.dispatch_model(
-        model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True
-    )
+    return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
 def check_same_as_without_hooks(family, reducer, how, folder):

@@ -61,10 +61,7 @@ def check_each_as_if_alone(model, reducer, **how):
     def alone():
         with torch.no_grad():
             return torch.cat(
-                [
-                    model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[:, -1]
-                    for ids, pixels in rows
-                ]
+                [model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[:, -1] for ids, pixels in rows]
             )
 
     calls.near(run(), alone())  # the stock model's own answer, which this is about
