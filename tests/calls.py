@@ -159,6 +159,12 @@ def in_threads(
     return counts
 
 
+def must_say(error: Exception, *words: str) -> None:
+    """Raise an error again unless its message has all these words."""
+    if not all(word in str(error) for word in words):
+        raise error
+
+
 class Largest(TorchFunctionMode):
     """Notes the bytes of the largest tensor made."""
 

@@ -302,7 +302,7 @@ def test_decoding_a_reduced_cache_with_the_stock_model(family, rows, place):
         try:
             said = decode(other, copy.deepcopy(caches[1]))
         except ValueError as error:
-            assert "reduce" in str(error)
+            calls.must_say(error, "reduce")
         else:
             near(said, expected)
 

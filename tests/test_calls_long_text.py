@@ -8,7 +8,7 @@ import calls
 import pumer
 import tiny
 from calls import Largest
-from pumer import CDPruner, DART, FastV, PuMer, PyramidDrop, SparseVLM, ToMe
+from pumer import DART, CDPruner, FastV, PuMer, PyramidDrop, SparseVLM, ToMe
 from tiny_llm import IMAGE
 
 REDUCERS = {
