@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import calls
 import pumer
 import tiny_llm
 from pumer import DivPrune, FastV, PuMer
