@@ -5,8 +5,10 @@ import torch
 import transformers
 
 import calls
+import matrix
 import oracle_llm
 import pumer
+import tiny
 import tiny_llm
 from calls import PLACES, answer, near
 from pumer import DivPrune, FasterVLM, FastV, PruMerge, PuMer, Random, VisionZip
@@ -226,18 +228,39 @@ def test_kept_needs_a_reducer_and_a_call():
         pumer.kept(model)
 
 
-@pytest.mark.parametrize("family", ["ViLT", "METER"])
-def test_kept_places_of_an_encoder(family):
-    """Text first, then the image as the model has it; only places of real tokens."""
+@pytest.mark.parametrize("name", ["pumer", "tome", "divprune", "uniform", "no-vision", "none"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_kept_places_of_an_encoder(family, name):
+    """Text as given, then [CLS] and the patches in raster order; -1 at padding and empty slots."""
     model, batch = calls.model(family), calls.inputs(family, rows=4)
-    with pumer.reduced(model, DivPrune(keep=0.4)):
+    length = batch["input_ids"].shape[1]
+    with pumer.reduced(model, matrix.REDUCERS[name]), pumer.trace(model) as steps:
         answer(model, batch)
         kept_BK = pumer.kept(model)
         text, image = pumer.active(model).lengths[-1]
-    assert len(kept_BK) == 4
-    assert kept_BK.shape[1] == text + image
-    for row, places in enumerate(kept_BK.tolist()):
-        real = [place for place in places if place >= 0]
-        assert len(real) == len(set(real))
-        words = int(batch["attention_mask"][row].sum())
-        assert sum(place < text for place in real) == words
+        rows, columns = pumer.active(model).entry[2]
+    assert kept_BK.shape == (4, text + image)
+    for row in range(4):
+        words = [place for place in kept_BK[row, :text].tolist() if place >= 0]
+        patches = [place for place in kept_BK[row, text:].tolist() if place >= 0]
+        assert len({*words, *patches}) == len(words) + len(patches)
+        real = int(batch["attention_mask"][row].sum())
+        assert words[0] == 0
+        assert all(place < real for place in words)
+        if name not in ("pumer",):
+            assert words == list(range(real))
+        if name == "no-vision":
+            assert patches == []
+            continue
+        assert patches[0] == length
+        assert all(length < place <= length + rows * columns for place in patches[1:])
+        if family == "ViLT":  # they lie inside the picture, whose padding is right and below
+            mask = batch["pixel_mask"][row, ::16, ::16].bool()
+            assert all(mask.flatten()[place - length - 1] for place in patches[1:])
+    if name == "none":
+        assert steps == []
+        assert (kept_BK[:, text:] >= 0).sum() == (4 * 37 if family == "METER" else 4 + mask_sum(batch))
+
+
+def mask_sum(batch):
+    return int(batch["pixel_mask"][:, ::16, ::16].sum())
