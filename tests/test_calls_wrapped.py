@@ -191,10 +191,9 @@ def test_mixed_precision_put_on_after_apply_survives():
         calls.must_say(error, IN_THE_WAY)
         near(answer(model, batch), half[:, -1])
         return
-    exact = answer(pumer.apply(calls.model("llava"), PLACES["inside"]), batch)
-    said = answer(model, batch)
-    near(said, exact, 0.3)
-    assert not torch.allclose(said, exact, atol=1e-4)  # still in half precision
+    fresh = pumer.apply(calls.model("llava"), PLACES["inside"])
+    fresh = Accelerator(mixed_precision="bf16", cpu=True).prepare(fresh)
+    near(answer(model, batch), answer(fresh, batch))  # still in half precision
 
 
 # --- PEFT ---
@@ -207,7 +206,7 @@ def with_lora(model, family):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
+            if "lora_" in name:
                 parameter.normal_(std=0.1, generator=generator)
     return wrapped.eval()
 
