@@ -5,7 +5,7 @@ Shape suffixes: B batch, N tokens of the layer, A, E some of them, S source toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,55 @@ class Axis:
     def expand(self, states_BND: Tensor) -> Tensor:
         """States in the original length; dropped tokens are zeros."""
         return states_BND if self.plan is None else self.plan.expand(states_BND)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Axis:
+        """The axis on another device; hooks that move a layer's inputs to its weights call this."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+        charged = {name: tuple(x.to(device) for x in values[name]) for name in ("spent", "heads")}
+        return replace(self, **moved, **charged)
+
+    def places(self, trimmed: int, text: int) -> Tensor:
+        """Where every token stood in the input, int64 [B,N]; -1 for padding and empty slots.
+
+        Text comes first, then [CLS] and the patches in raster order. A merged token is where its
+        first member stood.
+
+        Args:
+            trimmed: text tokens before anything was reduced.
+            text: text tokens of the input, those of padding that were trimmed off included.
+        """
+        first_BN = _first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
+        if self.patch_BS is None:
+            place_BN = torch.where(first_BN < trimmed, first_BN, first_BN + (text - trimmed))
+        else:
+            patch_BN = self.patch_BS.gather(1, first_BN.clamp_max(self.patch_BS.shape[1] - 1))
+            place_BN = torch.where(first_BN < trimmed, first_BN, text + 1 + patch_BN)
+        return place_BN.masked_fill(~(self.mask_BN > 0), -1)
+
+
+def _first_sources(plan: Plan) -> Tensor:
+    """The first source token of every slot [B,K]; any number for empty slots."""
+    if plan.index_BK is not None:
+        return plan.index_BK
+    count = plan.slot_BN.shape[1]
+    positions_BN = torch.arange(count, device=plan.slot_BN.device).expand(plan.slot_BN.shape)
+    # Dropped tokens write into one slot past the end, which is cut off again.
+    slot_BN = torch.where(plan.slot_BN < 0, plan.slots, plan.slot_BN)
+    first_BK = slot_BN.new_full((len(slot_BN), plan.slots + 1), count)
+    return first_BK.scatter_reduce(1, slot_BN, positions_BN, "amin")[:, :-1]
+
+
+def check_mask(attention_mask: Tensor | None, text: Tensor) -> Tensor:
+    """The mask of a text, [B,T] or [B,T,D]: ones if there is none; raises ValueError for one of another shape."""
+    if attention_mask is None:
+        return torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
+    if attention_mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)} for texts of {list(text.shape[:2])}: "
+            "give it one entry per token"
+        )
+    return attention_mask
 
 
 def reduce(

@@ -146,10 +146,9 @@ def _encode_text(
     token_type_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch."""
+    """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch, its mask is not."""
     given = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    if attention_mask is None:
-        attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+    given_mask = attention_mask = encoder.check_mask(attention_mask, given)
     # The published code counts padded text.
     if patch.trim and pooled and not patch.reducer.published and not torch.compiler.is_compiling():
         length = int(extent(attention_mask))
@@ -168,7 +167,7 @@ def _encode_text(
         token_type_ids=token_type_ids,
         inputs_embeds=inputs_embeds,
     ).last_hidden_state
-    return meter.text_projection(states), attention_mask
+    return meter.text_projection(states), given_mask
 
 
 def _encode_image(meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_mask: Tensor | None = None) -> Encoded:
@@ -178,7 +177,8 @@ def _encode_image(meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_m
     check_pictures(pixel_values, pixel_mask)
     assert pixel_values is not None
     encoded = tower.encode(meter.vision_model, pixel_values, patch)
-    return replace(encoded, states_BID=meter.image_projection(encoded.states_BID))
+    projected = meter.image_projection(encoded.states_BID)
+    return replace(encoded.to(projected.device), states_BID=projected)
 
 
 def _fuse(
@@ -193,16 +193,18 @@ def _fuse(
     output_hidden_states: bool | None = None,
 ) -> Any:
     """In place of `MeterModel.fuse`; `image` is what `encode_image` gave, or states of any other origin."""
-    from pumer.models.meter.modeling import MeterModelOutput, repeat_images
+    from pumer.models.meter.modeling import MeterModelOutput, add_modality, repeat_images
 
     if output_hidden_states is None:
         output_hidden_states = meter.config.output_hidden_states
     encoded: Encoded = repeat_images(image if isinstance(image, Encoded) else Encoded(image), text_BTD, texts_per_image)
+    encoded, given_text, trimmed = encoded.to(text_BTD.device), mask_BT.shape[1], text_BTD.shape[1]
+    mask_BT = mask_BT.to(text_BTD.device)[:, :trimmed]
     axis = _axis(patch, mask_BT, encoded)
     source = axis.plan.slot_BN.shape[1] if axis.plan is not None else sum(axis.lengths)
-    patch.entry = (axis.text, source - axis.text, encoded.grid)
-    kinds = meter.modality_embeddings.weight
-    joint = torch.cat([text_BTD + kinds[0], encoded.states_BID + kinds[image_token_type_idx]], dim=1)
+    entry = (axis.text, source - axis.text, encoded.grid)
+    text, picture = add_modality(meter, text_BTD, 0), add_modality(meter, encoded.states_BID, image_token_type_idx)
+    joint = torch.cat([text, picture], dim=1)
     joint, axis, _ = encoder.reduce(patch, EMBEDDINGS, joint, axis)
     text, picture = joint[:, : axis.text], joint[:, axis.text :]
     del joint
@@ -212,16 +214,16 @@ def _fuse(
             text, picture, axis = layer(text, picture, axis)
             lengths.append(axis.lengths)
         if output_hidden_states:
-            whole = _expand(axis, mask_BT.shape[1], text, picture)
+            whole = _expand(axis, trimmed, text, picture)
             texts.append(whole[0])
             images.append(whole[1])
-    patch.lengths = lengths
+    patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(trimmed, given_text)
     patch.note(axis.spent, axis.heads)
     # Without any image token, the pooled image is that of nothing.
     first = picture if picture.shape[1] else picture.new_zeros(len(picture), 1, picture.shape[2])
     pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
     if not pooled:
-        text, picture = _expand(axis, mask_BT.shape[1], text, picture)
+        text, picture = _expand(axis, trimmed, text, picture)
     return MeterModelOutput(
         text_states=text,
         image_states=picture,

@@ -28,6 +28,10 @@ def attend(
         bias_B11N: bool (true: may be seen) or added to the logits.
         backend: "sdpa" (fused) or "eager"; asking for probabilities costs the fused kernel.
     """
+    if keys_BHNC.shape[2] == 0:
+        # Whoever attends to nothing gets nothing. Fused kernels spread one sample's NaN to all here.
+        nothing = queries_BHNC.new_zeros(*queries_BHNC.shape[:3], 0) if probabilities else None
+        return torch.zeros_like(queries_BHNC), nothing
     if backend == "sdpa" and not probabilities:
         context = torch.nn.functional.scaled_dot_product_attention(
             queries_BHNC, keys_BHNC, values_BHNC, attn_mask=bias_B11N, dropout_p=dropout

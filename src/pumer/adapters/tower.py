@@ -39,6 +39,12 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.states_BID)
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> Encoded:
+        """The same on another device."""
+        sizes = None if self.sizes_BI is None else self.sizes_BI.to(device)
+        plan = None if self.plan is None else self.plan.to(device)
+        return Encoded(self.states_BID.to(device), sizes, plan, self.grid)
+
     def __getitem__(self, rows: Any) -> Encoded:
         plan = None if self.plan is None else self.plan.rows(rows)
         sizes = None if self.sizes_BI is None else self.sizes_BI[rows]
@@ -74,11 +80,12 @@ def layers(vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = 
     ones = torch.ones(states.shape[:2], device=states.device)
     raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
     axis = Axis(0, ones.bool(), ones, None, grid, raster)
-    patch.tower = [states.shape[1]]
+    lengths = [states.shape[1]]
+    patch.tower = lengths  # of this call alone
     yield states, axis
     for number, layer in enumerate(vision.encoder.layers):
         states, axis = _layer(layer, patch, reducer, number, states, axis)
-        patch.tower.append(states.shape[1])
+        lengths.append(states.shape[1])
         yield states, axis
 
 

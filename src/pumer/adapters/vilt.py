@@ -6,7 +6,7 @@ R rows, L columns of patches, P = R * L patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ class ViltAdapter(Adapter):
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vilt = _vilt(model)
         patch.replace(vilt, "forward", _forward, patch, is_a(model, POOLED))
+        patch.wrap(vilt.embeddings, "forward", _embed)
         published = patch.reducer.published
         for number, layer in enumerate(vilt.encoder.layer):
             patch.replace(layer, "forward", _layer, patch, number, published)
@@ -133,29 +134,30 @@ def _forward(
     return_dict: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of `ViltModel.forward`, and of `ViltEmbeddings` and `ViltEncoder` inside it.
+    """In place of `ViltModel.forward`, and of `ViltEncoder` inside it.
 
     `pooled`: only the pooled output is used, so the text may be cut and states need not be expanded.
     """
     config = vilt.config
     attentions = config.output_attentions if output_attentions is None else output_attentions
     hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     states, axis, all_states, all_attentions = _encode(
         vilt,
         patch,
+        text.shape[1],
         # Handed on unnamed, so that nothing here holds the states of the first layer while the others run.
-        _embed(
-            vilt,
-            patch,
-            pooled,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            pixel_values,
-            pixel_mask,
-            inputs_embeds,
-            image_embeds,
-            image_token_type_idx,
+        vilt.embeddings(
+            input_ids=input_ids,
+            attention_mask=encoder.check_mask(attention_mask, text),
+            token_type_ids=token_type_ids,
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            inputs_embeds=inputs_embeds,
+            image_embeds=image_embeds,
+            image_token_type_idx=image_token_type_idx,
+            patch=patch,
+            pooled=pooled,
         ),
         attentions,
         hidden,
@@ -174,12 +176,20 @@ def _forward(
     return (output.last_hidden_state, pooler_output, *(x for x in (all_states, all_attentions) if x is not None))
 
 
-def _embed(
-    vilt: Any,
+def _embed(embeddings: Any, stock: Callable[..., Any], *args: Any, patch: Patch | None = None, **kwargs: Any) -> Any:
+    """In place of `ViltEmbeddings.forward`, for a reduced model's own call: states [B,N,D] and their axis.
+
+    A module is called for it, since offload hooks bring in its parameters for a call alone.
+    """
+    return stock(*args, **kwargs) if patch is None else _embed_trimmed(embeddings, patch, **kwargs)
+
+
+def _embed_trimmed(
+    embeddings: Any,
     patch: Patch,
     pooled: bool,
     input_ids: Tensor | None,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     token_type_ids: Tensor | None,
     pixel_values: Tensor | None,
     pixel_mask: Tensor | None,
@@ -187,17 +197,14 @@ def _embed(
     image_embeds: Tensor | None,
     image_token_type_idx: int | None,
 ) -> tuple[Tensor, Axis]:
-    """In place of `ViltEmbeddings.forward`: states [B,N,D] and their axis, trimmed."""
+    """States [B,N,D] and their axis, without the padding that all texts and all pictures have at the end."""
     published = patch.reducer.published
     text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     image = exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
     if len(text) != len(image):
         raise ValueError(f"{len(text)} texts and {len(image)} images: the batch sizes must agree")
-    if attention_mask is None:
-        attention_mask = torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
-
     if image_embeds is None:
-        image_embeds, image_mask, patch_BI, grid = embed_patches(vilt.embeddings, image, pixel_mask)
+        image_embeds, image_mask, patch_BI, grid = embed_patches(embeddings, image, pixel_mask)
     else:
         if pixel_mask is None:
             pixel_mask = torch.ones(image.shape[:2], device=image.device)
@@ -212,12 +219,11 @@ def _embed(
             input_ids, token_type_ids, inputs_embeds = (
                 None if x is None else x[:, :text_length] for x in (input_ids, token_type_ids, inputs_embeds)
             )
-    embeddings = vilt.embeddings
     text_embeds = embeddings.text_embeddings(
         input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
     )
-    kinds = embeddings.token_type_embeddings.weight
     image_kind = 1 if image_token_type_idx is None else image_token_type_idx
+    kinds = embeddings.token_type_embeddings(torch.arange(image_kind + 1, device=text_embeds.device))
     states = torch.cat([text_embeds + kinds[0], image_embeds + kinds[image_kind]], dim=1)
     if patch_BI is not None:
         patch_BI = torch.nn.functional.pad(patch_BI, (text_embeds.shape[1], 0), value=-1)
@@ -229,9 +235,12 @@ def _embed(
 
 
 def _encode(
-    vilt: Any, patch: Patch, start: tuple[Tensor, Axis], attentions: bool, hidden: bool
+    vilt: Any, patch: Patch, text: int, start: tuple[Tensor, Axis], attentions: bool, hidden: bool
 ) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-    """All layers; hidden states come back in the original length, attention maps in the reduced one."""
+    """All layers; hidden states come back in the original length, attention maps in the reduced one.
+
+    `text`: text tokens of the input, before they were trimmed.
+    """
     entry = (*start[1].lengths, start[1].grid)
     states, axis, _ = encoder.reduce(patch, EMBEDDINGS, *start)
     del start
@@ -243,7 +252,7 @@ def _encode(
             all_states.append(axis.expand(states))
         if attentions:
             all_attentions.append(attention)
-    patch.lengths, patch.entry = lengths, entry
+    patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(entry[0], text)
     patch.note(axis.spent, axis.heads)
     return states, axis, tuple(all_states) if hidden else None, tuple(all_attentions) if attentions else None
 

@@ -197,8 +197,8 @@ class MeterModel(MeterPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         image_BID = repeat_images(image_BID, text_BTD, texts_per_image)
-        text = text_BTD + self.modality_embeddings.weight[0]
-        image = image_BID + self.modality_embeddings.weight[image_token_type_idx]
+        text = add_modality(self, text_BTD, 0)
+        image = add_modality(self, image_BID, image_token_type_idx)
         text_mask = create_bidirectional_mask(config=self.config, inputs_embeds=text, attention_mask=mask_BT)
         cross_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=image, attention_mask=mask_BT, encoder_hidden_states=text
@@ -215,6 +215,12 @@ class MeterModel(MeterPreTrainedModel):
             text_hidden_states=tuple(texts) if output_hidden_states else None,
             image_hidden_states=tuple(images) if output_hidden_states else None,
         )
+
+
+def add_modality(meter: MeterModel, states_BND: Tensor, modality: int) -> Tensor:
+    """States and the embedding of what they are of: 0 for text, from 1 on for images."""
+    # The module is called, in place of reading its weight, which offload hooks bring in for a call alone.
+    return states_BND + meter.modality_embeddings(torch.full((1,), modality, device=states_BND.device))
 
 
 def check_pictures(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None:

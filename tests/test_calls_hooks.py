@@ -1,0 +1,102 @@
+"""Models whose weights accelerate moves about: every answer is that of the same model without hooks."""
+
+import warnings
+
+import accelerate
+import pytest
+import torch
+
+import calls
+import pumer
+import tiny
+import tiny_llm
+from calls import PLACES, answer, generated, near
+
+FAMILIES = (*tiny.FAMILIES, *tiny_llm.BUILDERS)
+
+
+def offloaded(family, how, folder):
+    """A new model of which accelerate holds the weights, in one way or another."""
+    model = calls.model(family)
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device="cpu")
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, folder, execution_device="cpu")
+    # What `device_map="auto"` makes where not everything fits: some parts here, some on disk.
+    names = [name for name, _ in model.named_children()]
+    device_map = dict.fromkeys(names, "cpu")
+    trunk = next(name for name in names if name in ("model", "vilt", "meter"))
+    del device_map[trunk]
+    for name, _ in getattr(model, trunk).named_children():
+        device_map[f"{trunk}.{name}"] = "cpu"
+    heaviest = {"encoder", "layers", "language_model", "text_model"}
+    for name in device_map:
+        if name.split(".")[-1] in heaviest:
+            device_map[name] = "disk"
+    assert set(device_map.values()) == {"cpu", "disk"}
+    return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def check_same_as_without_hooks(family, reducer, how, folder):
+    batch = calls.inputs(family, rows=2)
+    plain = pumer.apply(calls.model(family), reducer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the weights are on "meta", as they are
+        model = pumer.apply(offloaded(family, how, folder), reducer)
+        near(answer(model, batch), answer(plain, batch))
+        before, after = calls.image_lengths(model)
+        assert after < before
+        assert pumer.active(model).lengths == pumer.active(plain).lengths
+        if family in tiny_llm.BUILDERS:
+            assert generated(model, batch) == generated(plain, batch)
+        pumer.remove(model)
+        near(answer(model, batch), answer(pumer.remove(plain), batch))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_llava_offloaded(place, tmp_path):
+    check_same_as_without_hooks("llava", PLACES[place], "cpu_offload", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, place, how, tmp_path):
+    check_same_as_without_hooks(family, PLACES[place], how, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llava", "ViLT", "METER"])
+def test_hooks_that_come_after_the_reducer(family, tmp_path):
+    """And the reducer goes before they do."""
+    batch = calls.inputs(family, rows=2)
+    plain = pumer.apply(calls.model(family), PLACES["inside"])
+    model = pumer.apply(calls.model(family), PLACES["inside"])
+    accelerate.cpu_offload(model, execution_device="cpu")
+    near(answer(model, batch), answer(plain, batch))
+    try:
+        pumer.remove(model)
+    except (ValueError, RuntimeError) as error:
+        calls.must_say(error, "forward")  # says what is in the way
+        near(answer(model, batch), answer(plain, batch))
+    else:
+        near(answer(model, batch), answer(pumer.remove(plain), batch))
+        with torch.no_grad():
+            assert model(**batch).logits.device.type == "cpu"
+
+
+def test_outputs_that_are_rebuilt_on_their_way():
+    """Anything may copy a part's output: a hook, a wrapper, a recorder."""
+    batch = calls.inputs("llava", rows=2)
+    expected = answer(pumer.apply(calls.model("llava"), PLACES["inside"]), batch)
+    model = calls.model("llava")
+
+    def rebuilt(module, args, output):
+        return type(output)(**dict(output.items())) if hasattr(output, "items") else output
+
+    for module in (*model.modules(),):
+        module.register_forward_hook(rebuilt)
+    pumer.apply(model, PLACES["inside"])
+    near(answer(model, batch), expected)
+    words = generated(model, batch)
+    assert words == generated(pumer.apply(calls.model("llava"), PLACES["inside"]), batch)
