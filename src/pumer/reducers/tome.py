@@ -56,11 +56,14 @@ class ToMe(Reducer):
         return text, image - smaller(self.schedule[layer], halves(image - prefix))
 
     def plan(self, tokens: Tokens) -> Plan:
-        first = tokens.text + tokens.prefix
-        valid_BN = tokens.valid_BN[:, first:]
-        merged = halves(valid_BN.sum(1)).clamp_max(self.schedule[tokens.layer])
-        _, slots = self.lengths(tokens.text, tokens.mask_BN.shape[1] - tokens.text, tokens.layer, tokens.prefix)
-        image = bipartite(
-            tokens.mean_keys_BNC[:, first:], valid_BN, merged, slots - tokens.prefix, tokens.sizes_BN[:, first:]
+        image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
+        _, slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, tokens.prefix)
+        matching = bipartite(
+            tokens.mean_keys_BNC[:, image],
+            tokens.valid_BN[:, image],
+            self.schedule[tokens.layer],
+            slots - tokens.prefix,
+            tokens.sizes_BN[:, image],
+            tokens.prefix,
         )
-        return tokens.with_structure(None, image)
+        return tokens.with_structure(None, matching)
