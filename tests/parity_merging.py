@@ -7,10 +7,11 @@ has the unmerged sources first, then the destinations. So groups are compared, a
 from __future__ import annotations
 
 import torch
-from selector_parity import Case
 from torch import Tensor
 
-from pumer.reducers import DynamicViT, DyMU, Plan, Reducer, Tokens, ToMe
+from pumer.reducers import DyMU, DynamicViT, Plan, Reducer, Tokens, ToMe
+from pumer.reducers.dynamicvit import Predictor
+from selector_parity import Case
 
 
 def run_tome(case: Case) -> None:
@@ -24,34 +25,41 @@ def run_dymu(case: Case) -> None:
 
 
 def run_dynamicvit(case: Case) -> None:
-    """Scores of every patch; at inference the best `ratio` of those at the start stay."""
-    states = case.inputs["states"]
-    policy = case.inputs["policy"].flatten()
-    ratio, start = case.settings["ratio"], case.settings["tokens_at_start"]
+    """Scores of every patch, and the best `ratio` of those at the start, which stay at inference."""
+    states, present = case.inputs["states"], case.inputs["policy"].bool()
     predictor = _predictor(case, states.shape[1])
-    scores = predictor(states[None], policy[None].float())[0]
+    with torch.no_grad():
+        scores = predictor(states[None], present[None])[0]
     torch.testing.assert_close(scores, case.outputs["scores"], rtol=1e-5, atol=1e-5)
-    if "keep" not in case.outputs:  # as while training, where masks stay
+    if not present.all():  # as while training, where what is gone is masked and still gets a score
         return
-    present = policy.bool()
-    reducer = DynamicViT(keep=ratio, layers=(0,))
+    # The second stage of a ratio of .7 has .49 of the start.
+    stage = 2 if len(states) < case.settings["tokens_at_start"] else 1
+    reducer = DynamicViT(keep=case.settings["ratio"] ** (1 / stage), layers=tuple(range(stage)))
     tokens = Tokens(
-        mask_BN=torch.cat([torch.ones(1, dtype=torch.bool), torch.ones(int(present.sum()), dtype=torch.bool)])[None],
+        mask_BN=torch.ones(1, 1 + len(states), dtype=torch.bool),
         text=0,
-        sizes_BN=torch.ones(1, 1 + int(present.sum())),
-        states_BND=torch.cat([torch.zeros(1, states.shape[1]), states[present]])[None],
+        sizes_BN=torch.ones(1, 1 + len(states)),
+        layer=stage - 1,
+        states_BND=torch.cat([torch.zeros(1, states.shape[1]), states])[None],
+        entered_BI=torch.ones(1, case.settings["tokens_at_start"], dtype=torch.bool),
         part=predictor,
     )
-    assert start
-    kept = reducer.plan(tokens).slot_BN[0, 1:] >= 0
-    numbers = present.nonzero()[:, 0][kept]
-    assert numbers.tolist() == case.outputs["keep"].tolist()
+    with torch.no_grad():
+        plan = reducer.plan(tokens)
+    assert (plan.slot_BN[0, 1:] >= 0).nonzero()[:, 0].tolist() == case.outputs["keep"].tolist()
 
 
-def _predictor(case: Case, width: int) -> torch.nn.Module:
-    weights = {name.removeprefix("w."): tensor for name, tensor in case.inputs.items() if name.startswith("w.")}
-    print({k: v.shape for k, v in weights.items()})
-    raise SystemExit
+def _predictor(case: Case, width: int) -> Predictor:
+    """Ours with the published weights: one sequence here, two there."""
+    predictor = Predictor(width, whole=True)
+    weights = {}
+    for name, tensor in case.inputs.items():
+        if name.startswith("w."):
+            _, part, layer, parameter = name.split(".")
+            weights[f"layers.{int(layer) + (3 if part == 'out_conv' else 0)}.{parameter}"] = tensor
+    predictor.load_state_dict(weights)
+    return predictor
 
 
 def _check_merging(case: Case, reducer: Reducer) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pumer.reducers.base import Grid, Reducer, Tokens
 from pumer.reducers.budget import halves
-from pumer.reducers.matching import absorb, partners, rank
+from pumer.reducers.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -104,7 +104,7 @@ class Cutoffs(_Merging):
         pairs = min(self.r * len(similarity_BS), len(falling) - 1)
         # Halfway between the last pair that is merged and the first that is not, if that is a pair.
         last, following = falling[max(pairs - 1, 0)], falling[pairs]
-        cut = torch.where(following.isfinite(), (last + following) / 2, last - 1e-6).clamp_min(-1)
+        cut = torch.where(following > UNALIKE, (last + following) / 2, last - 1e-6).clamp_min(-1)
         self.noted.setdefault(layer, []).append(cut)
         return cut
 

@@ -38,7 +38,7 @@ def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Ten
     return place_BN, place_BN - (size_BG.cumsum(1) - size_BG).gather(1, group_BN)
 
 
-_UNALIKE = -2.0
+UNALIKE = -2.0
 """Similarity of a pair whose keys are not finite: below every cosine, above that of padding."""
 
 
@@ -72,7 +72,7 @@ def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tenso
     unit_BND = unit_vectors(keys_BND)
     similarity_BSE = unit_BND[:, sources] @ unit_BND[:, destinations].transpose(1, 2)
     # Of keys that are not finite nothing can be said, but a promised number of tokens has to go.
-    similarity_BSE = torch.where(similarity_BSE.isfinite(), similarity_BSE, _UNALIKE)
+    similarity_BSE = torch.where(similarity_BSE.isfinite(), similarity_BSE, UNALIKE)
     pair_BSE = valid_BN[:, sources, None] & valid_BN[:, None, destinations]
     return torch.where(pair_BSE, similarity_BSE, -torch.inf).max(dim=-1)
 

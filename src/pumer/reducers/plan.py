@@ -55,8 +55,10 @@ class Plan:
 
     @staticmethod
     def keep(keep_BN: Tensor, slots: int) -> Plan:
-        """Keep the marked tokens in their order; `slots` is at least the largest number of marks in a row."""
-        slot_BN = torch.where(keep_BN, keep_BN.long().cumsum(1) - 1, DROPPED)
+        """Keep the marked tokens in their order: of more than `slots` marks in a row the first ones count."""
+        place_BN = keep_BN.long().cumsum(1) - 1
+        keep_BN = keep_BN & (place_BN < slots)
+        slot_BN = torch.where(keep_BN, place_BN, DROPPED)
         positions = torch.arange(keep_BN.shape[1], device=keep_BN.device).expand(keep_BN.shape)
         index_BK = torch.zeros(keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64)
         index_BK = index_BK.scatter(1, torch.where(keep_BN, slot_BN, slots), positions)[:, :slots]
@@ -166,6 +168,9 @@ class Plan:
 
         A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
         float32 a sum in place is as exact, and there ten times as fast.
+
+        A sample's values never reach another sample. Within it, a NaN or inf stays in its slot where tokens are
+        gathered or summed in place; the matrix product spreads it over the sample, as 0 * NaN is NaN.
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
@@ -186,8 +191,9 @@ class Plan:
 
     def expand(self, y_BKD: Tensor) -> Tensor:
         """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""
-        slot, kept = self.slot_BN.clamp_min(0), self.slot_BN >= 0
-        return tokens_at(y_BKD, slot) * (kept[..., None] if y_BKD.ndim == 3 else kept)
+        dropped = self.slot_BN < 0
+        values = tokens_at(y_BKD, self.slot_BN.clamp_min(0))
+        return values.masked_fill(dropped[..., None] if y_BKD.ndim == 3 else dropped, 0)
 
     def total(self, sizes_BN: Tensor) -> Tensor:
         """Number of source tokens in every slot [B,K], when the tokens themselves stand for `sizes_BN` ones."""

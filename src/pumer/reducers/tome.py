@@ -20,6 +20,9 @@ from pumer.reducers.registry import register
 class ToMe(Reducer):
     """Merge the most similar image tokens of every layer, whatever the text says.
 
+    Groups, averages and sizes are those of the published code. The order of the tokens stays that of
+    the image, where the published one puts the destinations last.
+
     Args:
         r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with one number per
             layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
@@ -53,16 +56,17 @@ class ToMe(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if layer not in self.layers:
             return text, image
-        return text, image - smaller(self.schedule[layer], halves(image - prefix))
+        return text, image - smaller(self.schedule[layer], halves(max(image - prefix, 0)))
 
     def plan(self, tokens: Tokens) -> Plan:
         image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
-        _, slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, tokens.prefix)
+        count = image.stop - tokens.text
+        _, left = self.lengths(tokens.text, count, tokens.layer, tokens.prefix)
         matching = bipartite(
             tokens.mean_keys_BNC[:, image],
             tokens.valid_BN[:, image],
             self.schedule[tokens.layer],
-            slots - tokens.prefix,
+            left - min(tokens.prefix, count),
             tokens.sizes_BN[:, image],
             tokens.prefix,
         )
