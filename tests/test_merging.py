@@ -332,6 +332,9 @@ def test_the_surest_of_those_that_are_there_stays():
     kept = keep_surest(decided, logits, there)
     assert kept.tolist()[:2] == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     assert kept[2].sum() == 1
+    # Where something stays, nothing is added, though chance decided against the surest.
+    drawn = torch.tensor([[1.0, 0.0, 0.0]])
+    assert torch.equal(keep_surest(drawn, logits[:1], there[:1]), drawn)
     assert keep_surest(decided[:, :0], logits[:, :0], there[:, :0]).shape == (3, 0)
     (gradient,) = torch.autograd.grad(kept[:2].sum(), logits)
     assert (gradient[:2] == 1).all()
