@@ -307,21 +307,25 @@ def test_a_dropped_token_comes_back_as_zeros_whatever_stands_in_slot_0():
     assert plan.expand(torch.tensor([[True, True]])).tolist() == [[True, False, True]]
 
 
-@pytest.mark.parametrize("ways", ["sum", "product"])
-def test_values_never_leave_their_sample(ways, monkeypatch):
-    if ways == "product":  # as on a GPU
-        monkeypatch.setattr(Plan, "_add_up", lambda self, x_BND: self.matrix(x_BND.dtype) @ x_BND)
-    slots = torch.tensor([[0, 0, 1], [0, -1, 1]])
-    plan = Plan.merge(slots, torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 3))
-    x = torch.arange(6.0).view(2, 3, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["summed", "by a matrix product"])
+def test_values_never_leave_their_sample_nor_padding_and_what_is_dropped(dtype):
+    slots = torch.tensor([[0, 0, 1, 2], [0, -1, 1, 2]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    plan = Plan.merge(slots, mask, torch.ones(2, 4))
+    x = torch.arange(8, dtype=dtype).view(2, 4, 1)
     bad = x.clone()
-    bad[0, 2] = NAN
+    bad[0, 2] = NAN  # in a slot of its own
     assert torch.equal(plan.reduce(bad)[1], plan.reduce(x)[1])
-    if ways == "sum":  # where a token that goes elsewhere does no harm either
+    if dtype == torch.float32:
         assert torch.equal(plan.reduce(bad)[0, 0], plan.reduce(x)[0, 0])
-        bad = x.clone()
-        bad[1, 1] = NAN
-        assert torch.equal(plan.reduce(bad), plan.reduce(x))
+    bad = x.clone()
+    bad[0, 3] = bad[1, 1] = NAN  # padding, and dropped
+    assert torch.equal(plan.reduce(bad)[mask], plan.reduce(x)[mask])
+    assert torch.equal(plan.reduce(bad[..., 0])[mask], plan.reduce(x[..., 0])[mask])
+    fractional = replace(plan, mask_BK=mask.float())
+    assert torch.equal(fractional.reduce(x), fractional.matrix(dtype) @ x)
+    nothing = Plan.merge(torch.full((2, 4), -1), mask[:, :0], torch.ones(2, 4))
+    assert nothing.reduce(x).shape == (2, 0, 1)
 
 
 def test_the_surest_of_those_that_are_there_stays():

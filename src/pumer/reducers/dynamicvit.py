@@ -105,7 +105,9 @@ class DynamicViT(Learned):
         assert tokens.part is not None
         first = tokens.text + tokens.prefix
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
-        rated: Tensor = tokens.part(tokens.states_BND[:, first:], there_BN[:, first:])
+        # What stands in padding may be anything, and anything times zero need not be zero.
+        states_BND = tokens.states_BND.masked_fill(~tokens.valid_BN[..., None], 0)
+        rated: Tensor = tokens.part(states_BND[:, first:], there_BN[:, first:])
         return rated
 
     def _kept(self, entered: Count, count: Count, layer: int) -> Count:

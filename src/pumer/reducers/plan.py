@@ -169,16 +169,25 @@ class Plan:
         A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
         float32 a sum in place is as exact, and there ten times as fast.
 
-        A sample's values never reach another sample. Within it, a NaN or inf stays in its slot where tokens are
-        gathered or summed in place; the matrix product spreads it over the sample, as 0 * NaN is NaN.
+        A sample's values never reach another sample, and those of a dropped token or of padding nothing at all. A NaN
+        or inf in a token that stays is in its slot alone where tokens are gathered or summed in place; the matrix
+        product spreads it over the sample, as 0 * NaN is NaN.
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
         if x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
-        if x_BND.ndim == 3:
-            return self.matrix(x_BND.dtype) @ x_BND
-        return (self.matrix(x_BND.dtype) @ x_BND[..., None])[..., 0]
+        columns_BND = x_BND if x_BND.ndim == 3 else x_BND[..., None]
+        columns_BND = columns_BND.masked_fill(~self._joins()[..., None], 0)
+        total_BKD = self.matrix(x_BND.dtype) @ columns_BND
+        return total_BKD if x_BND.ndim == 3 else total_BKD[..., 0]
+
+    def _joins(self) -> Tensor:
+        """Which sources go into a slot that counts, bool [B,N]: with fractional masks, every slot does."""
+        joins_BN = self.slot_BN >= 0
+        if self.slots and self.mask_BK.dtype == torch.bool:
+            joins_BN = joins_BN & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
+        return joins_BN
 
     def _add_up(self, x_BND: Tensor) -> Tensor:
         batch, slots = self.mask_BK.shape
