@@ -62,7 +62,12 @@ class DynamicViT(Learned):
         return nn.ModuleDict({str(layer): Predictor(width, whole=not self.official) for layer in self.layers})
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        return self.lengths_from(image, text, image, layer, prefix, grid)
+        """As after the first stage; what is left of a later one depends on what entered: see `lengths_from`."""
+        if layer not in self.layers:
+            return text, image
+        structure = min(prefix, image)
+        patches = image - structure
+        return text, structure + self._kept(patches, patches, 1)
 
     def lengths_from(
         self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
@@ -70,19 +75,21 @@ class DynamicViT(Learned):
         if layer not in self.layers:
             return text, image
         structure = min(prefix, image)
-        return text, structure + self._kept(max(entered - prefix, 0), image - structure, layer)
+        return text, structure + self._kept(max(entered - prefix, 0), image - structure, self._stage(layer))
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
         score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
-        entered_BN = valid_BN if tokens.entered_BI is None else tokens.entered_BI
-        most = self._kept(entered_BN.shape[1], valid_BN.shape[1], tokens.layer)
+        entered_BN, number = valid_BN, 1
+        if tokens.entered_BI is not None:
+            entered_BN, number = tokens.entered_BI, self._stage(tokens.layer)
+        most = self._kept(entered_BN.shape[1], valid_BN.shape[1], number)
         if self.official:
             index_BK = score_BN.topk(most, dim=1).indices
             # The published mask is of ones whatever was kept.
             kept = Plan.select(index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1])
             return tokens.with_structure(None, kept)
-        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), tokens.layer)
+        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), number)
         keep_BN = valid_BN & (rank(score_BN) < kept_B[:, None])
         return tokens.with_structure(None, Plan.keep(keep_BN, most))
 
@@ -110,9 +117,12 @@ class DynamicViT(Learned):
         rated: Tensor = tokens.part(states_BND[:, first:], there_BN[:, first:])
         return rated
 
-    def _kept(self, entered: Count, count: Count, layer: int) -> Count:
+    def _stage(self, layer: int) -> int:
+        return self.layers.index(layer) + 1
+
+    def _kept(self, entered: Count, count: Count, number: int) -> Count:
         if not self.official:
-            return stage(self.keep, self.layers.index(layer) + 1, entered, count)
+            return stage(self.keep, number, entered, count)
         # Of a count that has [CLS] in it, layer by layer; all there are where that is one more.
         if isinstance(count, int):
             return min(int((count + 1) * self.keep), count)
