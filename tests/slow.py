@@ -10,21 +10,30 @@ def dot(one, other):
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
-def bipartite(keys, merged):
-    """Groups of tokens, in order, by the words of the ToMe paper; and the smallest gap that decided."""
+def bipartite(keys, merged, protected=0):
+    """Groups of tokens, in order, by ToMe's published rule; and the smallest gap that decided.
+
+    Sources are at even places and destinations at odd ones. The first `protected` tokens have their
+    places, but take no part.
+    """
     unit = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
+    sources = [token for token in range(protected, len(keys)) if token % 2 == 0]
+    destinations = [token for token in range(protected, len(keys)) if token % 2 == 1]
     best = []
-    for even in range(0, len(keys), 2):
-        ranked = sorted(((dot(unit[even], unit[odd]), odd) for odd in range(1, len(keys), 2)), reverse=True)
+    for source in sources:
+        ranked = sorted(((dot(unit[source], unit[to]), to) for to in destinations), reverse=True)
         if ranked:
-            best.append((*ranked[0], even, smallest_gap(similarity for similarity, _ in ranked[:2])))
+            lead = smallest_gap(similarity for similarity, _ in ranked[:2])
+            best.append((*ranked[0], source, lead))
     best.sort(reverse=True)
+    merged = min(merged, (len(keys) - protected) // 2)
     group = {token: {token} for token in range(len(keys))}
-    for _, odd, even, _ in best[:merged]:
-        group[odd].add(even)
-        del group[even]
+    for _, destination, source, _ in best[:merged]:
+        group[destination].add(source)
+        del group[source]
     cut = smallest_gap(similarity for similarity, *_ in best[max(merged - 1, 0) : merged + 1])
-    return [frozenset(group[token]) for token in sorted(group)], min([cut, *(lead for *_, lead in best[:merged])])
+    gap = min([cut, *(lead for *_, lead in best[:merged])])
+    return [frozenset(group[token]) for token in sorted(group)], gap
 
 
 def smallest_gap(falling):
@@ -154,10 +163,8 @@ def clip_groups(vision, pixels, reducer=None, depth=None):
         counted = reducer is not None and reducer.proportional
         states = states + module.out_proj(attend(queries, keys, values, sizes.log() if counted else 0 * sizes))
         if reducer is not None:
-            merged = min(reducer.schedule[number], (len(states) - 1) // 2)
-            groups, gap = bipartite(keys.mean(0)[1:].tolist(), merged)
+            groups, gap = bipartite(keys.mean(0).tolist(), reducer.schedule[number], protected=1)
             assert gap > 1e-6, "a tie decides: take other weights"
-            groups = [{0}, *({i + 1 for i in group} for group in groups)]
             states, _ = gather(states, sizes, groups)
             members = [set().union(*(members[i] for i in group)) for group in groups]
         states = states + layer.mlp(layer.layer_norm2(states))

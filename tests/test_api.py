@@ -151,10 +151,21 @@ def test_a_trace_ends_with_its_block(model):
     assert steps[0].patch_BN.shape == (4, steps[0].text + 26)
 
 
+@pytest.mark.parametrize(
+    "reducer", [pumer.Random(prune=0.99), pumer.PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3))], ids=lambda r: r.name
+)
+def test_one_patch_is_left_at_every_ratio(reducer):
+    model = tiny.model()
+    with pumer.reduced(model, reducer), torch.no_grad():
+        assert model(**tiny.batch()).logits.isfinite().all()
+        assert pumer.active(model).lengths[-1][1] == 2  # with [CLS]
+        assert pumer.report(model).active
+
+
 def test_a_reducer_that_would_leave_nothing_is_refused():
     model = tiny.model()
-    for reducer in (pumer.Random(prune=0.99), pumer.PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3))):
-        with pytest.raises(ValueError, match="leaves no image token"):
-            pumer.apply(model, reducer)
-        assert pumer.active(model) is None
+    # The published code keeps int(37 * 0.02) patches.
+    with pytest.raises(ValueError, match="leaves no image token"):
+        pumer.apply(model, pumer.DynamicViT(keep=0.02, layers=(0,), official=True))
+    assert pumer.active(model) is None
     pumer.apply(model, pumer.NoVision())

@@ -14,7 +14,7 @@ from tiny_llm import answer, logits, near
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
 TOWER = ToMe(r=3, depth=2)
-RAGGED = DyMU(thresholds=(0.1, 0.1))
+RAGGED = DyMU(thresholds=(0.3, 0.3))
 
 
 @pytest.fixture(scope="module")

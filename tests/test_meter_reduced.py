@@ -7,7 +7,7 @@ import matrix
 import pumer
 import slow
 import tiny
-from pumer import Compose, NoVision, Pool, PuMer, Random, ToMe, Uniform
+from pumer import Compose, NoVision, Pool, PuMer, Random, ToMe
 from pumer.adapters import encoder
 from pumer.bench.memory import peak_activations
 from pumer.models.meter import MeterForImagesAndTextClassification
@@ -329,8 +329,7 @@ def test_padded_pictures_are_refused(answering, reducer):
         (Compose(Random(), Random()), "random in the tower reduces in layers 0 to 2"),
         (PuMer(official=True, layers=None), "published reducer needs `layers`"),
         (Compose(ToMe(r=1, depth=3), PuMer(official=True, layers=None)), "published reducer needs `layers`"),
-        (PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3)), "leaves no image token after layer"),
-        (Compose(Uniform(prune=0.99, layers=(0,)), PuMer(layers=(0,))), "leaves no image token"),
+        (pumer.DynamicViT(keep=0.02, layers=(0,), official=True), "leaves no image token after layer"),
     ],
 )
 def test_what_does_not_fit_is_refused(answering, reducer, message):

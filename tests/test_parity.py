@@ -128,12 +128,18 @@ def test_our_matching_makes_the_groups_of_tome(folder):
     """Our own layout keeps the order of the tokens, so groups are compared as sets."""
     settings, data = read(folder, "matching_tome")
     for case, setting in settings["cases"].items():
-        if setting["function"] != "bipartite_soft_matching" or setting["class_token"]:
+        if setting["function"] != "bipartite_soft_matching":
             continue
         inputs = case.split(".")[0]
         metric, x, size = (data[f"{inputs}.{name}"] for name in ("metric", "x", "size"))
+        # [CLS] and the distillation token stay, in front.
+        prefix = setting["class_token"] + setting["distill_token"]
         valid = torch.ones(metric.shape[:2], dtype=torch.bool)
-        plan = bipartite(metric, valid, setting["r_used"], setting["tokens"] - setting["r_used"], size[..., 0])
+        slots = setting["tokens"] - setting["r_used"] - prefix
+        patches = bipartite(
+            metric[:, prefix:], valid[:, prefix:], setting["r_used"], slots, size[:, prefix:, 0], prefix
+        )
+        plan = Plan.side_by_side([Plan.identity(valid[:, :prefix]), patches])
         groups = data[f"{case}.source"].bool()
         where = (plan.sources()[:, :, None] == groups[:, None]).all(-1)  # [B, our slot, published slot]
         assert (where.sum(1) == 1).all(), case

@@ -725,3 +725,23 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
     run(study(), tmp_path / "start", scratch=tmp_path / "runs", say=lambda text: None)
     assert {row["id"] for row in results(tmp_path / "start")} == {point.id for point in untrained}
     assert results(out)[0]["details"] != results(tmp_path / "start")[0]["details"]  # it is the trained model's score
+
+
+def test_of_a_point_that_was_measured_again_the_later_row_counts(tmp_path):
+    file = tmp_path / "tiny.csv"
+    blank = dict.fromkeys(COLUMNS, "") | {"study": "tiny", "method": "ToMe"}
+    rows = [
+        blank | {"id": "a", "date": "2026-11-21", "accuracy": "50"},
+        blank | {"id": "b", "date": "2026-11-21", "accuracy": "60"},
+        blank | {"id": "a", "date": "2026-11-27", "accuracy": "70"},
+    ]
+
+    def write(rows):
+        file.write_text("".join(",".join(map(str, row)) + "\n" for row in (COLUMNS, *(r.values() for r in rows))))
+
+    write(rows)
+    assert [(row["id"], row["accuracy"]) for row in read_rows(file, "tiny")] == [("a", 70.0), ("b", 60.0)]
+    for again in ("2026-11-21", "2026-11-20"):
+        write([*rows[:2], rows[2] | {"date": again}])
+        with pytest.raises(ValueError, match="line 4, repeats"):
+            read_rows(file, "tiny")

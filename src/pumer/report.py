@@ -285,10 +285,13 @@ def planned_lengths(
         prefix: structure tokens at the head of each modality.
     """
     lengths = []
+    entered = image
     for layer in range(EMBEDDINGS, depth):
         if reducer.reduces_at(layer):
-            text, image = reducer.lengths(text, image, layer, prefix, grid)
+            text, image = reducer.lengths_from(entered, text, image, layer, prefix, grid)
             grid = None  # what is left is no grid any more
+        if layer == EMBEDDINGS:
+            entered = image
         lengths.append((text, image))
     return tuple(lengths)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pumer.adapters.base import Patch, Step, exact, extent
-from pumer.reducers import Plan, Tokens
+from pumer.reducers import EMBEDDINGS, Plan, Tokens
 
 BUCKET = 8
 """Where the data decide how many tokens stay, lengths are rounded up to multiples of this."""
@@ -28,6 +28,7 @@ class Axis:
         plan: from the source tokens to these ones; None while nothing was reduced.
         grid: rows and columns of patches of the unreduced picture, None if unknown.
         patch_BS: raster number of every source token's patch, -1 for tokens that are none.
+        entered_BI: mask of the image tokens but [CLS] that entered the first layer that reduces.
         gate_BN: while a learned reducer is trained, 1 for tokens that it has not decided against; None before it does.
         spent, heads: what its decisions are charged for.
     """
@@ -38,6 +39,7 @@ class Axis:
     plan: Plan | None = None
     grid: tuple[int, int] | None = None
     patch_BS: Tensor | None = None
+    entered_BI: Tensor | None = None
     gate_BN: Tensor | None = None
     spent: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
@@ -141,6 +143,7 @@ def reduce(
         keys_BHNC=keys_BHNC,
         attention_BHNN=attention_BHNN,
         cross=cross,
+        entered_BI=axis.entered_BI,
         part=patch.part(layer) if reducer.learned else None,
         gate_BN=axis.gate_BN,
         progress=patch.progress,
@@ -157,12 +160,16 @@ def reduce(
             plan, text = plan.cut(text, lengths), lengths[0]
     if patch.steps is not None and not tower:
         patch.steps.append(Step(layer, axis.text, plan, axis.grid, axis.patch_BS))
+    entered_BI = axis.entered_BI
+    if entered_BI is None and layer != EMBEDDINGS:
+        entered_BI = tokens.valid_BN[:, axis.text + tokens.prefix :]
     reduced = replace(
         axis,
         text=text,
         mask_BN=plan.mask_BK,
         sizes_BN=plan.total(axis.sizes_BN),
         plan=plan if axis.plan is None else axis.plan.then(plan),
+        entered_BI=entered_BI,
     )
     return plan.reduce(states_BND), reduced, plan
 

@@ -110,6 +110,8 @@ class Tokens:
         embeddings: what entered the first layer; None where it is not known, and for reducers
             that do not ask.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
+        entered_BI: bool, mask of the image tokens, structure tokens left out, that entered the first
+            layer; None where none have gone since.
         part: what a learned reducer has trained for this layer.
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
         progress: of that training, 0 to 1.
@@ -132,6 +134,7 @@ class Tokens:
     question_BT: Tensor | None = None
     embeddings: Embeddings | None = None
     encoder: Encoder | None = None
+    entered_BI: Tensor | None = None
     part: nn.Module | None = None
     gate_BN: Tensor | None = None
     progress: float = 1.0
@@ -236,6 +239,12 @@ class Reducer:
         `grid` is the (rows, columns) of patches, for methods that go by place.
         """
         raise NotImplementedError
+
+    def lengths_from(
+        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        """`lengths` for budgets that are shares of the `entered` image tokens that came into the first layer."""
+        return self.lengths(text, image, layer, prefix, grid)
 
     def plan(self, tokens: Tokens) -> Plan:
         """Where every token of the layer goes."""

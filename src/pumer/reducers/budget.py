@@ -2,7 +2,7 @@
 
 Each takes a Python int, or an int64 tensor with one length per sample, and gives back the same kind, so that the
 row of a padded batch gets the budget it would get alone without the host ever reading a length. Rounding is half to
-even in both, as in the published PuMer code.
+even in both, as in the published PuMer code, unless a function says otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,22 @@ def portion(ratio: float, count: Count) -> Count:
     if isinstance(count, Tensor):
         return torch.round(count.double() * ratio).long()
     return round(ratio * count)
+
+
+def remaining(prune: float, count: Count) -> Count:
+    """How many of `count` tokens stay when a share of them is pruned; at least one."""
+    return larger(count - portion(prune, count), smaller(count, 1))
+
+
+def stage(keep: float, number: int, start: Count, count: Count) -> Count:
+    """How many of `count` tokens stay after this stage, counted from 1, of those that keep a share each.
+
+    Rounded down from the tokens at the start, `int(start * keep**number)`, as in the published code of
+    DynamicViT; at least one stays.
+    """
+    share = keep**number
+    left = (start.double() * share).long() if isinstance(start, Tensor) else int(start * share)
+    return larger(smaller(left, count), smaller(count, 1))
 
 
 def kept(keep: float | int, count: Count) -> Count:

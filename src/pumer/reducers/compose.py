@@ -92,6 +92,11 @@ class Compose(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         return self.inside.lengths(text, image, layer, prefix, grid)
 
+    def lengths_from(
+        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        return self.inside.lengths_from(entered, text, image, layer, prefix, grid)
+
     def plan(self, tokens: Tokens) -> Plan:
         return self.inside.plan(tokens)
 
@@ -166,6 +171,12 @@ class Chain(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         reducer = self._acting(layer)
         return (text, image) if reducer is None else reducer.lengths(text, image, layer, prefix, grid)
+
+    def lengths_from(
+        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        reducer = self._acting(layer)
+        return (text, image) if reducer is None else reducer.lengths_from(entered, text, image, layer, prefix, grid)
 
     def plan(self, tokens: Tokens) -> Plan:
         reducer = self._acting(tokens.layer)

@@ -111,6 +111,7 @@ def own_costs(
             attention_BHNN=torch.ones(1, heads, *seen, device=place) if reducer.needs_attention else None,
             cross=cross,
             encoder=encoder if layer == EMBEDDINGS else None,
+            entered_BI=torch.ones(1, max(lengths[0][1] - prefix, 0), dtype=torch.bool, device=place),
             part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval() if parts is not None else None,
         )
         with FlopCounterMode(display=False) as flops, _Operators() as operators, torch.no_grad():

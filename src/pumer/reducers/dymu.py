@@ -3,7 +3,7 @@
 Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv 2504.17040. This is its
 dynamic merging; its virtual unmerging, in the language model, is not here.
 
-Shape suffixes: B batch, N tokens, A tokens at even positions.
+Shape suffixes: B batch, N tokens, S sources.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, Reducer, Tokens
-from pumer.reducers.matching import absorb, partners
+from pumer.reducers.budget import halves
+from pumer.reducers.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -39,12 +40,15 @@ class _Merging(Reducer):
         valid_BN = tokens.valid_BN[:, first:]
         if valid_BN.shape[1] < 2:
             return Plan.identity(tokens.mask_BN)
-        similarity_BA, partner_BA = partners(tokens.mean_keys_BNC[:, first:], valid_BN)
-        merges_BA = similarity_BA > self._threshold(similarity_BA, tokens.layer)
-        image = absorb(merges_BA, partner_BA, valid_BN, valid_BN.shape[1], tokens.sizes_BN[:, first:])
+        keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
+        similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.prefix)
+        # Of an odd number without [CLS] there is one source more than pairs: the least alike one stays.
+        paired_BS = rank(similarity_BS) < halves(valid_BN.sum(1, keepdim=True))
+        merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
+        image = absorb(merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.prefix)
         return tokens.with_structure(None, image)
 
-    def _threshold(self, similarity_BA: Tensor, layer: int) -> Tensor | float:
+    def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor | float:
         raise NotImplementedError
 
 
@@ -71,7 +75,7 @@ class DyMU(_Merging):
     def layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, threshold in enumerate(self.thresholds) if threshold < 1)
 
-    def _threshold(self, similarity_BA: Tensor, layer: int) -> float:
+    def _threshold(self, similarity_BS: Tensor, layer: int) -> float:
         return self.thresholds[layer]
 
 
@@ -95,12 +99,12 @@ class Cutoffs(_Merging):
     def layers(self) -> tuple[int, ...]:
         return tuple(range(self.depth))
 
-    def _threshold(self, similarity_BA: Tensor, layer: int) -> Tensor:
-        falling = similarity_BA.flatten().sort(descending=True).values
-        pairs = min(self.r * len(similarity_BA), len(falling) - 1)
+    def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor:
+        falling = similarity_BS.flatten().sort(descending=True).values
+        pairs = min(self.r * len(similarity_BS), len(falling) - 1)
         # Halfway between the last pair that is merged and the first that is not, if that is a pair.
         last, following = falling[max(pairs - 1, 0)], falling[pairs]
-        cut = torch.where(following.isfinite(), (last + following) / 2, last - 1e-6).clamp_min(-1)
+        cut = torch.where(following > UNALIKE, (last + following) / 2, last - 1e-6).clamp_min(-1)
         self.noted.setdefault(layer, []).append(cut)
         return cut
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers.base import Grid, Tokens, check_layers
-from pumer.reducers.budget import Count, portion
+from pumer.reducers.budget import Count, stage
 from pumer.reducers.learned import Gate, Learned, decide, mean_of
 from pumer.reducers.matching import rank
 from pumer.reducers.plan import Plan
@@ -24,6 +24,8 @@ from pumer.reducers.registry import register
 @dataclass(frozen=True)
 class DynamicViT(Learned):
     """Keep the image tokens that a trained predictor rates highest, a fixed share of them, after some layers.
+
+    After the s-th of these layers `int(n * keep**s)` of the n image tokens stay that entered the first layer.
 
     Args:
         keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
@@ -60,18 +62,35 @@ class DynamicViT(Learned):
         return nn.ModuleDict({str(layer): Predictor(width, whole=not self.official) for layer in self.layers})
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        return (text, prefix + self._kept(image - prefix)) if layer in self.layers else (text, image)
+        """As after the first stage; what is left of a later one depends on what entered: see `lengths_from`."""
+        if layer not in self.layers:
+            return text, image
+        structure = min(prefix, image)
+        patches = image - structure
+        return text, structure + self._kept(patches, patches, 1)
+
+    def lengths_from(
+        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        if layer not in self.layers:
+            return text, image
+        structure = min(prefix, image)
+        return text, structure + self._kept(max(entered - prefix, 0), image - structure, self._stage(layer))
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
         score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
-        most = self._kept(valid_BN.shape[1])
+        entered_BN, number = valid_BN, 1
+        if tokens.entered_BI is not None:
+            entered_BN, number = tokens.entered_BI, self._stage(tokens.layer)
+        most = self._kept(entered_BN.shape[1], valid_BN.shape[1], number)
         if self.official:
             index_BK = score_BN.topk(most, dim=1).indices
             # The published mask is of ones whatever was kept.
             kept = Plan.select(index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1])
             return tokens.with_structure(None, kept)
-        keep_BN = valid_BN & (rank(score_BN) < self._kept(valid_BN.sum(1))[:, None])
+        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), number)
+        keep_BN = valid_BN & (rank(score_BN) < kept_B[:, None])
         return tokens.with_structure(None, Plan.keep(keep_BN, most))
 
     def gate(self, tokens: Tokens) -> Gate:
@@ -84,7 +103,7 @@ class DynamicViT(Learned):
 
     def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
         """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ... (equation 14)."""
-        stages = [(kept_B - self.keep**stage).square().mean() for stage, kept_B in enumerate(spent, start=1)]
+        stages = [(kept_B - self.keep**number).square().mean() for number, kept_B in enumerate(spent, start=1)]
         return self.weight * torch.stack(stages).mean()
 
     def _logits(self, tokens: Tokens) -> Tensor:
@@ -93,13 +112,18 @@ class DynamicViT(Learned):
         assert tokens.part is not None
         first = tokens.text + tokens.prefix
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
-        rated: Tensor = tokens.part(tokens.states_BND[:, first:], there_BN[:, first:])
+        # What stands in padding may be anything, and anything times zero need not be zero.
+        states_BND = tokens.states_BND.masked_fill(~tokens.valid_BN[..., None], 0)
+        rated: Tensor = tokens.part(states_BND[:, first:], there_BN[:, first:])
         return rated
 
-    def _kept(self, count: Count) -> Count:
+    def _stage(self, layer: int) -> int:
+        return self.layers.index(layer) + 1
+
+    def _kept(self, entered: Count, count: Count, number: int) -> Count:
         if not self.official:
-            return portion(self.keep, count)
-        # Of a count that has [CLS] in it, rounded down; all there are where that is one more.
+            return stage(self.keep, number, entered, count)
+        # Of a count that has [CLS] in it, layer by layer; all there are where that is one more.
         if isinstance(count, int):
             return min(int((count + 1) * self.keep), count)
         return ((count + 1).double() * self.keep).long().minimum(count)

@@ -104,6 +104,23 @@ def decide(logits: Tensor, draw: Draw | None) -> Tensor:
     return (soft > 0.5).float() + soft - soft.detach()
 
 
+def keep_surest(keep_BN: Tensor, logits: Tensor, there_BN: Tensor) -> Tensor:
+    """The decisions, but where they leave none of the tokens that are there, the surest of these stays.
+
+    Args:
+        keep_BN: what `decide` made of the logits.
+        logits: [B,N,(keep, drop)].
+        there_BN: bool, tokens that are real and not gone already.
+    """
+    if keep_BN.shape[1] == 0:
+        return keep_BN
+    margin_BN = (logits[..., 0] - logits[..., 1]).masked_fill(~there_BN, -torch.inf)
+    surest_BN = torch.zeros_like(keep_BN).scatter(1, margin_BN.argmax(1, keepdim=True), 1.0)
+    none_B1 = ~(keep_BN.bool() & there_BN).any(1, keepdim=True)
+    # What is added has no gradient, so that every decision keeps its own.
+    return keep_BN + (none_B1 & there_BN) * surest_BN * (1 - keep_BN).detach()
+
+
 def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
     """Mean over the real tokens, [B]."""
     weights = mask_BN.to(values_BN.dtype)

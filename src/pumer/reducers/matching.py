@@ -1,6 +1,10 @@
 """Bipartite soft matching: which tokens are alike enough to become one (ToMe, ICLR 2023, section 3.1).
 
-Shape suffixes: B batch, N tokens, A tokens at even positions, C tokens at odd positions, D key channels.
+Tokens at even places are sources, which may be merged away; those at odd places are destinations, which
+they are merged into. As in the published code of ToMe, structure tokens in front ([CLS], a distillation
+token) are neither, but count: behind one [CLS] the sources are the patches 1, 3, 5 ... (from 0).
+
+Shape suffixes: B batch, N tokens, S sources, E destinations, D key channels.
 """
 
 from __future__ import annotations
@@ -8,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pumer.reducers.plan import Plan
+from pumer.reducers.budget import halves, smaller
+from pumer.reducers.plan import DROPPED, Plan
 
 
 def rank(score_BN: Tensor) -> Tensor:
@@ -33,54 +38,95 @@ def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Ten
     return place_BN, place_BN - (size_BG.cumsum(1) - size_BG).gather(1, group_BN)
 
 
-def partners(keys_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Best partner at an odd position for every token at an even one.
+UNALIKE = -2.0
+"""Similarity of a pair whose keys are not finite: below every cosine, above that of padding."""
+
+
+def split(count: int, prefix: int) -> tuple[slice, slice]:
+    """Sources and destinations among `count` tokens behind `prefix` structure tokens."""
+    first = prefix % 2
+    return slice(first, count, 2), slice(1 - first, count, 2)
+
+
+def unit_vectors(x_BND: Tensor) -> Tensor:
+    """Directions in float32, also of values whose squares float32 cannot hold; NaN for inf and NaN."""
+    x_BND = x_BND.float()
+    largest_BN1 = x_BND.abs().amax(-1, keepdim=True)
+    scale_BN1 = torch.where((largest_BN1 > 1e15) | (largest_BN1 < 1e-15), largest_BN1, 1.0)
+    return torch.nn.functional.normalize(x_BND / scale_BN1.clamp_min(1e-38), dim=-1)
+
+
+def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """The best destination of every source, at least one of each there.
 
     Args:
         keys_BND: what similarity is measured on (cosine).
         valid_BN: bool, false at padding, which is nobody's partner.
+        prefix: structure tokens in front of these.
 
     Returns:
-        similarity [B,A] (-inf where there is no partner) and the partner's number among the odd positions [B,A].
+        similarity [B,S] (-inf where there is no partner), and the partner's number among the
+        destinations [B,S].
     """
-    unit = torch.nn.functional.normalize(keys_BND.float(), dim=-1)
-    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-    allowed = valid_BN[:, ::2, None] & valid_BN[:, None, 1::2]
-    return torch.where(allowed, similarity, -torch.inf).max(dim=-1)
+    sources, destinations = split(keys_BND.shape[1], prefix)
+    unit_BND = unit_vectors(keys_BND)
+    similarity_BSE = unit_BND[:, sources] @ unit_BND[:, destinations].transpose(1, 2)
+    # Of keys that are not finite nothing can be said, but a promised number of tokens has to go.
+    similarity_BSE = torch.where(similarity_BSE.isfinite(), similarity_BSE, UNALIKE)
+    pair_BSE = valid_BN[:, sources, None] & valid_BN[:, None, destinations]
+    return torch.where(pair_BSE, similarity_BSE, -torch.inf).max(dim=-1)
 
 
 def bipartite(
-    keys_BND: Tensor, valid_BN: Tensor, merged: int | Tensor, slots: int, sizes_BN: Tensor | None = None
+    keys_BND: Tensor,
+    valid_BN: Tensor,
+    merged: int | Tensor,
+    slots: int,
+    sizes_BN: Tensor | None = None,
+    prefix: int = 0,
 ) -> Plan:
-    """Merge the `merged` tokens at even positions that are most like a token at an odd position into it.
+    """Merge the `merged` sources that are most like a destination into it.
 
-    Survivors keep their order; a group stands where its odd-positioned member stood.
+    Survivors keep their order; a group stands where its destination stood. So many tokens go whatever
+    the values are.
 
     Args:
         keys_BND: what similarity is measured on.
-        valid_BN: bool; real tokens come before padding, so that a padded row is matched as it would be alone.
-        merged: how many tokens to merge away, at most half of the real ones: a number, or int64 [B].
+        valid_BN: bool; real tokens come before padding, so that a padded row is matched as it would be
+            alone.
+        merged: how many tokens to merge away: a number, or int64 [B]; at most half of the real ones are.
         slots: number of slots, at least the real tokens less the merged ones of any row.
-        sizes_BN: source tokens that each token stands for already (all one if not given): weights of the average.
+        sizes_BN: source tokens that each token stands for already (all one if not given): weights of
+            the average.
+        prefix: structure tokens in front of these, which count in the split.
     """
     if keys_BND.shape[1] < 2:
         return Plan.keep(valid_BN, slots)
-    best_BA, partner_BA = partners(keys_BND, valid_BN)
-    limit = merged[:, None] if isinstance(merged, Tensor) else merged
-    return absorb((rank(best_BA) < limit) & best_BA.isfinite(), partner_BA, valid_BN, slots, sizes_BN)
+    similarity_BS, partner_BS = partners(keys_BND, valid_BN, prefix)
+    limit_B1 = halves(valid_BN.sum(1, keepdim=True))
+    limit_B1 = smaller(limit_B1, merged[:, None] if isinstance(merged, Tensor) else merged)
+    return absorb(rank(similarity_BS) < limit_B1, partner_BS, valid_BN, slots, sizes_BN, prefix)
 
 
-def absorb(merges_BA: Tensor, partner_BA: Tensor, valid_BN: Tensor, slots: int, sizes_BN: Tensor | None = None) -> Plan:
-    """Merge the marked tokens at even positions into their partners at odd ones.
+def absorb(
+    merges_BS: Tensor,
+    partner_BS: Tensor,
+    valid_BN: Tensor,
+    slots: int,
+    sizes_BN: Tensor | None = None,
+    prefix: int = 0,
+) -> Plan:
+    """Merge the marked sources, real ones with a real partner, into their partners.
 
-    `valid_BN`, `slots` and `sizes_BN` are as in `bipartite`.
+    The other arguments are as in `bipartite`.
     """
-    sizes = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
+    sources, destinations = split(valid_BN.shape[1], prefix)
+    sizes_BN = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
     gone_BN = torch.zeros_like(valid_BN)
-    gone_BN[:, ::2] = merges_BA
+    gone_BN[:, sources] = merges_BS
     stays_BN = valid_BN & ~gone_BN
-    slot_BN = torch.where(stays_BN, stays_BN.long().cumsum(1) - 1, -1)
-    slot_BA = torch.where(merges_BA, slot_BN[:, 1::2].gather(1, partner_BA), slot_BN[:, ::2])
-    slot_BN[:, ::2] = slot_BA
+    slot_BN = torch.where(stays_BN, stays_BN.long().cumsum(1) - 1, DROPPED)
+    joined_BS = slot_BN[:, destinations].gather(1, partner_BS)
+    slot_BN[:, sources] = torch.where(merges_BS, joined_BS, slot_BN[:, sources])
     mask_BK = torch.arange(slots, device=valid_BN.device) < stays_BN.sum(1, keepdim=True)
-    return Plan.merge(slot_BN, mask_BK, sizes)
+    return Plan.merge(slot_BN, mask_BK, sizes_BN)

@@ -55,8 +55,10 @@ class Plan:
 
     @staticmethod
     def keep(keep_BN: Tensor, slots: int) -> Plan:
-        """Keep the marked tokens in their order; `slots` is at least the largest number of marks in a row."""
-        slot_BN = torch.where(keep_BN, keep_BN.long().cumsum(1) - 1, DROPPED)
+        """Keep the marked tokens in their order: of more than `slots` marks in a row the first ones count."""
+        place_BN = keep_BN.long().cumsum(1) - 1
+        keep_BN = keep_BN & (place_BN < slots)
+        slot_BN = torch.where(keep_BN, place_BN, DROPPED)
         positions = torch.arange(keep_BN.shape[1], device=keep_BN.device).expand(keep_BN.shape)
         index_BK = torch.zeros(keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64)
         index_BK = index_BK.scatter(1, torch.where(keep_BN, slot_BN, slots), positions)[:, :slots]
@@ -166,14 +168,26 @@ class Plan:
 
         A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
         float32 a sum in place is as exact, and there ten times as fast.
+
+        A sample's values never reach another sample, and those of a dropped token or of padding nothing at all. A NaN
+        or inf in a token that stays is in its slot alone where tokens are gathered or summed in place; the matrix
+        product spreads it over the sample, as 0 * NaN is NaN.
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
         if x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
-        if x_BND.ndim == 3:
-            return self.matrix(x_BND.dtype) @ x_BND
-        return (self.matrix(x_BND.dtype) @ x_BND[..., None])[..., 0]
+        columns_BND = x_BND if x_BND.ndim == 3 else x_BND[..., None]
+        columns_BND = columns_BND.masked_fill(~self._joins()[..., None], 0)
+        total_BKD = self.matrix(x_BND.dtype) @ columns_BND
+        return total_BKD if x_BND.ndim == 3 else total_BKD[..., 0]
+
+    def _joins(self) -> Tensor:
+        """Which sources go into a slot that counts, bool [B,N]: with fractional masks, every slot does."""
+        joins_BN = self.slot_BN >= 0
+        if self.slots and self.mask_BK.dtype == torch.bool:
+            joins_BN = joins_BN & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
+        return joins_BN
 
     def _add_up(self, x_BND: Tensor) -> Tensor:
         batch, slots = self.mask_BK.shape
@@ -186,8 +200,9 @@ class Plan:
 
     def expand(self, y_BKD: Tensor) -> Tensor:
         """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""
-        slot, kept = self.slot_BN.clamp_min(0), self.slot_BN >= 0
-        return tokens_at(y_BKD, slot) * (kept[..., None] if y_BKD.ndim == 3 else kept)
+        dropped = self.slot_BN < 0
+        values = tokens_at(y_BKD, self.slot_BN.clamp_min(0))
+        return values.masked_fill(dropped[..., None] if y_BKD.ndim == 3 else dropped, 0)
 
     def total(self, sizes_BN: Tensor) -> Tensor:
         """Number of source tokens in every slot [B,K], when the tokens themselves stand for `sizes_BN` ones."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens, check_layers, check_ratios
-from pumer.reducers.budget import Count, portion
+from pumer.reducers.budget import remaining
 from pumer.reducers.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
@@ -38,7 +38,7 @@ class Unreduced(Reducer):
 
 @dataclass(frozen=True)
 class _Selection(Reducer):
-    """Keep a share of the image tokens, chosen by their place alone."""
+    """Keep a share of the image tokens, at least one, chosen by their place alone."""
 
     prune: float = 0.5
     layers: tuple[int, ...] = (EMBEDDINGS,)
@@ -47,16 +47,17 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
-    def _kept(self, count: Count) -> Count:
-        return count - portion(self.prune, count)
-
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        return (text, prefix + self._kept(image - prefix)) if layer in self.layers else (text, image)
+        if layer not in self.layers:
+            return text, image
+        structure = min(prefix, image)
+        return text, structure + remaining(self.prune, image - structure)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
-        keep_BN = valid_BN & self._chosen(valid_BN, self._kept(valid_BN.sum(1))[:, None], tokens.layer)
-        return tokens.with_structure(None, Plan.keep(keep_BN, self._kept(valid_BN.shape[1])))
+        kept_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
+        keep_BN = valid_BN & self._chosen(valid_BN, kept_B1, tokens.layer)
+        return tokens.with_structure(None, Plan.keep(keep_BN, remaining(self.prune, valid_BN.shape[1])))
 
     def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
         raise NotImplementedError
@@ -130,10 +131,12 @@ class Pool(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if layer != self.layer:
             return text, image
-        side = round((image - prefix) ** 0.5)
+        structure = min(prefix, image)
+        patches = image - structure
+        side = round(patches**0.5)
         rows, columns = grid or (side, side)
         # No more windows than patches hold one: a batch of small pictures may be cut short of its grid.
-        return text, prefix + min(self._windows(rows, columns), image - prefix)
+        return text, structure + min(self._windows(rows, columns), patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:

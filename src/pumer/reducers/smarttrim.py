@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers.base import Grid, Tokens, check_layers
-from pumer.reducers.learned import Draw, Gate, Learned, decide, mean_of, start_open
+from pumer.reducers.learned import Draw, Gate, Learned, decide, keep_surest, mean_of, start_open
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -131,16 +131,22 @@ class SmartTrim(Learned):
         return Draw(self.temperature * (1 - 0.5 * progress), noise)
 
     def _keep(self, tokens: Tokens, draw: Draw | None) -> Tensor:
-        """Decisions [B,N]; structure tokens always stay."""
+        """Decisions [B,N]; structure tokens always stay, and one token of the image."""
         assert tokens.states_BND is not None
         assert isinstance(tokens.part, nn.ModuleDict)
         states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
+        there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN > 0
         kept = []
         for name, start, stop, other in (("text", 0, text, text), ("image", text, states.shape[1], 0)):
             head = states.new_ones(len(states), min(prefix, stop - start), dtype=torch.float32)
             if name in tokens.part:
-                logits = tokens.part[name](states[:, start + prefix : stop], states[:, other])
-                kept += [head, decide(logits, draw)]
+                # An image that was dropped whole says nothing of the text.
+                summary = states[:, other] if other < states.shape[1] else torch.zeros_like(states[:, 0])
+                logits = tokens.part[name](states[:, start + prefix : stop], summary)
+                decided = decide(logits, draw)
+                if name == "image":
+                    decided = keep_surest(decided, logits, there_BN[:, start + prefix : stop])
+                kept += [head, decided]
             else:
                 kept.append(states.new_ones(len(states), stop - start, dtype=torch.float32))
         return torch.cat(kept, dim=1)

@@ -20,6 +20,9 @@ from pumer.reducers.registry import register
 class ToMe(Reducer):
     """Merge the most similar image tokens of every layer, whatever the text says.
 
+    Groups, averages and sizes are those of the published code. The order of the tokens stays that of
+    the image, where the published one puts the destinations last.
+
     Args:
         r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with one number per
             layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
@@ -53,14 +56,18 @@ class ToMe(Reducer):
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if layer not in self.layers:
             return text, image
-        return text, image - smaller(self.schedule[layer], halves(image - prefix))
+        return text, image - smaller(self.schedule[layer], halves(max(image - prefix, 0)))
 
     def plan(self, tokens: Tokens) -> Plan:
-        first = tokens.text + tokens.prefix
-        valid_BN = tokens.valid_BN[:, first:]
-        merged = halves(valid_BN.sum(1)).clamp_max(self.schedule[tokens.layer])
-        _, slots = self.lengths(tokens.text, tokens.mask_BN.shape[1] - tokens.text, tokens.layer, tokens.prefix)
-        image = bipartite(
-            tokens.mean_keys_BNC[:, first:], valid_BN, merged, slots - tokens.prefix, tokens.sizes_BN[:, first:]
+        image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
+        count = image.stop - tokens.text
+        _, left = self.lengths(tokens.text, count, tokens.layer, tokens.prefix)
+        matching = bipartite(
+            tokens.mean_keys_BNC[:, image],
+            tokens.valid_BN[:, image],
+            self.schedule[tokens.layer],
+            left - min(tokens.prefix, count),
+            tokens.sizes_BN[:, image],
+            tokens.prefix,
         )
-        return tokens.with_structure(None, image)
+        return tokens.with_structure(None, matching)

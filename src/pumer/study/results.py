@@ -113,7 +113,9 @@ def row(
 def read_rows(path: str | Path, study: str, points: Iterable[Point] | None = None) -> list[dict[str, Any]]:
     """The rows of a results file, numbers as numbers; none if there is no file yet.
 
-    A last row that is not finished is left out: it is being written, or a kill cut it off.
+    A last row that is not finished is left out: it is being written, or a kill cut it off. Of a point that was
+    measured again on a later day, because a method was corrected, the later row counts; the earlier one stays in
+    the file as a record.
 
     Args:
         path: of the file.
@@ -121,7 +123,7 @@ def read_rows(path: str | Path, study: str, points: Iterable[Point] | None = Non
         points: of the study, if every row has to be of one of them.
 
     Raises:
-        ValueError: for other columns, foreign rows, and two rows of one point.
+        ValueError: for other columns, foreign rows, and two rows of one point and day.
     """
     names = None if points is None else {point.id: point.method for point in points}
     return _read(Path(path), study, COLUMNS, FIGURES, names)
@@ -178,8 +180,7 @@ def _read(
     if lines[0] != list(columns):
         other = sorted(set(lines[0]) ^ set(columns)) or ["their order"]
         raise ValueError(f"{path} has other columns (differing in {', '.join(other)}): name another folder")
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    rows: dict[str, dict[str, Any]] = {}
     for number, values in enumerate(lines[1:], start=2):
         if not values:
             continue
@@ -197,11 +198,10 @@ def _read(
             raise ValueError(
                 f"{line}: the method {found['method']!r} is called {names[key]!r} in the study: rename one of them"
             )
-        if key in seen:
+        if key in rows and found["date"] <= rows[key]["date"]:
             raise ValueError(f"{line}, repeats a point: take one of the two lines out")
-        seen.add(key)
-        rows.append(found | {name: _number(found[name], f"{line}: {name}") for name in figures})
-    return rows
+        rows[key] = found | {name: _number(found[name], f"{line}: {name}") for name in figures}
+    return list(rows.values())
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
