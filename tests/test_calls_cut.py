@@ -279,7 +279,7 @@ def test_a_row_with_words_and_no_image(model, name):
 # --- a cache that goes elsewhere ---
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])  # stock Qwen2-VL takes no such call
 @pytest.mark.parametrize("rows", [1, 2], ids=["one", "padded batch"])
 @pytest.mark.parametrize("place", PLACES)
 def test_decoding_a_reduced_cache_with_the_stock_model(family, rows, place):

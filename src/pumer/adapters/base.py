@@ -238,6 +238,8 @@ class Adapter:
 
 
 _ADAPTERS: list[Adapter] = []
+MERGES_IMAGES = ("ColQwen2ForRetrieval",)
+"""Classes that contain a supported model, and hand it image features among the words' embeddings."""
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
@@ -264,6 +266,8 @@ def find(model: nn.Module) -> Adapter:
     known = "; ".join(f"{adapter.family}: {', '.join(adapter.classes)}" for adapter in _ADAPTERS)
     inner = _inside(model)
     hint = f" It contains a {inner}: pass that module instead." if inner else ""
+    if is_a(model, MERGES_IMAGES):
+        hint = f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
     raise ValueError(f"{type(model).__name__} cannot be reduced.{hint} Supported are {known}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pumer.adapters import kv_cache
@@ -78,11 +79,18 @@ def _note(patch: Patch, state: ForwardState) -> None:
         text, image = max(axis.counts, key=sum)
         planned.append((text, image))
         lengths.append((text, image + width - max(left)))
-    last = state.axes[-1]
-    kept_BK = last.index_BK + state.past
-    if last.filled_BK is not None:
-        kept_BK = kept_BK.masked_fill(~last.filled_BK, -1)
-    patch.planned, patch.lengths, patch.entry, patch.kept = planned, lengths, state.entry, kept_BK
+    patch.planned, patch.lengths, patch.entry = planned, lengths, state.entry
+    patch.kept = _kept(state, state.axes[-1])
+
+
+def _kept(state: ForwardState, axis: Axis) -> Tensor:
+    """Places of the real tokens of an axis, in order, -1 behind them [B,K]."""
+    places_BK, filled_BK = axis.index_BK + state.past, axis.filled_BK
+    real_BK = torch.ones_like(places_BK, dtype=torch.bool) if filled_BK is None else filled_BK
+    if state.mask_BL is not None:
+        real_BK = real_BK & state.mask_BL.to(places_BK.device).gather(1, places_BK)
+    order_BK = (~real_BK).to(torch.uint8).argsort(dim=1, stable=True)
+    return places_BK.masked_fill(~real_BK, -1).gather(1, order_BK)
 
 
 def _held(state: ForwardState, cache: Any) -> dict[int, kv_cache.Held]:

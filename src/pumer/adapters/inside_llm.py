@@ -104,7 +104,7 @@ class DecoderHooks:
             prefill.check_inputs(inputs, kv_cache.find(inputs))
         elif prefill.may_be_merged(inputs, kv_cache.find(inputs)):
             warnings.warn(
-                "nothing is reduced in a call that brings inputs_embeds alone: if images are merged into "
+                "nothing was reduced in a call that brings inputs_embeds alone: if images are merged into "
                 "them already, give this model pixel_values instead",
                 stacklevel=4,
             )

@@ -123,14 +123,15 @@ def _question(call_kwargs: dict[str, Any], word_BS: Tensor, image_BS: Tensor) ->
     answer was written. The prompt ends before the first token with a label, and before the last
     `logits_to_keep - 1` ones where these are being scored: that is so in assisted generation, which
     gives a cache, and with trainers of policies, which give `use_cache=False`. Who asks for the last
-    logits of a prompt does neither. `question_mask` says it outright.
+    logits of a prompt does neither. `question_mask` says outright which words are the prompt.
+    The question itself is what stands behind the last image, if anything does.
     """
     length = word_BS.shape[1]
     prompt_BS = word_BS
     labels, scored = call_kwargs.get("labels"), call_kwargs.get("logits_to_keep")
     asked_BL = call_kwargs.get("question_mask")
     if asked_BL is not None:
-        prompt_BS = prompt_BS & asked_BL[:, -length:].to(word_BS.device).bool()
+        prompt_BS = prompt_BS & _of_tokens(asked_BL, word_BS)
     if labels is not None:
         learned_BS = labels.to(word_BS.device) != IGNORED
         prompt_BS = prompt_BS & (learned_BS.cumsum(1) == 0)
@@ -143,7 +144,16 @@ def _question(call_kwargs: dict[str, Any], word_BS: Tensor, image_BS: Tensor) ->
     if prompt_BS is not word_BS:
         prompt_BS = torch.where(prompt_BS.any(1, keepdim=True), prompt_BS, word_BS)
     prompt_BS = prompt_BS & image_BS.any(1, keepdim=True)  # a prompt without images is left alone
-    if asked_BL is not None:
-        return prompt_BS, prompt_BS
-    behind_BS = prompt_BS & (image_BS.cumsum(1) > 0)
+    behind_BS = prompt_BS & (image_BS.flip(1).cumsum(1).flip(1) == 0)
     return prompt_BS, torch.where(behind_BS.any(1, keepdim=True), behind_BS, prompt_BS)
+
+
+def _of_tokens(mask: Tensor, word_BS: Tensor) -> Tensor:
+    """The part of a mask that is of these tokens; what is before it is of those in the cache."""
+    batch, length = word_BS.shape
+    if mask.ndim != 2 or len(mask) != batch or mask.shape[1] < length:
+        raise ValueError(
+            f"question_mask is [{batch},{length}] for these prompts, 1 for words of the question and 0 for others, "
+            f"not {list(mask.shape)}"
+        )
+    return mask[:, -length:].to(word_BS.device).bool()

@@ -131,10 +131,23 @@ def rebind(
         _make_portable(module)
     before = attributes.get(attribute)
     method = Method(name, attribute, function, bound, before, wraps, tuple(adds))
+    wrapped = _wrapped(module, attribute)
+    if wrapped is not None and not wraps:
+        # What calls no stock method has to stay inside the wrapper that somebody has put around it.
+        attributes[METHODS][wrapped] = replace(method, before=attributes[METHODS][wrapped].before)
+        return Rebound(module, wrapped)
     key = next(_keys)
     attributes[METHODS][key] = method
     method.put(module, key)
     return Rebound(module, key)
+
+
+def _wrapped(module: nn.Module, attribute: str) -> int | None:
+    """The last method that was taken off this attribute while somebody had it wrapped; None if there is none."""
+    if attribute not in vars(module):
+        return None
+    methods = reversed(vars(module)[METHODS].items())
+    return next((key for key, old in methods if old.attribute == attribute and old.function is None), None)
 
 
 def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Signature:
