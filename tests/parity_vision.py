@@ -7,7 +7,6 @@ as equal. Shape suffixes as in `pumer.reducers.base`.
 from __future__ import annotations
 
 import torch
-from selector_parity import Case
 from torch import Tensor
 
 from pumer.reducers import (
@@ -27,13 +26,12 @@ from pumer.reducers import (
 )
 from pumer.reducers.cdpruner import mean_direction
 from pumer.reducers.greedy import cosines, determinantal
+from selector_parity import Case
 
 RELATIVE = 1e-5
 
 
-def of_images(
-    states_BID: Tensor, encoder: Encoder | None = None, words_BTD: Tensor | None = None
-) -> Tokens:
+def of_images(states_BID: Tensor, encoder: Encoder | None = None, words_BTD: Tensor | None = None) -> Tokens:
     """Image tokens of one or several crops, all real, with the words that belong to them."""
     text = 0 if words_BTD is None else words_BTD.shape[1]
     states_BND = states_BID if words_BTD is None else torch.cat([words_BTD, states_BID], 1)
@@ -96,9 +94,7 @@ def fastervlm(case: Case) -> None:
 
 def vispruner(case: Case) -> None:
     features_BND = case.inputs["features"]
-    encoder = Encoder(
-        features_BND=features_BND, class_attention_BN=case.inputs["class_attention"].mean(1)
-    )
+    encoder = Encoder(features_BND=features_BND, class_attention_BN=case.inputs["class_attention"].mean(1))
     reducer = VisPruner(**case.settings)
     if case.raises:  # an odd number of tokens for the diverse part: ours takes them
         return valid(reducer, of_images(features_BND, encoder), case.settings["keep"])
@@ -161,9 +157,7 @@ def visionzip(case: Case) -> None:
         keys_BNC=case.inputs["keys"][None, 1:],
     )
     dominant, contextual = case.settings["dominant"], case.settings["contextual"]
-    plan = VisionZip(keep=dominant + contextual, contextual=contextual).plan(
-        of_images(features_BND, encoder)
-    )
+    plan = VisionZip(keep=dominant + contextual, contextual=contextual).plan(of_images(features_BND, encoder))
     stand_by_themselves(plan, case.outputs["keep"])
     order_K = case.outputs["order_positions"].argsort()
     equal_features(plan.reduce(features_BND)[0], case.outputs["features"][order_K])
@@ -176,9 +170,7 @@ def prumerge(case: Case) -> None:
     """
     keys_BNC, query_BC = case.inputs["keys"][None], case.inputs["queries"][None, 0]
     logits_BN = (query_BC[:, None] @ keys_BNC.transpose(1, 2))[:, 0] * keys_BNC.shape[2] ** -0.5
-    encoder = Encoder(
-        last_class_attention_BN=logits_BN.softmax(-1)[:, 1:], last_keys_BNC=keys_BNC[:, 1:]
-    )
+    encoder = Encoder(last_class_attention_BN=logits_BN.softmax(-1)[:, 1:], last_keys_BNC=keys_BNC[:, 1:])
     features_BND = case.inputs["features"][None, 1:]
     plan = PruMerge(plus=case.method == "prumerge_plus").plan(of_images(features_BND, encoder))
 

@@ -280,11 +280,7 @@ def prumerge_fixed(picture, count):
     kept = set(top(picture.last_attention, max(1, count // 4)))
     free = [t for t in range(picture.count) if t not in kept]
     more = count - len(kept)
-    kept |= {
-        token
-        for place, token in enumerate(free)
-        if (place + 1) * more // len(free) > place * more // len(free)
-    }
+    kept |= {token for place, token in enumerate(free) if (place + 1) * more // len(free) > place * more // len(free)}
     return prumerge_shares(picture, kept, extra)
 
 

@@ -80,9 +80,11 @@ ADAPTIVE = {
     "dymu": DyMU(thresholds=(0.2, 0.4, 0.3)),
     "fopru-whole-rows": FoPru(strategy="row", fill=False),
 }
-EVERY = {name: reducer for name, (reducer, _) in (SELECTORS | MERGERS).items()} | FIXED | {
-    f"{name}-adaptive": reducer for name, reducer in ADAPTIVE.items()
-}
+EVERY = (
+    {name: reducer for name, (reducer, _) in (SELECTORS | MERGERS).items()}
+    | FIXED
+    | {f"{name}-adaptive": reducer for name, reducer in ADAPTIVE.items()}
+)
 every = pytest.mark.parametrize("reducer", EVERY.values(), ids=EVERY)
 
 
@@ -325,6 +327,7 @@ def test_settings_survive_json(reducer):
         (lambda: SparseVLM(keep=(5,), layers=(-1,)), "cannot act before layer 0"),
         (lambda: VisionZip(contextual=1.5), "contextual is a share"),
         (lambda: VisionZip(contextual=-1), "contextual is a share"),
+        (lambda: FoPru(saliency="cls"), "saliency is one of class, received, variance"),
         (lambda: SCOPE(combine="sum"), "combine is one of multiply, add"),
         (lambda: SCOPE(saliency="variance"), "saliency is one of class, received"),
         (lambda: HoloV(chunks="many"), "chunks is"),

@@ -25,17 +25,18 @@ WORDS_AT_ONCE = 1024
 @register
 @dataclass(frozen=True)
 class CDPruner(Selector):
-    """Greedy choice from a determinantal point process: similarity of image tokens, weighted by relevance to the text.
+    """Greedy choice from a determinantal point process: tokens unlike each other and relevant.
 
-    Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models without a CLIP text tower;
-    the images of a prompt without text are chosen for diversity alone. The published code for LLaVA compares CLIP's
-    embeddings of patches and of the prompt, which takes the text tower that LLaVA left behind. The published budget is
-    one for each crop.
+    Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models
+    without a CLIP text tower; the images of a prompt without text are chosen for diversity alone.
+    The published code for LLaVA compares CLIP's embeddings of patches and of the prompt, which
+    takes the text tower that LLaVA left behind. The published budget is one for each crop.
 
     Args:
-        theta: weight of relevance against diversity in (0, 1); None takes relevance as it is, the published default.
-        inverted: count the least similar tokens as the most relevant, as published for the towers of CLIP, where
-            patches that the text is about are less like it.
+        theta: weight of relevance against diversity in (0, 1); None, the published default, takes
+            relevance as it is.
+        inverted: count the least similar tokens as the most relevant, as published for the towers
+            of CLIP, where patches that the text is about are less like it.
     """
 
     name = "cdpruner"

@@ -19,24 +19,25 @@ from pumer.reducers.budget import portion
 from pumer.reducers.matching import rank, rank_in_groups
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
-from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.selector import SALIENCY, Selector, best, candidates, encoded
 
 STRATEGIES = ("rank", "row")
+VARIANCE = "variance"
 
 
 @register
 @dataclass(frozen=True)
 class FoPru(Selector):
-    """Keep the image tokens that the vision encoder attends to most, or the rows of the picture with the most of it.
+    """Keep the image tokens that the vision encoder attends to most, or the rows with the most of it.
 
     Args:
-        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such as a line of text,
-            stays in one piece.
+        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such
+            as a line of text, stays in one piece.
         saliency: "received" attention (mean over heads and queries), that of the "class" token, or
             "variance": attention averaged over queries or over keys, whichever varies more from
             token to token of the image.
-        fill: with "row": make up the exact budget from the best tokens of the next row. Without it, the share of the
-            rows, rounded, at least one; `keep` is a share then.
+        fill: with "row": make up the exact budget from the best tokens of the next row. Without it,
+            the share of the rows, rounded, at least one; `keep` is a share then.
     """
 
     name = "fopru"
@@ -46,8 +47,9 @@ class FoPru(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.saliency != "variance":
-            check_saliency(self.saliency)
+        if self.saliency not in (*SALIENCY, VARIANCE):
+            known = ", ".join((*SALIENCY, VARIANCE))
+            raise ValueError(f"saliency is one of {known}, not {self.saliency!r}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self._whole_rows and isinstance(self.keep, int):
@@ -59,7 +61,7 @@ class FoPru(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        if self.saliency == "variance":
+        if self.saliency == VARIANCE:
             return frozenset({"received_BN", "given_BN"})
         return frozenset({SALIENCY[self.saliency]})
 
@@ -91,7 +93,7 @@ class FoPru(Selector):
 
     def _saliency(self, tokens: Tokens) -> Tensor:
         """How much attention each token gets, [B,I]."""
-        if self.saliency != "variance":
+        if self.saliency != VARIANCE:
             return encoded(tokens, SALIENCY[self.saliency])
         valid_BI = candidates(tokens)
         received_BI, given_BI = encoded(tokens, "received_BN"), encoded(tokens, "given_BN")

@@ -1,7 +1,7 @@
-"""Choosing a set token by token, each for what it adds to those before: diversity, determinants, coverage.
+"""Choosing a set token by token, each for what it adds to those before.
 
-All samples of a batch take their steps together, as many as the largest budget asks for; a row that has all its tokens
-goes on choosing and nothing comes of it. No step waits for the host.
+All samples of a batch take their steps together, as many as the largest budget asks for; a row that
+has all its tokens goes on choosing and nothing comes of it. No step waits for the host.
 
 Shape suffixes: B batch, I candidates, D channels, K steps.
 """
@@ -28,7 +28,11 @@ def unit_length(x_BID: Tensor) -> Tensor:
 
 
 def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
-    """The token farthest from its nearest neighbour, then always the one farthest from all chosen: bool [B,I]."""
+    """The token farthest from its nearest neighbour, then always the one farthest from those chosen.
+
+    Returns:
+        Which tokens are chosen, bool [B,I].
+    """
     distance = 1 - cosine_BII
     itself = torch.eye(valid_BI.shape[1], dtype=torch.bool, device=valid_BI.device)
     nearest = distance.masked_fill(itself | ~valid_BI[:, None], torch.inf).amin(2)
@@ -36,14 +40,18 @@ def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: i
     for step in range(most):
         pick_B1 = _best(nearest, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < kept_B)
-        nearest = _row(distance, pick_B1) if step == 0 else torch.minimum(nearest, _row(distance, pick_B1))
+        to_pick = _row(distance, pick_B1)
+        nearest = to_pick if step == 0 else torch.minimum(nearest, to_pick)
     return chosen
 
 
 def determinantal(kernel_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
-    """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS 2018): bool [B,I].
+    """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS 2018).
 
     Where the kernel has a lower rank than the budget, what is left is told apart by rounding alone.
+
+    Returns:
+        Which tokens are chosen, bool [B,I].
     """
     chosen = torch.zeros_like(valid_BI)
     left_BI = kernel_BII.diagonal(dim1=1, dim2=2)
@@ -52,9 +60,10 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: in
         pick_B1 = _best(left_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < kept_B)
         before = factor_BKI[:, :step]
-        own = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
-        explained = (own * before).sum(1)
-        added = (_row(kernel_BII, pick_B1) - explained) / left_BI.gather(1, pick_B1).clamp_min(1e-30).sqrt()
+        picked = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
+        explained = (picked * before).sum(1)
+        length_B1 = left_BI.gather(1, pick_B1).clamp_min(1e-30).sqrt()
+        added = (_row(kernel_BII, pick_B1) - explained) / length_B1
         factor_BKI[:, step] = added
         left_BI = (left_BI - added.square()).clamp_min(0)
     return chosen

@@ -35,7 +35,9 @@ vary."""
 @register
 @dataclass(frozen=True)
 class HoloV(Selector):
-    """Share the budget among chunks of the image by attention and variety; in each, keep what is attended to most.
+    """Share the budget among chunks of the image; in each, keep what is attended to most.
+
+    A chunk's share is the mean of its tokens' attention and variety.
 
     As published, but where the quota of a chunk exceeds its tokens: the published code then returns
     rows of zeros, and here the most attended of all tokens that are left fill the budget.
@@ -54,7 +56,7 @@ class HoloV(Selector):
         super().__post_init__()
         check_saliency(self.saliency)
         if self.chunks != "auto" and not (isinstance(self.chunks, int) and self.chunks >= 1):
-            raise ValueError(f'chunks is "auto" or how many, at least one chunk, not {self.chunks!r}')
+            raise ValueError(f'chunks is "auto" or at least one chunk, not {self.chunks!r}')
 
     @property
     def needs(self) -> frozenset[str]:

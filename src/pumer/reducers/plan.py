@@ -191,7 +191,7 @@ class Plan:
             return tokens_at(x_BND, self.index_BK)
         if self.shares_BKN is not None:
             # Padding may hold anything, and zero times that need not be zero.
-            enters_BN = (self.shares_BKN != 0).any(1)
+            enters_BN = ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
             x_BND = torch.where(enters_BN[..., None] if x_BND.ndim == 3 else enters_BN, x_BND, 0)
         elif x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
             return self._add_up(x_BND)

@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+: keep the outliers of the [CLS] token's attention, merge the others into them.
+"""PruMerge and PruMerge+: keep the outliers of [CLS]'s attention, merge the others into them.
 
 Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV
 2025, arXiv 2403.15388.
@@ -21,8 +21,8 @@ from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, check_saliency, encoded
 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
-"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what each
-receives in the layer of the features, which no published code does."""
+"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what they
+receive in the layer of the features, which no published code does."""
 NEIGHBOURS = 32
 """Tokens that are added to each kept one, as published."""
 
@@ -30,7 +30,7 @@ NEIGHBOURS = 32
 @register
 @dataclass(frozen=True)
 class PruMerge(Selector):
-    """Keep the image tokens whose attention is an outlier, and evenly spaced ones besides; merge the others into these.
+    """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into these.
 
     Attention and keys are those of the tower's last layer, all heads taken as one. To every kept
     token the 32 tokens are added whose keys are most like its own, kept ones among them, each times
@@ -126,9 +126,7 @@ class PruMerge(Selector):
         place_I = torch.arange(valid_BI.shape[1], device=valid_BI.device)
         cosine_BKI = tokens_at(cosines(encoded(tokens, "last_keys_BNC")), keeping.index_BK)
         other_BKI = valid_BI[:, None] & (place_I != keeping.index_BK[..., None])
-        order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(
-            dim=2, descending=True, stable=True
-        )
+        order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(dim=2, descending=True, stable=True)
         near_BKI = torch.zeros_like(other_BKI).scatter(2, order_BKI[..., :NEIGHBOURS], True)
         near_BKI = near_BKI & other_BKI & keeping.mask_BK[..., None]
 
@@ -143,8 +141,9 @@ class PruMerge(Selector):
 
 
 def _quantile(value_BI: Tensor, valid_BI: Tensor, share: float) -> Tensor:
-    """The value that this share of a row's real tokens lie below, between two of them in proportion, [B]."""
+    """The value that this share of a row's real tokens lie below, interpolated, [B]."""
     rising = value_BI.masked_fill(~valid_BI, torch.inf).sort(1).values
     place_B = share * (valid_BI.sum(1) - 1).clamp_min(0).double()
-    low, high = (rising.gather(1, place[:, None].long())[:, 0] for place in (place_B.floor(), place_B.ceil()))
-    return low + (high - low) * (place_B - place_B.floor())
+    below_B, above_B = place_B.floor(), place_B.ceil()
+    low, high = (rising.gather(1, at_B[:, None].long())[:, 0] for at_B in (below_B, above_B))
+    return low + (high - low) * (place_B - below_B)

@@ -1,4 +1,4 @@
-"""The spectrum of the image's features: how many directions hold its energy, and which tokens span these.
+"""The spectrum of the image's features: how many directions hold its energy, which tokens span them.
 
 In double precision: squares of large features overflow in float32. On CUDA the eigen-decomposition
 makes the host wait once.
@@ -35,7 +35,8 @@ def leverage(x_BID: Tensor, share: float) -> Tensor:
     """Each token's part in the directions that hold this share of the energy, float64 [B,I].
 
     A row sums to 1, but where the last of these directions is as strong as the next one: then all
-    directions as strong as it count, since none of them is a direction of its own.
+    directions as strong as it count, since none of them is a direction of its own. Features that
+    are all zero have no leverage.
 
     Args:
         x_BID: features, finite, zero at padding, which then has no leverage.
@@ -50,8 +51,8 @@ def leverage(x_BID: Tensor, share: float) -> Tensor:
         vectors = x @ vectors / energy_BR[:, None].sqrt().clamp_min(1e-12)
     count_B1 = directions_for(share, energy_BR)[:, None]
     weakest_B1 = energy_BR.gather(1, count_B1 - 1)
-    strong_BR = energy_BR >= weakest_B1 * (1 - ROUNDING)
-    # In steps, so that where every token is a direction of its own their places tell, and not the last bit.
+    strong_BR = (energy_BR >= weakest_B1 * (1 - ROUNDING)) & (energy_BR > 0)
+    # In steps, so that where every token is a direction of its own their places tell.
     summed: Tensor = (vectors.square() * strong_BR[:, None]).sum(2).round(decimals=5)
     return summed / count_B1
 

@@ -1,6 +1,7 @@
 """VisionZip: dominant tokens, and contextual ones that the rest is merged into.
 
-Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
+arXiv 2412.04467.
 
 Shape suffixes: B batch, I image tokens, K slots.
 """
@@ -23,7 +24,7 @@ from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_
 @register
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """Keep the image tokens that the encoder attends to most, and merge the others into evenly spaced ones of theirs.
+    """Keep the image tokens that the encoder attends to most; merge the others into a few of theirs.
 
     What is merged into a token is averaged and then added to it, as published: it comes out about
     twice as long as it was. Published is that features before the projector are merged and then
@@ -48,8 +49,7 @@ class VisionZip(Selector):
         whole = isinstance(self.contextual, int) and self.contextual >= 0
         if not (whole or 0 <= self.contextual <= 1):
             raise ValueError(
-                "contextual is a share in [0, 1] or a whole number of tokens such as 10, "
-                f"not {self.contextual}"
+                f"contextual is a share in [0, 1] or a whole number of tokens such as 10, not {self.contextual}"
             )
 
     @property
@@ -70,18 +70,21 @@ class VisionZip(Selector):
             contextual_B = kept_B.clamp_max(self.contextual)
         else:
             contextual_B = portion(self.contextual, kept_B)
-        dominant_BI = best(encoded(tokens, SALIENCY[self.saliency]), valid_BI, kept_B - contextual_B)
+        attention_BI = encoded(tokens, SALIENCY[self.saliency])
+        dominant_BI = best(attention_BI, valid_BI, kept_B - contextual_B)
 
+        # Targets at even distances among the others.
         rest_BI = valid_BI & ~dominant_BI
         place_BI = rest_BI.long().cumsum(1) - 1
-        step_B1 = (rest_BI.sum(1) // contextual_B.clamp_min(1)).clamp_min(1)[:, None]
-        target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B[:, None])
+        contextual_B1 = contextual_B[:, None]
+        step_B1 = (rest_BI.sum(1, keepdim=True) // contextual_B1.clamp_min(1)).clamp_min(1)
+        target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B1)
 
         # The target of every other token: the one whose key is most like its own.
         cosine_BII = cosines(encoded(tokens, "keys_BNC"))
         nearest_BI = cosine_BII.masked_fill(~target_BI[:, None], -torch.inf).argmax(2)
         keeping = Plan.keep(dominant_BI | target_BI, most)
-        joined_BI = torch.where(contextual_B[:, None] > 0, keeping.slot_BN.gather(1, nearest_BI), DROPPED)
+        joined_BI = keeping.slot_BN.gather(1, nearest_BI).masked_fill(contextual_B1 == 0, DROPPED)
         merged_BI = rest_BI & ~target_BI
         slot_BI = torch.where(merged_BI, joined_BI, keeping.slot_BN)
         count_BK = Plan(slot_BI, keeping.weight_BN, keeping.mask_BK).total(merged_BI.float())

@@ -1,8 +1,8 @@
-"""FasterVLM and VisPruner: what the vision encoder's [CLS] attends to, and what differs from the rest.
+"""FasterVLM and VisPruner: what the encoder's [CLS] attends to, and what differs from the rest.
 
-Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (VisPruner),
-ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (FasterVLM),
-2024. Both arXiv 2412.01818.
+Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
+VLMs" (VisPruner), ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free
+Visual Token Pruning" (FasterVLM), 2024. Both arXiv 2412.01818.
 
 Shape suffixes: B batch, I image tokens, L places in the list of remaining ones, D channels.
 """
@@ -57,14 +57,15 @@ class FasterVLM(Selector):
 @register
 @dataclass(frozen=True)
 class VisPruner(FasterVLM):
-    """Keep the image tokens attended to most, and of the others those that are left when duplicates are removed.
+    """Keep the image tokens attended to most, and of the others what is left without duplicates.
 
     Similarity is compared in float64, as published. Where an odd number of tokens is left, or more
     than half must go, the published code fails; here the list of even places is one longer, and no
     round takes more than half.
 
     Args:
-        important: share of the kept tokens that are chosen by attention. Published: 0.5, at 64 tokens 0.75.
+        important: share of the kept tokens that are chosen by attention, rounded down. Published:
+            0.5, at 64 tokens 0.75.
     """
 
     name = "vispruner"
