@@ -12,6 +12,7 @@ from pumer.reducers import (
     SCOPE,
     CDPruner,
     Chain,
+    Compose,
     DivPrune,
     Encoder,
     Energy,
@@ -130,12 +131,14 @@ def test_who_has_a_budget_for_each_crop():
         "visionzip",
         "vispruner",
     }
-    assert Energy(VisionZip()).per_crop
+    for wrapped in (Energy(VisionZip()), Chain((VisionZip(),)), Compose(inside=VisionZip())):
+        assert wrapped.per_crop
+        assert wrapped.before_projector
+    assert not Chain((DivPrune(), PyramidDrop())).per_crop
     assert {name for name, r in REDUCERS.items() if r.before_projector} == {
         "visionzip",
         "visionzip-count",
     }
-    assert Energy(VisionZip()).before_projector
 
 
 def test_words_are_read_in_parts():
@@ -301,6 +304,16 @@ def test_no_image_token_at_all(reducer):
     plan = reducer.plan(padded)
     holds(reducer, plan, padded)
     assert torch.equal(plan.slot_BN[1], reducer.plan(tokens).slot_BN[1])
+
+
+def test_relevance_alone_decides_at_the_end_of_theta():
+    """exp(5,000) is more than there is."""
+    image, words = noise(1, 30, 8), noise(1, 5, 8)
+    tokens = of_images(image, words_BTD=words)
+    cosines = (unit_length(image) @ unit_length(words).transpose(1, 2)).mean(2)[0]
+    for inverted, best in ((False, cosines.argmax()), (True, cosines.argmin())):
+        plan = CDPruner(keep=1, theta=0.9999, inverted=inverted).plan(tokens)
+        assert kept(plan, text=5) == [int(best)]
 
 
 def test_a_calibration_on_what_has_no_energy():
