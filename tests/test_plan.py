@@ -256,6 +256,19 @@ def test_parts_of_a_plan(data, count):
         torch.testing.assert_close(again.reduce(x), both.reduce(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_may_hold_anything(dtype):
+    """Slots of nothing but padding, and padding that goes nowhere, as a matrix product would spread."""
+    text = Plan.identity(torch.tensor([[True, True, False]]))
+    image = Plan.merge(torch.tensor([[0, 1, 0, -1]]), torch.ones(1, 2).bool(), torch.ones(1, 4))
+    plan = Plan.side_by_side([text, image])
+    x = torch.randn(1, 7, 3, dtype=dtype)
+    expected = plan.reduce(x)
+    x[:, [2, 6]] = torch.nan
+    found = plan.reduce(x)
+    assert torch.equal(found[plan.mask_BK], expected[plan.mask_BK])
+
+
 # --- budgets ---
 
 

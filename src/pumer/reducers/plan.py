@@ -189,15 +189,23 @@ class Plan:
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
-        if self.shares_BKN is not None:
-            # Padding may hold anything, and zero times that need not be zero.
-            enters_BN = ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
-            x_BND = torch.where(enters_BN[..., None] if x_BND.ndim == 3 else enters_BN, x_BND, 0)
-        elif x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
+        on_cpu = x_BND.device.type == "cpu" and x_BND.dtype == torch.float32
+        if self.shares_BKN is None and on_cpu and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
+        # Padding may hold anything, and zero times that need not be zero.
+        enters_BN = self._enters()
+        x_BND = torch.where(enters_BN[..., None] if x_BND.ndim == 3 else enters_BN, x_BND, 0)
         if x_BND.ndim == 3:
             return self.matrix(x_BND.dtype) @ x_BND
         return (self.matrix(x_BND.dtype) @ x_BND[..., None])[..., 0]
+
+    def _enters(self) -> Tensor:
+        """Which sources enter a slot that holds something, bool [B,N]."""
+        if self.shares_BKN is not None:
+            return ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
+        if self.mask_BK.dtype != torch.bool:  # the published code counts what is masked
+            return self.slot_BN >= 0
+        return (self.slot_BN >= 0) & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
 
     def _add_up(self, x_BND: Tensor) -> Tensor:
         batch, slots = self.mask_BK.shape
