@@ -80,7 +80,8 @@ def test_shares_in_several_slots_are_placed(drawn, seed):
     filled = torch.arange(count) >= torch.tensor(empty)[:, None]
     marks = torch.zeros(batch, count, dtype=torch.bool)
     index = torch.arange(count).expand(batch, -1)
-    axis = Axis(index, filled, marks, marks, filled.float(), ((0, 0),) * batch, whole=False)
+    counts = ((0, 0),) * batch
+    axis = Axis(index, filled, marks, marks, marks, marks, filled.float(), counts, whole=False)
     placed = place(replace(plan, shares_BKN=shares), axis, None, at, valid, count + 1)
 
     x = torch.randn(batch, count, 3, generator=generator)

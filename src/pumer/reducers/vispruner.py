@@ -112,7 +112,7 @@ def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wan
     rows = torch.arange(len(list_BL), device=list_BL.device)[:, None]
     start = list_BL.shape[1]
     # Below sixteen tokens a step can only take half of them: up to four steps more.
-    for step in range(-(-start // AT_ONCE) + 4):
+    for step in range(-(-start // AT_ONCE) + 4 if start > 1 else 0):
         length = min(start, max(start - step * AT_ONCE, most, 2 * AT_ONCE))  # no row has more left
         list_BL = list_BL[:, :length]
         real_BL = torch.arange(length, device=list_BL.device) < left_B[:, None]
