@@ -23,6 +23,9 @@ class Picture:
     attention: np.ndarray
     received: np.ndarray
     tower_keys: np.ndarray
+    given: np.ndarray
+    last_attention: np.ndarray
+    last_keys: np.ndarray
     queries: np.ndarray
     keys: np.ndarray
     sizes: np.ndarray
@@ -84,6 +87,9 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS,
             received_BN=noise(len(grids), image).exp() / image / 2,
             keys_BNC=noise(len(grids), image, 8),
             queries_BNC=noise(len(grids), image, 8),
+            given_BN=noise(len(grids), image).exp() / image / 2,
+            last_class_attention_BN=noise(len(grids), image).mul(2).exp() / image / 8,
+            last_keys_BNC=noise(len(grids), image, 12),
         ),
         place_BN=places,
         embeddings=embeddings,
@@ -143,6 +149,9 @@ def picture(tokens, row, grids=GRIDS):
         attention=array(encoder.class_attention_BN),
         received=array(encoder.received_BN),
         tower_keys=array(encoder.keys_BNC),
+        given=array(encoder.given_BN),
+        last_attention=array(encoder.last_class_attention_BN),
+        last_keys=array(encoder.last_keys_BNC),
         queries=array(one.queries_BHNC),
         keys=array(one.keys_BHNC),
         sizes=array(one.sizes_BN)[one.text :],
@@ -165,6 +174,13 @@ def shares(plan, tokens, row):
         if tokens.mask_BN[row, text + token] and slot >= 0:
             members[slot - text][token] = float(plan.weight_BN[row, text + token])
     return members
+
+
+def mixture(plan, tokens, row):
+    """The matrix of a plan's shares for the image of a row: filled slots x real image tokens."""
+    text = tokens.text
+    slots, real = plan.mask_BK[row, text:].bool(), tokens.mask_BN[row, text:]
+    return plan.matrix()[row, text:, text:][slots][:, real].double().numpy()
 
 
 def kept(plan, tokens, row):

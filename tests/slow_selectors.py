@@ -30,6 +30,10 @@ def fopru(picture, count):
     return top(picture.received, count)
 
 
+def fopru_variance(picture, count):
+    return top(max(picture.received, picture.given, key=np.var), count)
+
+
 def rows_of(picture):
     """The rows of the picture as lists of tokens, from the one received most attention on average."""
     rows, columns = picture.grid
@@ -53,7 +57,7 @@ def fopru_whole_rows(picture, share):
 def leverage(features, energy):
     u, s, _ = np.linalg.svd(features, full_matrices=False)
     count = 1
-    while sum(s[:count] ** 2) < energy * sum(s**2):
+    while sum(s[:count] ** 2) < energy * sum(s**2) * (1 - 1e-9):
         count += 1
     return [round(sum(u[token, :count] ** 2), 5) / count for token in range(len(features))]
 
@@ -102,22 +106,24 @@ def cdpruner(picture, count, inverted=False, theta=None):
     return sorted(kept)
 
 
-def scope(picture, count, alpha=1.0):
-    similarity = cosine(picture.states)
+def scope(picture, count, alpha=1.0, combine="multiply"):
+    """Coverage of the encoder's output, weighed by attention or with it added."""
+    similarity = cosine(picture.features)
     kept, covered = [], np.zeros(picture.count)
     while len(kept) < count:
-        rest = [t for t in range(picture.count) if t not in kept]
-        gain = {
-            t: picture.attention[t] ** alpha
-            * round(sum(max(0, s - c) for s, c in zip(similarity[t], covered, strict=True)), 5)
-            for t in rest
-        }
-        kept.append(max(rest, key=gain.get))
+        free = [t for t in range(picture.count) if t not in kept]
+        gain = {t: round(np.maximum(similarity[t] - covered, 0).sum(), 9) for t in free}
+        if combine == "add":
+            value = {t: gain[t] + alpha * picture.attention[t] for t in free}
+        else:
+            value = {t: gain[t] * picture.attention[t] ** alpha for t in free}
+        kept.append(max(free, key=value.get))
         covered = np.maximum(covered, similarity[kept[-1]])
     return sorted(kept)
 
 
 def vispruner(picture, count, important=0.5):
+    """The next list begins with the even places that stay, from the most to the least similar."""
     similarity = cosine(picture.features)
     order = sorted(range(picture.count), key=lambda t: -picture.attention[t])
     first = int(count * important)
@@ -125,31 +131,42 @@ def vispruner(picture, count, important=0.5):
     while len(rest) > wanted and wanted > 0:
         gone = min(8, len(rest) - wanted, len(rest) // 2)
         even, odd = rest[::2], rest[1::2]
-        even.sort(key=lambda t: max(similarity[t, u] for u in odd))
-        rest = even[: len(even) - gone] + odd
+        even.sort(key=lambda t: -max(similarity[t, u] for u in odd))
+        rest = even[gone:] + odd
     return sorted(kept + (rest if wanted else []))
 
 
+def in_chunks(count, chunks):
+    """Tokens in as many stretches; the first ones are longer where they cannot all be equal."""
+    sizes = [count // chunks + (number < count % chunks) for number in range(chunks)]
+    tokens = iter(range(count))
+    return [[next(tokens) for _ in range(size)] for size in sizes]
+
+
+def variety(states):
+    """Variance of a token's similarities to the others of its chunk, from 0 to 1 in the chunk."""
+    similarity = cosine(states)
+    np.fill_diagonal(similarity, 0)
+    others = max(len(states) - 1, 1)
+    mean = similarity.sum(1, keepdims=True) / others
+    variance = ((similarity - mean) ** 2).sum(1) / others
+    return (variance - variance.min()) / max(variance.max() - variance.min(), 1e-9)
+
+
 def holov(picture, count, chunks):
-    size = math.ceil(picture.count / chunks)
-    parts = [list(range(start, min(start + size, picture.count))) for start in range(0, picture.count, size)]
+    if chunks == "auto":
+        chunks = max(1, int(1024 * picture.count / 576 / count))
+    parts = [part for part in in_chunks(picture.count, chunks) if part]
     attention = 1000 * picture.attention
-    variety = np.zeros(picture.count)
-    for part in parts:
-        similarity = cosine(picture.states[part])
-        np.fill_diagonal(similarity, 0)
-        others = max(len(part) - 1, 1)
-        for place, token in enumerate(part):
-            mean = sum(similarity[place]) / others
-            variety[token] = sum((one - mean) ** 2 for one in similarity[place]) / others
-    score = attention + 0.09 * variety * attention.mean() / (variety.mean() or 1)
-    means = [score[part].mean() for part in parts]
+    means = [np.mean(attention[part] + 0.09 * variety(picture.states[part])) for part in parts]
     quota = [math.floor(count * mean / sum(means)) for mean in means]
     for part in sorted(range(len(parts)), key=lambda p: -means[p])[: count - sum(quota)]:
         quota[part] += 1
     by_attention = sorted(range(picture.count), key=lambda t: -attention[t])
     kept = [
-        t for part, number in zip(parts, quota, strict=True) for t in [u for u in by_attention if u in part][:number]
+        token
+        for part, share in zip(parts, quota, strict=True)
+        for token in [t for t in by_attention if t in part][:share]
     ]
     return sorted(kept + [t for t in by_attention if t not in kept][: count - len(kept)])
 
@@ -252,43 +269,55 @@ def sparsevlm(picture, count, merge="mean"):
 
 
 def visionzip(picture, count, contextual):
-    extra = round(contextual * count)
+    extra = min(contextual, count) if isinstance(contextual, int) else round(contextual * count)
     dominant = top(picture.attention, count - extra)
-    rest = [t for t in range(picture.count) if t not in dominant]
+    others = [t for t in range(picture.count) if t not in dominant]
     similarity = cosine(picture.tower_keys)
-    targets = rest[:: max(1, len(rest) // extra)][:extra] if extra else []
+    targets = others[:: max(1, len(others) // extra)][:extra] if extra else []
     joined = {t: [] for t in targets}
-    for token in rest:
+    for token in others:
         if token not in targets and targets:
             joined[max(targets, key=lambda t: similarity[token, t])].append(token)
     groups = {t: {t: 1.0} for t in dominant}
-    groups |= {t: {t: 1.0, **{u: 1 / len(others) for u in others}} for t, others in joined.items()}
+    groups |= {t: {t: 1.0, **{u: 1 / len(same) for u in same}} for t, same in joined.items()}
     return [groups[leader] for leader in sorted(groups)]
 
 
-def prumerge_groups(picture, kept):
-    similarity = cosine(picture.tower_keys)
-    groups = {t: {t: 1.0} for t in sorted(kept)}
-    for token in set(range(picture.count)) - set(kept):
-        groups[max(kept, key=lambda t: similarity[token, t])][token] = picture.attention[token]
-    return [groups[leader] for leader in sorted(groups)]
+def prumerge_shares(picture, kept, extra=True):
+    """Rows of shares: of the kept tokens, each with its 32 neighbours, and of the extra token."""
+    similarity = cosine(picture.last_keys)
+    tokens = range(picture.count)
+    rows = []
+    for token in sorted(kept):
+        others = sorted((t for t in tokens if t != token), key=lambda t: -similarity[token, t])
+        row = np.zeros(picture.count)
+        row[others[:32]] = picture.last_attention[others[:32]]
+        row[token] = 1
+        rows.append(row)
+    if extra and len(kept) < picture.count:
+        rows.append([0 if t in kept else picture.last_attention[t] for t in tokens])
+    return np.array(rows)
 
 
 def prumerge(picture, plus):
-    first, third = np.percentile(picture.attention, 25), np.percentile(picture.attention, 75)
-    outliers = [t for t, a in enumerate(picture.attention) if a > third + 1.5 * (third - first)]
-    kept = set(outliers or top(picture.attention, 1))
+    attention = picture.last_attention
+    first, third = np.percentile(attention, 25), np.percentile(attention, 75)
+    outliers = [t for t, a in enumerate(attention) if a > third + 1.5 * (third - first)]
+    kept = set(outliers or top(attention, 1))
     if plus:
         kept |= set(range(0, picture.count - 1, max(1, picture.count // len(kept) // 3)))
-    return prumerge_groups(picture, kept)
+    return prumerge_shares(picture, kept)
 
 
 def prumerge_fixed(picture, count):
-    kept = set(top(picture.attention, max(1, count // 4)))
-    rest = [t for t in range(picture.count) if t not in kept]
+    """`count` tokens with the extra one: a quarter of the others by attention, evenly spaced ones."""
+    extra = 1 < count < picture.count
+    count -= extra
+    kept = set(top(picture.last_attention, max(1, count // 4)))
+    free = [t for t in range(picture.count) if t not in kept]
     more = count - len(kept)
-    kept |= {rest[place] for place in range(len(rest)) if (place + 1) * more // len(rest) > place * more // len(rest)}
-    return prumerge_groups(picture, kept)
+    kept |= {token for place, token in enumerate(free) if (place + 1) * more // len(free) > place * more // len(free)}
+    return prumerge_shares(picture, kept, extra)
 
 
 def dymu(picture, threshold):

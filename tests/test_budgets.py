@@ -66,6 +66,13 @@ def test_the_spectrum_decides_how_many_stay(tau, selector):
             assert kept(plan, tokens, row) == kept(fixed, tokens, row)
 
 
+def test_what_is_removed_does_not_depend_on_the_upper_bound():
+    """VisPruner thins out its list even where no row is certain to keep fewer than all."""
+    tokens = batch(0, grids=((5, 6),), words=(2,), padding=0, width=10)
+    bounded, free = (Energy(VisPruner(), tau=0.5, least=8, most=most) for most in (20, 1.0))
+    assert kept(free.plan(tokens), tokens, 0) == kept(bounded.plan(tokens), tokens, 0)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(20, 8), (8, 20)])
 def test_energies_are_squared_singular_values(tokens, width):
     probe = Spectra()

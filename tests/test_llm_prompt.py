@@ -1,5 +1,7 @@
 """How a plan for some tokens changes the whole axis, whose crops are one image, whose images are one prompt's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -59,6 +61,39 @@ def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
             before = [number for number, group in enumerate(groups) if min(group) <= token]
             if before:
                 assert spread[row, token] == length - len(groups) + before[-1]
+
+
+@given(views(), st.integers(0, 99))
+def test_shares_in_several_slots_are_placed(drawn, seed):
+    batch, count, empty, shown, width, slots, goes = drawn
+    at, valid, slot = (torch.zeros(batch, width, dtype=torch.int64) for _ in range(3))
+    slot = slot - 1
+    for row, places in enumerate(shown):
+        at[row, : len(places)] = torch.tensor(places, dtype=torch.int64)
+        valid[row, : len(places)] = 1
+        slot[row, : len(places)] = torch.tensor(goes[row], dtype=torch.int64)
+    valid = valid.bool()
+    plan = Plan.merge(slot, torch.ones(batch, slots, dtype=torch.bool), torch.ones(batch, width))
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.randn(batch, slots, width, generator=generator) * valid[:, None]
+    shares = shares * plan.sources().any(2)[..., None]
+    filled = torch.arange(count) >= torch.tensor(empty)[:, None]
+    marks = torch.zeros(batch, count, dtype=torch.bool)
+    index = torch.arange(count).expand(batch, -1)
+    counts = ((0, 0),) * batch
+    axis = Axis(index, filled, marks, marks, marks, marks, filled.float(), counts, whole=False)
+    placed = place(replace(plan, shares_BKN=shares), axis, None, at, valid, count + 1)
+
+    x = torch.randn(batch, count, 3, generator=generator)
+    found = replace(placed, index_BK=None).reduce(x)
+    for row in range(batch):
+        groups = groups_by_hand(count, empty[row], shown[row], goes[row])
+        for number, group in enumerate(groups, start=count + 1 - len(groups)):
+            expected = x[row, group[0]]
+            if group[0] in shown[row]:
+                into = goes[row][shown[row].index(group[0])]
+                expected = shares[row, into] @ x[row, at[row]]
+            torch.testing.assert_close(found[row, number], expected)
 
 
 def groups_by_hand(count, empty, shown, goes):

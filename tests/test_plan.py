@@ -162,7 +162,15 @@ def plans(draw, count):
     if draw(st.booleans()):
         return Plan.keep(slot_BN >= 0, count)
     sizes = torch.tensor([draw(st.lists(st.integers(1, 5), min_size=count, max_size=count)) for _ in range(2)])
-    return Plan.merge(slot_BN, torch.ones(2, slots, dtype=torch.bool), sizes.float())
+    plan = Plan.merge(slot_BN, torch.ones(2, slots, dtype=torch.bool), sizes.float())
+    return several_slots(plan, draw(st.integers(0, 99))) if draw(st.booleans()) else plan
+
+
+def several_slots(plan, seed):
+    """The plan with random shares of every source in every slot that stands for something."""
+    generator = torch.Generator().manual_seed(seed)
+    more = torch.randn(plan.sources().shape, generator=generator) * plan.sources().any(2)[..., None]
+    return replace(plan, index_BK=None, shares_BKN=plan.matrix() + more)
 
 
 @given(data=st.data(), text=st.integers(0, 5), image=st.integers(1, 9), seed=st.integers(0, 10**6))
@@ -231,6 +239,34 @@ def test_plans_side_by_side(data, count):
     parts = [filled(plan, plan.reduce(half)) for plan, half in ((left, x[:, :count]), (right, x[:, count:]))]
     torch.testing.assert_close(filled(both, both.reduce(x)), torch.cat(parts, 1))
     assert both.slots == left.slots + right.slots
+
+
+@given(data=st.data(), count=st.integers(1, 6))
+def test_parts_of_a_plan(data, count):
+    """Of plans that drop, merge, and have a source enter several slots."""
+    plan, x = data.draw(plans(count)), torch.randn(2, 3 + count, 3)
+    both = Plan.side_by_side([Plan.identity(torch.ones(2, 3, dtype=torch.bool)), plan])
+    expected = filled(plan, plan.reduce(x[:, 3:]))
+    tail, head = both.tail(3), both.head(3, 3)
+    torch.testing.assert_close(filled(tail, tail.reduce(x[:, 3:])), expected)
+    torch.testing.assert_close(head.reduce(x[:, :3]), x[:, :3])
+    rows = [both.rows(slice(row, row + 1)) for row in range(2)]
+    for again in (Plan.stack(rows), both.to(torch.device("cpu")), both.cut(3, (3, plan.slots))):
+        torch.testing.assert_close(again.matrix(), both.matrix())
+        torch.testing.assert_close(again.reduce(x), both.reduce(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_may_hold_anything(dtype):
+    """Slots of nothing but padding, and padding that goes nowhere, as a matrix product would spread."""
+    text = Plan.identity(torch.tensor([[True, True, False]]))
+    image = Plan.merge(torch.tensor([[0, 1, 0, -1]]), torch.ones(1, 2).bool(), torch.ones(1, 4))
+    plan = Plan.side_by_side([text, image])
+    x = torch.randn(1, 7, 3, dtype=dtype)
+    expected = plan.reduce(x)
+    x[:, [2, 6]] = torch.nan
+    found = plan.reduce(x)
+    assert torch.equal(found[plan.mask_BK], expected[plan.mask_BK])
 
 
 # --- budgets ---

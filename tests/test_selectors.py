@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import slow_selectors as slow
-from pictures import FULL, GRIDS, alone, batch, kept, picture, shares
+from pictures import FULL, GRIDS, alone, batch, kept, mixture, picture, shares
 from pumer.reducers import (
     DART,
     EMBEDDINGS,
@@ -39,6 +40,7 @@ from pumer.reducers.clustering import density_peaks
 SEEDS = range(4)
 SELECTORS = {
     "fopru": (FoPru(), slow.fopru),
+    "fopru-variance": (FoPru(saliency="variance"), slow.fopru_variance),
     "fopru-row": (FoPru(strategy="row"), slow.fopru_row),
     "svd-prune": (SVDPrune(), slow.svd_prune),
     "svd-prune-more": (SVDPrune(energy=0.6), partial(slow.svd_prune, energy=0.6)),
@@ -48,11 +50,13 @@ SELECTORS = {
     "cdpruner-inverted": (CDPruner(inverted=True, theta=0.6), partial(slow.cdpruner, inverted=True, theta=0.6)),
     "scope": (SCOPE(), slow.scope),
     "scope-coverage": (SCOPE(alpha=0.0), partial(slow.scope, alpha=0.0)),
+    "scope-added": (SCOPE(alpha=40.0, combine="add"), partial(slow.scope, alpha=40.0, combine="add")),
     "fastervlm": (FasterVLM(), slow.fastervlm),
     "vispruner": (VisPruner(), slow.vispruner),
     "vispruner-diverse": (VisPruner(important=0.2), partial(slow.vispruner, important=0.2)),
     "holov": (HoloV(chunks=4), partial(slow.holov, chunks=4)),
     "holov-16": (HoloV(), partial(slow.holov, chunks=16)),
+    "holov-auto": (HoloV(chunks="auto"), partial(slow.holov, chunks="auto")),
     "dart": (DART(), partial(slow.dart, pivots=(4, 4))),
     "dart-few": (DART(pivots=(1, 2)), partial(slow.dart, pivots=(1, 2))),
     "pyramiddrop": (PyramidDrop(keep=(0.5,), layers=(2,)), slow.pyramiddrop),
@@ -61,11 +65,12 @@ MERGERS = {
     "visionzip": (VisionZip(), partial(slow.visionzip, contextual=0.15625)),
     "visionzip-half": (VisionZip(contextual=0.5), partial(slow.visionzip, contextual=0.5)),
     "visionzip-none": (VisionZip(contextual=0.0), partial(slow.visionzip, contextual=0.0)),
-    "prumerge": (PruMerge(keep=0.5), slow.prumerge_fixed),
+    "visionzip-three": (VisionZip(contextual=3), partial(slow.visionzip, contextual=3)),
     "sparsevlm": (SparseVLM(keep=(0.5,), layers=(2,)), slow.sparsevlm),
     "sparsevlm-sum": (SparseVLM(keep=(0.5,), layers=(2,), merge="sum"), partial(slow.sparsevlm, merge="sum")),
     "sparsevlm-rating": (SparseVLM(keep=(0.5,), layers=(2,), merge="rating"), partial(slow.sparsevlm, merge="rating")),
 }
+FIXED = {"prumerge": PruMerge(keep=0.5), "prumerge-outliers": PruMerge(keep=0.5, plus=False)}
 ADAPTIVE = {
     "prumerge": PruMerge(plus=False),
     "prumerge-plus": PruMerge(),
@@ -76,9 +81,11 @@ ADAPTIVE = {
     "dymu": DyMU(thresholds=(0.2, 0.4, 0.3)),
     "fopru-whole-rows": FoPru(strategy="row", fill=False),
 }
-EVERY = {name: reducer for name, (reducer, _) in (SELECTORS | MERGERS).items()} | {
-    f"{name}-adaptive": reducer for name, reducer in ADAPTIVE.items()
-}
+EVERY = (
+    {name: reducer for name, (reducer, _) in (SELECTORS | MERGERS).items()}
+    | FIXED
+    | {f"{name}-adaptive": reducer for name, reducer in ADAPTIVE.items()}
+)
 every = pytest.mark.parametrize("reducer", EVERY.values(), ids=EVERY)
 
 
@@ -152,7 +159,28 @@ def test_prumerge_keeps_the_outliers(seed, plus):
     tokens = batch(seed)
     plan = PruMerge(plus=plus).plan(tokens)
     for row in range(len(GRIDS)):
-        same(shares(plan, tokens, row), slow.prumerge(picture(tokens, row), plus))
+        expected = slow.prumerge(picture(tokens, row), plus)
+        np.testing.assert_allclose(mixture(plan, tokens, row), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.8, 1, 2, 1.0])
+def test_prumerge_with_a_budget(keep):
+    for seed in SEEDS:
+        tokens = batch(seed)
+        plan = PruMerge(keep=keep).plan(tokens)
+        for row in range(len(GRIDS)):
+            image = picture(tokens, row)
+            expected = slow.prumerge_fixed(image, budget(keep, image.count))
+            assert len(expected) == budget(keep, image.count)
+            np.testing.assert_allclose(mixture(plan, tokens, row), expected, rtol=1e-6, atol=0)
+
+
+def test_prumerge_adds_no_more_than_32_neighbours():
+    tokens = batch(0, grids=((8, 8),), words=(2,), padding=3)
+    plan = PruMerge().plan(tokens)
+    found = mixture(plan, tokens, 0)
+    np.testing.assert_allclose(found, slow.prumerge(picture(tokens, 0, ((8, 8),)), plus=True))
+    assert ((found != 0).sum(1)[:-1] == 33).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -178,13 +206,15 @@ def test_clusters_form_around_dense_tokens_far_from_denser_ones(clusters):
 
 def test_duplicates_are_kept_once():
     tokens = batch(0, **FULL)
-    states = tokens.states_BND.clone()
-    states[:, tokens.text :] = states[:, tokens.text :][:, [place // 3 for place in range(36)]]
+    states, thrice = tokens.states_BND.clone(), [place // 3 for place in range(36)]
+    states[:, tokens.text :] = states[:, tokens.text :][:, thrice]
+    encoder = replace(tokens.encoder, features_BND=tokens.encoder.features_BND[:, thrice])
+    tokens = replace(tokens, states_BND=states, encoder=encoder)
     for reducer in (DivPrune(keep=12), CDPruner(keep=12, theta=0.5), SCOPE(keep=12, alpha=0.0)):
-        plan = reducer.plan(replace(tokens, states_BND=states))
+        plan = reducer.plan(tokens)
         assert sorted(token // 3 for token in kept(plan, tokens, 0)) == list(range(12))
         # Budgets beyond what can be told apart are met nonetheless.
-        more = keeping(reducer, 20).plan(replace(tokens, states_BND=states))
+        more = keeping(reducer, 20).plan(tokens)
         assert len(set(kept(more, tokens, 0))) == 20
 
 
@@ -206,7 +236,10 @@ def test_rows_are_planned_alone_and_padding_stays_out(reducer, seed):
     assert not (padded & plan.mask_BK[..., None]).any()
     for row in range(len(GRIDS)):
         one = alone(tokens, row)
-        same(shares(plan, tokens, row), shares(reducer.plan(one), one, 0))
+        plan_alone = reducer.plan(one)
+        same(shares(plan, tokens, row), shares(plan_alone, one, 0))
+        found, expected = mixture(plan, tokens, row), mixture(plan_alone, one, 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
 
 
 @every
@@ -262,7 +295,7 @@ def test_a_budget_of_all_changes_nothing(reducer, keep):
         assert torch.equal(reduced[row, plan.mask_BK[row]], tokens.states_BND[row, real])
 
 
-@pytest.mark.parametrize("name", [*MERGERS, *(f"{name}-adaptive" for name in ("prumerge-plus", "dymu"))])
+@pytest.mark.parametrize("name", [*MERGERS, *FIXED, *(f"{name}-adaptive" for name in ("prumerge-plus", "dymu"))])
 def test_sizes_are_kept_in_merging(name):
     reducer = EVERY[name]
     tokens = batch(3, layer=reducer.layers[0])
@@ -294,7 +327,12 @@ def test_settings_survive_json(reducer):
         (lambda: PyramidDrop(keep=(0.5, 0.7), layers=(1, 2)), "never rising"),
         (lambda: PyramidDrop(keep=(0.5,), layers=(1, 2)), "one number to keep for each layer"),
         (lambda: SparseVLM(keep=(5,), layers=(-1,)), "cannot act before layer 0"),
-        (lambda: VisionZip(contextual=2), "contextual is a share"),
+        (lambda: VisionZip(contextual=1.5), "contextual is a share"),
+        (lambda: VisionZip(contextual=-1), "contextual is a share"),
+        (lambda: FoPru(saliency="cls"), "saliency is one of class, received, variance"),
+        (lambda: SCOPE(combine="sum"), "combine is one of multiply, add"),
+        (lambda: SCOPE(saliency="variance"), "saliency is one of class, received"),
+        (lambda: HoloV(chunks="many"), "chunks is"),
         (lambda: Energy(SparseVLM()), "can keep any number"),
         (lambda: Energy(PyramidDrop()), "acts in several layers"),
         (lambda: Energy(tau=1), "tau is a share"),

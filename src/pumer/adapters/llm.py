@@ -16,7 +16,12 @@ from pumer.adapters.base import Adapter, Patch, config_of, head_macs
 from pumer.adapters.before_llm import Tiles, shift
 from pumer.adapters.inside_llm import DecoderHooks
 from pumer.adapters.prompt import Picture
-from pumer.adapters.vision_capture import CLASS_ATTENTION, Captured, VisionCapture
+from pumer.adapters.vision_capture import (
+    CLASS_ATTENTION,
+    LAST_CLASS_ATTENTION,
+    Captured,
+    VisionCapture,
+)
 from pumer.reducers import EMBEDDINGS, Compose, Reducer
 from pumer.reducers.base import Encoder, Grid
 
@@ -124,7 +129,7 @@ class DecoderAdapter(Adapter):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is left to be saved: "
                 f"give layers 0 to {depth - 2}"
             )
-        if CLASS_ATTENTION in reducer.needs and not self.tower_class(model):
+        if {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.needs and not self.tower_class(model):
             raise ValueError(
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of {type(model).__name__} has no "
                 '[CLS]: methods that take saliency="received" do without'
@@ -230,6 +235,7 @@ class DecoderAdapter(Adapter):
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         shapes = {"features_BND": (1, image, width), "keys_BNC": (1, image, width // heads)}
         shapes["queries_BNC"] = shapes["keys_BNC"]
+        shapes["last_keys_BNC"] = shapes["features_BND"]
         return Encoder(**{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs})
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumer.reducers import Plan, Tokens
 from pumer.reducers.base import Encoder, Grid
@@ -290,7 +290,20 @@ def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN:
     index = torch.zeros(batch, slots + 1, device=device, dtype=torch.int64)
     index = index.scatter(1, torch.where(stays_BK, number_BK, slots), places)[:, :slots]
     mask = torch.arange(slots, device=device) >= slots - left_B1
-    return Plan(slot_BK, weight[:-1].view(batch, count), mask, index)
+    placed = Plan(slot_BK, weight[:-1].view(batch, count), mask, index)
+    if plan.shares_BKN is None:
+        return placed
+
+    # All shares of the view's slots, where these have come to stand; one row and one column too
+    # many take those of empty slots and of padding.
+    number_RS = nn.functional.pad(number_BK, (0, 1), value=slots)[row_R1[:, 0]]
+    row_RK = row_R1 * (slots + 1) + number_RS.gather(1, first_RK[:, :-1])
+    column_RN = torch.where(valid_RN, at_RN, count)
+    shares = nn.functional.pad(placed.matrix(), (0, 1, 0, 1)).flatten()
+    target_RKN = row_RK[:, :, None] * (count + 1) + column_RN[:, None]
+    shares = shares.scatter(0, target_RKN.flatten(), plan.shares_BKN.float().flatten())
+    shares_BKN = shares.view(batch, slots + 1, count + 1)[:, :-1, :-1]
+    return replace(placed, shares_BKN=shares_BKN)
 
 
 def gather(x: Any, index_BK: Tensor, length: int) -> Any:

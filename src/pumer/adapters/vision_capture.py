@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pumer.adapters.llm import DecoderAdapter
 
 CLASS_ATTENTION = "class_attention_BN"
-RECEIVED = "received_BN"
+LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
+RECEIVED, GIVEN = "received_BN", "given_BN"
 AT_ONCE = 256
 """Queries whose attention to all patches is there at one time."""
 
@@ -117,13 +118,31 @@ def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor,
     if CLASS_ATTENTION in needs:
         logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
         known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
-    if RECEIVED in needs:
+    if {RECEIVED, GIVEN} & needs:
         # Never all at once, which for the thousands of patches of a large picture would be gigabytes.
-        received = [
-            (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1).sum((1, 2))
-            for part in queries_RHPC.split(AT_ONCE, 2)
-        ]
+        received, given = [], []
+        for part in queries_RHPC.split(AT_ONCE, 2):
+            attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
+            received.append(attention.sum((1, 2)))
+            given.append(attention[..., int(first) :].mean((1, 3)))
         known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[:, int(first) :]
+        known[GIVEN] = torch.cat(given, 1)[:, int(first) :]
+    return known | _all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
+
+
+def _all_heads_as_one(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
+    """What `Encoder` says of the tower's last layer, from its scaled queries and keys.
+
+    No adapter watches that layer yet: what comes here is the layer of the features.
+    """
+    if not {LAST_KEYS, LAST_CLASS_ATTENTION} & needs:
+        return {}
+    keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
+    known = {LAST_KEYS: keys_RPC[:, int(first) :]}
+    if LAST_CLASS_ATTENTION in needs:
+        query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RHPC.shape[1] ** -0.5
+        logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
+        known[LAST_CLASS_ATTENTION] = logits.softmax(-1)[:, 1:]
     return known
 
 

@@ -34,6 +34,11 @@ class Encoder:
         class_attention_BN: attention that [CLS] pays each token, mean over the heads.
         received_BN: attention that each token receives, mean over heads and queries.
         keys_BNC, queries_BNC: means over the heads.
+        given_BN: attention that each token pays the image tokens, mean over heads and these.
+        last_class_attention_BN: attention that [CLS] pays each token in the tower's last layer,
+            all heads taken as one: the softmax over all tokens of the products of whole queries
+            and keys, divided by the root of their width.
+        last_keys_BNC: keys of that layer, those of all heads side by side.
     """
 
     features_BND: Tensor | None = None
@@ -41,6 +46,9 @@ class Encoder:
     received_BN: Tensor | None = None
     keys_BNC: Tensor | None = None
     queries_BNC: Tensor | None = None
+    given_BN: Tensor | None = None
+    last_class_attention_BN: Tensor | None = None
+    last_keys_BNC: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,16 @@ class Reducer:
     def in_tower(self) -> Reducer | None:
         """What acts inside the vision tower before this reducer does; see `Compose`."""
         return None
+
+    @property
+    def per_crop(self) -> bool:
+        """Whether each crop of an image has a budget of its own, in the published code for LLaVA-NeXT."""
+        return False
+
+    @property
+    def before_projector(self) -> bool:
+        """Whether it merges features before the projector, which then projects what is left."""
+        return False
 
     @property
     def learned(self) -> Learned | None:

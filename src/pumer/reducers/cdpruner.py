@@ -1,7 +1,7 @@
 """CDPruner: tokens that are unlike each other, and of these the ones that the text is about.
 
-Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS
-2025, arXiv 2506.10967.
+Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
+MLLMs", NeurIPS 2025, arXiv 2506.10967.
 
 Shape suffixes: B batch, I image tokens, T text tokens, D channels.
 """
@@ -14,24 +14,29 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines, determinantal
+from pumer.reducers.greedy import cosines, determinantal, unit_length
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+
+WORDS_AT_ONCE = 1024
+"""Words of a prompt that are there in double precision at one time."""
 
 
 @register
 @dataclass(frozen=True)
 class CDPruner(Selector):
-    """Greedy choice from a determinantal point process: similarity of image tokens, weighted by relevance to the text.
+    """Greedy choice from a determinantal point process: tokens unlike each other and relevant.
 
-    Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models without a CLIP text tower;
-    the images of a prompt without text are chosen for diversity alone. The published budget of LLaVA-NeXT's pictures is
-    one for each crop, and here one for the whole picture.
+    Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models
+    without a CLIP text tower; the images of a prompt without text are chosen for diversity alone.
+    The published code for LLaVA compares CLIP's embeddings of patches and of the prompt, which
+    takes the text tower that LLaVA left behind. The published budget is one for each crop.
 
     Args:
-        theta: weight of relevance against diversity in (0, 1); None takes relevance as it is, the published default.
-        inverted: count the least similar tokens as the most relevant, as published for the towers of CLIP, where
-            patches that the text is about are less like it.
+        theta: weight of relevance against diversity in (0, 1); None, the published default, takes
+            relevance as it is.
+        inverted: count the least similar tokens as the most relevant, as published for the towers
+            of CLIP, where patches that the text is about are less like it.
     """
 
     name = "cdpruner"
@@ -43,22 +48,52 @@ class CDPruner(Selector):
         if self.theta is not None and not 0 < self.theta < 1:
             raise ValueError(f"theta lies between 0 and 1, not {self.theta}")
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        valid_BI = candidates(tokens)
-        relevance_BI = self._relevance(tokens, valid_BI)
-        kernel = cosines(image_states(tokens)) * relevance_BI[:, :, None] * relevance_BI[:, None]
-        return determinantal(kernel, valid_BI, kept_B, most)
+    @property
+    def per_crop(self) -> bool:
+        return True
 
-    def _relevance(self, tokens: Tokens, valid_BI: Tensor) -> Tensor:
-        image_BID = torch.nn.functional.normalize(image_states(tokens), dim=-1)
+    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+        valid_BI, image_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
-        text_BTD = torch.nn.functional.normalize(tokens.states_BND[:, : tokens.text].float(), dim=-1)
-        real_BT1 = tokens.valid_BN[:, : tokens.text, None]
-        mean_BD = (text_BTD * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
-        similarity_BI = (image_BID @ mean_BD[..., None])[..., 0] * (-1 if self.inverted else 1)
+        words_BT = tokens.valid_BN[:, : tokens.text]
+        text_BD = mean_direction(tokens.states_BND[:, : tokens.text], words_BT)
+        weight_BI = self.weights(image_BID, text_BD, valid_BI)
+        kernel_BII = cosines(image_BID) * weight_BI[:, :, None] * weight_BI[:, None]
+        return determinantal(kernel_BII, valid_BI, kept_B, most)
+
+    def weights(self, image_BID: Tensor, text_BD: Tensor, valid_BI: Tensor) -> Tensor:
+        """How relevant each image token is to the text, float64 [B,I], 0 at padding.
+
+        Args:
+            image_BID: image tokens where they can be compared with words.
+            text_BD: mean direction of the words.
+            valid_BI: bool, false at padding.
+        """
+        similarity_BI = (unit_length(image_BID) @ text_BD[..., None])[..., 0]
+        similarity_BI = similarity_BI * (-1 if self.inverted else 1)
         low_B1 = similarity_BI.masked_fill(~valid_BI, torch.inf).amin(1, keepdim=True)
         high_B1 = similarity_BI.masked_fill(~valid_BI, -torch.inf).amax(1, keepdim=True)
-        relevance_BI = (similarity_BI - low_B1 + 1e-6) / (high_B1 - low_B1).clamp_min(1e-6)
+        weight_BI = (similarity_BI - low_B1 + 1e-6) / (high_B1 - low_B1).clamp_min(1e-6)
         if self.theta is not None:
-            relevance_BI = (self.theta / (2 * (1 - self.theta)) * relevance_BI).exp()
-        return torch.where(valid_BI, relevance_BI, 0.0)
+            # Less the largest: what multiplies all weights changes no choice, and exp overflows.
+            largest_B1 = weight_BI.masked_fill(~valid_BI, -torch.inf).amax(1, keepdim=True)
+            weight_BI = (self.theta / (2 * (1 - self.theta)) * (weight_BI - largest_B1)).exp()
+        return torch.where(valid_BI, weight_BI, 0.0)
+
+
+def mean_direction(text_BTD: Tensor, words_BT: Tensor) -> Tensor:
+    """Mean of the words, each at length 1, float64 [B,D]; zero without words.
+
+    The mean cosine with all words is the product with this: no tensor is words x patches.
+
+    Args:
+        text_BTD: embeddings; a word that is not finite counts as zero.
+        words_BT: bool, false at padding.
+    """
+    total_BD = text_BTD.new_zeros(text_BTD.shape[0], text_BTD.shape[2], dtype=torch.float64)
+    for start in range(0, text_BTD.shape[1], WORDS_AT_ONCE):
+        part = slice(start, start + WORDS_AT_ONCE)
+        part_BTD = text_BTD[:, part]
+        real_BT1 = (words_BT[:, part] & part_BTD.isfinite().all(2))[..., None]
+        total_BD = total_BD + unit_length(torch.where(real_BT1, part_BTD, 0.0)).sum(1)
+    return total_BD / words_BT.sum(1, keepdim=True).clamp_min(1)

@@ -79,6 +79,14 @@ class Compose(Reducer):
         return self.inside.weighs_by_size or self.tower.weighs_by_size
 
     @property
+    def per_crop(self) -> bool:
+        return self.inside.per_crop
+
+    @property
+    def before_projector(self) -> bool:
+        return self.inside.before_projector
+
+    @property
     def published(self) -> bool:
         return self.inside.published
 
@@ -159,6 +167,14 @@ class Chain(Reducer):
     @property
     def weighs_by_size(self) -> bool:
         return any(reducer.weighs_by_size for reducer in self.reducers)
+
+    @property
+    def per_crop(self) -> bool:
+        return any(reducer.per_crop for reducer in self.reducers)
+
+    @property
+    def before_projector(self) -> bool:
+        return any(reducer.before_projector for reducer in self.reducers)
 
     @property
     def published(self) -> bool:

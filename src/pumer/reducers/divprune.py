@@ -20,7 +20,8 @@ from pumer.reducers.selector import Selector, candidates, image_states
 class DivPrune(Selector):
     """Keep image tokens of which the two most alike are as unlike as can be: one by one, the farthest from those kept.
 
-    Distance is one minus the cosine of what the language model is given.
+    Distance is one minus the cosine of what the language model is given. Budget and choice are one
+    for the whole image, as published.
     """
 
     name = "divprune"

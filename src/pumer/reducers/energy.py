@@ -66,6 +66,14 @@ class Energy(Reducer):
         return self.selector.needs_attention
 
     @property
+    def per_crop(self) -> bool:
+        return self.selector.per_crop
+
+    @property
+    def before_projector(self) -> bool:
+        return self.selector.before_projector
+
+    @property
     def leaves_gaps(self) -> bool:
         return True
 
@@ -74,6 +82,8 @@ class Energy(Reducer):
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
+        if valid_BI.shape[1] == 0:
+            return Plan.identity(tokens.mask_BN)
         kept_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
         image = self.selector.reduce_to(tokens, kept_B, kept(self.most, valid_BI.shape[1]))
         return tokens.with_structure(None, image)
@@ -137,5 +147,7 @@ class Spectra(Reducer):
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:
-        self.noted.append((energies(image_states(tokens)), candidates(tokens).sum(1)))
+        valid_BI = candidates(tokens)
+        if valid_BI.shape[1] > 0:
+            self.noted.append((energies(image_states(tokens)), valid_BI.sum(1)))
         return Plan.identity(tokens.mask_BN)

@@ -1,9 +1,10 @@
 """FoPru: focal pruning.
 
-Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024, arXiv 2411.14164. Reconstructed
-from its abstract and introduction: how heads and rows are averaged, and what fills the last row, are our reading.
+Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024, arXiv
+2411.14164. No code was published. Reconstructed from its abstract and introduction, and from a
+review for `saliency="variance"`: what fills the last row is our reading.
 
-Shape suffixes: B batch, I image tokens, R rows of the picture.
+Shape suffixes: B batch, I image tokens, R rows of the image.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from pumer.reducers.budget import portion
 from pumer.reducers.matching import rank, rank_in_groups
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
-from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.selector import SALIENCY, Selector, best, candidates, encoded
 
 STRATEGIES = ("rank", "row")
+VARIANCE = "variance"
 
 
 @register
 @dataclass(frozen=True)
 class FoPru(Selector):
-    """Keep the image tokens that the vision encoder attends to most, or the rows of the picture with the most of it.
+    """Keep the image tokens that the vision encoder attends to most, or the rows with the most of it.
 
     Args:
-        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such as a line of text,
-            stays in one piece.
-        saliency: "received" attention (mean over heads and queries) or that of the "class" token.
-        fill: with "row": make up the exact budget from the best tokens of the next row. Without it, the share of the
-            rows, rounded, at least one; `keep` is a share then.
+        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such
+            as a line of text, stays in one piece.
+        saliency: "received" attention (mean over heads and queries), that of the "class" token, or
+            "variance": attention averaged over queries or over keys, whichever varies more from
+            token to token of the image.
+        fill: with "row": make up the exact budget from the best tokens of the next row. Without it,
+            the share of the rows, rounded, at least one; `keep` is a share then.
     """
 
     name = "fopru"
@@ -43,7 +47,9 @@ class FoPru(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_saliency(self.saliency)
+        if self.saliency not in (*SALIENCY, VARIANCE):
+            known = ", ".join((*SALIENCY, VARIANCE))
+            raise ValueError(f"saliency is one of {known}, not {self.saliency!r}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self._whole_rows and isinstance(self.keep, int):
@@ -55,6 +61,8 @@ class FoPru(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
+        if self.saliency == VARIANCE:
+            return frozenset({"received_BN", "given_BN"})
         return frozenset({SALIENCY[self.saliency]})
 
     @property
@@ -69,7 +77,7 @@ class FoPru(Selector):
         return text, prefix + min(max(1, portion(self.keep, rows)) * columns, image - prefix)
 
     def plan(self, tokens: Tokens) -> Plan:
-        if not self._whole_rows:
+        if not self._whole_rows or candidates(tokens).shape[1] == 0:
             return super().plan(tokens)
         image = tokens.mask_BN.shape[1] - tokens.text
         _, slots = self.lengths(tokens.text, image, tokens.layer, tokens.prefix, tokens.grid)
@@ -79,9 +87,18 @@ class FoPru(Selector):
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         if self.strategy == "rank":
-            return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
+            return best(self._saliency(tokens), candidates(tokens), kept_B)
         _, order_BI, _ = self._rows(tokens)
         return candidates(tokens) & (order_BI < kept_B[:, None])
+
+    def _saliency(self, tokens: Tokens) -> Tensor:
+        """How much attention each token gets, [B,I]."""
+        if self.saliency != VARIANCE:
+            return encoded(tokens, SALIENCY[self.saliency])
+        valid_BI = candidates(tokens)
+        received_BI, given_BI = encoded(tokens, "received_BN"), encoded(tokens, "given_BN")
+        given_varies_B = _variance(given_BI, valid_BI) > _variance(received_BI, valid_BI)
+        return torch.where(given_varies_B[:, None], given_BI, received_BI)
 
     def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Place of every token's row among the rows, its own place when these stand in that order, and how many rows
@@ -89,7 +106,7 @@ class FoPru(Selector):
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError('rows need all patches of the picture in a grid: take strategy="rank" here')
         rows, columns = tokens.grid
-        valid_BI, score_BI = candidates(tokens), encoded(tokens, SALIENCY[self.saliency])
+        valid_BI, score_BI = candidates(tokens), self._saliency(tokens)
         row_BI = torch.where(valid_BI, tokens.patch_BN[:, -valid_BI.shape[1] :] // columns, rows)
         size_BR, total_BR = (
             torch.zeros(len(row_BI), rows + 1, device=row_BI.device).scatter_add(1, row_BI, value)[:, :rows]
@@ -99,3 +116,10 @@ class FoPru(Selector):
         place_BI = torch.nn.functional.pad(rank(mean_BR), (0, 1), value=rows).gather(1, row_BI)
         order_BI, _ = rank_in_groups(score_BI, place_BI, rows + 1)
         return place_BI, order_BI, (size_BR > 0).sum(1)
+
+
+def _variance(value_BI: Tensor, valid_BI: Tensor) -> Tensor:
+    """Of the real tokens of every row, float64 [B]."""
+    value_BI, count_B1 = value_BI.double(), valid_BI.sum(1, keepdim=True).clamp_min(1)
+    mean_B1 = value_BI.sum(1, keepdim=True) / count_B1
+    return ((value_BI - mean_B1).square() * valid_BI).sum(1) / count_B1[:, 0]

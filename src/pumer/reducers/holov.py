@@ -1,7 +1,7 @@
-"""HoloV: a budget for every part of the picture, so that no part is lost.
+"""HoloV: a budget for every part of the image, so that no part is lost.
 
-Zou et al., "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
-2025, arXiv 2510.02912.
+Zou et al., "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context
+Retention", NeurIPS 2025, arXiv 2510.02912.
 
 Shape suffixes: B batch, I image tokens, P chunks.
 """
@@ -17,72 +17,114 @@ from pumer.reducers.base import Tokens
 from pumer.reducers.greedy import cosines
 from pumer.reducers.matching import rank, rank_in_groups
 from pumer.reducers.registry import register
-from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded, image_states
+from pumer.reducers.selector import (
+    SALIENCY,
+    Selector,
+    best,
+    candidates,
+    check_saliency,
+    encoded,
+    image_states,
+)
 
 ATTENTION, VARIETY = 1000.0, 0.09
-"""Published weights of attention and of how much a token's similarities to the others of its chunk vary."""
+"""Published weights of attention and of how much a token's similarities to the others of its chunk
+vary."""
 
 
 @register
 @dataclass(frozen=True)
 class HoloV(Selector):
-    """Share the budget among chunks of the picture by attention and variety; in each, keep what is attended to most.
+    """Share the budget among chunks of the image; in each, keep what is attended to most.
 
-    Reconstructed where the published code leaves it open: variety is brought to the scale of attention over the whole
-    image; chunks whose quota exceeds them give what is over to the most attended tokens of all.
+    A chunk's share is the mean of its tokens' attention and variety.
+
+    As published, but where the quota of a chunk exceeds its tokens: the published code then returns
+    rows of zeros, and here the most attended of all tokens that are left fill the budget.
 
     Args:
-        chunks: how many, in raster order, of the same length but for the last.
+        chunks: how many, in raster order; what does not divide goes to the first of them. "auto" is
+            the published number for Qwen2.5-VL, int(1024 / 576 * tokens / kept tokens).
         saliency: attention of the "class" token, or that "received" from all.
     """
 
     name = "holov"
-    chunks: int = 16
+    chunks: int | str = 16
     saliency: str = "class"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self.saliency)
-        if self.chunks < 1:
-            raise ValueError(f"there is at least one chunk, not {self.chunks}")
+        if self.chunks != "auto" and not (isinstance(self.chunks, int) and self.chunks >= 1):
+            raise ValueError(f'chunks is "auto" or at least one chunk, not {self.chunks!r}')
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({SALIENCY[self.saliency]})
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        valid_BI, attention_BI = candidates(tokens), encoded(tokens, SALIENCY[self.saliency])
-        length_B1 = valid_BI.sum(1, keepdim=True)
-        size_B1 = ((length_B1 + self.chunks - 1) // self.chunks).clamp_min(1)
-        place = torch.arange(valid_BI.shape[1], device=valid_BI.device)
-        chunk_BI = torch.where(valid_BI, place // size_B1, self.chunks)
-        variety_BI = _variety(cosines(image_states(tokens)), chunk_BI, valid_BI)
+        valid_BI = candidates(tokens)
+        # Double: a thousand times the largest float32 is not finite.
+        attention_BI = ATTENTION * encoded(tokens, SALIENCY[self.saliency]).double()
+        chunk_BI, chunks = self._chunks(valid_BI, kept_B)
+        variety_BI = _variety(cosines(image_states(tokens)), chunk_BI, valid_BI, chunks)
 
-        attention_BI = ATTENTION * attention_BI
-        scale_B1 = attention_BI.abs().sum(1, keepdim=True) / variety_BI.sum(1, keepdim=True).clamp_min(1e-12)
-        count_BP = _per_chunk(valid_BI.float(), chunk_BI, self.chunks)
-        mean_BP = _per_chunk(attention_BI + VARIETY * variety_BI * scale_B1, chunk_BI, self.chunks)
-        mean_BP = mean_BP / count_BP.clamp_min(1)
-        share_BP = mean_BP / mean_BP.sum(1, keepdim=True).clamp_min(1e-12)
+        # Every chunk's share of the budget, from the mean score of its tokens.
+        total_BP = _per_chunk(attention_BI + VARIETY * variety_BI, chunk_BI, chunks)
+        size_BP = _per_chunk(valid_BI.double(), chunk_BI, chunks)
+        mean_BP = (total_BP / size_BP.clamp_min(1)).clamp_min(0)
+        share_BP = mean_BP / mean_BP.sum(1, keepdim=True).clamp_min(1e-300)
         quota_BP = (kept_B[:, None] * share_BP).floor().long()
         quota_BP = quota_BP + (rank(mean_BP) < (kept_B - quota_BP.sum(1))[:, None])
 
         quota_BI = torch.nn.functional.pad(quota_BP, (0, 1)).gather(1, chunk_BI)
-        _, within_BI = rank_in_groups(attention_BI, chunk_BI, self.chunks + 1)
+        _, within_BI = rank_in_groups(attention_BI, chunk_BI, chunks + 1)
         chosen_BI = valid_BI & (within_BI < quota_BI)
         return chosen_BI | best(attention_BI, valid_BI & ~chosen_BI, kept_B - chosen_BI.sum(1))
 
+    def _chunks(self, valid_BI: Tensor, kept_B: Tensor) -> tuple[Tensor, int]:
+        """The chunk of every token, int64 [B,I], and the most that there are: that of padding."""
+        count_B1 = valid_BI.sum(1, keepdim=True)
+        if isinstance(self.chunks, int):
+            most = self.chunks
+            chunks_B1 = torch.full_like(count_B1, most)
+        else:
+            most = max(1, 1024 * valid_BI.shape[1] // 576)
+            wanted_B1 = 1024 * count_B1.double() / 576 / kept_B[:, None].clamp_min(1)
+            chunks_B1 = wanted_B1.long().clamp(1, most)
+        # The first `longer` chunks have `size` + 1 tokens, all others `size`.
+        size_B1, longer_B1 = count_B1 // chunks_B1, count_B1 % chunks_B1
+        place_BI = torch.arange(valid_BI.shape[1], device=valid_BI.device).expand_as(valid_BI)
+        behind_BI = place_BI - longer_B1 * (size_B1 + 1)
+        chunk_BI = torch.where(
+            behind_BI < 0,
+            place_BI // (size_B1 + 1),
+            longer_B1 + behind_BI // size_B1.clamp_min(1),
+        )
+        return torch.where(valid_BI, chunk_BI, most), most
 
-def _variety(cosine_BII: Tensor, chunk_BI: Tensor, valid_BI: Tensor) -> Tensor:
-    """Variance of each token's similarities to its chunk, its own counted as zero, [B,I]."""
+
+def _variety(cosine_BII: Tensor, chunk_BI: Tensor, valid_BI: Tensor, chunks: int) -> Tensor:
+    """Variance of each token's similarities to its chunk, its own counted as zero, [B,I].
+
+    Scaled so that it goes from 0 to 1 in every chunk.
+    """
     together = (chunk_BI[:, :, None] == chunk_BI[:, None]) & valid_BI[:, None]
     others = (together.sum(2) - 1).clamp_min(1)
     itself = torch.eye(cosine_BII.shape[1], dtype=torch.bool, device=cosine_BII.device)
     cosine_BII = cosine_BII.masked_fill(itself | ~together, 0.0)
     mean_BI = cosine_BII.sum(2) / others
     spread = (cosine_BII - mean_BI[..., None]).square() * together
-    return spread.sum(2) / others * valid_BI
+    variance_BI = spread.sum(2) / others
+
+    edges_BP = variance_BI.new_zeros(len(variance_BI), chunks + 1)
+    low_BP = edges_BP.scatter_reduce(1, chunk_BI, variance_BI, "amin", include_self=False)
+    high_BP = edges_BP.scatter_reduce(1, chunk_BI, variance_BI, "amax", include_self=False)
+    low_BI, high_BI = low_BP.gather(1, chunk_BI), high_BP.gather(1, chunk_BI)
+    return (variance_BI - low_BI) / (high_BI - low_BI).clamp_min(1e-9) * valid_BI
 
 
 def _per_chunk(value_BI: Tensor, chunk_BI: Tensor, chunks: int) -> Tensor:
-    return value_BI.new_zeros(len(value_BI), chunks + 1).scatter_add(1, chunk_BI, value_BI)[:, :chunks]
+    """Sums of every chunk, [B,P]."""
+    total = value_BI.new_zeros(len(value_BI), chunks + 1)
+    return total.scatter_add(1, chunk_BI, value_BI)[:, :chunks]

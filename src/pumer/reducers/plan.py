@@ -26,12 +26,15 @@ class Plan:
         mask_BK: the attention mask of the slots: bool, true where a slot holds something; float where a
             published method works with fractional masks.
         index_BK: for plans that only select, the source of every slot; `reduce` then gathers, bit for bit.
+        shares_BKN: for plans where a source enters several slots, every slot's share of every source:
+            `reduce` is the product with it. `slot_BN` then says which slot stands for the source.
     """
 
     slot_BN: Tensor
     weight_BN: Tensor
     mask_BK: Tensor
     index_BK: Tensor | None = None
+    shares_BKN: Tensor | None = None
 
     @staticmethod
     def identity(mask_BN: Tensor) -> Plan:
@@ -87,11 +90,15 @@ class Plan:
             tokens += plan.slot_BN.shape[1]
             offset += plan.slots
         only_selects = [index for index in indices if index is not None]
+        shares_BKN = None
+        if any(plan.shares_BKN is not None for plan in plans):
+            shares_BKN = _block_diagonal([plan.matrix() for plan in plans])
         return Plan(
             torch.cat(slots, 1),
             torch.cat([plan.weight_BN for plan in plans], 1),
             torch.cat([plan.mask_BK for plan in plans], 1),
             torch.cat(only_selects, 1) if len(only_selects) == len(plans) else None,
+            shares_BKN,
         )
 
     @property
@@ -102,33 +109,41 @@ class Plan:
     def to(self, device: torch.device) -> Plan:
         """The plan on another device."""
         index = None if self.index_BK is None else self.index_BK.to(device)
-        return Plan(self.slot_BN.to(device), self.weight_BN.to(device), self.mask_BK.to(device), index)
+        shares = None if self.shares_BKN is None else self.shares_BKN.to(device)
+        slot, weight, mask = (x.to(device) for x in (self.slot_BN, self.weight_BN, self.mask_BK))
+        return Plan(slot, weight, mask, index, shares)
 
     def rows(self, index: Any) -> Plan:
         """The plan of some samples of the batch, `index` as for a tensor."""
         kept = None if self.index_BK is None else self.index_BK[index]
-        return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept)
+        shares = None if self.shares_BKN is None else self.shares_BKN[index]
+        return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept, shares)
 
     def head(self, tokens: int, slots: int) -> Plan:
         """The part for the first source tokens, where these and no others go into the first slots."""
         index = None if self.index_BK is None else self.index_BK[:, :slots]
-        return Plan(self.slot_BN[:, :tokens], self.weight_BN[:, :tokens], self.mask_BK[:, :slots], index)
+        shares = None if self.shares_BKN is None else self.shares_BKN[:, :slots, :tokens]
+        slot_BN, weight_BN = self.slot_BN[:, :tokens], self.weight_BN[:, :tokens]
+        return Plan(slot_BN, weight_BN, self.mask_BK[:, :slots], index, shares)
 
     def tail(self, first: int) -> Plan:
         """The part behind the first source tokens, where these and no others go into as many slots, the first ones."""
         index = None if self.index_BK is None else self.index_BK[:, first:] - first
+        shares = None if self.shares_BKN is None else self.shares_BKN[:, first:, first:]
         slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - first)[:, first:]
-        return Plan(slot_BN, self.weight_BN[:, first:], self.mask_BK[:, first:], index)
+        return Plan(slot_BN, self.weight_BN[:, first:], self.mask_BK[:, first:], index, shares)
 
     @staticmethod
     def stack(plans: Sequence[Plan]) -> Plan:
         """One plan for batches one after another, of as many tokens and slots."""
         indices = [plan.index_BK for plan in plans if plan.index_BK is not None]
+        mixed = any(plan.shares_BKN is not None for plan in plans)
         return Plan(
             torch.cat([plan.slot_BN for plan in plans]),
             torch.cat([plan.weight_BN for plan in plans]),
             torch.cat([plan.mask_BK for plan in plans]),
             torch.cat(indices) if len(indices) == len(plans) else None,
+            torch.cat([plan.matrix() for plan in plans]) if mixed else None,
         )
 
     def cut(self, text: int, lengths: tuple[int, int]) -> Plan:
@@ -140,7 +155,8 @@ class Plan:
         kept = torch.cat([numbers[: lengths[0]], numbers[text : text + lengths[1]]])
         slot_BN = torch.where(self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN)
         index_BK = None if self.index_BK is None else self.index_BK[:, kept]
-        return Plan(slot_BN, self.weight_BN, self.mask_BK[:, kept], index_BK)
+        shares_BKN = None if self.shares_BKN is None else self.shares_BKN[:, kept]
+        return Plan(slot_BN, self.weight_BN, self.mask_BK[:, kept], index_BK, shares_BKN)
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by another one that acts on its slots."""
@@ -149,15 +165,19 @@ class Plan:
         index = None
         if self.index_BK is not None and later.index_BK is not None:
             index = self.index_BK.gather(1, later.index_BK)
+        mixed = self.shares_BKN is not None or later.shares_BKN is not None
         return Plan(
             torch.where(kept, later.slot_BN.gather(1, slot), DROPPED),
             self.weight_BN * later.weight_BN.gather(1, slot),
             later.mask_BK,
             index,
+            later.reduce(self.matrix()) if mixed else None,
         )
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The plan as a matrix [B,K,N] of shares: `reduce` is a product with it."""
+        if self.shares_BKN is not None:
+            return self.shares_BKN.to(dtype)
         batch, count = self.slot_BN.shape
         matrix = torch.zeros(batch, self.slots + 1, count, device=self.slot_BN.device, dtype=dtype)
         target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
@@ -175,19 +195,22 @@ class Plan:
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
-        if x_BND.device.type == "cpu" and x_BND.dtype == torch.float32 and not torch.compiler.is_compiling():
+        on_cpu = x_BND.device.type == "cpu" and x_BND.dtype == torch.float32
+        if self.shares_BKN is None and on_cpu and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
+        # What joins no slot may hold anything, and zero times that need not be zero.
         columns_BND = x_BND if x_BND.ndim == 3 else x_BND[..., None]
-        columns_BND = columns_BND.masked_fill(~self._joins()[..., None], 0)
+        columns_BND = columns_BND.masked_fill(~self._enters()[..., None], 0)
         total_BKD = self.matrix(x_BND.dtype) @ columns_BND
         return total_BKD if x_BND.ndim == 3 else total_BKD[..., 0]
 
-    def _joins(self) -> Tensor:
-        """Which sources go into a slot that counts, bool [B,N]: with fractional masks, every slot does."""
-        joins_BN = self.slot_BN >= 0
-        if self.slots and self.mask_BK.dtype == torch.bool:
-            joins_BN = joins_BN & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
-        return joins_BN
+    def _enters(self) -> Tensor:
+        """Which sources enter a slot that holds something, bool [B,N]."""
+        if self.shares_BKN is not None:
+            return ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
+        if self.mask_BK.dtype != torch.bool or not self.slots:  # the published code counts what is masked
+            return self.slot_BN >= 0
+        return (self.slot_BN >= 0) & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
 
     def _add_up(self, x_BND: Tensor) -> Tensor:
         batch, slots = self.mask_BK.shape
@@ -225,6 +248,16 @@ def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]
     taken = x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten())
     return taken.view(*index_BK.shape, *x_BND.shape[2:])
+
+
+def _block_diagonal(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [B,K,N] along the diagonal of a larger one, zero elsewhere."""
+    count, before, rows = sum(part.shape[2] for part in parts), 0, []
+    for part in parts:
+        after = count - before - part.shape[2]
+        rows.append(torch.nn.functional.pad(part, (before, after)))
+        before += part.shape[2]
+    return torch.cat(rows, 1)
 
 
 def _ones(shape: torch.Size, device: torch.device) -> Tensor:

@@ -1,9 +1,9 @@
-"""PruMerge and PruMerge+: keep the outliers of the [CLS] token's attention, merge the others into them.
+"""PruMerge and PruMerge+: keep the outliers of [CLS]'s attention, merge the others into them.
 
-Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025, arXiv
-2403.15388.
+Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV
+2025, arXiv 2403.15388.
 
-Shape suffixes: B batch, I image tokens.
+Shape suffixes: B batch, I image tokens, K slots, C channels.
 """
 
 from __future__ import annotations
@@ -14,25 +14,38 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.budget import Count, check_keep
+from pumer.reducers.budget import Count, check_keep, smaller
 from pumer.reducers.greedy import cosines
-from pumer.reducers.plan import Plan
+from pumer.reducers.plan import Plan, tokens_at
 from pumer.reducers.registry import register
-from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.selector import Selector, best, candidates, check_saliency, encoded
+
+ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
+"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what they
+receive in the layer of the features, which no published code does."""
+NEIGHBOURS = 32
+"""Tokens that are added to each kept one, as published."""
 
 
 @register
 @dataclass(frozen=True)
 class PruMerge(Selector):
-    """Keep the image tokens whose attention is an outlier, and evenly spaced ones besides; merge the others into these.
+    """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into these.
 
-    A dropped token is added, times the attention it has, to the kept one whose key is most like its own. The published
-    code adds to every kept token the 32 tokens most like it, so that one token enters many, and puts a sum of all
-    dropped ones at the end; weights are as small there as here, about one in the number of tokens.
+    Attention and keys are those of the tower's last layer, all heads taken as one. To every kept
+    token the 32 tokens are added whose keys are most like its own, kept ones among them, each times
+    its attention; one extra token at the end is the sum of all that are not kept, each times its
+    attention. Shares therefore do not sum to one, and a token may enter many.
+
+    As published, but for the order (here that of the image, there of attention), for images without
+    an outlier, where the published code fails and here the most attended token counts as one, and
+    for images that are kept whole, where it puts a token of zeros at the end and here there is none.
 
     Args:
-        keep: None keeps as many as there are outliers, each image its own number. A share or a whole number keeps that
-            many: with `plus` a quarter of them by attention.
+        keep: None keeps as many as there are outliers, each image its own number, and the extra
+            token. A share or a whole number leaves that many, the extra token included: with `plus`
+            a quarter of them by attention. Where only 1 stays, it is the most attended and all
+            others are dropped. This fixed budget is ours.
         plus: keep evenly spaced tokens as well, about three to an outlier (PruMerge+).
         saliency: attention of the "class" token, or that "received" from all.
     """
@@ -49,58 +62,88 @@ class PruMerge(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency], "keys_BNC"})
+        return frozenset({ATTENTION[self.saliency], "last_keys_BNC"})
 
     @property
     def leaves_gaps(self) -> bool:
         return self.keep is None
 
     def budget(self, count: Count, layer: int) -> Count:
-        """How many stay; without `keep` the most that may. Above the third quartile lie a quarter of the tokens."""
+        """How many stay, the extra token included; without `keep` the most that may.
+
+        Above the third quartile lie a quarter of the tokens.
+        """
         if self.keep is not None:
             return super().budget(count, layer)
-        return count if self.plus else -(-count // 4)
-
-    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
-        valid_BI, attention_BI = candidates(tokens), encoded(tokens, SALIENCY[self.saliency])
-        outlying_B = (kept_B // 4).clamp_min(1) if self.plus else kept_B
-        outlying_BI = best(attention_BI, valid_BI, torch.minimum(outlying_B, kept_B))
-        rest_BI = valid_BI & ~outlying_BI
-        place_BI = rest_BI.long().cumsum(1) - 1
-        rest_B1, more_B1 = rest_BI.sum(1, keepdim=True).clamp_min(1), (kept_B - outlying_BI.sum(1))[:, None]
-        spaced_BI = rest_BI & ((place_BI + 1) * more_B1 // rest_B1 > place_BI * more_B1 // rest_B1)
-        return self._merged(tokens, outlying_BI | spaced_BI, most)
+        return count if self.plus else smaller(-(-count // 4) + 1, count)
 
     def plan(self, tokens: Tokens) -> Plan:
-        if self.keep is not None:
+        valid_BI = candidates(tokens)
+        if self.keep is not None or valid_BI.shape[1] == 0:
             return super().plan(tokens)
-        valid_BI, attention_BI = candidates(tokens), encoded(tokens, SALIENCY[self.saliency])
-        count_B = valid_BI.sum(1)
-        first, third = (_quantile(attention_BI, valid_BI, share) for share in (0.25, 0.75))
-        outlying_BI = attention_BI > (third + 1.5 * (third - first))[:, None]
-        # An image without outliers keeps its most attended token.
-        outlying_B = (outlying_BI & valid_BI).sum(1).clamp_min(1)
-        keep_BI = best(attention_BI, valid_BI, outlying_B)
+        keep_BI = self._outliers(tokens, valid_BI)
         if self.plus:
-            step_B1 = (count_B // outlying_B // 3).clamp_min(1)[:, None]
+            count_B1, outliers_B1 = (x.sum(1, keepdim=True) for x in (valid_BI, keep_BI))
+            step_B1 = (count_B1 // outliers_B1.clamp_min(1) // 3).clamp_min(1)
             place = torch.arange(valid_BI.shape[1], device=valid_BI.device)
-            keep_BI = keep_BI | valid_BI & (place % step_B1 == 0) & (place < count_B[:, None] - 1)
-        image = self._merged(tokens, keep_BI, self.budget(valid_BI.shape[1], tokens.layer))
-        return tokens.with_structure(None, image)
+            # The grid ends before the last token, as published.
+            keep_BI = keep_BI | (place % step_B1 == 0) & (place < count_B1 - 1)
+        extra_B = keep_BI.sum(1) < valid_BI.sum(1)
+        most = self.budget(valid_BI.shape[1], tokens.layer)
+        return tokens.with_structure(None, self._merged(tokens, keep_BI, extra_B, most))
 
-    def _merged(self, tokens: Tokens, keep_BI: Tensor, most: int) -> Plan:
-        """Every other token in the kept one that its key is most like, with its attention for a share."""
+    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+        valid_BI = candidates(tokens)
+        # One slot is the extra token's, unless all tokens stay or it would be the only one.
+        extra_B = (kept_B < valid_BI.sum(1)) & (kept_B > 1)
+        kept_B = kept_B - extra_B.long()
+        attended_B = torch.minimum((kept_B // 4).clamp_min(1), kept_B) if self.plus else kept_B
+        attended_BI = best(encoded(tokens, ATTENTION[self.saliency]), valid_BI, attended_B)
+
+        # The others evenly spaced among those that are left.
+        rest_BI = valid_BI & ~attended_BI
+        place_BI = rest_BI.long().cumsum(1) - 1
+        rest_B1 = rest_BI.sum(1, keepdim=True).clamp_min(1)
+        spaced_B1 = (kept_B - attended_BI.sum(1))[:, None]
+        spaced_BI = (place_BI + 1) * spaced_B1 // rest_B1 > place_BI * spaced_B1 // rest_B1
+        return self._merged(tokens, attended_BI | rest_BI & spaced_BI, extra_B, most)
+
+    def _outliers(self, tokens: Tokens, valid_BI: Tensor) -> Tensor:
+        """Tokens with more attention than 1.5 quartile ranges above the third, at least one."""
+        attention_BI = encoded(tokens, ATTENTION[self.saliency]).double()
+        first_B, third_B = (_quantile(attention_BI, valid_BI, share) for share in (0.25, 0.75))
+        outlying_BI = valid_BI & (attention_BI > (third_B + 1.5 * (third_B - first_B))[:, None])
+        return best(attention_BI, valid_BI, outlying_BI.sum(1).clamp_min(1))
+
+    def _merged(self, tokens: Tokens, keep_BI: Tensor, extra_B: Tensor, most: int) -> Plan:
+        """The kept tokens, each with its neighbours, and behind them in some rows the extra one."""
+        valid_BI = candidates(tokens)
+        attention_BI = encoded(tokens, ATTENTION[self.saliency])
         keeping = Plan.keep(keep_BI, most)
-        similarity = cosines(encoded(tokens, "keys_BNC")).masked_fill(~keep_BI[:, None], -torch.inf)
-        merged_BI = candidates(tokens) & ~keep_BI
-        slot_BI = torch.where(merged_BI, keeping.slot_BN.gather(1, similarity.argmax(2)), keeping.slot_BN)
-        share_BI = torch.where(merged_BI, encoded(tokens, SALIENCY[self.saliency]), 1.0)
-        return Plan(slot_BI, share_BI, keeping.mask_BK)
+        assert keeping.index_BK is not None
+
+        # Which other tokens are neighbours of the one in every slot.
+        place_I = torch.arange(valid_BI.shape[1], device=valid_BI.device)
+        cosine_BKI = tokens_at(cosines(encoded(tokens, "last_keys_BNC")), keeping.index_BK)
+        other_BKI = valid_BI[:, None] & (place_I != keeping.index_BK[..., None])
+        order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(dim=2, descending=True, stable=True)
+        near_BKI = torch.zeros_like(other_BKI).scatter(2, order_BKI[..., :NEIGHBOURS], True)
+        near_BKI = near_BKI & other_BKI & keeping.mask_BK[..., None]
+
+        # All that are not kept stand in the extra slot.
+        kept_B1, extra_B1 = keep_BI.sum(1, keepdim=True), extra_B[:, None]
+        rest_BI = valid_BI & ~keep_BI
+        slot_BI = torch.where(rest_BI & extra_B1, kept_B1, keeping.slot_BN)
+        weight_BI = torch.where(rest_BI, attention_BI, 1.0)
+        mask_BK = torch.arange(most, device=valid_BI.device) < kept_B1 + extra_B1
+        shares_BKI = Plan(slot_BI, weight_BI, mask_BK).matrix() + near_BKI * attention_BI[:, None]
+        return Plan(slot_BI, weight_BI, mask_BK, shares_BKN=shares_BKI)
 
 
 def _quantile(value_BI: Tensor, valid_BI: Tensor, share: float) -> Tensor:
-    """The value that this share of a row's real tokens lie below, between two of them in proportion, [B]."""
+    """The value that this share of a row's real tokens lie below, interpolated, [B]."""
     rising = value_BI.masked_fill(~valid_BI, torch.inf).sort(1).values
     place_B = share * (valid_BI.sum(1) - 1).clamp_min(0).double()
-    low, high = (rising.gather(1, place[:, None].long())[:, 0] for place in (place_B.floor(), place_B.ceil()))
-    return low + (high - low) * (place_B - place_B.floor()).float()
+    below_B, above_B = place_B.floor(), place_B.ceil()
+    low, high = (rising.gather(1, at_B[:, None].long())[:, 0] for at_B in (below_B, above_B))
+    return low + (high - low) * (place_B - below_B)

@@ -1,7 +1,7 @@
 """SCOPE: tokens that stand for all the others, and of these the salient ones.
 
-Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025, arXiv
-2510.24214.
+Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs",
+NeurIPS 2025, arXiv 2510.24214.
 
 Shape suffixes: B batch, I image tokens.
 """
@@ -10,12 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
 from pumer.reducers.greedy import cosines, coverage
 from pumer.reducers.registry import register
-from pumer.reducers.selector import SALIENCY, Selector, candidates, check_saliency, encoded, image_states
+from pumer.reducers.selector import (
+    SALIENCY,
+    Selector,
+    candidates,
+    check_saliency,
+    encoded,
+    image_states,
+)
+
+COMBINE = ("multiply", "add")
 
 
 @register
@@ -23,27 +33,49 @@ from pumer.reducers.selector import SALIENCY, Selector, candidates, check_salien
 class SCOPE(Selector):
     """Choose one by one the image token that adds most coverage, times its saliency.
 
-    Coverage is the sum, over all image tokens, of the cosine with the nearest token chosen.
+    Coverage is the sum, over all image tokens, of the cosine with the nearest token chosen. It is
+    measured on the encoder's output before the projector, as published; on what the language model
+    is given where the encoder says nothing of it. The published budget is one for each crop.
 
     Args:
         saliency: attention of the "class" token, or that "received" from all.
         alpha: power of the saliency; 0 leaves coverage alone.
+        combine: "multiply" coverage and saliency; or "add" `alpha` times the saliency, a variant in
+            the published code, which sums attention over the heads where the mean is taken here:
+            with `alpha` = the number of the tower's heads it is the published one.
     """
 
     name = "scope"
     saliency: str = "class"
     alpha: float = 1.0
+    combine: str = "multiply"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self.saliency)
         if self.alpha < 0:
             raise ValueError(f"alpha is a power from 0, not {self.alpha}")
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine is one of {', '.join(COMBINE)}, not {self.combine!r}")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency]})
+        return frozenset({SALIENCY[self.saliency], "features_BND"})
+
+    @property
+    def per_crop(self) -> bool:
+        return True
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        weight_BI = encoded(tokens, SALIENCY[self.saliency]).clamp_min(0).pow(self.alpha)
-        return coverage(cosines(image_states(tokens)), weight_BI, candidates(tokens), kept_B, most)
+        saliency_BI = encoded(tokens, SALIENCY[self.saliency]).double()
+        if self.combine == "add":
+            weight_BI, bonus_BI = torch.ones_like(saliency_BI), self.alpha * saliency_BI
+        else:
+            weight_BI = saliency_BI.clamp_min(0).pow(self.alpha)
+            bonus_BI = torch.zeros_like(saliency_BI)
+
+        encoder = tokens.encoder
+        by_encoder = encoder is not None and encoder.features_BND is not None
+        features_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
+        cosine_BII = cosines(features_BID)
+        return coverage(cosine_BII, weight_BI, bonus_BI, candidates(tokens), kept_B, most)

@@ -49,6 +49,8 @@ class Selector(Reducer):
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
+        if valid_BI.shape[1] == 0:
+            return Plan.identity(tokens.mask_BN)
         kept_B = self.budget(valid_BI.sum(1), tokens.layer)
         image = self.reduce_to(tokens, kept_B, self.budget(valid_BI.shape[1], tokens.layer))
         return tokens.with_structure(None, image)
@@ -68,15 +70,15 @@ def candidates(tokens: Tokens) -> Tensor:
 
 
 def image_states(tokens: Tokens) -> Tensor:
-    """States of these tokens, float32 [B,I,D], zero at padding."""
+    """States of these tokens, float32 [B,I,D], zero at padding and where they are not finite."""
     if tokens.states_BND is None:
         raise ValueError("this method compares the states of tokens, and there are none here")
     states_BID = tokens.states_BND[:, tokens.text + tokens.prefix :].float()
-    return states_BID * candidates(tokens)[..., None]
+    return torch.where(candidates(tokens)[..., None] & states_BID.isfinite(), states_BID, 0.0)
 
 
 def encoded(tokens: Tokens, name: str) -> Tensor:
-    """A field of `Tokens.encoder`, float32 [B,I] or [B,I,D], zero at padding.
+    """A field of `Tokens.encoder`, float32 [B,I] or [B,I,D], zero at padding and where not finite.
 
     Raises:
         ValueError: where the encoder does not give it.
@@ -87,8 +89,8 @@ def encoded(tokens: Tokens, name: str) -> Tensor:
             f"the method needs the vision encoder's {name}, which this model or place does not give: "
             'where there is no [CLS], saliency="received" may do'
         )
-    valid_BI = candidates(tokens)
-    return torch.where(valid_BI if value.ndim == 2 else valid_BI[..., None], value.float(), 0.0)
+    value, valid = value.float(), candidates(tokens)
+    return torch.where((valid if value.ndim == 2 else valid[..., None]) & value.isfinite(), value, 0.0)
 
 
 def check_saliency(saliency: str) -> None:

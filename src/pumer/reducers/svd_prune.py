@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
+from pumer.reducers.greedy import unit_length
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
 from pumer.reducers.spectral import leverage
@@ -62,12 +63,14 @@ class SVDPrune(Selector):
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
-        x_BID = encoded(tokens, "features_BND") if self.features == "encoder" else image_states(tokens)
+        by_encoder = self.features == "encoder"
+        x_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
+        x_BID = x_BID.double()
         if self.center:
             count_B11 = valid_BI.sum(1)[:, None, None].clamp_min(1)
             x_BID = (x_BID - x_BID.sum(1, keepdim=True) / count_B11) * valid_BI[..., None]
         if self.normalize:
-            x_BID = torch.nn.functional.normalize(x_BID, dim=-1)
+            x_BID = unit_length(x_BID)
         leverage_BI = leverage(x_BID, self.energy)
         if self.mass is not None:
             falling = leverage_BI.sort(1, descending=True).values

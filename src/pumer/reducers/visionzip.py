@@ -1,6 +1,7 @@
 """VisionZip: dominant tokens, and contextual ones that the rest is merged into.
 
-Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
+arXiv 2412.04467.
 
 Shape suffixes: B batch, I image tokens, K slots.
 """
@@ -23,26 +24,41 @@ from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_
 @register
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """Keep the image tokens that the encoder attends to most, and merge the others into evenly spaced ones of theirs.
+    """Keep the image tokens that the encoder attends to most; merge the others into a few of theirs.
 
-    What is merged into a token is averaged and then added to it, as published: it comes out about twice as long as it
-    was. The published budget counts the encoder's [CLS], which is handed to the language model there and is not here;
-    of LLaVA-NeXT's pictures it is one for each crop, and here one for the whole picture.
+    What is merged into a token is averaged and then added to it, as published: it comes out about
+    twice as long as it was. Published is that features before the projector are merged and then
+    projected (`before_projector`); the plan is the same for whatever it reduces. The budget is one
+    for each crop, and there the encoder's [CLS] is among the dominant tokens, which here is not
+    handed to the language model: published counts less one for it are these. The contextual tokens
+    keep their place among the others, where the published code puts them behind.
 
     Args:
-        contextual: share of the kept tokens that others are merged into. Published: 10 of 64, 20 of 128, 30 of 192.
+        contextual: how many of the kept tokens others are merged into: a share of them (float), or
+            a whole number (int). Published: 10 of 64, 20 of 128, 30 of 192.
         saliency: attention of the "class" token, or that "received" from all.
     """
 
     name = "visionzip"
-    contextual: float = 0.15625
+    contextual: float | int = 0.15625
     saliency: str = "class"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self.saliency)
-        if not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual is a share in [0, 1], not {self.contextual}")
+        whole = isinstance(self.contextual, int) and self.contextual >= 0
+        if not (whole or 0 <= self.contextual <= 1):
+            raise ValueError(
+                f"contextual is a share in [0, 1] or a whole number of tokens such as 10, not {self.contextual}"
+            )
+
+    @property
+    def per_crop(self) -> bool:
+        return True
+
+    @property
+    def before_projector(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -50,17 +66,25 @@ class VisionZip(Selector):
 
     def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
         valid_BI = candidates(tokens)
-        contextual_B = portion(self.contextual, kept_B)
-        dominant_BI = best(encoded(tokens, SALIENCY[self.saliency]), valid_BI, kept_B - contextual_B)
+        if isinstance(self.contextual, int):
+            contextual_B = kept_B.clamp_max(self.contextual)
+        else:
+            contextual_B = portion(self.contextual, kept_B)
+        attention_BI = encoded(tokens, SALIENCY[self.saliency])
+        dominant_BI = best(attention_BI, valid_BI, kept_B - contextual_B)
 
+        # Targets at even distances among the others.
         rest_BI = valid_BI & ~dominant_BI
         place_BI = rest_BI.long().cumsum(1) - 1
-        step_B1 = (rest_BI.sum(1) // contextual_B.clamp_min(1)).clamp_min(1)[:, None]
-        target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B[:, None])
+        contextual_B1 = contextual_B[:, None]
+        step_B1 = (rest_BI.sum(1, keepdim=True) // contextual_B1.clamp_min(1)).clamp_min(1)
+        target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B1)
 
-        similarity = cosines(encoded(tokens, "keys_BNC")).masked_fill(~target_BI[:, None], -torch.inf)
+        # The target of every other token: the one whose key is most like its own.
+        cosine_BII = cosines(encoded(tokens, "keys_BNC"))
+        nearest_BI = cosine_BII.masked_fill(~target_BI[:, None], -torch.inf).argmax(2)
         keeping = Plan.keep(dominant_BI | target_BI, most)
-        joined_BI = torch.where(contextual_B[:, None] > 0, keeping.slot_BN.gather(1, similarity.argmax(2)), DROPPED)
+        joined_BI = keeping.slot_BN.gather(1, nearest_BI).masked_fill(contextual_B1 == 0, DROPPED)
         merged_BI = rest_BI & ~target_BI
         slot_BI = torch.where(merged_BI, joined_BI, keeping.slot_BN)
         count_BK = Plan(slot_BI, keeping.weight_BN, keeping.mask_BK).total(merged_BI.float())

@@ -1,8 +1,8 @@
-"""FasterVLM and VisPruner: what the vision encoder's [CLS] attends to, and what differs from the rest.
+"""FasterVLM and VisPruner: what the encoder's [CLS] attends to, and what differs from the rest.
 
-Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (VisPruner),
-ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (FasterVLM),
-2024. Both arXiv 2412.01818.
+Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
+VLMs" (VisPruner), ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free
+Visual Token Pruning" (FasterVLM), 2024. Both arXiv 2412.01818.
 
 Shape suffixes: B batch, I image tokens, L places in the list of remaining ones, D channels.
 """
@@ -29,6 +29,8 @@ AT_ONCE = 8
 class FasterVLM(Selector):
     """Keep the image tokens that the vision encoder attends to most.
 
+    The published budget is one for each crop.
+
     Args:
         saliency: attention of the "class" token, or that "received" from all.
     """
@@ -44,6 +46,10 @@ class FasterVLM(Selector):
     def needs(self) -> frozenset[str]:
         return frozenset({SALIENCY[self.saliency]})
 
+    @property
+    def per_crop(self) -> bool:
+        return True
+
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
 
@@ -51,10 +57,15 @@ class FasterVLM(Selector):
 @register
 @dataclass(frozen=True)
 class VisPruner(FasterVLM):
-    """Keep the image tokens attended to most, and of the others those that are left when duplicates are removed.
+    """Keep the image tokens attended to most, and of the others what is left without duplicates.
+
+    Similarity is compared in float64, as published. Where an odd number of tokens is left, or more
+    than half must go, the published code fails; here the list of even places is one longer, and no
+    round takes more than half.
 
     Args:
-        important: share of the kept tokens that are chosen by attention. Published: 0.5, at 64 tokens 0.75.
+        important: share of the kept tokens that are chosen by attention, rounded down. Published:
+            0.5, at 64 tokens 0.75.
     """
 
     name = "vispruner"
@@ -72,13 +83,13 @@ class VisPruner(FasterVLM):
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
         place_BI = rank(encoded(tokens, SALIENCY[self.saliency]).masked_fill(~valid_BI, -torch.inf))
-        important_B = (kept_B * self.important).long()  # rounded down, as published
+        important_B = (kept_B.double() * self.important).long()  # rounded down, as published
         important_BI = valid_BI & (place_BI < important_B[:, None])
 
         # A list of the others, from most to least attended, that loses its duplicates.
         order_BL = place_BI.argsort(1)
         start_BL = torch.arange(order_BL.shape[1], device=order_BL.device) + important_B[:, None]
-        list_BL = order_BL.gather(1, start_BL.clamp_max(max(order_BL.shape[1] - 1, 0)))
+        list_BL = order_BL.gather(1, start_BL.clamp_max(order_BL.shape[1] - 1))
         left_B = valid_BI.sum(1) - important_B
         cosine_BII = cosines(encoded(tokens, "features_BND"))
         list_BL = _without_duplicates(cosine_BII, list_BL, left_B, kept_B - important_B, most)
@@ -91,8 +102,9 @@ class VisPruner(FasterVLM):
 def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wanted_B: Tensor, most: int) -> Tensor:
     """The list after its first `left_B` tokens have been thinned out to `wanted_B`, which stand in front.
 
-    Up to eight at a time are removed, those at even places that are most like one at an odd place. The survivors at
-    even places, by rising similarity, and then the odd ones make up the next list.
+    Up to eight at a time are removed, those at even places that are most like one at an odd place.
+    The survivors at even places, by falling similarity, and then the odd ones make up the next
+    list.
 
     Args:
         most: the largest number of tokens that any row is to keep.
@@ -100,7 +112,7 @@ def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wan
     rows = torch.arange(len(list_BL), device=list_BL.device)[:, None]
     start = list_BL.shape[1]
     # Below sixteen tokens a step can only take half of them: up to four steps more.
-    for step in range(-(-start // AT_ONCE) + 4 if start > most else 0):
+    for step in range(-(-start // AT_ONCE) + 4 if start > 1 else 0):
         length = min(start, max(start - step * AT_ONCE, most, 2 * AT_ONCE))  # no row has more left
         list_BL = list_BL[:, :length]
         real_BL = torch.arange(length, device=list_BL.device) < left_B[:, None]
@@ -109,10 +121,10 @@ def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wan
         alike = alike.masked_fill(~real_BL[:, None, 1::2], -torch.inf).amax(2)
         removed_B = torch.minimum(left_B - wanted_B, left_B // 2).clamp(0, AT_ONCE)
 
-        # Sort keys: even survivors by similarity, real odd places, then what has gone.
+        # Sort keys, rising: even survivors by similarity, real odd places, then what has gone.
         goes = rank(alike.masked_fill(~real_BL[:, ::2], -torch.inf)) < removed_B[:, None]
         key_BL = torch.empty_like(list_BL, dtype=cosine_BII.dtype)
-        key_BL[:, ::2] = alike.masked_fill(goes | ~real_BL[:, ::2], torch.inf)
+        key_BL[:, ::2] = (-alike).masked_fill(goes | ~real_BL[:, ::2], torch.inf)
         key_BL[:, 1::2] = torch.full_like(key_BL[:, 1::2], 2.0).masked_fill(~real_BL[:, 1::2], torch.inf)
         moving = (removed_B > 0)[:, None]
         list_BL = torch.where(moving, list_BL.gather(1, key_BL.argsort(dim=1, stable=True)), list_BL)
