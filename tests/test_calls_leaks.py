@@ -18,7 +18,7 @@ from calls import PLACES, answer, near
 
 FAMILIES = ("ViLT", "METER", "llava", "qwen2_vl")
 ALL = (*tiny.FAMILIES, *tiny_llm.BUILDERS)
-ROUNDS = 30
+ROUNDS = 10
 
 
 class Stop(Exception):
