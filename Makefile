@@ -11,11 +11,12 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-versions lint bench
 
 help:
 	@echo "make demo    set up if needed, then run the demonstration"
 	@echo "make test    set up if needed, then lint, type check and test"
+	@echo "make test-versions  smoke tests with the oldest and newest dependencies, and without extras"
 	@echo "make lint    lint and type check only"
 	@echo "make bench   run the benchmark"
 
@@ -24,6 +25,9 @@ demo: $(INSTALLED)
 
 test: lint
 	@$(BIN)/python -m pytest
+
+test-versions: $(INSTALLED)
+	@$(BIN)/nox
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet
