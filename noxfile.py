@@ -25,9 +25,9 @@ nox.options.stop_on_first_error = False
 
 
 def floors() -> dict[str, str]:
-    """The lower bound of every dependency, by its name."""
+    """The lower bound of every dependency of the package and its extras, by its name."""
     optional = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for extra in (*EXTRAS, "dev") for line in optional[extra])]
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
     return {
         requirement.name.lower(): str(requirement.specifier).removeprefix(">=")
         for requirement in map(Requirement, lines)
@@ -69,8 +69,9 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The oldest of everything that pyproject.toml allows, but for transformers, which is as pinned."""
-    smoke(session, floors() | {"transformers": PINS["transformers"]})
+    """The oldest of everything that pyproject.toml allows; transformers and the tools of testing are as pinned."""
+    pinned = {name: PINS[name] for name in ("transformers", *TOOLS)}
+    smoke(session, floors() | pinned)
 
 
 @nox.session(name="no-extras")
