@@ -3,7 +3,7 @@
 `make test-versions` runs all of them, `.venv/bin/nox -s oldest` runs one; docs/versions.md has the results.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nox
@@ -37,7 +37,7 @@ def floors() -> dict[str, str]:
 def smoke(
     session: nox.Session,
     versions: dict[str, str],
-    extras: Iterable[str] = EXTRAS,
+    extras: Sequence[str] = EXTRAS,
     options: Iterable[str] = (),
     tests: str = "tests",
 ) -> None:
@@ -48,7 +48,7 @@ def smoke(
     constraints = Path(session.virtualenv.location) / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()), encoding="utf-8")
     session.install(f"torch=={versions['torch']}")
-    session.install("-c", str(constraints), *options, "-e", f".[{','.join(extras)}]", *TOOLS)
+    session.install("-c", str(constraints), *options, "-e", "." + (f"[{','.join(extras)}]" if extras else ""), *TOOLS)
     session.run("python", "-m", "pip", "list", "--format", "freeze", "--exclude-editable")
     session.run("pytest", "-m", "smoke", tests, *session.posargs)
 

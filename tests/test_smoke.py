@@ -200,10 +200,16 @@ def test_what_a_command_misses_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_core_needs_no_extra():
-    code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); from pumer.cli import main; main(['list'])"
-    code += "; import tiny, pumer; pumer.apply(tiny.model(), pumer.PuMer(layers=(1,)))(**tiny.batch())"
+def test_nothing_but_running_it_needs_an_extra():
+    """In a process of its own, where no extra has been imported before."""
+    modules = sorted({target.split(":")[0] for target, _ in COMMANDS.values()})
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({EXTRAS}))
+for module in {modules}:
+    importlib.import_module(module)
+import pumer, tiny
+pumer.apply(tiny.model(), pumer.PuMer(layers=(1,)))(**tiny.batch())
+"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "ViltForQuestionAnswering" in done.stdout
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
