@@ -74,6 +74,7 @@ def content(source):
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
+@pytest.mark.smoke
 def test_every_store_gives_the_files(store):
     assert set(store.keys()) == set(FILES)
     for key, expected in reversed(FILES.items()):

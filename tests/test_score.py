@@ -342,6 +342,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_ray_writes_the_same_predictions(folder, tmp_path):

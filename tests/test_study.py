@@ -594,6 +594,7 @@ def test_smaller_pictures_cost_less(model):
 # --- the whole ---
 
 
+@pytest.mark.smoke
 def test_without_training(study, tmp_path, capsys):
     methods = [
         {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]},

@@ -112,6 +112,7 @@ def test_grounding_loss_falls_when_the_targets_are_met():
     assert grounding_loss([*right, middle + 1], labels) > 0.1
 
 
+@pytest.mark.smoke
 def test_a_run_writes_a_model_that_loads(base):
     model = load(base / "model")
     assert pumer.active(model) is None
@@ -119,6 +120,14 @@ def test_a_run_writes_a_model_that_loads(base):
     log = json.loads((base / "log.json").read_text())
     assert {"task_loss", "grounding_loss", "accuracy"} <= set(log[0])
     assert yaml.safe_load((base / "recipe.yaml").read_text())["grounding"]["layer"] == 2
+
+
+@pytest.mark.smoke
+def test_curves_are_written_for_tensorboard(tokenizer, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra train")
+    settings = ModelSettings(tokenizer=tokenizer, config=TINY, max_length=24)
+    train(str(tmp_path), TASK | {"patch_size": 8}, settings, image=IMAGE, trainer=STEPS | {"report_to": "tensorboard"})
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
 def test_reducer_and_teacher_train_and_are_saved(base, tmp_path):

@@ -518,6 +518,7 @@ def command(folder, tmp_path, monkeypatch):
     return ["tune", "--model", str(folder), "--out", str(tmp_path / "out"), "--task", task, *grid, *sizes]
 
 
+@pytest.mark.smoke
 def test_tune_writes_preset_evidence_and_plot(command, tmp_path, model, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main([*command, "--max_drop", "90"]) == 0

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from pumer.adapters import find
@@ -79,6 +78,8 @@ def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Lat
         amounts: `work` of every timed forward.
         seconds: what each took.
     """
+    from scipy.optimize import nnls  # of the extra tune: `pumer tune --help` works without it
+
     terms = [name for name in amounts[0] if any(one[name] for one in amounts)]
     matrix = np.array([[one[name] for name in terms] for one in amounts]) / np.array(seconds)[:, None]
     scale = matrix.max(0)
