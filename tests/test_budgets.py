@@ -180,4 +180,5 @@ def test_what_is_chained_sees_what_is_left():
     second = Chain((FasterVLM(keep=0.5), PyramidDrop(keep=(0.5,), layers=(1,)))).plan(left)
     both = first.then(second)
     for row, count in enumerate(COUNTS):
-        assert len(shares(both, tokens, row)) == budgets.kept(0.5, budgets.kept(0.5, count))
+        # PyramidDrop rounds down, as published.
+        assert len(shares(both, tokens, row)) == max(1, budgets.kept(0.5, count) // 2)

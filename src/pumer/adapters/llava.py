@@ -64,6 +64,9 @@ class LlavaAdapter(DecoderAdapter):
         vision: Any = self.vision(model)
         return tower_layers(vision)[feature_depth(vision, config_of(model).vision_feature_layer) - 1].self_attn
 
+    def last_attention(self, model: nn.Module) -> Any:
+        return tower_layers(self.vision(model))[-1].self_attn
+
     def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
         full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
         # The other strategy drops a tower's first token, whether that is [CLS] or a patch.

@@ -59,6 +59,10 @@ class DecoderAdapter(Adapter):
         """The attention of the layer of the vision tower that its features come from."""
         raise NotImplementedError
 
+    def last_attention(self, model: nn.Module) -> Any:
+        """The attention of the vision tower's last layer; None where it is that of `tower_attention`."""
+        return None
+
     def tower_class(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""
         return False

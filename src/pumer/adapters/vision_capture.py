@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CLASS_ATTENTION = "class_attention_BN"
 LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
+OF_LAST_LAYER = frozenset({LAST_CLASS_ATTENTION, LAST_KEYS})
 RECEIVED, GIVEN = "received_BN", "given_BN"
 AT_ONCE = 256
 """Queries whose attention to all patches is there at one time."""
@@ -36,7 +38,9 @@ class Captured:
         capture: who looks.
         needs: fields of `Encoder` that the reducer reads.
         features_RPD: what goes into the projector.
-        heads: queries and keys [R,H,P,C] of the watched layer, one pair for each run of its attention.
+        heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for each run of its
+            attention.
+        last_heads: those of the tower's last layer, where that is another one.
         merged: where the patches of every crop went, if the tower merged them.
         packed: how a family puts its crops together.
     """
@@ -45,6 +49,7 @@ class Captured:
     needs: frozenset[str]
     features_RPD: Tensor | None = None
     heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    last_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     merged: Plan | None = None
     packed: Any = None
 
@@ -64,8 +69,12 @@ class VisionCapture:
             return
         patch.hook(spec.projector(model).register_forward_pre_hook(self._on_projector))
         if self.needs - {"features_BND"}:
-            self.attention = spec.tower_attention(model)
-            decoder_attention.watch(patch, self.attention, self._on_qk, "vision_config")
+            attention = spec.tower_attention(model)
+            watched = {"heads": attention}
+            if self.needs & OF_LAST_LAYER and spec.last_attention(model) not in (None, attention):
+                watched["last_heads"] = spec.last_attention(model)
+            for name, module in watched.items():
+                decoder_attention.watch(patch, module, partial(self._on_qk, name, module), "vision_config")
 
     @property
     def current(self) -> Captured | None:
@@ -87,9 +96,9 @@ class VisionCapture:
         if self.current is not None:
             self.current.features_RPD = args[0].detach()
 
-    def _on_qk(self, queries: Tensor, keys: Tensor, _: Any) -> None:
+    def _on_qk(self, name: str, attention: Any, queries: Tensor, keys: Tensor, _: Any) -> None:
         if self.current is not None:  # layers may be computed again for their gradients
-            self.current.heads.append(normalize_qk_scale(self.attention, queries, keys))
+            getattr(self.current, name).append(normalize_qk_scale(attention, queries, keys))
 
 
 def vision_features(captured: Captured, tower: bool = False, projected: bool = False) -> dict[str, Tensor]:
@@ -104,6 +113,8 @@ def vision_features(captured: Captured, tower: bool = False, projected: bool = F
     known = {} if features is None else {"features_BND": features[:, int(projected) :]}
     if captured.heads:
         known |= attention_of(needs, *captured.heads[-1], tower)
+    if captured.last_heads:
+        known |= all_heads_as_one(needs, *captured.last_heads[-1], tower)
     return {name: known[name] for name in needs}
 
 
@@ -112,7 +123,8 @@ def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor,
 
     `first` is whether the first token, such as [CLS], is no patch.
     """
-    known = {"keys_BNC": keys_RHPC.mean(1)[:, int(first) :], "queries_BNC": queries_RHPC.mean(1)[:, int(first) :]}
+    known = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
+    known |= {"keys_BNC": keys_RHPC.mean(1)[:, int(first) :], "queries_BNC": queries_RHPC.mean(1)[:, int(first) :]}
     # Scaled before they are multiplied: in half precision the products alone may be too large.
     queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
     if CLASS_ATTENTION in needs:
@@ -127,20 +139,17 @@ def attention_of(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor,
             given.append(attention[..., int(first) :].mean((1, 3)))
         known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[:, int(first) :]
         known[GIVEN] = torch.cat(given, 1)[:, int(first) :]
-    return known | _all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
+    return known
 
 
-def _all_heads_as_one(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
-    """What `Encoder` says of the tower's last layer, from its scaled queries and keys.
-
-    No adapter watches that layer yet: what comes here is the layer of the features.
-    """
-    if not {LAST_KEYS, LAST_CLASS_ATTENTION} & needs:
+def all_heads_as_one(needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool) -> dict[str, Tensor]:
+    """What `Encoder` says of the tower's last layer; arguments as for `attention_of`."""
+    if not OF_LAST_LAYER & needs:
         return {}
     keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
     known = {LAST_KEYS: keys_RPC[:, int(first) :]}
     if LAST_CLASS_ATTENTION in needs:
-        query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RHPC.shape[1] ** -0.5
+        query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
         logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
         known[LAST_CLASS_ATTENTION] = logits.softmax(-1)[:, 1:]
     return known

@@ -16,6 +16,7 @@ from torch import Tensor
 from pumer.reducers.base import Tokens
 from pumer.reducers.greedy import cosines, determinantal, unit_length
 from pumer.reducers.registry import register
+from pumer.reducers.scores import question_words
 from pumer.reducers.selector import Selector, candidates, image_states
 
 WORDS_AT_ONCE = 1024
@@ -27,7 +28,7 @@ WORDS_AT_ONCE = 1024
 class CDPruner(Selector):
     """Greedy choice from a determinantal point process: tokens unlike each other and relevant.
 
-    Relevance is the mean cosine with the prompt's embeddings, as the paper has it for models
+    Relevance is the mean cosine with the embeddings of the question, as the paper has it for models
     without a CLIP text tower; the images of a prompt without text are chosen for diversity alone.
     The published code for LLaVA compares CLIP's embeddings of patches and of the prompt, which
     takes the text tower that LLaVA left behind. The published budget is one for each crop.
@@ -55,8 +56,7 @@ class CDPruner(Selector):
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI, image_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
-        words_BT = tokens.valid_BN[:, : tokens.text]
-        text_BD = mean_direction(tokens.states_BND[:, : tokens.text], words_BT)
+        text_BD = mean_direction(tokens.states_BND[:, : tokens.text], question_words(tokens))
         weight_BI = self.weights(image_BID, text_BD, valid_BI)
         kernel_BII = cosines(image_BID) * weight_BI[:, :, None] * weight_BI[:, None]
         return determinantal(kernel_BII, valid_BI, kept_B, most)
