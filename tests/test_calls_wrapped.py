@@ -5,7 +5,6 @@ import functools
 import inspect
 import threading
 
-import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -201,6 +200,7 @@ def test_mixed_precision_put_on_after_apply_survives():
 
 def with_lora(model, family):
     targets = {"llava": ["q_proj", "v_proj"], "qwen2_vl": ["q_proj", "v_proj"]}
+    peft = pytest.importorskip("peft", reason="needs the package peft")
     config = peft.LoraConfig(r=2, target_modules=targets.get(family, ["query", "value"]))
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)
