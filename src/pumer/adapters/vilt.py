@@ -142,6 +142,9 @@ def _forward(
     attentions = config.output_attentions if output_attentions is None else output_attentions
     hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    image = exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
+    if len(text) != len(image):
+        raise ValueError(f"{len(text)} texts and {len(image)} images: the batch sizes must agree")
     states, axis, all_states, all_attentions = _encode(
         vilt,
         patch,
@@ -201,8 +204,6 @@ def _embed_trimmed(
     published = patch.reducer.published
     text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     image = exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
-    if len(text) != len(image):
-        raise ValueError(f"{len(text)} texts and {len(image)} images: the batch sizes must agree")
     if image_embeds is None:
         image_embeds, image_mask, patch_BI, grid = embed_patches(embeddings, image, pixel_mask)
     else:
