@@ -29,7 +29,7 @@ READS = {
 }
 """Reducers that act inside the language model or read text, and two that do neither."""
 BY_PLACE = ("dart", "DART")
-"""Reducers that go by how long rotated keys are: they have to be told the places of a padded row, as `generate` does."""
+"""Reducers that go by the size of rotated keys: they have to be told the places of a padded row, as by `generate`."""
 LEARNED = {"DynamicViT", "SmartTrim"}
 """Decoders refuse them."""
 

@@ -57,8 +57,8 @@ class Axis:
         """The axis on another device; hooks that move a layer's inputs to its weights call this."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
-        charged = {name: tuple(x.to(device) for x in values[name]) for name in ("spent", "heads")}
-        return replace(self, **moved, **charged)
+        spent, heads = (tuple(x.to(device) for x in charged) for charged in (self.spent, self.heads))
+        return replace(self, **moved, spent=spent, heads=heads)
 
     def places(self, trimmed: int, text: int) -> Tensor:
         """Where every token stood in the input, int64 [B,N]; -1 for padding and empty slots.

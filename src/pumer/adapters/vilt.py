@@ -202,7 +202,6 @@ def _embed_trimmed(
 ) -> tuple[Tensor, Axis]:
     """States [B,N,D] and their axis, without the padding that all texts and all pictures have at the end."""
     published = patch.reducer.published
-    text = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
     image = exactly_one(pixel_values=pixel_values, image_embeds=image_embeds)
     if image_embeds is None:
         image_embeds, image_mask, patch_BI, grid = embed_patches(embeddings, image, pixel_mask)
