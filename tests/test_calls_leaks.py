@@ -34,10 +34,11 @@ def tensors_alive():
 
 def growth(work, rounds):
     """Bytes and tensors that `rounds` more rounds of work leave behind."""
-    for _ in range(3):
-        work()
     tracemalloc.start()
     try:
+        # What was there before is not traced, and takes some rounds to be replaced by what is.
+        for _ in range(max(3, rounds // 2)):
+            work()
         gc.collect()
         bytes_before, tensors_before = tracemalloc.get_traced_memory()[0], tensors_alive()
         for _ in range(rounds):
