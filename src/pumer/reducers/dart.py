@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens, check_layers
-from pumer.reducers.matching import rank
+from pumer.reducers.matching import rank, unit_vectors
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.scores import question_words
@@ -83,9 +83,8 @@ class DART(Selector):
         one_more_BP = real_BP.long().cumsum(1) <= (remaining_B % count_B)[:, None]
         quota_BP = ((remaining_B // count_B)[:, None] + one_more_BP) * real_BP
 
-        pivots_BPD = tokens_at(tokens.states_BND, pivot_BP).float()
-        normalize = torch.nn.functional.normalize
-        similarity_BPI = normalize(pivots_BPD, dim=-1) @ normalize(states_BID, dim=-1).transpose(1, 2)
+        pivots_BPD = tokens_at(tokens.states_BND, pivot_BP)
+        similarity_BPI = unit_vectors(pivots_BPD) @ unit_vectors(states_BID).transpose(1, 2)
         return take_unlike(similarity_BPI, quota_BP, chosen_BI, valid_BI)
 
 

@@ -134,7 +134,7 @@ class PuMer(Reducer):
         return bipartite(keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
 
     def _merge_between(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
-        """Merges text, of which the first token stays in the first slot and the last real one in the last slot."""
+        """Merges text between its first and its last real token, which stay and enclose the others."""
         valid_BT = tokens.valid_BN[:, : tokens.text]
         first = Plan.identity(valid_BT[:, :1])
         if slots < 3:
@@ -142,13 +142,15 @@ class PuMer(Reducer):
         count_B1 = valid_BT.sum(1, keepdim=True)
         places = torch.arange(1, tokens.text, device=valid_BT.device)
         between = self._merge(tokens, keys_BNC, slice(1, tokens.text), places < count_B1 - 1, slots - 2)
+        # The last token follows right behind what is left between: a shorter row has no gap before it.
         last_BT = places == count_B1 - 1
-        rest = Plan(
-            between.slot_BN.masked_fill(last_BT, slots - 2),
+        filled_B1 = between.mask_BK.sum(1, keepdim=True)
+        behind = Plan(
+            torch.where(last_BT, filled_B1, between.slot_BN),
             between.weight_BN.masked_fill(last_BT, 1.0),
-            torch.cat([between.mask_BK, last_BT.any(1, keepdim=True)], 1),
+            places[: slots - 1] <= filled_B1 + last_BT.any(1, keepdim=True),
         )
-        return Plan.side_by_side([first, rest])
+        return Plan.side_by_side([first, behind])
 
     def _merged_text(self, count: Count) -> Count:
         return smaller(portion(self.merge_text, count), halves(count))

@@ -18,6 +18,7 @@ from torch import Tensor
 from pumer.reducers.base import Grid, Reducer, Tokens
 from pumer.reducers.budget import Count, kept, smaller
 from pumer.reducers.clustering import density_peaks
+from pumer.reducers.matching import unit_vectors
 from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
@@ -129,12 +130,12 @@ def raters(tokens: Tokens) -> Tensor:
     else:
         # States of a layer differ in size by orders of magnitude: one word would win everything.
         assert tokens.states_BND is not None
-        states_BND = torch.nn.functional.normalize(tokens.states_BND.float(), dim=-1)
-        states_BND = states_BND * states_BND.shape[2] ** 0.25
+        states_BND = unit_vectors(tokens.states_BND) * tokens.states_BND.shape[2] ** 0.25
         text_BTD = states_BND[:, : tokens.text]
         image_BID, valid_BI = states_BND[:, tokens.text + tokens.prefix :], candidates(tokens)
     mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
-    above_BT = words_BT & (mean_BT > 1 / words_BT.sum(1, keepdim=True).clamp_min(1))
+    # Words that are all alike stand out by the last bit of a sum, which means nothing.
+    above_BT = words_BT & (mean_BT * words_BT.sum(1, keepdim=True) > 1 + 1e-5)
     return torch.where(above_BT.any(1, keepdim=True), above_BT, words_BT)
 
 
