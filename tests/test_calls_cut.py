@@ -149,8 +149,10 @@ def behind(batch, new, placed=False):
     rest = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in rest:
-            padding = torch.zeros(rows, new, dtype=rest[name].dtype)
-            rest[name] = torch.cat([rest[name], padding], 1)
+            # PaliGemma's prompts are 0 and see each other, its answers are 1 and causal.
+            paligemma = name == "token_type_ids" and not rest[name].any()
+            kind = torch.full((rows, new), int(paligemma), dtype=rest[name].dtype)
+            rest[name] = torch.cat([rest[name], kind], 1)
     mask = torch.cat([batch["attention_mask"], answer_ones], 1)
     return rest | {"attention_mask": mask} | ({"position_ids": places(mask)} if placed else {})
 

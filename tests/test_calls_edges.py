@@ -68,6 +68,7 @@ def test_no_number_stays_in_its_row_compiled(family, name):
     model, batch = tiny.model(kind), tiny.batch(kind)
     spoilt = with_value(batch, 1, float("nan"), False)
     others = [0, 2, 3]
+    torch._dynamo.reset()
     with pumer.reduced(model, matrix.REDUCERS[name], trim=False):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         clean = tiny.logits(compiled, batch)
