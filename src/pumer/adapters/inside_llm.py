@@ -260,7 +260,11 @@ def _image_features(trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, 
     with hooks.capture.call() as captured:
         output = stock(*args, **kwargs)
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        with torch.no_grad(), exact(hooks.patch.reducer, trunk.device):
+        # A replica has no parameters that would say where it is.
+        device = next(
+            value.device for value in inputs.values() if isinstance(value, Tensor) and value.is_floating_point()
+        )
+        with torch.no_grad(), exact(hooks.patch.reducer, device):
             images = spec.pictures(trunk, output, inputs, captured)
     state = current_state(hooks)
     if state is not None and state.entered:

@@ -157,6 +157,7 @@ def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Sig
         if parameter.kind != inspect.Parameter.POSITIONAL_ONLY
         else parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
         for parameter in signature.parameters.values()
+        if parameter.name != "self"  # a wrapper that copies ours has it too
     ]
     rest = parameters.pop() if parameters[-1].kind == inspect.Parameter.VAR_KEYWORD else None
     parameters += [
@@ -168,7 +169,9 @@ def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Sig
 
 
 def _key_of(value: Any) -> int | None:
-    return getattr(getattr(value, "__func__", None), _KEY, None)
+    attributes = getattr(getattr(value, "__func__", None), "__dict__", {})
+    # functools.wraps copies all attributes, and adds this one.
+    return None if "__wrapped__" in attributes else attributes.get(_KEY)
 
 
 def _make_portable(module: nn.Module) -> None:

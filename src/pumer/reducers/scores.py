@@ -218,11 +218,12 @@ def _attended(tokens: Tokens, heads: slice, weight_BT: Tensor) -> Tensor:
     """Weighted sum over text rows of their attention to the image, mean over heads [B,I]."""
     attention = TextAttention.of(tokens, heads)
     batch, width = len(weight_BT), tokens.mask_BN.shape[1] - tokens.text
-    count = attention.keys_BHJC.shape[1]
+    count = 1
     total_BI = torch.zeros(batch, width, device=weight_BT.device)
     for rows in attention.blocks():
         weight_BR = weight_BT[:, rows]
         attention_BHRI = attention.rows(rows)
+        count = attention_BHRI.shape[1]
         weight_B1K = weight_BR[:, None].expand(-1, count, -1).flatten(1)[:, None]
         total_BI = total_BI + (weight_B1K @ attention_BHRI.flatten(1, 2))[:, 0]
     total_BI = total_BI / count
