@@ -46,7 +46,7 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
 
 
 def _apply(wrapped: nn.Module, reducer: Reducer | str, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
-    model = next((module for module in _unwrapped(wrapped) if is_supported(module)), wrapped)
+    model = supported(wrapped)
     adapter = find(model)
     if isinstance(reducer, str):
         reducer = preset(reducer)
@@ -134,6 +134,11 @@ def remove(model: M) -> M:
     if patched is not None:
         vars(patched).pop(_ATTRIBUTE).undo()
     return model
+
+
+def supported(model: nn.Module) -> nn.Module:
+    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
+    return next((module for module in _unwrapped(model) if is_supported(module)), model)
 
 
 def _patched(model: nn.Module) -> nn.Module | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pumer.adapters import Adapter, Patch, find
 from pumer.adapters.llm import DecoderAdapter
-from pumer.api import active
+from pumer.api import active, supported
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid
 from pumer.reducers.cost import NOTHING, Own, own_costs
@@ -201,6 +201,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     Raises:
         ValueError: for an unsupported model, or lengths below 1.
     """
+    model = supported(model)
     adapter, patch = find(model), active(model)
     default_text, default_image = adapter.default_lengths(model)
     # A picture of another size has a grid nobody told us.
@@ -249,6 +250,7 @@ def last_forward_macs(model: nn.Module) -> int:
 
 def last_forward_parts(model: nn.Module) -> dict[str, int]:
     """The same by part, as in `Report.parts`; raises ValueError if there was no forward."""
+    model = supported(model)
     adapter, patch = find(model), active(model)
     if patch is None or patch.entry is None:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from types import MethodType
 from typing import Any
@@ -57,8 +58,8 @@ class Method:
 
     def stock(self, module: nn.Module) -> Any:
         """The method as it is without this one."""
-        class_method = getattr(type(module), self.name)
-        return class_method.__get__(module) if self.before is None else self.before
+        # No bound method: dynamo would read it as the instance's own, which may be what wraps this.
+        return partial(getattr(type(module), self.name), module) if self.before is None else self.before
 
     def put(self, module: nn.Module, key: int) -> None:
         """Set it on the instance."""
