@@ -140,7 +140,7 @@ class Square:
 class Crop:
     """Resize the shorter side to `size` and cut out the middle square: METER's own transform.
 
-    It is CLIP's as torchvision has it; transformers' rounds the middle down. An RGB image gives float32
+    It is CLIP's as torchvision has it; transformers' rounds down. An RGB image gives float32
     [3, size, size]: values scaled to 0..1, minus `mean`, divided by `std`.
     Raises ValueError for a size below 1.
     """

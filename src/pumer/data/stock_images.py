@@ -1,7 +1,8 @@
 """Images as an image processor of transformers takes them.
 
-The processor itself does the work, so that every field of its file counts for what it counts there. Settings that
-are one of our transforms become it: these may be resized to another side, and take images of any shape.
+The processor itself does the work, so that every field of its file counts for what it counts there.
+Settings that are one of our transforms become it: these may be given another size, and take images
+of any shape.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Stock:
             pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise ValueError(
-                f"{type(self.processor).__name__} cannot take an image of {image.width} x {image.height} pixels: "
-                f"{_reason(error)}; leave the image out."
+                f"{type(self.processor).__name__} cannot take an image of {image.width} x "
+                f"{image.height} pixels: {_reason(error)}; leave the image out."
             ) from error
         return pixels.float()
 
@@ -53,14 +54,14 @@ class Stock:
 def read_processor(directory: str | Path, settings: dict[str, Any]) -> Square | Crop | KeepAspect | Stock:
     """The transform of the image processor in a folder; `settings` are what its file holds.
 
-    Raises ValueError for settings that transformers cannot read or carry out, and for those that give images of
-    several aspect ratios to a model other than ViLT.
+    Raises ValueError for settings that transformers cannot read or carry out, and for those that keep
+    the aspect ratio, unless the processor is ViLT's.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(
             str(directory), backend="pil", local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever transformers makes of wrong settings, with lists of all its classes
+    except Exception as error:  # whatever transformers makes of wrong settings
         raise ValueError(
             f"{directory}: transformers makes no image processor of its settings ({_reason(error)}); "
             "save the model's processor there again, or name its image_processor_type."
@@ -80,8 +81,8 @@ def read_processor(directory: str | Path, settings: dict[str, Any]) -> Square | 
         )
     if len(shapes) > 1 and not isinstance(processor, ViltImageProcessorPil):
         raise ValueError(
-            f"{directory} keeps the images' aspect ratio (size {dict(processor.size)}), which the model cannot take: "
-            "set do_center_crop and crop_size, or height and width in size."
+            f"{directory} keeps the images' aspect ratio (size {dict(processor.size)}), which the "
+            "model cannot take: set do_center_crop and crop_size, or height and width in size."
         )
     return transform
 
@@ -103,7 +104,8 @@ def _ours(processor: Any) -> Square | Crop | KeepAspect | None:
         "std": _three(processor.image_std),
     }
     if isinstance(processor, ViltImageProcessorPil):
-        return KeepAspect(size.shortest_edge, multiple=processor.size_divisor, **shared) if size.shortest_edge else None
+        shorter, multiple = size.shortest_edge, processor.size_divisor
+        return KeepAspect(shorter, multiple=multiple, **shared) if shorter else None
     if isinstance(processor, MeterImageProcessor):
         return Crop(side, **shared) if side == size.width else None
     steps = ("process_image", "_preprocess", "resize", "center_crop", "rescale", "normalize")

@@ -1,6 +1,6 @@
 """A model's image transform, kept beside its weights.
 
-It goes into `preprocessor_config.json` under a key of its own, next to what transformers' processors
+It goes into `preprocessor_config.json` under a key of its own, beside what transformers' processors
 read there, so that either finds what it needs.
 """
 
