@@ -279,7 +279,7 @@ def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
     data[start : start + 56] = bytes(56)
     path.write_bytes(data)
     store = open_store(path)
-    with pytest.raises(BrokenImageError, match="cannot be read as a Parquet file: .*; fetch") as caught:
+    with pytest.raises(BrokenImageError, match=r"cannot be read as a Parquet file: .*; fetch") as caught:
         store["1"]
     assert "\n" not in str(caught.value)
 

@@ -207,6 +207,33 @@ def strings(row: Any, *names: str) -> tuple[str, ...]:
     return tuple(row[name] for name in names)
 
 
+T = TypeVar("T", bound="_Labelled")
+
+
+class _Labelled(_Row, Protocol):
+    @property
+    def target(self) -> int | None: ...
+
+
+def all_or_none_labelled(rows: list[T], path: Path) -> list[T]:
+    """The rows, if every one has a label, or none has: a test set to predict.
+
+    Raises ValueError naming those that lack one among others.
+    """
+    without = [row.id for row in rows if row.target is None]
+    if 0 < len(without) < len(rows):
+        raise ValueError(f"{path}: {first(without, len(rows), 'rows')} have no label; add them, or remove the rows.")
+    return rows
+
+
+def label_of(row: Mapping[str, Any], name: str, labels: Sequence[str]) -> int | None:
+    """The number of a row's label, None where it has none; raises ValueError for one outside the set."""
+    if row.get(name) is None:
+        return None
+    (label,) = strings(row, name)
+    return one_of(label, labels)
+
+
 def one_of(value: str, labels: Sequence[str]) -> int:
     """The number of a label; raises ValueError for one outside the task's set."""
     if value not in labels:
