@@ -60,7 +60,7 @@ VILT = st.fixed_dictionaries(
         "image_processor_type": st.sampled_from(["ViltImageProcessor", "ViltImageProcessorFast"]),
         "size": SIDES | st.fixed_dictionaries({"shortest_edge": SIDES}),
     },
-    optional=COMMON | {"size_divisor": st.sampled_from([8, 16]), "do_pad": st.booleans(), "do_resize": st.booleans()},
+    optional=COMMON | {"size_divisor": st.sampled_from([4, 8]), "do_pad": st.booleans(), "do_resize": st.booleans()},
 )
 CROPPED = st.fixed_dictionaries(
     {
@@ -84,7 +84,7 @@ FIXED = st.fixed_dictionaries(
 @given(VILT | CROPPED | FIXED, st.integers(20, 90), st.integers(20, 90), st.booleans())
 def test_every_field_counts_as_in_transformers(tmp_path_factory, settings, width, height, nested):
     if settings["image_processor_type"].startswith("ViltImage"):
-        settings.setdefault("size_divisor", 16)
+        settings.setdefault("size_divisor", 8)  # a side of 0 fails there
     folder = tmp_path_factory.mktemp("model")
     if nested:
         write(folder, {"image_processor": settings}, "processor_config.json")
