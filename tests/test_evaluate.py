@@ -99,7 +99,9 @@ def test_transforms_come_back_as_they_were(tmp_path):
         transform = build_transform(settings)
         save_transform(transform, tmp_path)
         assert load_transform(tmp_path) == transform
-    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 384}, "size_divisor": 32}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ViltImageProcessor", "size": {"shortest_edge": 384}, "size_divisor": 32}'
+    )
     picture = Image.new("RGB", (640, 480))
     assert load_transform(tmp_path)(picture).shape == (3, 384, 512)
     with pytest.raises(ValueError, match="no setting colour"):

@@ -22,6 +22,7 @@ from pumer.reducers import FastV
 from pumer.study.measure import cost, read_subject, score
 from pumer.tasks import VQAv2
 from pumer.tasks.base import Collator, Example
+from pumer.tasks.inputs import Inputs
 from pumer.tasks.prompts import IGNORED, MAX_ANSWER, PromptCollator, best_answer, collator_for, image_tokens
 from pumer.tasks.scene_tasks import ScenesVE
 from pumer.tasks.scenes import Scenes
@@ -155,6 +156,18 @@ def test_blind_batches(opened):
     ids = replace(collator, blind="image")(examples)["input_ids"]
     assert tokenizer.decode(ids[0, 16:-1]) == "a picture"
     assert (ids == ids[0]).all()
+
+
+def test_inputs_of_ones_own_are_the_same_prompts(opened):
+    model, _, collator = opened
+    examples = collator.task.examples("train")[:3]
+    inputs = Inputs(model, collator)
+    batch = inputs([example.text for example in examples], [example.images[0] for example in examples])
+    expected = collator(examples)
+    assert set(batch) == set(expected)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="texts have 2 images; LlavaForConditionalGeneration takes 1 each"):
+        inputs("what is it?", [examples[0].images[0]] * 2)
 
 
 def test_prompts_that_cannot_be_written(opened, vilt):

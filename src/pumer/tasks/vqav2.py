@@ -5,8 +5,6 @@ Goyal et al., "Making the V in VQA Matter", CVPR 2017. Files and images: visualq
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,41 +14,42 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pumer.data.images import ImageSource
 from pumer.tasks.base import Example, first
-from pumer.tasks.files import FileTask, MissingFileError, wanted
+from pumer.tasks.files import FileTask, wanted
 from pumer.tasks.vqa_answers import (
-    ANNOTATORS,
     build_vocabulary,
     scores_in_words,
     soft_targets,
     vqa_score,
     write_answers,
 )
-
-_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
-_ANNOTATIONS = "v2_mscoco_{}_annotations.json"
-
-
-class _Annotation(NamedTuple):
-    question_type: str | None
-    answer_type: str | None
-    answers: tuple[str, ...] | None
+from pumer.tasks.vqa_files import (
+    Annotation,
+    Question,
+    images_of,
+    read_annotations,
+    read_common_answers,
+    read_questions,
+)
 
 
 class _Row(NamedTuple):
-    id: int
-    question: str
-    image_id: int
-    key: str
-    annotation: _Annotation | None
+    question: Question
+    annotation: Annotation | None
+
+    @property
+    def id(self) -> int | str:
+        return self.question.id
 
 
 @dataclass(frozen=True)
 class VQAv2(FileTask):
     """VQAv2 in its official files.
 
-    `root` is the folder of `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json`.
-    Images: `train2014/`, `val2014/`, `test2015/`, or all in one folder; keys such as
-    `COCO_val2014_000000000012`.
+    `root` is the folder of `v2_OpenEnded_mscoco_{split}_questions.json` and
+    `v2_mscoco_{split}_annotations.json`; OK-VQA's files, which lack the `v2_`, are read too.
+    Images: `train2014/`, `val2014/`, `test2015/`, those of 2017, or all in one folder; keys such as
+    `COCO_val2014_000000000012`. A question may name its image itself, as `image`: a file's name, or
+    its path below the images.
 
     Args:
         labels: the answers that the model's head chooses from: `vocabulary_of(model.config.id2label)` for a
@@ -83,37 +82,30 @@ class VQAv2(FileTask):
 
     def read(self, split: str) -> Sequence[_Row]:
         root = Path(self.root)
-        path = root / _QUESTIONS.format(split)
-        if not path.is_file():
-            there = sorted(file.name for file in root.glob(_QUESTIONS.format("*")))
-            raise MissingFileError(f"{path} does not exist; {root} has {', '.join(there) or 'no questions file'}.")
-        questions = _by_question(path, "questions", ("question_id", "image_id", "question"))
-        odd = [question for question, row in questions.items() if not isinstance(row["image_id"], int)]
-        if odd:
-            raise ValueError(f"{path}: {first(odd, len(questions), 'questions')} have an image_id that is no number.")
-        annotations = _annotations(root / _ANNOTATIONS.format(split), questions, needed=not split.startswith("test"))
-        image = f"COCO_{_images_of(split)}_{{:012d}}"
-        return [
-            _Row(number, row["question"], row["image_id"], image.format(row["image_id"]), annotations.get(number))
-            for number, row in questions.items()
-        ]
+        questions = read_questions(root, split)
+        annotations = read_annotations(root, split, questions)
+        return [_Row(question, annotations.get(question.id)) for question in questions]
 
     def keys(self, row: _Row) -> tuple[str, ...]:
-        return (row.key,)
+        return (row.question.key,)
 
     def places(self, split: str) -> Sequence[str]:
-        return _images_of(split), ""
+        return images_of(split), "train2017", "val2017", "test2017", ""
 
     def example(self, row: _Row, images: Sequence[ImageSource]) -> Example:
-        annotation = row.annotation or _Annotation(None, None, None)
-        answers = annotation.answers
+        question, annotation = row
+        answers = None if annotation is None else annotation.answers
         return Example(
-            id=row.id,
-            text=row.question,
+            id=question.id,
+            text=question.text,
             images=images,
             target=self._scores(answers) if answers else None,
-            cluster=row.image_id,
-            meta=annotation._asdict(),
+            cluster=question.image_id,
+            meta={
+                "question_type": annotation and annotation.question_type,
+                "answer_type": annotation and annotation.answer_type,
+                "answers": answers,
+            },
         )
 
     def _scores(self, answers: Sequence[str]) -> dict[Any, float]:
@@ -149,55 +141,5 @@ def read_vocabulary(
     order: Literal["sorted", "first"] = "sorted",
 ) -> tuple[str, ...]:
     """The answer vocabulary of the annotation files under `root`; see `build_vocabulary`."""
-    answers = []
-    for split in splits:
-        path = Path(root) / _ANNOTATIONS.format(split)
-        rows = _by_question(path, "annotations", ("question_id", "multiple_choice_answer"))
-        answers += [row["multiple_choice_answer"] for row in rows.values()]
+    answers = [answer for split in splits for answer in read_common_answers(Path(root), split)]
     return build_vocabulary(answers, min_count, order)
-
-
-def _images_of(split: str) -> str:
-    """The split whose images the questions are about."""
-    return split.replace("test-dev", "test")
-
-
-def _by_question(path: Path, key: str, columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """The rows of an official file by question id, reduced to `columns`."""
-    try:
-        # Millions of annotators' answers would take gigabytes as parsed: each becomes a shared string at once.
-        rows = json.loads(
-            path.read_bytes(), object_hook=lambda row: sys.intern(row["answer"]) if "answer" in row else row
-        )[key]
-        rows = [{column: row[column] for column in columns} for row in rows]
-    except FileNotFoundError:
-        raise MissingFileError(f"{path} does not exist; get it from visualqa.org.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again.") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no VQAv2 {key} file ({type(error).__name__}: {error}).") from error
-    by_question = {row["question_id"]: row for row in rows}
-    if len(by_question) < len(rows):
-        repeated = [name for name, n in Counter(row["question_id"] for row in rows).items() if n > 1]
-        raise ValueError(f"{path}: {first(repeated, len(by_question), 'question ids')} repeat; keep one row of each.")
-    return by_question
-
-
-def _annotations(path: Path, questions: Mapping[int, Any], needed: bool) -> dict[int, _Annotation]:
-    if not needed and not path.exists():
-        return {}
-    columns = ("question_id", *_Annotation._fields)
-    rows = _by_question(path, "annotations", columns)
-    missing = [question for question in questions if question not in rows]
-    if missing:
-        raise ValueError(f"{path}: {first(missing, len(questions), 'questions')} have no annotation.")
-    odd = [question for question, row in rows.items() if len(row["answers"]) != ANNOTATORS]
-    if odd:
-        raise ValueError(
-            f"{path}: {first(odd, len(rows), 'questions')} do not have {ANNOTATORS} answers; where there "
-            f"is only one answer a question, repeat it {ANNOTATORS} times."
-        )
-    return {
-        question: _Annotation(row["question_type"], row["answer_type"], tuple(row["answers"]))
-        for question, row in rows.items()
-    }

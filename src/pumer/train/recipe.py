@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pumer._yaml import load_yaml
+
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped ones."""
 
@@ -22,7 +24,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
