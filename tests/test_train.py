@@ -512,6 +512,11 @@ def test_heads_stay_where_class_and_labels_do(base, caplog):
     assert not torch.equal(other.classifier[0].weight, trained["classifier.0.weight"])
     other.config.id2label = {0: "entailment", 1: "neutral", 2: "contradiction"}
     again = start.rebuild(other, type(other), ScenesVE(), {})
+    # The same labels in another order: the head stays, and the collator matches them by name.
+    assert list(again.config.id2label.values()) == ["entailment", "neutral", "contradiction"]
+    assert torch.equal(again.classifier[3].weight, other.classifier[3].weight)
+    other.config.id2label = {0: "yes", 1: "perhaps", 2: "no"}
+    again = start.rebuild(other, type(other), ScenesVE(), {})
     assert list(again.config.id2label.values()) == ["contradiction", "neutral", "entailment"]
     assert not torch.equal(again.classifier[3].weight, other.classifier[3].weight)
 
@@ -524,9 +529,9 @@ def test_heads_stay_where_class_and_labels_do(base, caplog):
         ({"config": {"depth": 3}}, "scenes", "ViltConfig has no setting depth"),
         ({"config": {"intermediate_size": 50}}, "scenes", "other shapes"),
         ({"image_size": 48}, "scenes", "published checkpoints"),
-        ({}, "scenes-nlvr2", "2 pictures per example"),
-        ({}, "scenes-retrieval", "ranked by"),
-        ({"kind": "ViltForImageAndTextRetrieval"}, "scenes", "ranked by"),
+        ({}, "scenes-nlvr2", "has 2 images per example: take a ViltForImagesAndTextClassification"),
+        ({}, "scenes-retrieval", "ranks texts: take a ViltForImageAndTextRetrieval"),
+        ({"kind": "ViltForImageAndTextRetrieval"}, "scenes", "take a ViltForQuestionAnswering"),
     ],
 )
 def test_settings_that_do_not_fit_each_other(base, settings, task, message):
@@ -554,13 +559,6 @@ def test_a_published_pretraining_is_a_start(tokenizer, tmp_path):
         assert net.vilt.embeddings.text_embeddings.dropout.p == 0.2
         assert net.vilt.embeddings.dropout.p == 0
     assert list(answering.config.id2label.values()) == list(Scenes().labels)
-
-
-def test_answers_that_no_model_has_fixed_are_counted(base, monkeypatch):
-    monkeypatch.setattr(start, "read_vocabulary", lambda root: ("yes", f"a {root}"))
-    task = start._build({"name": "vqav2", "root": "clock"}, ())
-    assert task.labels == ("yes", "a clock")
-    assert start._build({"name": "vqav2", "root": "clock"}, ["no"]).labels == ("no",)
 
 
 # --- the published optimizer ---

@@ -6,10 +6,11 @@ Goyal et al., "Making the V in VQA Matter", CVPR 2017. Files and images: visualq
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,7 @@ from pumer.tasks.files import FileTask, MissingFileError, wanted
 from pumer.tasks.vqa_answers import (
     ANNOTATORS,
     build_vocabulary,
+    normalize,
     scores_in_words,
     soft_targets,
     vqa_score,
@@ -28,6 +30,9 @@ from pumer.tasks.vqa_answers import (
 
 _QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 _ANNOTATIONS = "v2_mscoco_{}_annotations.json"
+OFFICIAL = ("train2014", "val2014")
+"""Splits that the published vocabulary of 3129 answers is counted in."""
+_LOG = logging.getLogger(__name__)
 
 
 class _Annotation(NamedTuple):
@@ -53,8 +58,14 @@ class VQAv2(FileTask):
     `COCO_val2014_000000000012`.
 
     Args:
-        labels: the answers that the model's head chooses from: `vocabulary_of(model.config.id2label)` for a
-            trained model, `read_vocabulary(root)` for a new one. Not needed for a model that writes its answers.
+        labels: the answers that the model's head chooses from; those of the model if not given. Not needed for a
+            model that writes its answers.
+        answers: which answers a training teaches: "model", those of the model that it starts from; "data", a new list
+            of those in the annotations, for data with other answers. A new model always takes those of the data.
+        min_count: questions that have an answer as their `multiple_choice_answer`, below which a new list leaves it
+            out; 9 gives the 3129 of VQAv2, a small set needs 1 or 2.
+        answer_splits: splits whose annotations a new list counts; train2014 and val2014, as published, where both are
+            there, else the split that is trained on.
 
     Splits: train2014, val2014, test2015, test-dev2015, or whatever the files are named for. Those beginning
     with "test" may lack annotations: they can be predicted and not scored. Targets give each answer the
@@ -66,6 +77,9 @@ class VQAv2(FileTask):
     name = "vqav2"
     loss_kind = "soft"
     labels: tuple[str, ...] = ()
+    answers: Literal["model", "data"] = "model"
+    min_count: int = 9
+    answer_splits: tuple[str, ...] = ()
     published: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "train2014": {"questions": 443_757, "images": 82_783},
         "val2014": {"questions": 214_354, "images": 40_504},
@@ -77,6 +91,8 @@ class VQAv2(FileTask):
         if len(set(self.labels)) < len(self.labels):
             repeated = [label for label, count in Counter(self.labels).items() if count > 1]
             raise ValueError(f"{first(repeated, len(self.labels), 'labels')} repeat; give every answer once.")
+        if self.min_count < 1:
+            raise ValueError(f"min_count is {self.min_count}; give at least 1.")
 
     def count(self, rows: Sequence[_Row]) -> dict[str, int]:
         return {"questions": len(rows), "images": len(wanted(self, rows))}
@@ -118,7 +134,10 @@ class VQAv2(FileTask):
 
     def _scores(self, answers: Sequence[str]) -> dict[Any, float]:
         """The score of every answer that an annotator gave: by number, or in words where there is no vocabulary."""
-        return soft_targets(answers, self._index) if self.labels else scores_in_words(answers)
+        if not self.labels:
+            return scores_in_words(answers)
+        # Published models were taught raw strings; a new list holds normalised ones, however the data writes them.
+        return soft_targets(map(normalize, answers) if self.answers == "data" else answers, self._index)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -128,6 +147,10 @@ class VQAv2(FileTask):
         if example.meta["answers"] is None:
             raise ValueError(f"question {example.id} has no annotation; send the predictions to the EvalAI server.")
         return vqa_score(prediction, example.meta["answers"])
+
+    def answer_scores(self, example: Example) -> Mapping[Any, float]:
+        """The score of every answer that an annotator gave, in words, whether or not it is in `labels`."""
+        return scores_in_words(example.meta["answers"] or ())
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """The accuracy of each kind: `answer_type:number`, ..., `question_type:how many`, ..."""
@@ -144,17 +167,46 @@ class VQAv2(FileTask):
 
 def read_vocabulary(
     root: str | Path,
-    splits: Sequence[str] = ("train2014", "val2014"),
+    splits: Sequence[str] = OFFICIAL,
     min_count: int = 9,
     order: Literal["sorted", "first"] = "sorted",
 ) -> tuple[str, ...]:
     """The answer vocabulary of the annotation files under `root`; see `build_vocabulary`."""
+    return build_vocabulary(read_answers(root, splits), min_count, order)
+
+
+def read_answers(root: str | Path, splits: Sequence[str]) -> list[str]:
+    """The `multiple_choice_answer` of every annotated question of these splits."""
     answers = []
     for split in splits:
         path = Path(root) / _ANNOTATIONS.format(split)
         rows = _by_question(path, "annotations", ("question_id", "multiple_choice_answer"))
         answers += [row["multiple_choice_answer"] for row in rows.values()]
-    return build_vocabulary(answers, min_count, order)
+    return answers
+
+
+def with_new_answers(task: VQAv2, train_split: str) -> VQAv2:
+    """The task with labels counted in its annotations; says how many rare answers are left out.
+
+    Raises ValueError where no answer has `min_count` questions, and for missing files.
+    """
+    there = all((Path(task.root) / _ANNOTATIONS.format(split)).is_file() for split in OFFICIAL)
+    splits = task.answer_splits or (OFFICIAL if there else (train_split,))
+    answers = read_answers(task.root, splits)
+    labels = build_vocabulary(answers, task.min_count)
+    known = set(labels)
+    rare = [answer for answer in map(normalize, answers) if answer not in known]
+    if rare:
+        _LOG.warning(
+            "%d of %d answers have fewer than %d questions and are left out, with %d of %d questions: "
+            "lower task.min_count to keep them",
+            len(set(rare)),
+            len(set(rare)) + len(labels),
+            task.min_count,
+            len(rare),
+            len(answers),
+        )
+    return replace(task, labels=labels)
 
 
 def _images_of(split: str) -> str:

@@ -10,7 +10,7 @@ from transformers import EvalPrediction, Trainer
 
 from pumer.api import active, unreduced
 from pumer.evaluate import paired
-from pumer.tasks.base import Task, last_argmax
+from pumer.tasks.base import Collator, Task, last_argmax
 from pumer.train.losses import distillation_loss, matching_loss, task_loss
 
 
@@ -65,9 +65,9 @@ class TaskTrainer(Trainer):
             patch.progress = self.state.global_step / max(self.state.max_steps, 1)
             if patch.reducer.learned.self_distils:
                 with unreduced(self.model):
-                    whole = model(**paired(self.model, inputs, texts)).logits.reshape(len(labels), -1)
+                    whole = self._logits(model(**paired(self.model, inputs, texts)), labels)
         outputs = model(**paired(self.model, inputs, texts))
-        logits = outputs.logits.reshape(len(labels), -1)  # of texts that are ranked: from one each to a row per image
+        logits = self._logits(outputs, labels)
         parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
         if patch is not None and patch.reducer.learned and model.training:
             price = patch.budget_loss()
@@ -92,6 +92,12 @@ class TaskTrainer(Trainer):
             self._note(parts, accuracy(logits, labels))
         loss = sum(parts.values(), torch.zeros((), device=labels.device))
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _logits(self, outputs: Any, labels: Tensor) -> Tensor:
+        """A row for each example, in the order of the task's labels or of the texts to rank."""
+        logits = outputs.logits.reshape(len(labels), -1)  # texts to rank have one each
+        collator = self.data_collator
+        return collator.in_task_order(logits) if isinstance(collator, Collator) else logits
 
     @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
