@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 _YAML_WORDS = " (YAML reads yes, no, on and off as true and false: put the words in quotes)"
 
@@ -42,6 +43,24 @@ def check_settings(target: Any, settings: Mapping[str, Any], what: str) -> dict[
     return checked
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def typed(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose arguments are settings: they are checked before it is called."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            settings = inspect.signature(function).bind(*args, **kwargs).arguments
+            return function(**check_settings(function, settings, what))  # type: ignore[call-arg]
+
+        return call
+
+    return decorate
+
+
 class _MismatchError(Exception):
     """A value that is not of the expected type."""
 
@@ -50,7 +69,7 @@ class _FieldError(_MismatchError):
     """The same in a field of a nested dataclass; its text begins with the field's name."""
 
 
-@cache
+@functools.cache
 def _hints(target: Any) -> dict[str, Any]:
     """Types of fields or parameters by name; none where they cannot be resolved."""
     try:

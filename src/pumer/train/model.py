@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import pumer
 from pumer import presets
+from pumer.data.text import load_tokenizer
 from pumer.hub import load, load_official, model_class
 from pumer.hub.folders import LEARNED, load_parts
 from pumer.models.llava import new_llava, writing_tokenizer
@@ -73,7 +74,7 @@ def prepare(
         raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
     named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
     shipped = presets.SHIPPED / named
-    tokenizer = AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named)
+    tokenizer = load_tokenizer(shipped if shipped.is_dir() else named)
     if settings.path is None:
         net, the_task = _new(settings, task, train_split, tokenizer)
     else:
