@@ -174,7 +174,10 @@ def test_every_command_refuses_a_model_that_does_not_fit(command, name, tokenize
     task = ["--task", json.dumps({"name": name, "questions": 4})]
     assert main([command, *options, *task]) == 2
     error = capsys.readouterr().err
-    assert "does not fit the task" in error or "are not those of the task scenes-ve" in error
+    if command == "score" and name != "scenes-retrieval":
+        assert f"the task {name} is not one of retrieval" in error
+    else:
+        assert "does not fit the task" in error or "are not those of the task scenes-ve" in error
     assert not (tmp_path / "out").exists()
 
 

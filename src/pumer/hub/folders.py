@@ -116,6 +116,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     return model
 
 
+_ENCODERS = ("vilt", "meter")
+"""Model types that choose from labels, and that no processor of transformers alone is enough for."""
+
+
 def is_stock(model: str) -> bool:
     """Whether it is a folder that transformers wrote, or a name on the Hub: an owner's and the model's."""
     if (Path(model) / "config.json").is_file():
@@ -136,6 +140,12 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     """
     from transformers import AutoModelForImageTextToText
 
+    config = Path(source) / "config.json"
+    if config.is_file() and (kind := read_json(config, "").get("model_type")) in _ENCODERS:
+        raise ValueError(
+            f"{source} is a {kind} as transformers saved it, without the image transform of pumer: turn it into a "
+            f"model folder with `pumer convert {source} FOLDER`"
+        )
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, ValueError) as error:

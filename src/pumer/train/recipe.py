@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,8 +76,7 @@ _LISTED = 6
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """As YAML has it: no tuples, no paths, no dataclasses."""
-    values = {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in recipe.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(recipe, default=lambda x: getattr(x, "__dict__", None) or str(x)))
     return plain
 
 

@@ -175,7 +175,7 @@ def train(
             else reducer_groups(net, reducer_lr_multiplier, *rates)
         )
         groups = (kind, options)
-    collator = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
+    collator: Any = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
     examples = Examples(the_task.examples(train_split), augment, seed)
     without = count_without_target(examples.examples, the_task, train_split)
     evaluated = Examples(the_task.examples(eval_split)) if eval_split else None
