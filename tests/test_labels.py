@@ -10,10 +10,11 @@ import tiny
 from pumer import tasks
 from pumer.cli import main
 from pumer.data.images import Square
-from pumer.data.text import train_tokenizer
+from pumer.data.text import TextTransform, train_tokenizer
 from pumer.data.transforms import save_transform
 from pumer.evaluate import evaluate, predict
 from pumer.hub import save
+from pumer.score import score_pairs
 from pumer.tasks.base import Example
 from pumer.tasks.labels import check_fit, label_names, label_order
 from pumer.tasks.prompts import collator_for
@@ -116,6 +117,15 @@ def test_outputs_that_are_not_numbers_are_not_scored(tokenizer):
     model.classifier[3].bias.data[1] = float("nan")
     with pytest.raises(ValueError, match=r"the outputs for 4 of 4 inputs are NaN.*get the model again"):
         predict(model, task.examples("test"), collator_for(model, task, tokenizer, Square(96)))
+
+
+def test_scores_of_pairs_that_are_not_numbers_are_refused(tokenizer):
+    words = {"vocab_size": 300, "max_position_embeddings": 40}
+    model = tiny.model("ViltForImageAndTextRetrieval", **words)
+    model.rank_output.bias.data[0] = float("nan")
+    pool = ScenesRetrieval(pictures=2, image_size=32).pool("test")
+    with pytest.raises(ValueError, match="20 of 20 scores of a chunk are NaN"):
+        score_pairs(model, pool.images, pool.captions, TextTransform(tokenizer, 24), Square(96))
 
 
 # --- fit ---

@@ -21,8 +21,8 @@ from pumer.tasks.base import Collator, Example, Task, replacing
 from pumer.tasks.prompts import MAX_ANSWER, WritingCollator
 
 NOT_NUMBERS = (
-    "{} are NaN, so that no answer can be told from them: its weights are damaged, or overflow in half precision; get "
-    "the model again, or use float32"
+    "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or overflow in half "
+    "precision; get the model again, or use float32"
 )
 _NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
 

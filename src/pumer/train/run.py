@@ -105,7 +105,9 @@ def train(
 
     Args:
         output: folder for checkpoints, logs and the finished model (`output`/model); new or empty unless `resume`.
-        task: `name` and settings of the task.
+        task: `name` and settings of the task: `root`, `images` and `skip` of those in files; of vqav2 also `labels`,
+            the answers to choose from, and `answers`, `min_count` and `answer_splits` for a new list of them, which
+            docs/training.md tells of.
         model: what is trained.
         reducer: a preset's name, or `reducer` and its settings; none trains the fused but unreduced model.
         distill: teacher and weight.
