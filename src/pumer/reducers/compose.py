@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
 from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
@@ -81,10 +81,6 @@ class Compose(Reducer):
     @property
     def per_crop(self) -> bool:
         return self.inside.per_crop
-
-    @property
-    def before_projector(self) -> bool:
-        return self.inside.before_projector
 
     @property
     def published(self) -> bool:
@@ -170,11 +166,13 @@ class Chain(Reducer):
 
     @property
     def per_crop(self) -> bool:
-        return any(reducer.per_crop for reducer in self.reducers)
+        first = self._acting(EMBEDDINGS)
+        return first is not None and first.per_crop
 
     @property
     def before_projector(self) -> bool:
-        return any(reducer.before_projector for reducer in self.reducers)
+        first = self._acting(EMBEDDINGS)
+        return first is not None and first.before_projector
 
     @property
     def published(self) -> bool:
