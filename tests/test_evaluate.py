@@ -173,8 +173,9 @@ def test_the_best_constant_answer_is_found(task):
     for some in (Scenes(questions=30), ScenesVE(questions=9)):
         examples = some.examples("test")[:]
         best = max(some.metric({e.id: label for e in examples}, examples)["accuracy"] for label in some.labels)
-        assert constant_accuracy(examples) == best
-    assert constant_accuracy(ScenesRetrieval(questions=3, negatives=4).examples("test")[:]) == 20
+        assert constant_accuracy(some, examples) == best
+    ranking = ScenesRetrieval(questions=3, negatives=4)
+    assert constant_accuracy(ranking, ranking.examples("test")[:]) == 20
 
 
 def test_texts_are_ranked_as_alone(tokenizer, monkeypatch):
@@ -212,7 +213,8 @@ def test_the_command_hides_and_says_so(folder, tmp_path, capsys):
     with record.open(newline="") as file:
         details = [json.loads(row["details"]) for row in csv.DictReader(file)]
     assert [row["blind"] for row in details] == ["text", "image"]
-    assert details[0]["constant"] == constant_accuracy(Scenes(questions=8).examples("test")[:])
+    scenes = Scenes(questions=8)
+    assert details[0]["constant"] == constant_accuracy(scenes, scenes.examples("test")[:])
 
 
 def test_examples_are_taken_from_sequences_that_cannot_be_sliced():

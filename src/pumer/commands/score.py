@@ -16,6 +16,7 @@ from pumer.data.images import BrokenImageError
 from pumer.score import Job, stream_pairs
 from pumer.score.measure import measure
 from pumer.score.run import Engine
+from pumer.tasks import get
 from pumer.tasks.retrieval import Pool, recalls, recalls_in_folds
 
 
@@ -54,13 +55,15 @@ def score_(
         workers: of Ray; its GPUs, or 2, if not given.
         address: of the Ray cluster; one is started on this machine if not given.
     """
+    name = task if isinstance(task, str) else str(task.get("name"))
+    if not hasattr(get(name), "pool"):
+        raise ValueError(f"the task {name} is not one of retrieval: it has no pool of captions to score")
     net = open_model(model, reducer)
     if engine == "plain" and torch.cuda.is_available():
         net.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     collator = open_task(model, net, task)
-    if not hasattr(collator.task, "pool"):
-        raise ValueError(f"the task {collator.task.name} is not one of retrieval: it has no pool of captions to score")
-    pool = _first(collator.task.pool(split), limit)
+    retrieval: Any = collator.task
+    pool = _first(retrieval.pool(split), limit)
     if folds < 1 or len(pool.images) % folds:
         raise ValueError(f"folds: {len(pool.images)} images do not make {folds} equal folds")
     job = Job(net, pool.images, pool.captions, collator.text, collator.image, batch_size, chunk_images, chunk_texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
+from pumer._settings import check_settings
 from pumer.reducers.base import Reducer
 
 _REDUCERS: dict[str, type[Reducer]] = {}
@@ -38,7 +39,7 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Reducer:
-    """The reducer that `to_dict` described; raises ValueError for unknown names and settings."""
+    """The reducer that `to_dict` described; raises ValueError for unknown names, settings and types."""
     settings = {key: _read(value) for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
     settings = kind.upgraded(settings)
@@ -46,7 +47,7 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    return kind(**settings)
+    return kind(**check_settings(kind, settings, f"reducer {kind.name}"))
 
 
 def _read(value: Any) -> Any:

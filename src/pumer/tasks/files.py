@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -96,6 +96,10 @@ class FileExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         row = self._rows[index]
         return self._task.example(row, self._store.select(self._task.keys(row)))
+
+    def targets(self) -> Iterator[Any]:
+        """The target of every example, for which no image is looked for."""
+        return (self._task.example(row, ()).target for row in self._rows)
 
 
 def wanted(task: FileTask, rows: Iterable[Any]) -> list[str]:

@@ -100,6 +100,11 @@ def read_annotations(root: Path, split: str, questions: Sequence[Question]) -> M
     return rows
 
 
+def has_annotations(root: Path, split: str) -> bool:
+    """Whether the annotations of a split are there."""
+    return _find(root, _ANNOTATIONS, split) is not None
+
+
 def read_common_answers(root: Path, split: str) -> list[str]:
     """Every question's `multiple_choice_answer`; raises ValueError for a missing or wrong file."""
     path = _find(root, _ANNOTATIONS, split)
