@@ -44,8 +44,3 @@ def _entries(group: str) -> list[tuple[str, str, str, Callable[[], Any]]]:
         ),
         key=lambda entry: entry[:3],
     )
-
-
-def forget() -> None:
-    """Read the entry points again at the next name: for packages that were installed meanwhile."""
-    _loading.clear()

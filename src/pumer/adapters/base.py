@@ -286,11 +286,18 @@ def _register_plugin(plugin: Any) -> None:
 
 
 def _adapter_of(model: Any) -> Adapter | None:
-    for listed in (lambda: _ADAPTERS, adapters):  # plugins are read only for models that none of ours knows
-        for adapter in listed():
-            if is_a(model, adapter.classes):
-                return adapter
-    return None
+    """That of the model's class, or of the nearest one that it inherits from.
+
+    Plugins are read only where none of ours has the class itself.
+    """
+    name = type(model).__name__
+    exact = next((adapter for adapter in _ADAPTERS if name in adapter.classes), None)
+    if exact is not None:
+        return exact
+    return next(
+        (adapter for parent in type(model).__mro__ for adapter in adapters() if parent.__name__ in adapter.classes),
+        None,
+    )
 
 
 def is_supported(model: nn.Module) -> bool:
