@@ -21,9 +21,9 @@ from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.overhead import overhead_share
 from pumer.bench.results import Bench, Row
 from pumer.bench.timing import Timing, alternate
+from pumer.costs import last_forward_macs, report
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import Reducer, Unreduced
-from pumer.report import last_forward_macs, report
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]

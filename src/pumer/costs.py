@@ -234,7 +234,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         planned=planned,
     )
     if isinstance(adapter, DecoderAdapter):
-        from pumer.report_llm import decoding  # which builds on what is here
+        from pumer.costs_llm import decoding  # which builds on what is here
 
         return decoding(model, adapter, made)
     return made
