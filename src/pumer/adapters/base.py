@@ -36,6 +36,7 @@ class Step:
         plan: where the tokens went.
         grid: rows and columns of patches of the unreduced picture.
         patch_BN: raster number of the patch of every unreduced token, -1 for tokens that are none.
+        prompt: what a decoder's prompt has become, a `prompt.PromptStep`; None in encoders.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class Step:
     plan: Plan
     grid: tuple[int, int] | None
     patch_BN: Any
+    prompt: Any = None
 
 
 @dataclass
