@@ -135,7 +135,7 @@ def test_a_decoders_map_says_what_was_kept(reducer):
     assert shown.decoder
     assert shown.raster
     # One chip for the image, and all other words as they are.
-    assert list(shown.words) == [*words[:5], "<image> × 16", *words[21:]]
+    assert list(shown.words) == [*words[:5], "<image> x 16", *words[21:]]
     (start,) = (i for i, word in enumerate(words) if word == "<image>" and words[i - 1] != "<image>")
     left = {place - start for place in pumer.kept(net)[0].tolist() if 0 <= place - start < 16}
     last = shown.layers[-1]
@@ -187,5 +187,5 @@ def test_the_command_draws_decoders(tmp_path, capsys):
     shown = TokenMap.from_json(out.with_suffix(".json").read_text())
     assert (shown.rows, shown.columns) == (12, 12)
     assert shown.layers[0].image_tokens == 72
-    assert "<image> × 144" in "".join(shown.words)
+    assert "<image> x 144" in "".join(shown.words)
     assert str(out) in capsys.readouterr().out

@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
     "study": ("pumer.commands.study:study_", "compare methods at many settings: trainings, tables, plots; resumable"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "bench model": ("pumer.commands.bench_model:bench_model_", "time and weigh a saved model, stock and reduced"),
     "bench llm": (
         "pumer.commands.bench:llm_",
         "time answers of vision-language models: prefill, tokens, cache",

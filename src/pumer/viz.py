@@ -137,6 +137,7 @@ def token_maps(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[s
 
 def _encoder_map(steps: Sequence[Step], words: Sequence[str]) -> TokenMap:
     text, patches = steps[0].text, steps[0].patch_BN[0].tolist()
+    assert steps[0].grid is not None
     rows, columns = steps[0].grid
     layers, plan = [], None
     for step in steps:
@@ -158,7 +159,7 @@ def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap,
             chips[-1].append(place)
         else:
             chips.append([place])
-    labels = tuple(words[chip[0]] + (f" × {len(chip)}" if len(chip) > 1 else "") for chip in chips)
+    labels = tuple(words[chip[0]] + (f" x {len(chip)}" if len(chip) > 1 else "") for chip in chips)
     maps, start = [], 0
     for _, count, grid in first.images:
         own = patches[start : start + count]
