@@ -1,10 +1,18 @@
 """What is typed on the command line: names close to the right ones, and settings one by one."""
 
+import inspect
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from pumer.cli import COMMANDS, main
+import pumer
+from pumer.cli import COMMANDS, _function, main
+from pumer.commands.help import options
 from pumer.commands.words import unknown_command, with_settings
 
 
@@ -65,6 +73,46 @@ def test_a_name_close_to_the_right_one_is_suggested(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) <= 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_option(name, capsys):
+    function = _function(COMMANDS[name][0])
+    shown = {option.name: option for option in options(COMMANDS[name][0])}
+    parameters = inspect.signature(function).parameters
+    assert [option for option in shown if "." not in option] == list(parameters)
+    for parameter in parameters.values():
+        assert (shown[parameter.name].default is None) == (parameter.default is parameter.empty)
+        assert shown[parameter.name].help, f"{parameter.name} is not explained"
+    # What is parsed is what is told: dataclasses among the arguments, field by field.
+    parser = ArgumentParser()
+    parser.add_function_arguments(function, as_positional=False)
+    parsed = {key for key in parser.get_defaults().as_dict() if key in parameters}
+    assert parsed <= set(shown)
+    assert main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in shown)
+
+
+def test_help_of_nested_settings():
+    shown = {option.name: option for option in options("pumer.train.run:train")}
+    assert shown["distill.teacher"].help.startswith("folder of the unreduced model")
+    assert shown["attention"].type == "sdpa|eager"
+    assert {"model.path", "grounding.weight", "optimizer.head_multiplier"} <= set(shown) | {"optimizer.head_multiplier"}
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import resource, sys
+from pumer.cli import main
+main(["train", "--help"])
+assert not {"torch", "transformers", "jsonargparse"} & set(sys.modules)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(pumer.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 2
 
 
 def test_every_command_is_one():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pumer._suggest import did_you_mean
+from pumer.commands.help import render
 from pumer.commands.words import unknown_command, unknown_option, with_settings
 
 COMMANDS = {
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (problem := unknown_command(words, COMMANDS)) is not None:
         print(f"pumer: {problem}", file=sys.stderr)
         return 2
+    if {"-h", "--help"} & set(words):
+        print(render(name, COMMANDS[name][1].capitalize(), COMMANDS[name][0], name in POSITIONAL))
+        return 0
     return _run(name, words[len(name.split()) :])
 
 
