@@ -1,6 +1,7 @@
 """Nothing grows, nothing is held: after apply and remove, after a call and after one that failed."""
 
 import gc
+import itertools
 import threading
 import tracemalloc
 import warnings
@@ -33,21 +34,26 @@ def tensors_alive():
 
 
 def growth(work, rounds):
-    """Bytes and tensors that `rounds` more rounds of work leave behind."""
+    """Bytes and tensors that rounds of work leave behind, in each of four parts the least.
+
+    A leak grows in all of them; caches of torch and of other tests' objects that are replaced do not.
+    """
     tracemalloc.start()
     try:
         # What was there before is not traced, and takes some rounds to be replaced by what is.
-        for _ in range(max(3, rounds // 2)):
+        for _ in range(max(3, rounds // 4)):
             work()
         gc.collect()
-        bytes_before, tensors_before = tracemalloc.get_traced_memory()[0], tensors_alive()
-        for _ in range(rounds):
-            work()
-        gc.collect()
-        bytes_after, tensors_after = tracemalloc.get_traced_memory()[0], tensors_alive()
+        marks = [(tracemalloc.get_traced_memory()[0], tensors_alive())]
+        for _ in range(4):
+            for _ in range(max(1, rounds // 4)):
+                work()
+            gc.collect()
+            marks.append((tracemalloc.get_traced_memory()[0], tensors_alive()))
     finally:
         tracemalloc.stop()
-    return bytes_after - bytes_before, tensors_after - tensors_before
+    grown = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
+    return min(size for size, _ in grown), min(count for _, count in grown)
 
 
 def check_apply_and_remove(family, rounds):
@@ -61,8 +67,8 @@ def check_apply_and_remove(family, rounds):
         pumer.remove(model)
 
     grown, tensors = growth(work, rounds)
-    assert tensors == 0
-    assert grown < 40_000  # not a hundred bytes a round
+    assert tensors <= 0
+    assert grown < 10_000  # in a quarter of the rounds: not forty bytes a round of a thousand
     assert calls.instance_state(model) == state
     near(answer(model, batch), stock, 1e-6)  # ViLT's own order of patches is random
 
@@ -218,8 +224,8 @@ def test_two_hundred_failed_calls(family, place):
             fail(model, part, batch)
 
     grown, tensors = growth(work, 200 // len(parts))
-    assert tensors == 0
-    assert grown < 40_000
+    assert tensors <= 0
+    assert grown < 10_000
     assert calls.instance_state(model) == state
     assert threading.active_count() == threads
     near(answer(model, batch), expected)

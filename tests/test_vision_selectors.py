@@ -133,7 +133,8 @@ def test_who_has_a_budget_for_each_crop():
     }
     for wrapped in (Energy(VisionZip()), Chain((VisionZip(),)), Compose(inside=VisionZip())):
         assert wrapped.per_crop
-        assert wrapped.before_projector
+    assert Chain((VisionZip(),)).before_projector
+    assert not Energy(VisionZip()).before_projector  # its budget needs what comes behind
     assert not Chain((DivPrune(), PyramidDrop())).per_crop
     assert {name for name, r in REDUCERS.items() if r.before_projector} == {
         "visionzip",

@@ -98,7 +98,7 @@ def test_help_of_nested_settings():
     shown = {option.name: option for option in options("pumer.train.run:train")}
     assert shown["distill.teacher"].help.startswith("folder of the unreduced model")
     assert shown["attention"].type == "sdpa|eager"
-    assert {"model.path", "grounding.weight", "optimizer.head_multiplier"} <= set(shown) | {"optimizer.head_multiplier"}
+    assert {"model.path", "grounding.weight", "augment.ops"} <= set(shown)
 
 
 def test_help_imports_nothing_heavy():

@@ -18,29 +18,59 @@ from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Encoder, Grid
 
 
-def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_BSD: Tensor, causal: bool) -> View:
-    """What a reducer sees before the first layer: one row per image with the text of its sample, which stays.
+@dataclass(frozen=True)
+class Row:
+    """What a reducer chooses from at one time: an image, or a crop that has a budget of its own.
+
+    Args:
+        sample: whose it is.
+        at_I: its patches among all those of the sample, int64 on the host.
+        grid: as for `Picture`.
+        encoder: as for `Picture`.
+    """
+
+    sample: int
+    at_I: Tensor
+    grid: Grid | None
+    encoder: Encoder | None
+
+
+def rows(pictures: Sequence[Picture], owner: Sequence[int], per_crop: bool) -> list[Row]:
+    """A row for every image of these samples, or for every crop."""
+    patches: dict[int, int] = {}
+    result = []
+    for picture, sample in zip(pictures, owner, strict=True):
+        first = patches.get(sample, 0)
+        patches[sample] = first + picture.patches
+        if not per_crop or picture.crop_I is None:
+            at_I = torch.arange(first, patches[sample])
+            result.append(Row(sample, at_I, picture.grid, picture.encoder))
+            continue
+        for crop in picture.crop_I.unique().tolist():
+            at_I = (picture.crop_I == crop).nonzero()[:, 0]
+            encoder = None if picture.encoder is None else picture.encoder.at(at_I)
+            result.append(Row(sample, first + at_I, None, encoder))
+    return result
+
+
+def view(axis: Axis, rows: Sequence[Row], states_BSD: Tensor, causal: bool) -> View:
+    """What a reducer sees before the first layer: every row with the text of its sample, which stays.
 
     Args:
         axis: of the prompts.
-        pictures: their images, in order.
-        owner: sample of every image.
+        rows: of their images, in order.
         states_BSD: embeddings.
         causal: whether a token of the prompt sees only those before it.
     """
     device = axis.index_BK.device
     at_BN, valid_BN = axis.view()
     text, _ = axis.lengths
-    counts = [picture.patches for picture in pictures]
-    width = max(counts)
-    row_R = to_device(list(owner), device)
-    start = [sum(counts[other] for other in range(i) if owner[other] == owner[i]) for i in range(len(counts))]
-    number_I = torch.arange(width, device=device)
-    count_R1 = to_device(counts, device)[:, None]
-    own_RI = (to_device(start, device)[:, None] + number_I).clamp_max(at_BN.shape[1] - text - 1)
-    at_RN = torch.cat([at_BN[row_R, :text], at_BN[row_R, text:].gather(1, own_RI)], 1)
-    valid_RN = torch.cat([valid_BN[row_R, :text], number_I < count_R1], 1)
-    grid, patch_RI = raster(pictures, device)
+    owner = [row.sample for row in rows]
+    row_R = to_device(owner, device)
+    own_RI = to_device(pad_sequence([row.at_I for row in rows], True, padding_value=-1), device)
+    at_RN = torch.cat([at_BN[row_R, :text], at_BN[row_R, text:].gather(1, own_RI.clamp_min(0))], 1)
+    valid_RN = torch.cat([valid_BN[row_R, :text], own_RI >= 0], 1)
+    grid, patch_RI = raster([row.grid for row in rows], device)
     flat = (row_R[:, None] * axis.index_BK.shape[1] + at_RN).flatten()
     tokens = Tokens(
         mask_BN=valid_RN,
@@ -49,11 +79,11 @@ def view(axis: Axis, pictures: Sequence[Picture], owner: Sequence[int], states_B
         layer=EMBEDDINGS,
         prefix=0,
         grid=grid,
-        patch_BN=None if patch_RI is None else torch.nn.functional.pad(patch_RI, (text, 0), value=-1),
+        patch_BN=None if patch_RI is None else nn.functional.pad(patch_RI, (text, 0), value=-1),
         states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
         place_BN=axis.index_BK.flatten()[flat].view(at_RN.shape) if causal else None,
         question_BT=axis.question_BK.flatten()[flat].view(at_RN.shape)[:, :text] & valid_RN[:, :text],
-        encoder=_encoder(pictures, device),
+        encoder=_encoder(rows, device),
     )
     own_RN = valid_RN & (torch.arange(at_RN.shape[1], device=device) >= text)
     return View(tokens, at_RN, own_RN, owner)
@@ -68,9 +98,8 @@ def by_sample(axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]
     return tuple(zip(texts, images, strict=True))
 
 
-def raster(pictures: Sequence[Picture], device: torch.device) -> tuple[Grid | None, Tensor | None]:
-    """The smallest grid that all pictures fit into, and every patch's number in it [R,I]; None if one has no grid."""
-    grids = [picture.grid for picture in pictures]
+def raster(grids: Sequence[Grid | None], device: torch.device) -> tuple[Grid | None, Tensor | None]:
+    """The smallest grid that all these fit into, and every patch's number in it [R,I]; None if one is not known."""
     if any(grid is None for grid in grids):
         return None, None
     rows, columns = (max(sides) for sides in zip(*filter(None, grids), strict=True))
@@ -78,10 +107,10 @@ def raster(pictures: Sequence[Picture], device: torch.device) -> tuple[Grid | No
     return (rows, columns), to_device(pad_sequence(numbers, batch_first=True, padding_value=-1), device)
 
 
-def _encoder(pictures: Sequence[Picture], device: torch.device) -> Encoder | None:
-    """What is known of all pictures, where the language model is: the vision tower may be elsewhere."""
-    known = [picture.encoder for picture in pictures if picture.encoder is not None]
-    if len(known) != len(pictures):
+def _encoder(rows: Sequence[Row], device: torch.device) -> Encoder | None:
+    """What is known of all rows, where the language model is: the vision tower may be elsewhere."""
+    known = [row.encoder for row in rows if row.encoder is not None]
+    if len(known) != len(rows):
         return None
     joined = {}
     for field in fields(Encoder):
@@ -179,9 +208,12 @@ def join(pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int
     made = []
     for group in groups:
         parts = [pictures[number] for number in group]
-        made.append(
-            parts[0] if len(parts) == 1 else Picture(sum(part.length for part in parts), None, None, _end_to_end(parts))
-        )
+        if len(parts) == 1:
+            made += parts
+            continue
+        lengths = torch.tensor([part.length for part in parts])
+        crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
+        made.append(Picture(int(lengths.sum()), encoder=_end_to_end(parts), crop_I=crop_I))
     return made, [owner[group[0]] for group in groups]
 
 

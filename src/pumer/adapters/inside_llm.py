@@ -19,6 +19,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -257,15 +258,18 @@ def _image_features(trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, 
 
     args = tuple(near(name, value) for name, value in zip(names, args, strict=False))
     kwargs = {name: near(name, value) for name, value in kwargs.items()}
-    with hooks.capture.call() as captured:
+    inputs = dict(zip(names, args, strict=False)) | kwargs
+    with hooks.capture.call(inputs) as captured:
         output = stock(*args, **kwargs)
-        inputs = dict(zip(names, args, strict=False)) | kwargs
         # A replica has no parameters that would say where it is.
         device = next(
             value.device for value in inputs.values() if isinstance(value, Tensor) and value.is_floating_point()
         )
         with torch.no_grad(), exact(hooks.patch.reducer, device):
-            images = spec.pictures(trunk, output, inputs, captured)
+            images = spec.pictures(trunk, output, captured)
+        if captured.merged is not None:
+            merged = captured.merged
+            images = [replace(image, merged=merged.rows([row])) for row, image in enumerate(images)]
     state = current_state(hooks)
     if state is not None and state.entered:
         state.images = images

@@ -34,9 +34,12 @@ class InternVLAdapter(DecoderAdapter):
         factor = self._factor(model)
         return rows // factor, columns // factor
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
-        rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(vision_features(captured, tower=True), rows * columns))
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        rows, columns = self.default_grid(trunk)
+        return pooled(vision_features(captured, tower=True), rows * columns)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        return plain(output.pooler_output, self.default_grid(trunk), self.image_facts(trunk, captured))
 
     def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
         rows, columns = self.default_grid(trunk)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -33,6 +32,7 @@ class LlavaAdapter(DecoderAdapter):
 
     family = "LLaVA 1.5"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
+    projects_tokens = True
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vision = self.vision(model)
@@ -67,25 +67,26 @@ class LlavaAdapter(DecoderAdapter):
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
-        full = (inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy) == "full"
-        # The other strategy drops a tower's first token, whether that is [CLS] or a patch.
-        cls = self.tower_class(trunk)
-        known, tokens = vision_features(captured, cls or not full, cls and full), len(output.pooler_output[0])
-        structure = torch.arange(tokens) == 0 if cls and full else None
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        cls, full = self.tower_class(trunk), _takes_all(trunk, captured)
+        # Where not all are taken a tower's first token is dropped, whether that is [CLS] or a patch.
+        return vision_features(captured, cls or not full, cls and full)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        tokens = len(output.pooler_output[0])
+        first_is_class = self.tower_class(trunk) and _takes_all(trunk, captured)
+        structure = torch.arange(tokens) == 0 if first_is_class else None
         rows, columns = grid = self.default_grid(trunk)
-        whole = rows * columns == tokens - int(structure is not None)
-        made = plain(output.pooler_output, grid if whole else None, known, structure)
-        merged = captured.merged
-        if merged is None:
-            return made
-        return [replace(picture, merged=merged.rows([number])) for number, picture in enumerate(made)]
+        whole = rows * columns == tokens - int(first_is_class)
+        facts = self.image_facts(trunk, captured)
+        return plain(output.pooler_output, grid if whole else None, facts, structure)
 
 
 class _Packed(LlavaAdapter):
     """Images are put together from a small picture of the whole and crops, with a newline token at every row's end."""
 
     on_host = ("image_sizes",)
+    projects_tokens = False  # it does, but parts of crops are cut off behind it, and of what was merged there
 
     def tower_depth(self, model: nn.Module) -> int:
         return 0  # crops lose tokens when they are put together, and merged ones would lose parts of themselves
@@ -93,22 +94,24 @@ class _Packed(LlavaAdapter):
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        return vision_features(captured, self.tower_class(trunk))
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
         shapes, assemble = captured.packed
         # Newlines among nothing: the model's own way of putting images together says where they come.
         blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
         marks, _ = assemble(blank, image_newline=torch.ones(1))
+        known = {name: _assembled(value, shapes, assemble) for name, value in self.image_facts(trunk, captured).items()}
+        crops = _crops(shapes, assemble)
         made = []
-        known = {
-            name: _assembled(value, shapes, assemble)
-            for name, value in vision_features(captured, self.tower_class(trunk)).items()
-        }
         for number, mark in enumerate(marks):
             structure = mark[:, 0] > 0.5
             patch_NI = (~structure).nonzero().T
             encoder = {name: value[number][patch_NI.to(value[number].device)] for name, value in known.items()}
             grid = self.default_grid(trunk) if shapes[number][0] == 1 else None
-            made.append(Picture(len(mark), structure, grid, Encoder(**encoder) if encoder else None))
+            crop_I = crops[number][~structure] if shapes[number][0] > 1 else None
+            made.append(Picture(len(mark), structure, grid, Encoder(**encoder) if encoder else None, crop_I=crop_I))
         return made
 
 
@@ -171,6 +174,20 @@ def _pack(
     if captured is not None:
         captured.packed = shapes, partial(stock, image_sizes=image_sizes.cpu(), **again)
     return stock(image_features, image_sizes, **kwargs)
+
+
+def _takes_all(trunk: Any, captured: Captured) -> bool:
+    """Whether the tower's first token is handed on, too."""
+    strategy = captured.inputs.get("vision_feature_select_strategy") or trunk.config.vision_feature_select_strategy
+    return bool(strategy == "full")
+
+
+def _crops(shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor]:
+    """The crop that every token of every image comes from, or mostly does where features were scaled: int64 [N]."""
+    most = max(shape[0] for shape in shapes)
+    marks = [torch.eye(most)[: shape[0], None].repeat(1, shape[1], 1) for shape in shapes]
+    packed, _ = assemble(marks, image_newline=torch.zeros(most))
+    return [share_NC.argmax(1) for share_NC in packed]
 
 
 def _assembled(value: Tensor, shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor]:

@@ -21,6 +21,7 @@ from pumer.adapters.vision_capture import (
     LAST_CLASS_ATTENTION,
     Captured,
     VisionCapture,
+    vision_features,
 )
 from pumer.reducers import EMBEDDINGS, Compose, Reducer
 from pumer.reducers.base import Encoder, Grid, ModelShape
@@ -33,6 +34,8 @@ class DecoderAdapter(Adapter):
     """
 
     prefix = 0
+    projects_tokens: ClassVar[bool] = False
+    """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
     around: ClassVar[tuple[int, int]] = (0, 0)
@@ -67,8 +70,12 @@ class DecoderAdapter(Adapter):
         """Whether the vision tower has a [CLS] token."""
         return False
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
-        """Every image that went through `get_image_features`, whose output and inputs are given."""
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        """What the vision tower knows of the image tokens of every crop [R,I,...]: fields of `Encoder`."""
+        return vision_features(captured)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        """Every image that went through `get_image_features`, whose output is given."""
         raise NotImplementedError
 
     def marks(self, trunk: Any, input_ids: Tensor | None, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:

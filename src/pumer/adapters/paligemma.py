@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.llm import DecoderAdapter, plain, pooled, tower_layers
@@ -19,13 +19,14 @@ class PaliGemmaAdapter(DecoderAdapter):
 
     family = "PaliGemma"
     classes: ClassVar[tuple[str, ...]] = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
+    projects_tokens = True
     causal = False
 
     def tower_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
-        return plain(output.pooler_output, self.default_grid(trunk), vision_features(captured))
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        return plain(output.pooler_output, self.default_grid(trunk), self.image_facts(trunk, captured))
 
 
 @register
@@ -34,6 +35,7 @@ class Gemma3Adapter(PaliGemmaAdapter):
 
     family = "Gemma 3"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration", "Gemma3Model")
+    projects_tokens = False  # it averages them
     causal = True
     around = (1, 1)
 
@@ -45,6 +47,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
         vision = config_of(model).vision_config
         return int((vision.image_size // vision.patch_size) ** 2 // config_of(model).mm_tokens_per_image)
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
-        rows, columns = grid = self.default_grid(trunk)
-        return plain(output.pooler_output, grid, pooled(vision_features(captured), rows * columns))
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        rows, columns = self.default_grid(trunk)
+        return pooled(vision_features(captured), rows * columns)

@@ -29,7 +29,9 @@ class Picture:
             are patches.
         grid: rows and columns, where the patches are all those of one grid in raster order.
         encoder: what the vision tower knows of the patches, every tensor [1,I,...].
-        merged: the plan by which the vision tower merged the patches, of one row; None if it did not.
+        merged: the plan by which patches were merged in the vision tower or before the projector, of one row; None if
+            they were not.
+        crop_I: of several crops that of every patch, int64 on the host; None if there is one.
     """
 
     length: int
@@ -37,6 +39,7 @@ class Picture:
     grid: Grid | None = None
     encoder: Encoder | None = None
     merged: Plan | None = None
+    crop_I: Tensor | None = None
 
     @property
     def patches(self) -> int:

@@ -56,9 +56,9 @@ class QwenVLAdapter(DecoderAdapter):
     def default_grid(self, model: nn.Module) -> Grid:
         return DEFAULT_GRID
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
         merge = trunk.visual.spatial_merge_size
-        frames = inputs["image_grid_thw"]
+        frames = captured.inputs["image_grid_thw"]
         grids = [(rows // merge, columns // merge) for _, rows, columns in frames.tolist()]
         known = self._known(trunk, frames, captured, [len(features) for features in output.pooler_output])
         return [

@@ -41,9 +41,10 @@ def reduce(patch: Patch, run: ForwardState, layer: int, states_BKD: Tensor, caus
     before = axis.counts
     grids: list[Grid | None] = [None] * len(axis.counts)
     if layer == EMBEDDINGS:
-        view = before_llm.view(axis, run.pictures, run.owners, states_BKD, causal)
-        before = tuple((axis.counts[row][0], one.patches) for row, one in zip(run.owners, run.pictures, strict=True))
-        grids = [picture.grid for picture in run.pictures]
+        rows = before_llm.rows(run.pictures, run.owners, reducer.per_crop)
+        view = before_llm.view(axis, rows, states_BKD, causal)
+        before = tuple((axis.counts[row.sample][0], len(row.at_I)) for row in rows)
+        grids = [row.grid for row in rows]
     else:
         view = _view(run, axis, layer, states_BKD, causal)
         if view.tokens.grid is not None:
@@ -62,8 +63,8 @@ def reduce(patch: Patch, run: ForwardState, layer: int, states_BKD: Tensor, caus
 
 
 def _gather(patch: Patch, run: ForwardState, axis: Axis, states_BSD: Tensor) -> tuple[Tensor, Plan | None]:
-    """States with one token for every group that the vision tower merged; all of a group have the same."""
-    view = before_llm.view(axis, run.pictures, run.owners, states_BSD, causal=False)
+    """States with one token for every group that was merged before; all of a group have the same."""
+    view = before_llm.view(axis, before_llm.rows(run.pictures, run.owners, False), states_BSD, causal=False)
     merged = Plan.stack([picture.merged for picture in run.pictures if picture.merged]).to(states_BSD.device)
     plan = Plan.side_by_side([Plan.identity(view.tokens.mask_BN[:, : view.tokens.text]), merged])
     # The tower has cut its slots to those that the data fill; how many each picture fills is still to be asked.
@@ -112,7 +113,7 @@ def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal:
     text, _ = axis.lengths
     grid, patch_BN = None, None
     if axis.whole and run.owners == list(range(len(at_BN))):  # one picture each
-        grid, patch_BI = before_llm.raster(run.pictures, at_BN.device)
+        grid, patch_BI = before_llm.raster([picture.grid for picture in run.pictures], at_BN.device)
         patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
     groups = queries_BHKC.shape[1] // keys_BhKC.shape[1]
     tokens = Tokens(

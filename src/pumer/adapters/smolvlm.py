@@ -42,12 +42,15 @@ class SmolVLMAdapter(DecoderAdapter):
         factor = config_of(model).scale_factor
         return rows // factor, columns // factor
 
-    def pictures(self, trunk: Any, output: Any, inputs: dict[str, Any], captured: Captured) -> list[Picture]:
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        rows, columns = self.default_grid(trunk)
+        return pooled(vision_features(captured), rows * columns)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
         # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
         rows, columns = grid = self.default_grid(trunk)
-        known = pooled(vision_features(captured), rows * columns)
         crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
-        return plain(crops, grid, known)
+        return plain(crops, grid, self.image_facts(trunk, captured))
 
     def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
         rows, columns = self.default_grid(trunk)

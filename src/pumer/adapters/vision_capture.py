@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters import decoder_attention
-from pumer.adapters.base import Patch
-from pumer.reducers import Plan
+from pumer.adapters.base import Patch, exact
+from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.reducers.base import Encoder
 
 if TYPE_CHECKING:
     from pumer.adapters.llm import DecoderAdapter
@@ -41,7 +42,9 @@ class Captured:
         heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for each run of its
             attention.
         last_heads: those of the tower's last layer, where that is another one.
-        merged: where the patches of every crop went, if the tower merged them.
+        inputs: what `get_image_features` was called with.
+        plan: by which they were merged before the projector.
+        merged: where the patches of every crop went, if they were merged in the tower or behind it.
         packed: how a family puts its crops together.
     """
 
@@ -50,6 +53,8 @@ class Captured:
     features_RPD: Tensor | None = None
     heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     last_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
     merged: Plan | None = None
     packed: Any = None
 
@@ -67,7 +72,12 @@ class VisionCapture:
         """Begin to look, if a reducer needs anything."""
         if not self.needs:
             return
-        patch.hook(spec.projector(model).register_forward_pre_hook(self._on_projector))
+        projector = spec.projector(model)
+        patch.hook(projector.register_forward_pre_hook(self._on_projector))
+        if patch.reducer.before_projector and spec.projects_tokens:
+            merging = partial(self._merge, patch, spec, spec.trunk(model))
+            patch.hook(projector.register_forward_pre_hook(merging))
+            patch.hook(projector.register_forward_hook(self._expand))
         if self.needs - {"features_BND"}:
             attention = spec.tower_attention(model)
             watched = {"heads": attention}
@@ -83,9 +93,9 @@ class VisionCapture:
         return captured if captured is not None and captured.capture is self else None
 
     @contextmanager
-    def call(self) -> Iterator[Captured]:
+    def call(self, inputs: dict[str, Any]) -> Iterator[Captured]:
         """One call of `get_image_features`: what hooks see inside the with block is its own."""
-        captured = Captured(self, self.needs)
+        captured = Captured(self, self.needs, inputs=inputs)
         token = _current.set(captured)
         try:
             yield captured
@@ -95,6 +105,33 @@ class VisionCapture:
     def _on_projector(self, _: nn.Module, args: Any) -> None:
         if self.current is not None:
             self.current.features_RPD = args[0].detach()
+
+    def _merge(self, patch: Patch, spec: DecoderAdapter, trunk: Any, _: nn.Module, args: Any) -> Any:
+        """Before the projector: one token for every group, in place of all the patches."""
+        captured = self.current
+        if captured is None:
+            return None
+        features_RPD = args[0]
+        encoder = Encoder(**spec.image_facts(trunk, captured))
+        image = next(len(value[0]) for value in vars(encoder).values() if value is not None)
+        real_RP = torch.ones(features_RPD.shape[:2], device=features_RPD.device, dtype=torch.bool)
+        tokens = Tokens(
+            mask_BN=real_RP,
+            text=0,
+            sizes_BN=real_RP.float(),
+            layer=EMBEDDINGS,
+            prefix=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
+            encoder=encoder,
+        )
+        with torch.no_grad(), exact(patch.reducer, features_RPD.device):
+            captured.plan = patch.reducer.plan(tokens)
+        captured.merged = captured.plan.tail(tokens.prefix).averaging()
+        return (captured.plan.reduce(features_RPD), *args[1:])
+
+    def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """After it: as many tokens as ever, all of a group the same, of which the language model gets one."""
+        captured = self.current
+        return None if captured is None or captured.plan is None else captured.plan.expand(output)
 
     def _on_qk(self, name: str, attention: Any, queries: Tensor, keys: Tensor, _: Any) -> None:
         if self.current is not None:  # layers may be computed again for their gradients

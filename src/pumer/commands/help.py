@@ -63,7 +63,8 @@ def render(command: str, what: str, path: str, positional: bool = False) -> str:
         by_place = positional and option.default is None
         head = f"  {option.name}" if by_place else f"  --{option.name}"
         kind = "" if option.type.startswith("settings") else f" {option.type}"
-        default = "" if option.default in (None, "None") or not kind else f" (default {option.default})"
+        silent = not kind or option.default in (None, "None") or str(option.default).startswith("field(")
+        default = "" if silent else f" (default {option.default})"
         lines += [f"{head}{kind}{default}"]
         lines += textwrap.wrap(option.help, width, initial_indent="      ", subsequent_indent="      ")
     lines += [
@@ -85,7 +86,7 @@ def _described(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
     text = ast.get_docstring(node) or ""
     part = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.M | re.S)
     entries = re.split(r"^    (?=\w[\w, ]*: )", part[1] if part else "", flags=re.M)
-    helps = {}
+    helps: dict[str, str] = {}
     for entry in entries[1:]:
         names, _, description = entry.partition(": ")
         helps |= {name.strip(): " ".join(description.split()) for name in names.split(",")}

@@ -50,6 +50,17 @@ class Encoder:
     last_class_attention_BN: Tensor | None = None
     last_keys_BNC: Tensor | None = None
 
+    def at(self, index_I: Tensor) -> Encoder:
+        """The same of some image tokens, given by their numbers on the host."""
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Encoder(
+            **{
+                name: value.index_select(1, index_I.to(value.device, non_blocking=True))
+                for name, value in known.items()
+                if value is not None
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Context:
@@ -252,12 +263,16 @@ class Reducer:
 
     @property
     def per_crop(self) -> bool:
-        """Whether each crop of an image has a budget of its own, in the published code for LLaVA-NeXT."""
+        """Whether each crop of an image has a budget of its own, as in the published code for LLaVA-NeXT."""
         return False
 
     @property
     def before_projector(self) -> bool:
-        """Whether it merges features before the projector, which then projects what is left."""
+        """Whether features are merged before the projector, which then projects what is left.
+
+        `plan` then reads nothing but masks and `Tokens.encoder`. Where a projector does not take every
+        token by itself they are merged after it.
+        """
         return False
 
     @property
@@ -273,6 +288,8 @@ class Reducer:
     def reduces_at(self, layer: int) -> bool:
         """Whether the method acts in this layer."""
         if self.layers is None:
+            if layer == EMBEDDINGS:  # layers that are fitted to a model are counted from 0
+                return False
             raise ValueError(
                 f"the layers of {self.name} depend on the model: give `layers`, or let pumer.apply choose them"
             )

@@ -31,7 +31,7 @@ class CDPruner(Selector):
     Relevance is the mean cosine with the embeddings of the question, as the paper has it for models
     without a CLIP text tower; the images of a prompt without text are chosen for diversity alone.
     The published code for LLaVA compares CLIP's embeddings of patches and of the prompt, which
-    takes the text tower that LLaVA left behind. The published budget is one for each crop.
+    takes the text tower that LLaVA left behind. Each crop of an image has a budget of its own.
 
     Args:
         keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import EMBEDDINGS, Grid, ModelShape, Reducer, Tokens
 from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
@@ -94,10 +94,6 @@ class Compose(Reducer):
         return self.inside.per_crop
 
     @property
-    def before_projector(self) -> bool:
-        return self.inside.before_projector
-
-    @property
     def published(self) -> bool:
         return self.inside.published
 
@@ -184,11 +180,13 @@ class Chain(Reducer):
 
     @property
     def per_crop(self) -> bool:
-        return any(reducer.per_crop for reducer in self.reducers)
+        first = self._acting(EMBEDDINGS)
+        return first is not None and first.per_crop
 
     @property
     def before_projector(self) -> bool:
-        return any(reducer.before_projector for reducer in self.reducers)
+        first = self._acting(EMBEDDINGS)
+        return first is not None and first.before_projector
 
     @property
     def published(self) -> bool:

@@ -73,10 +73,6 @@ class Energy(Reducer):
         return self.selector.per_crop
 
     @property
-    def before_projector(self) -> bool:
-        return self.selector.before_projector
-
-    @property
     def leaves_gaps(self) -> bool:
         return True
 

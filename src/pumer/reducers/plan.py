@@ -119,6 +119,13 @@ class Plan:
         shares = None if self.shares_BKN is None else self.shares_BKN[index]
         return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept, shares)
 
+    def averaging(self) -> Plan:
+        """The same groups, with equal shares that sum to one: of members that are equal it gives one of them."""
+        ones_BN = torch.ones_like(self.weight_BN)
+        total_BK = self.total(ones_BN)
+        weight_BN = ones_BN / total_BK.gather(1, self.slot_BN.clamp_min(0)).clamp_min(1)
+        return Plan(self.slot_BN, weight_BN, self.mask_BK)
+
     def head(self, tokens: int, slots: int) -> Plan:
         """The part for the first source tokens, where these and no others go into the first slots."""
         index = None if self.index_BK is None else self.index_BK[:, :slots]

@@ -35,7 +35,7 @@ class SCOPE(Selector):
 
     Coverage is the sum, over all image tokens, of the cosine with the nearest token chosen. It is
     measured on the encoder's output before the projector, as published; on what the language model
-    is given where the encoder says nothing of it. The published budget is one for each crop.
+    is given where the encoder says nothing of it. Each crop of an image has a budget of its own.
 
     Args:
         keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).

@@ -27,11 +27,12 @@ class VisionZip(Selector):
     """Keep the image tokens that the encoder attends to most; merge the others into a few of theirs.
 
     What is merged into a token is averaged and then added to it, as published: it comes out about
-    twice as long as it was. Published is that features before the projector are merged and then
-    projected (`before_projector`); the plan is the same for whatever it reduces. The budget is one
-    for each crop, and there the encoder's [CLS] is among the dominant tokens, which here is not
-    handed to the language model: published counts less one for it are these. The contextual tokens
-    keep their place among the others, where the published code puts them behind.
+    twice as long as it was. As published, features before the projector are merged and then projected
+    where the projector takes every token by itself (`before_projector`); elsewhere what it gives is
+    merged. Each crop of an image has a budget of its own. In the published code the encoder's [CLS] is
+    among the dominant tokens, which here is not handed to the language model: published counts less
+    one for it are these. The contextual tokens keep their place among the others, where the published
+    code puts them behind.
 
     Args:
         keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).

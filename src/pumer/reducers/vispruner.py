@@ -29,7 +29,7 @@ AT_ONCE = 8
 class FasterVLM(Selector):
     """Keep the image tokens that the vision encoder attends to most.
 
-    The published budget is one for each crop.
+    Each crop of an image has a budget of its own.
 
     Args:
         keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
