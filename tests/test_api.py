@@ -1,5 +1,7 @@
 """Bad input is answered with what to do about it, and changes nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,11 @@ from transformers import BertConfig, BertModel
 import matrix
 import pumer
 import tiny
-from pumer import NoVision, Pool, PuMer, Random, ToMe, Uniform
+from pumer import Chain, FastV, NoVision, Pool, PuMer, PyramidDrop, Random, ToMe, Uniform
+from pumer.adapters.base import adapters
 from pumer.reducers import from_dict, get, list_reducers, register, to_dict
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +29,25 @@ def bert():
 
 
 @pytest.mark.parametrize("unsupported", [bert, lambda: nn.Linear(2, 2), lambda: None, lambda: "dandelin/vilt-b32-mlm"])
-def test_other_models_are_refused_with_a_list_of_supported_ones(unsupported):
-    with pytest.raises(ValueError, match=r"cannot be reduced.*Supported are .*ViLT: ViltForQuestionAnswering"):
+def test_other_models_are_refused_with_the_families_and_where_to_read_on(unsupported):
+    with pytest.raises(ValueError, match=r"cannot be reduced") as error:
         pumer.apply(unsupported(), PuMer())
+    lines = str(error.value).splitlines()
+    assert len(lines) <= 5
+    assert max(map(len, lines)) < 160
+    families = [adapter.family for adapter in adapters()]
+    assert f"Supported families: {', '.join(families)}" in lines
+    for name in ("compatibility.md", "add-a-model.md"):
+        assert (DOCS / name).is_file()
+        assert f"docs/{name}" in lines[-1]
+
+
+def test_the_nearest_class_is_named():
+    class ViltForQuestionAnswer(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"Did you mean 'ViltForQuestionAnswering'\?"):
+        pumer.apply(ViltForQuestionAnswer(), PuMer())
 
 
 def test_a_supported_model_inside_another_is_pointed_out(model):
@@ -37,13 +58,20 @@ def test_a_supported_model_inside_another_is_pointed_out(model):
 @pytest.mark.parametrize(
     ("reducer", "settings", "message"),
     [
-        (3, {}, "expected a reducer such as PuMer"),
-        (PuMer, {}, "expected a reducer such as PuMer"),
-        ("pumer", {}, r"no preset is named 'pumer'; there are vilt-vqav2"),
+        (3, {}, "expected a reducer such as pumer.PuMer"),
+        (Chain, {}, r"the settings .* do not fit chain"),
+        (int, {}, "expected a reducer such as pumer.PuMer"),
+        ("pummer", {}, r"no reducer is named 'pummer'.* Did you mean 'pumer'\?"),
+        ({"reducer": "tomme"}, {}, r"no reducer is named 'tomme'.* Did you mean 'tome'\?"),
+        ({"r": 8}, {}, "settings of a reducer say which: give `reducer`"),
+        ({"reducer": "tome", "dept": 6}, {}, r"tome has no setting dept. Did you mean 'depth'\?"),
+        ({"reducer": "tome", "r": None}, {}, r"reducer tome: r is None; expected"),
+        ({"reducer": "tome", "r": "many"}, {}, "reducer tome: r is 'many'; expected"),
+        (FastV(layer=99), {}, r"fastv has layer=99, but the model has layers 0 to 3: give layer 1 to 4"),
         (PuMer(layers=(1,)), {"attention": "flash"}, "attention is one of sdpa, eager, not 'flash'"),
-        (PuMer(), {}, r"reduces in layers \[5, 8\], but the model has layers 0 to 3"),
+        (PuMer(layers=(2, 5, 8)), {}, r"reduces in layers \[5, 8\], but the model has layers 0 to 3"),
         (Random(layers=(4,)), {}, r"reduces in layers \[4\]"),
-        (Pool(layer=7), {}, r"reduces in layers \[7\]"),
+        (Pool(layer=7), {}, r"pool has layer=7, but"),
         (ToMe(r=2, depth=12), {}, r"reduces in layers \[4, 5"),
     ],
 )
@@ -66,17 +94,20 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(model, reduc
         (lambda: PuMer(prune=0.5, merge=0.5), "leaves no image token"),
         (lambda: PuMer(layers=(-1, 2)), "cannot act before layer 0"),
         (lambda: PuMer(layers=(1.5,)), "layers are whole numbers"),
-        (lambda: PuMer(layers=None), "name the reducing layers"),
+        (lambda: PuMer(official=True), "official=True needs `layers`"),
+        (lambda: PuMer(layers="all"), "or 'all' with official=True"),
+        (lambda: PuMer().reduces_at(2), "the layers of pumer depend on the model"),
+        (lambda: PyramidDrop(keep=64), "keep is one number for each layer"),
         (lambda: PuMer(score="best"), "score is one of mean_head"),
         (lambda: PuMer(style="tip"), "only 'tome' without official"),
-        (lambda: PuMer(official=True, style="top"), "style is one of"),
+        (lambda: PuMer(layers=(2,), official=True, style="top"), "style is one of"),
         (lambda: ToMe(r=-1), "a number of tokens from 0"),
         (lambda: ToMe(r=(3, 2.0)), r"inflection .* lies in \[-1, 1\]"),
         (lambda: Random(prune=1.0), "prune is a ratio in"),
         (lambda: Uniform(layers=(-2,)), "layers are whole numbers"),
         (lambda: Pool(window=0), "at least one patch on a side"),
-        (lambda: get("shrink"), "no reducer is named 'shrink'; there are .*compose, .*no-vision, none"),
-        (lambda: from_dict({"reducer": "tome", "speed": 2, "haste": 1}), "tome has no setting haste, speed; it has r"),
+        (lambda: get("shrink"), "no reducer is named 'shrink'. There are .*compose, .*no-vision, none"),
+        (lambda: from_dict({"reducer": "tome", "speed": 2, "haste": 1}), "tome has no setting haste, speed. It has r"),
         (lambda: register(NoVision), "a reducer named 'no-vision' is registered already"),
     ],
 )

@@ -1,6 +1,7 @@
 """Benchmarks: percentiles, memory of known sizes, rows in files, the whole on a tiny model."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from pumer.bench.run import bench
 from pumer.bench.timing import Timing, alternate
 from pumer.bench.where import Where
 from pumer.cli import main
+
+LLAVA = Path(__file__).parents[1] / "benchmarks" / "models" / "scenes-llava"
 
 
 def test_percentiles():
@@ -137,3 +140,36 @@ def test_command(capsys):
     sizes = ["--batches", "[1]", "--image_sizes", "[64]", "--runs", "1"]
     assert main(["bench", "where", "--model", "vilt-tiny", *sizes]) == 0
     assert "64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--reducer", "tome"], ["--reducers", '["tome", "pumer"]']])
+def test_a_saved_model_is_timed_and_weighed(words, capsys):
+    command = ["bench", "model", "--model", "scenes-vilt", "--batch", "2", "--runs", "2", "--device", "cpu", *words]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[2:] if line}
+    assert {"stock", "fused", "tome"} <= set(rows)
+    assert float(rows["tome"][-1]) < float(rows["fused"][-1])  # GFLOPs
+    assert "weights" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "scenes-vilt"], "nothing reduces scenes-vilt: give --reducer"),
+        (["--model", "scenes-vilt", "--reducer", "tome", "--batch", "0"], "at least 1 each"),
+        (["--model", "scenes-vilt", "--reducer", "tome", "--image", "a.jpg"], "give --image and --question"),
+    ],
+)
+def test_a_saved_model_that_cannot_be_measured(words, message, capsys):
+    assert main(["bench", "model", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not LLAVA.is_dir(), reason="outside of a checkout")
+def test_a_saved_decoder_is_timed_and_weighed(capsys):
+    words = ["--reducer", "divprune", "--batch", "2", "--runs", "2", "--new_tokens", "2", "--device", "cpu"]
+    assert main(["bench", "model", "--model", str(LLAVA), *words]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:] if line}
+    assert float(rows["divprune"][-1]) < 0.5 * float(rows["stock"][-1])  # MiB of cache
+    assert float(rows["divprune"][-3]) < float(rows["fused"][-3])  # GFLOPs

@@ -120,6 +120,9 @@ def test_commands_evaluate_and_predict(folder, tmp_path, capsys):
     assert len(json.loads(out.read_text())) == 8
 
 
+DEEP = '{"reducer": "tome", "depth": 12}'
+
+
 def test_commands_explain_what_is_wrong(folder, capsys):
     assert main(["eval", "--model", "nowhere"]) == 2
     assert "no model folder" in capsys.readouterr().err
@@ -127,8 +130,7 @@ def test_commands_explain_what_is_wrong(folder, capsys):
     assert "no reducer is named 'best'" in capsys.readouterr().err
     for words, message in (
         (["eval", "--model", str(folder), "--task", "vqav2"], 'needs root: give it as {"name": "vqav2", "root"'),
-        (["eval", "--model", str(folder), "--reducer", "tome"], "the model has layers 0 to 3: give depth=4"),
-        (["eval", "--model", str(folder), "--reducer", "pumer"], "the model has layers 0 to 3: choose among these"),
+        (["eval", "--model", str(folder), "--reducer", DEEP], "the model has layers 0 to 3: give depth=4, or leave it"),
         (["viz", "--model", "scenes-vilt", "--out", "a.png"], "nothing reduces scenes-vilt: give --reducer"),
         (["train", "--config", "scenes-pumper", "--output", "a"], "no file, nor a recipe that `pumer list` names"),
     ):

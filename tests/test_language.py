@@ -19,6 +19,7 @@ from pumer.reducers import (
     Chain,
     DivPrune,
     FastV,
+    ModelShape,
     PuMer,
     PyramidDrop,
     SparseVLM,
@@ -317,9 +318,11 @@ def test_several_blocks_compile_into_one_graph(name, monkeypatch):
 
 # --- budgets and settings ---
 
+LLAVA = ModelShape(depth=32, last=30, image=576)
+
 
 def test_pyramiddrop_rounds_down_as_published():
-    reducer = PyramidDrop()
+    reducer = PyramidDrop().resolve(LLAVA)
     lengths, counts = [575], torch.tensor([575])
     for layer in reducer.layers:
         lengths.append(reducer.lengths(0, lengths[-1], layer, 0)[1])
@@ -335,7 +338,7 @@ def test_pyramiddrop_rounds_down_as_published():
 @pytest.mark.parametrize("keep", [(0.33, 0.11, 0.05), (0.7, 0.7, 0.7), (0.29, 0.29, 0.2), (0.9, 0.5, 0.3)])
 def test_shares_of_other_sizes(keep):
     """Off by one at most from shares of a number that only the first stage has seen."""
-    reducer = PyramidDrop(keep=keep)
+    reducer = PyramidDrop(keep=keep).resolve(LLAVA)
     every = torch.arange(1, 700)
     for first in every.tolist():
         count = first

@@ -336,7 +336,7 @@ def test_a_copy_has_parts_of_its_own():
         (lambda: SmartTrim(layers=(-1, 2)), "trims in layers"),
         (lambda: Chain((ToMe(r=[2], depth=1), SmartTrim(layers=(2,)))), "smarttrim learns, which a chain"),
         (lambda: Compose(DynamicViT(), PuMer()), "dynamicvit learns where text and image meet"),
-        (lambda: Compose(ToMe(), SmartTrim()), "give tome proportional=False"),
+        (lambda: Compose(ToMe(proportional=True), SmartTrim()), "give tome proportional=False"),
     ],
 )
 def test_settings_are_checked(make, message):

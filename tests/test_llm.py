@@ -290,9 +290,9 @@ def test_hidden_states_have_the_length_of_the_prompt(llava):
 
 def test_bad_settings(llava):
     for reducer, message in (
-        (ToMe(r=2, depth=2), "proportional=False"),
+        (ToMe(r=2, depth=2, proportional=True), "proportional=False"),
         (FastV(layer=tiny_llm.LAYERS), "last layer"),
-        (PuMer(official=True), "official=False"),
+        (PuMer(layers=(1,), official=True), "official=False"),
         (FastV(layer=99), "layers 0 to"),
     ):
         with pytest.raises(ValueError, match=message):

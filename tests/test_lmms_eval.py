@@ -327,7 +327,7 @@ def test_settings_of_the_model(opened):
         ({"reducer": "fastv", "kep": 0.5}, "kep is a setting neither of fastv, which has keep, layer, nor of CLIP"),
         ({"keep": 0.5}, "keep is a setting neither of no reducer"),
         ({"reducer": "nothing"}, "no reducer is named 'nothing'"),
-        ({"reducer": "nothing.yaml"}, "there is no preset file"),
+        ({"reducer": "nothing.yaml"}, "there is no file nothing.yaml"),
         ({"reducer": "dymu"}, "dymu"),
         ({"batch_size": "auto"}, "batch_size is auto: give a number"),
         ({"batch_size": 0}, "batch_size is 0: give a number"),

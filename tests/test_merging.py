@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pumer.costs import planned_lengths
 from pumer.reducers import (
     EMBEDDINGS,
     Chain,
@@ -23,7 +24,6 @@ from pumer.reducers import (
 from pumer.reducers.budget import prune_then_merge
 from pumer.reducers.learned import keep_surest
 from pumer.reducers.matching import bipartite
-from pumer.report import planned_lengths
 
 HEADS, CHANNELS = 2, 4
 WIDTH = HEADS * CHANNELS

@@ -320,15 +320,18 @@ def test_padded_pictures_are_refused(answering, reducer):
 @pytest.mark.parametrize(
     ("reducer", "message"),
     [
-        (PuMer(), r"reduces in layers \[5, 8\], but the model has layers 0 to 3"),
+        (PuMer(layers=(2, 5, 8)), r"reduces in layers \[5, 8\], but the model has layers 0 to 3"),
         (
             Compose(ToMe(r=1, depth=12), Random()),
             r"tome reduces in layers \[3, 4, .*, 11\], but the model has layers 0 to 2",
         ),
-        (Compose(ToMe(r=1, depth=3), PuMer()), r"pumer reduces in layers \[5, 8\], but the model has layers 0 to 3"),
+        (
+            Compose(ToMe(r=1, depth=3), PuMer(layers=(2, 5, 8))),
+            r"pumer reduces in layers \[5, 8\], but the model has layers 0 to 3",
+        ),
         (Compose(Random(), Random()), "random in the tower reduces in layers 0 to 2"),
-        (PuMer(official=True, layers=None), "published reducer needs `layers`"),
-        (Compose(ToMe(r=1, depth=3), PuMer(official=True, layers=None)), "published reducer needs `layers`"),
+        (PuMer(official=True, layers="all"), "published reducer needs `layers`"),
+        (Compose(ToMe(r=1, depth=3), PuMer(official=True, layers="all")), "published reducer needs `layers`"),
         (pumer.DynamicViT(keep=0.02, layers=(0,), official=True), "leaves no image token after layer"),
     ],
 )

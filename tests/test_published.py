@@ -217,7 +217,7 @@ def test_vocabularies_that_contradict_each_other(tmp_path):
         ),
         ({"merge_r": 0.3, "reduce_layers": [1]}, {"merge": 0.3, "layers": (1,)}),
         ({"merge_r": 0.3}, {"layers": ()}),
-        ({"merge_r": 5}, {"merge": 5, "layers": None}),
+        ({"merge_r": 5}, {"merge": 5, "layers": "all"}),
     ],
 )
 def test_settings(settings, expected):

@@ -10,10 +10,10 @@ from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltFor
 import matrix
 import pumer
 import tiny
+from pumer.costs import last_forward_macs
 from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.cost import NOTHING, own_costs
-from pumer.report import last_forward_macs
 
 
 def counted(model, inputs):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pumer.cli import main
 from pumer.data import scene_files, scenes
 from pumer.data.scene_files import write_vqav2
 from pumer.data.scene_questions import ANSWERS, KINDS, ask, referent_targets
@@ -351,3 +352,21 @@ def test_patch_offsets_lead_to_the_middle_of_what_a_patch_shows():
         k = main[b, n]
         way = [scenes.x[b, k] - (n % 12 * 8 + 4), scenes.y[b, k] - (n // 12 * 8 + 4)] if colour[b, n] else [0, 0]
         assert offsets[b, n].tolist() == way
+
+
+def test_the_command_says_what_it_wrote_and_adds_a_split(tmp_path, capsys):
+    out = tmp_path / "vqa"
+    command = ["data", "scenes", "--out", str(out), "--pictures", "3", "--per_picture", "2", "--image_size", "32"]
+    assert main([*command, "--split", "train2014"]) == 0
+    assert f"3 images with 6 questions, train2014, in {out}" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main([*command, "--split", "val2014", "--seed", "3"]) == 0
+    assert f"--task vqav2 --task.root {out} --split val2014" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        name
+        for split in ("train2014", "val2014")
+        for name in (split, f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json")
+    )
+    assert main([*command, "--split", "val2014"]) == 2
+    assert "already: give another --split" in capsys.readouterr().err

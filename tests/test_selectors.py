@@ -24,6 +24,7 @@ from pumer.reducers import (
     FasterVLM,
     FoPru,
     HoloV,
+    ModelShape,
     PruMerge,
     PyramidDrop,
     Selector,
@@ -373,6 +374,7 @@ def test_a_picture_smaller_than_the_budget_stays_whole():
 )
 def test_schedules(reducer, expected):
     lengths = [576]
+    reducer = reducer.resolve(ModelShape(depth=32, last=30, image=576))
     for layer in reducer.layers:
         text, image = reducer.lengths(60, lengths[-1], layer, prefix=0)
         assert text == 60

@@ -14,10 +14,10 @@ FILES = sorted((SRC / "pumer").rglob("*.py"))
 
 # Each part may import its own layer and those above it in this list. The name "" is pumer/__init__.py.
 LAYERS = [
-    {"_version", "_settings", "_yaml"},
+    {"_plugins", "_settings", "_suggest", "_version", "_yaml"},
     {"reducers"},
     {"adapters", "models"},
-    {"", "api", "presets", "hub", "report", "report_llm"},
+    {"", "api", "presets", "hub", "costs", "costs_llm"},
     {"tasks", "data", "bench", "viz"},
     {"evaluate", "score", "study", "train", "tune"},
     {"cli", "commands", "lmms_eval"},
@@ -168,7 +168,7 @@ def run(code):
 
 def test_import_leaves_heavy_modules_alone():
     heavy = ["transformers.trainer", "matplotlib", "datasets", "jsonargparse"]
-    code = f"import json, sys, pumer; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    code = f"import json, sys, pumer; pumer.apply; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     assert run(code) == []
 
 
@@ -191,10 +191,29 @@ def state():
 before = state()
 assert {"torch.nn.functional.scaled_dot_product_attention", "ViltLayer.forward"} <= set(before)
 import pumer
+pumer.apply, pumer.load, pumer.report, pumer.ToMe
 after = state()
 print(json.dumps([k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]))
 """
     assert run(code) == []
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    code = """
+import json, sys
+import pumer
+from pumer.cli import main
+main(["--help"]), main(["--version"]), main(["evall"])
+heavy = sorted({"torch", "transformers", "jsonargparse", "rich"} & set(sys.modules))
+import pumer.costs
+assert callable(pumer.report) and set(pumer.__all__) <= set(dir(pumer))
+assert all(getattr(pumer, name) is not None for name in pumer.__all__)
+sys.stdout.write("\\n" + json.dumps(heavy))
+"""
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 def test_import_is_quick():
@@ -202,6 +221,7 @@ def test_import_is_quick():
 import time, torch, transformers
 start = time.perf_counter()
 import pumer
+pumer.apply, pumer.load, pumer.report
 print(time.perf_counter() - start)
 """
     seconds = min(run(code) for _ in range(3))

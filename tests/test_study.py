@@ -25,10 +25,10 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 import pumer
 import tiny
 from pumer.cli import main
+from pumer.costs import last_forward_parts
 from pumer.data.images import Square
 from pumer.data.text import train_tokenizer
 from pumer.data.transforms import save_transform
-from pumer.report import last_forward_parts
 from pumer.study import read_study, run
 from pumer.study.curves import Mix, at, difference, half_width, pareto, place, seed_spreads, settings_of
 from pumer.study.measure import Subject, _tokens, cost, macs, read_subject

@@ -637,7 +637,7 @@ def test_preset_files(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_reducer(str(file))
-    with pytest.raises(ValueError, match="no preset file"):
+    with pytest.raises(ValueError, match="there is no file"):
         read_reducer("missing.yaml")
 
 

@@ -1,14 +1,19 @@
 """Token maps: what they say against the plans, their JSON, the drawing."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import pumer
-from pumer.viz import TokenMap, draw, gallery, png, to_picture, token_map
+import tiny_llm
+from pumer.cli import main
+from pumer.viz import TokenMap, draw, gallery, png, to_picture, token_map, token_maps
 from tiny import batch, model
+
+LLAVA = Path(__file__).parents[1] / "benchmarks" / "models" / "scenes-llava"
 
 
 @pytest.fixture(scope="module")
@@ -105,5 +110,82 @@ def test_what_cannot_be_shown_is_said(inputs, words):
         token_map(net, {name: torch.cat([value, value]) for name, value in inputs.items()}, words)
     pair = {name: value[:1] for name, value in batch("ViltForImagesAndTextClassification").items() if name != "labels"}
     two = pumer.apply(model("ViltForImagesAndTextClassification"), pumer.PuMer(layers=(0,)))
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(ValueError, match="two images"):
         token_map(two, pair, words)
+
+
+# --- decoders ---
+
+
+def prompt_words(family, inputs):
+    return ["<image>" if i == tiny_llm.IMAGE else f"w{i}" for i in inputs["input_ids"][0].tolist()]
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [pumer.FastV(keep=0.5), pumer.DivPrune(keep=5), pumer.PuMer(layers=(0, 1)), pumer.PyramidDrop(keep=(0.5, 0.25))],
+    ids=lambda reducer: reducer.name,
+)
+def test_a_decoders_map_says_what_was_kept(reducer):
+    net = pumer.apply(tiny_llm.model("llava"), reducer)
+    inputs = tiny_llm.batch("llava", layout=((4, "i", 6),))
+    words = prompt_words("llava", inputs)
+    shown = token_map(net, inputs, words)
+    assert (shown.rows, shown.columns) == (4, 4)
+    assert shown.decoder
+    assert shown.raster
+    # One chip for the image, and all other words as they are.
+    assert list(shown.words) == [*words[:5], "<image> x 16", *words[21:]]
+    (start,) = (i for i, word in enumerate(words) if word == "<image>" and words[i - 1] != "<image>")
+    left = {place - start for place in pumer.kept(net)[0].tolist() if 0 <= place - start < 16}
+    last = shown.layers[-1]
+    assert {group[0] for group in (*((i,) for i in last.kept), *last.merged)} == left
+    for layer in shown.layers:
+        assert sorted([*layer.kept, *itertools.chain(*layer.merged), *layer.dropped]) == list(range(16))
+        assert sorted([*itertools.chain(*layer.text), *layer.text_dropped]) == list(range(len(shown.words)))
+    assert TokenMap.from_json(shown.to_json()) == shown
+
+
+def test_every_image_of_a_prompt_has_its_map():
+    net = pumer.apply(tiny_llm.model("llava"), pumer.DivPrune(keep=3))
+    inputs = tiny_llm.batch("llava", layout=((2, "i", 3, "i", 2),))
+    words = prompt_words("llava", inputs)
+    maps = token_maps(net, inputs, words)
+    assert [shown.layers[-1].image_tokens for shown in maps] == [3, 3]
+    assert [word.startswith("<image>") for word in maps[0].words].count(True) == 2
+    starts = [i for i, word in enumerate(words) if word == "<image>"]
+    places = pumer.kept(net)[0].tolist()
+    for shown, first in zip(maps, (starts[0], starts[16]), strict=True):
+        assert set(shown.layers[-1].kept) == {place - first for place in places if 0 <= place - first < 16}
+    with pytest.raises(ValueError, match="2 images went through the model"):
+        token_map(net, inputs, words)
+
+
+def test_crops_are_one_image_without_a_raster():
+    net = pumer.apply(tiny_llm.model("llava_next"), pumer.FastV(keep=0.5))
+    inputs = tiny_llm.batch("llava_next")
+    shown = token_map(net, inputs, prompt_words("llava_next", inputs))
+    assert not shown.raster
+    (layer,) = shown.layers
+    patches = len(layer.kept) + len(layer.dropped)
+    assert len(layer.kept) == round(patches / 2)
+    assert len(shown.words) == prompt_words("llava_next", inputs).index("<image>") + 1 + 6
+    assert draw(shown, Image.new("RGB", (64, 64)), "crops").width > 64
+
+
+def test_as_many_words_as_tokens(inputs):
+    net = pumer.apply(model(), pumer.Uniform(prune=0.5))
+    with pytest.raises(ValueError, match="give one for each"):
+        token_map(net, inputs, ["a", "b"])
+
+
+@pytest.mark.skipif(not LLAVA.is_dir(), reason="outside of a checkout")
+def test_the_command_draws_decoders(tmp_path, capsys):
+    out = tmp_path / "map.png"
+    assert main(["viz", "--model", str(LLAVA), "--reducer", "fastv", "--out", str(out)]) == 0
+    assert out.is_file()
+    shown = TokenMap.from_json(out.with_suffix(".json").read_text())
+    assert (shown.rows, shown.columns) == (12, 12)
+    assert shown.layers[0].image_tokens == 72
+    assert "<image> x 144" in "".join(shown.words)
+    assert str(out) in capsys.readouterr().out

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pumer.adapters import Adapter, Patch, Step, find, is_supported
 from pumer.adapters.base import PARTS
 from pumer.adapters.probes import BACKENDS
-from pumer.presets import preset
+from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,7 +21,7 @@ WRAPPED = ("base_model", "module", "_orig_mod")
 """Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
 
-def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> M:
+def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> M:
     """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
 
     Applying again replaces the reducer in force. A learned reducer brings new parts to train, which belong to the model
@@ -29,7 +29,9 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
 
     Args:
         model: a supported Hugging Face model (`pumer list` names them).
-        reducer: a reducer, or a preset's name such as "vilt-vqav2".
+        reducer: a reducer or its class, its name ("fastv") or `{"reducer": name, setting: value}`, a preset's name
+            ("vilt-vqav2"), a YAML or JSON file of settings, or a saved model, for the reducer that it has. Settings
+            that are None are fitted to the model.
         attention: "sdpa" (fused) or "eager".
         trim: cut padding down to the longest text and image of the batch when the model is entered, for which the
             host reads two numbers. Turn it off for CUDA graphs; under torch.compile it is off by itself.
@@ -45,16 +47,13 @@ def apply(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bo
     return model
 
 
-def _apply(wrapped: nn.Module, reducer: Reducer | str, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
+def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
     model = supported(wrapped)
     adapter = find(model)
-    if isinstance(reducer, str):
-        reducer = preset(reducer)
-    if not isinstance(reducer, Reducer):
-        raise ValueError(f"expected a reducer such as PuMer(), or a preset's name, not {reducer!r}")
+    reducer = read_reducer(reducer)
     if attention not in BACKENDS:
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
-    reducer = adapter.settle(reducer)
+    reducer = adapter.settle(reducer.resolve(adapter.shape(model)))
     reducer.check(adapter.depth(model))
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
         raise ValueError(
@@ -161,7 +160,7 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def reduced(model: M, reducer: Reducer | str, *, attention: str = "sdpa", trim: bool = True) -> Iterator[M]:
+def reduced(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> Iterator[M]:
     """`apply` for the length of a with block; whatever was in force before is in force again afterwards."""
     before = active(model)
     apply(model, reducer, attention=attention, trim=trim)

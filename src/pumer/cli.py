@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from pumer._suggest import did_you_mean
+from pumer.commands.help import render
+from pumer.commands.words import unknown_command, unknown_option, with_settings
 
 COMMANDS = {
     "demo": ("pumer.commands.demo:demo", "see the shipped models answer, faster, and which tokens they kept"),
@@ -19,6 +24,7 @@ COMMANDS = {
     "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
     "study": ("pumer.commands.study:study_", "compare methods at many settings: trainings, tables, plots; resumable"),
     "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
+    "bench model": ("pumer.commands.bench_model:bench_model_", "time and weigh a saved model, stock and reduced"),
     "bench llm": (
         "pumer.commands.bench:llm_",
         "time answers of vision-language models: prefill, tokens, cache",
@@ -34,6 +40,7 @@ COMMANDS = {
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
 }
+RECIPES = Path(__file__).parent / "train" / "recipes"
 POSITIONAL = {"convert", "data check", "study"}  # their required arguments go by place, not by name
 
 
@@ -46,9 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if name not in COMMANDS:
-        print(_overview(), file=sys.stdout if name in ("", "-h", "--help", "help") else sys.stderr)
-        return 0 if name in ("-h", "--help", "help") else 2
+    if name in ("", "-h", "--help", "help"):
+        print(_overview())
+        return 0 if name else 2
+    if (problem := unknown_command(words, COMMANDS)) is not None:
+        print(f"pumer: {problem}", file=sys.stderr)
+        return 2
+    if {"-h", "--help"} & set(words):
+        print(render(name, COMMANDS[name][1].capitalize(), COMMANDS[name][0], name in POSITIONAL))
+        return 0
     return _run(name, words[len(name.split()) :])
 
 
@@ -65,10 +78,14 @@ def _run(name: str, words: list[str]) -> int:
         help="YAML file with any of these settings" + ", or a recipe's name" * (name == "train"),
     )
     parser.add_function_arguments(function, as_positional=name in POSITIONAL)
-    words = [_recipe(word) for word in words]
+    words = with_settings([_recipe(word) for word in words])
+    if (problem := unknown_option(words, [*inspect.signature(function).parameters, "config", "help"])) is not None:
+        print(f"pumer {name}: {problem}", file=sys.stderr)
+        return 2
     for option, word in pairwise(words):
         if option == "--config" and not Path(word).exists():
-            print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names", file=sys.stderr)
+            hint = did_you_mean(word, [path.stem for path in RECIPES.glob("*.yaml")])
+            print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names.{hint}", file=sys.stderr)
             return 2
         if option == "--config" and (problem := _bad_yaml(word)):
             print(f"pumer {name}: {word} is no YAML: {problem}", file=sys.stderr)
@@ -101,7 +118,7 @@ def _bad_yaml(file: str) -> str:
 
 def _recipe(word: str) -> str:
     """The file of a shipped recipe, where a word is the name of one."""
-    path = Path(__file__).parent / "train" / "recipes" / f"{word}.yaml"
+    path = RECIPES / f"{word}.yaml"
     return str(path) if re.fullmatch(r"[\w-]+", word) and path.is_file() else word
 
 

@@ -25,7 +25,7 @@ from pumer._yaml import load_yaml
 from pumer.api import apply
 from pumer.hub.folders import SETTINGS, saved_reducer
 from pumer.presets import read_reducer
-from pumer.reducers import Reducer, from_dict, get, list_reducers, to_dict
+from pumer.reducers import Reducer, from_dict, to_dict
 from pumer.tasks.processors import encode, read_processor, write
 
 try:
@@ -188,10 +188,10 @@ def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Red
     settings = {name: load_yaml(x) if isinstance(x, str) else x for name, x in settings.items()}
     if reducer is None:
         return None, settings
-    given = {"reducer": reducer} if reducer in list_reducers() else to_dict(read_reducer(reducer))
-    names = {field.name for field in dataclasses.fields(get(given["reducer"]))}
+    base = read_reducer(reducer)
+    names = {field.name for field in dataclasses.fields(base)}
     own = {name: settings.pop(name) for name in names & set(settings)}
-    return from_dict(given | own), settings
+    return from_dict(to_dict(base) | own), settings
 
 
 def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | None) -> None:

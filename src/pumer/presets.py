@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pumer._suggest import did_you_mean
 from pumer._yaml import load_yaml
-from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict
+from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict, get, is_reducer, list_reducers, to_dict
+
+ReducerSpec = str | os.PathLike[str] | Mapping[str, Any] | type[Reducer] | Reducer
+"""All that `read_reducer` takes."""
 
 SHIPPED = Path(__file__).parent / "assets"
 """Folder of what comes with the package: small trained models, sample photographs."""
@@ -31,44 +37,90 @@ PRESETS: dict[str, Reducer] = {
 PRESETS["meter-vqav2-tower"] = Compose(tower=ToMe(r=36, depth=11), inside=PRESETS["meter-vqav2"])
 
 
-def preset(name: str) -> Reducer:
-    """The reducer of that name, or in a YAML or JSON file; raises ValueError listing the known names."""
+def read_reducer(spec: ReducerSpec) -> Reducer:
+    """The reducer that is meant, however it is named: by `pumer.apply`, the commands, recipes and studies alike.
+
+    Args:
+        spec: a reducer; its class; its name, as `pumer list` has it; a preset's name; a YAML or JSON file of settings;
+            a folder that `pumer.save` wrote, or a shipped model's name, for the reducer of that model; or
+            `{"reducer": any of these, setting: value, ...}`, which changes settings.
+
+    Raises:
+        ValueError: if there is no such reducer, or it has no such setting.
+    """
+    if isinstance(spec, Reducer):
+        return spec
+    if isinstance(spec, type) and issubclass(spec, Reducer):
+        return from_dict({"reducer": spec.name}) if get(spec.name) is spec else spec()
+    if isinstance(spec, Mapping):
+        return _from_settings(spec)
+    if isinstance(spec, str | os.PathLike):
+        return _named(os.fspath(spec))
+    raise ValueError(
+        f"expected a reducer such as pumer.PuMer(), its name, or {{'reducer': name, setting: value}}, not {spec!r}"
+    )
+
+
+def _from_settings(settings: Mapping[str, Any]) -> Reducer:
+    if "format" in settings:  # a pumer.json
+        settings = settings.get("reducer") or {}
+    named = settings.get("reducer")
+    if named is None:
+        raise ValueError(f"settings of a reducer say which: give `reducer` (pumer list), besides {list(settings)}")
+    if isinstance(named, str) and not is_reducer(named):
+        base = _named(named)
+        return from_dict({**to_dict(base), **settings, "reducer": base.name})
+    return from_dict(dict(settings))
+
+
+def _named(name: str) -> Reducer:
+    if name in PRESETS:
+        return PRESETS[name]
+    if is_reducer(name):
+        return from_dict({"reducer": name})
     if name.endswith(_FILES):
         return _read_file(Path(name))
-    if name not in PRESETS:
+    try:
+        folder = model_folder(name)
+    except ValueError:
+        known = (*PRESETS, *list_reducers(), *shipped_models())
         raise ValueError(
-            f"no preset is named {name!r}; there are {', '.join(PRESETS)}, and files ending in {', '.join(_FILES)}"
-        )
-    return PRESETS[name]
+            f"no reducer is named {name!r}, no preset, no file and no saved model.{did_you_mean(name, known)}\n"
+            f"Reducers: {', '.join(list_reducers())}\nPresets: {', '.join(PRESETS)}\n"
+            f"Files end in {', '.join(_FILES)}; saved models have a pumer.json"
+        ) from None
+    from pumer.hub.folders import saved_reducer  # which needs what is here
 
-
-def read_reducer(settings: str | dict[str, Any] | Reducer) -> Reducer:
-    """A reducer from a preset's or a reducer's name, a file, or from `{"reducer": name, setting: value, ...}`."""
-    if isinstance(settings, Reducer):
-        return settings
-    if isinstance(settings, dict):
-        return from_dict(settings)
-    if settings in PRESETS or settings.endswith(_FILES):
-        return preset(settings)
-    return from_dict({"reducer": settings})
+    reducer = saved_reducer(folder)
+    if reducer is None:
+        raise ValueError(f"nothing reduces the model in {folder}: name a reducer (pumer list)")
+    return reducer
 
 
 def _read_file(file: Path) -> Reducer:
     try:
         settings = load_yaml(file.read_text(encoding="utf-8"))  # JSON is YAML too
-        return from_dict(settings)
     except OSError:
-        raise ValueError(f"there is no preset file {file}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"there is no file {file}, which would hold a reducer's settings") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} holds no reducer, which has `reducer: NAME` and its settings: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no reducer, which has `reducer: NAME` and its settings")
+    try:
+        return _from_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"{file} holds no reducer: {error}") from error
 
 
-def model_folder(model: str | Path) -> Path:
+def model_folder(model: str | os.PathLike[str]) -> Path:
     """The folder of a model: a path, or the name of a shipped one; raises ValueError if there is neither."""
     for folder in (Path(model), SHIPPED / model):
         if (folder / "config.json").is_file():
             return folder
-    raise ValueError(f"{model} is no model folder; shipped models are {', '.join(shipped_models())}")
+    names = shipped_models()
+    raise ValueError(
+        f"{model} is no model folder.{did_you_mean(str(model), names)} Shipped models are {', '.join(names)}"
+    )
 
 
 def shipped_models() -> list[str]:

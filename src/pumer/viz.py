@@ -7,6 +7,7 @@ import colorsys
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from pumer.adapters import Step
+from pumer.adapters.prompt import PromptStep
 from pumer.api import trace
 
 VERSION = 1
@@ -57,14 +60,19 @@ class TokenMap:
 
     Args:
         rows, columns: of patches in the picture.
-        words: the text tokens.
+        words: the text tokens; in a prompt one stands for all placeholders of an image.
         layers: one map per reducing layer.
+        decoder: whether this is a decoder's prompt, of which tokens leave after a layer.
+        raster: whether patches are those of one grid; where an image is cut into crops, patch numbers are the order in
+            the prompt, and rows and columns mean nothing.
     """
 
     rows: int
     columns: int
     words: tuple[str, ...]
     layers: tuple[LayerMap, ...]
+    decoder: bool = False
+    raster: bool = True
 
     def to_json(self) -> str:
         """The map as JSON. Patches are numbered along rows: number n is in row n // columns, column n % columns."""
@@ -87,10 +95,10 @@ class TokenMap:
             )
             for layer in data["layers"]
         )
-        return TokenMap(data["rows"], data["columns"], tuple(data["words"]), layers)
+        more = {name: data[name] for name in ("decoder", "raster") if name in data}
+        return TokenMap(data["rows"], data["columns"], tuple(data["words"]), layers, **more)
 
 
-@torch.inference_mode()
 def token_map(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]) -> TokenMap:
     """Run a reduced model on one picture and text, and say where every token went.
 
@@ -100,23 +108,98 @@ def token_map(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[st
         words: the text's tokens, as many as `input_ids` has.
 
     Raises:
-        ValueError: for a larger batch, and for a model that nothing reduces or that has reduced nothing.
+        ValueError: for a larger batch, for several images, and for a model that nothing reduces or that has reduced
+            nothing.
     """
+    maps = token_maps(model, inputs, words)
+    if len(maps) > 1:
+        raise ValueError(f"{len(maps)} images went through the model: token_maps gives a map of each")
+    return maps[0]
+
+
+@torch.inference_mode()
+def token_maps(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]) -> tuple[TokenMap, ...]:
+    """A `token_map` of every image of a prompt; arguments and errors are the same."""
     if len(inputs["input_ids"]) != 1:
-        raise ValueError("a token map is of one picture and one text: pass a batch of one")
+        raise ValueError("a token map is of one image and one text: pass a batch of one")
+    if len(words) != inputs["input_ids"].shape[1]:
+        raise ValueError(f"there are {len(words)} words for {inputs['input_ids'].shape[1]} tokens: give one for each")
     with trace(model) as steps:
         model(**inputs)
+    if steps and steps[0].prompt is not None:
+        return _prompt_maps(steps, words)
     if not steps or steps[0].patch_BN is None or steps[0].grid is None:
         raise ValueError("nothing was reduced, so there is nothing to show: apply a reducer that reduces")
     if len({step.layer for step in steps}) < len(steps):
-        raise ValueError("two pictures went through the model: a token map is of one")
+        raise ValueError("two images went through the model: a token map is of one")
+    return (_encoder_map(steps, words),)
+
+
+def _encoder_map(steps: Sequence[Step], words: Sequence[str]) -> TokenMap:
     text, patches = steps[0].text, steps[0].patch_BN[0].tolist()
+    assert steps[0].grid is not None
     rows, columns = steps[0].grid
     layers, plan = [], None
     for step in steps:
         plan = step.plan if plan is None else plan.then(step.plan)
         layers.append(_layer_map(step.layer, plan.slot_BN[0].tolist(), patches, text))
     return TokenMap(rows, columns, tuple(words), tuple(layers))
+
+
+def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap, ...]:
+    """A map of every image in a decoder's prompt; all have the same words."""
+    first: PromptStep = steps[0].prompt
+    assert first.image_BS is not None
+    patches = [place for place, is_patch in enumerate(first.image_BS[0].tolist()) if is_patch]
+    placeholders = {words[place] for place in patches}
+    # Placeholders side by side, rows' ends among them, are one chip.
+    chips: list[list[int]] = []
+    for place, word in enumerate(words):
+        if word in placeholders and chips and words[chips[-1][0]] in placeholders:
+            chips[-1].append(place)
+        else:
+            chips.append([place])
+    labels = tuple(words[chip[0]] + (f" x {len(chip)}" if len(chip) > 1 else "") for chip in chips)
+    maps, start = [], 0
+    for _, count, grid in first.images:
+        own = patches[start : start + count]
+        start += count
+        columns = grid[1] if grid else math.ceil(math.sqrt(count))
+        layers = tuple(_prompt_layer(step, own, chips, words, placeholders) for step in steps)
+        rows = grid[0] if grid else math.ceil(count / columns)
+        maps.append(TokenMap(rows, columns, labels, layers, decoder=True, raster=grid is not None))
+    return tuple(maps)
+
+
+def _prompt_layer(
+    step: Step, patches: Sequence[int], chips: Sequence[Sequence[int]], words: Sequence[str], placeholders: set[str]
+) -> LayerMap:
+    """What one reduction left of an image, whose patches stand at these places, and of the words."""
+    slots = step.prompt.slot_BS[0].tolist()
+    image = _groups({number: slots[place] for number, place in enumerate(patches)})
+    # A placeholder's chip stays: the panel above says what is left of it.
+    text = {
+        number: slots[chip[0]] if words[chip[0]] not in placeholders else ("image", number)
+        for number, chip in enumerate(chips)
+    }
+    groups = _groups(text)
+    return LayerMap(
+        step.layer,
+        tuple(group[0] for group in image if len(group) == 1),
+        tuple(group for group in image if len(group) > 1),
+        tuple(number for number, place in enumerate(patches) if slots[place] < 0),
+        tuple(groups),
+        tuple(number for number, slot in text.items() if slot == -1),
+    )
+
+
+def _groups(slots: Mapping[int, Any]) -> list[tuple[int, ...]]:
+    """Tokens that share a slot, in the order of their first; those that are gone are left out."""
+    groups: dict[Any, list[int]] = {}
+    for number, slot in slots.items():
+        if slot != -1:
+            groups.setdefault(slot, []).append(number)
+    return sorted(tuple(group) for group in groups.values())
 
 
 def _layer_map(layer: int, slots: list[int], patches: list[int], text: int) -> LayerMap:
@@ -148,9 +231,12 @@ def draw(shown: TokenMap, picture: Image.Image, title: str = "") -> Image.Image:
     cell = max(_WIDTH // shown.columns, 6)
     size = (cell * shown.columns, cell * shown.rows)
     base = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if picture.width < size[0] else None)
+    if not shown.raster:  # it is not known where in the image a patch lies
+        base = Image.new("RGB", size, (200, 204, 210))
     panels = [_panel(base, "as it goes in", [(i,) for i in range(len(shown.words))], shown.words)]
     for layer in shown.layers:
-        name = "before layer 0" if layer.layer < 0 else f"after attention of layer {layer.layer}"
+        within = "" if shown.decoder else "attention of "
+        name = "before layer 0" if layer.layer < 0 else f"after {within}layer {layer.layer}"
         caption = f"{name}: {layer.image_tokens} image, {len(layer.text)} text tokens"
         panels.append(_panel(_paint(base, layer, shown.columns, cell), caption, layer.text, shown.words))
     height = max(panel.height for panel in panels)

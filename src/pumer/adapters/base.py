@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pumer import _plugins
+from pumer._suggest import did_you_mean
 from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.base import Encoder, Grid, ModelShape
 
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
@@ -33,6 +36,7 @@ class Step:
         plan: where the tokens went.
         grid: rows and columns of patches of the unreduced picture.
         patch_BN: raster number of the patch of every unreduced token, -1 for tokens that are none.
+        prompt: what a decoder's prompt has become, a `prompt.PromptStep`; None in encoders.
     """
 
     layer: int
@@ -40,6 +44,7 @@ class Step:
     plan: Plan
     grid: tuple[int, int] | None
     patch_BN: Any
+    prompt: Any = None
 
 
 @dataclass
@@ -83,6 +88,12 @@ class Patch:
     _changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
     _methods: list[Rebound] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Without what was changed, which is the model once for every change."""
+        return (
+            f"Patch({self.reducer!r}, family={self.adapter.family!r}, attention={self.attention!r}, trim={self.trim})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which can have no part in the graph of its last forward."""
@@ -152,6 +163,8 @@ class Adapter:
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     """Names of the model classes it knows; names, so that the family need not be imported to look."""
+    modules: ClassVar[Mapping[str, str]] = {}
+    """The module of every class that transformers does not have."""
     crosses: ClassVar[bool] = False
     """Whether text looks at the image by an attention of its own, as in co-attention."""
     prefix: ClassVar[int] = 1
@@ -179,6 +192,17 @@ class Adapter:
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         """(heads, channels of a head) of the vision tower."""
         raise NotImplementedError
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        """What settings that a reducer leaves open are fitted to."""
+        depth, tower = self.depth(model), self.tower_depth(model)
+        _, image = self.default_lengths(model)
+        return ModelShape(
+            depth,
+            last=depth - 1,
+            image=image - self.prefix,
+            tower=ModelShape(tower, last=tower - 1) if tower else None,
+        )
 
     def settle(self, reducer: Reducer) -> Reducer:
         """The reducer as this family takes it, where a setting means something else in each."""
@@ -249,32 +273,69 @@ def register(adapter: type[Adapter]) -> type[Adapter]:
 
 
 def adapters() -> tuple[Adapter, ...]:
-    """All known families."""
+    """All known families, those of plugins included."""
+    _plugins.load(_plugins.MODELS, _register_plugin)
     return tuple(_ADAPTERS)
+
+
+def _register_plugin(plugin: Any) -> None:
+    """Takes an adapter class, or a module that registers its adapters as it is imported."""
+    if isinstance(plugin, ModuleType) or any(type(adapter) is plugin for adapter in _ADAPTERS):
+        return
+    if not (isinstance(plugin, type) and issubclass(plugin, Adapter)):
+        raise TypeError(f"{plugin!r} is no subclass of pumer.adapters.Adapter")
+    register(plugin)
+
+
+def _adapter_of(model: Any) -> Adapter | None:
+    """That of the model's class, or of the nearest one that it inherits from.
+
+    Plugins are read only where none of ours has the class itself.
+    """
+    name = type(model).__name__
+    exact = next((adapter for adapter in _ADAPTERS if name in adapter.classes), None)
+    if exact is not None:
+        return exact
+    return next(
+        (adapter for parent in type(model).__mro__ for adapter in adapters() if parent.__name__ in adapter.classes),
+        None,
+    )
 
 
 def is_supported(model: nn.Module) -> bool:
     """Whether there is an adapter for a model."""
-    return any(is_a(model, adapter.classes) for adapter in _ADAPTERS)
+    return _adapter_of(model) is not None
 
 
 def find(model: nn.Module) -> Adapter:
     """The adapter of a model; raises ValueError saying what is supported."""
-    for adapter in _ADAPTERS:
-        if is_a(model, adapter.classes):
-            return adapter
-    known = "; ".join(f"{adapter.family}: {', '.join(adapter.classes)}" for adapter in _ADAPTERS)
+    adapter = _adapter_of(model)
+    if adapter is not None:
+        return adapter
+    name = type(model).__name__
+    raise ValueError(
+        f"{name} cannot be reduced.{_hint(model, name)}\n"
+        f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
+        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: docs/add-a-model.md"
+    )
+
+
+def _hint(model: Any, name: str) -> str:
+    """What to do in place of giving a model of an unsupported class."""
     inner = _inside(model)
-    hint = f" It contains a {inner}: pass that module instead." if inner else ""
     if is_a(model, MERGES_IMAGES):
-        hint = f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
-    raise ValueError(f"{type(model).__name__} cannot be reduced.{hint} Supported are {known}")
+        return f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
+    if inner:
+        return f" It contains a {inner}: pass that module instead."
+    if isinstance(model, str):
+        return " Give the model itself: from_pretrained or pumer.load reads it."
+    return did_you_mean(name, {name for adapter in adapters() for name in adapter.classes})
 
 
 def _inside(model: Any) -> str | None:
     if not isinstance(model, nn.Module):
         return None
-    supported = {name for adapter in _ADAPTERS for name in adapter.classes}
+    supported = {name for adapter in adapters() for name in adapter.classes}
     return next((type(module).__name__ for module in model.modules() if type(module).__name__ in supported), None)
 
 

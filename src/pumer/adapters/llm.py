@@ -24,7 +24,7 @@ from pumer.adapters.vision_capture import (
     vision_features,
 )
 from pumer.reducers import EMBEDDINGS, Compose, Reducer
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.base import Encoder, Grid, ModelShape
 
 
 class DecoderAdapter(Adapter):
@@ -114,6 +114,10 @@ class DecoderAdapter(Adapter):
     def depth(self, model: nn.Module) -> int:
         return len(self.language(model).layers)
 
+    def shape(self, model: nn.Module) -> ModelShape:
+        shape = super().shape(model)
+        return replace(shape, last=shape.depth - 2, proportional=False, encoder=True)
+
     def settle(self, reducer: Reducer) -> Reducer:
         if isinstance(reducer, Compose):
             if reducer.inside.reduces_at(EMBEDDINGS):
@@ -136,9 +140,10 @@ class DecoderAdapter(Adapter):
         reducer, depth = patch.reducer, self.depth(model)
         decoder_attention.check_backend(self.language(model).config)
         if reducer.reduces_at(depth - 1):
+            first = reducer.layer_offset
             raise ValueError(
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is left to be saved: "
-                f"give layers 0 to {depth - 2}"
+                f"give layers {first} to {first + depth - 2}"
             )
         if {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.needs and not self.tower_class(model):
             raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class MeterAdapter(Adapter):
 
     family = "METER"
     classes = POOLED + PER_TOKEN
+    modules: ClassVar[dict[str, str]] = dict.fromkeys(classes, "pumer.models.meter")
     crosses = True
     separate = ("MeterForImagesAndTextClassification",)
 
@@ -65,7 +66,7 @@ class MeterAdapter(Adapter):
         if isinstance(reducer, Compose):
             return replace(reducer, inside=self.settle(reducer.inside))
         if isinstance(reducer, PuMer) and reducer.official:
-            if reducer.layers is None:
+            if reducer.layers == "all":
                 raise ValueError("METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)")
             return replace(reducer, official="meter")
         return reducer

@@ -133,6 +133,22 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class PromptStep:
+    """A decoder's prompt after one reduction: for looking at, never needed for computing.
+
+    Args:
+        slot_BS: slot of every token of the prompt, -1 for those that are gone.
+        image_BS: bool, which tokens are patches; None but for the first reduction of a call.
+        images: (sample, patches, grid) of every image of the call, in order; the grid is None where patches are not
+            those of one grid, as with crops.
+    """
+
+    slot_BS: Tensor
+    image_BS: Tensor | None
+    images: tuple[tuple[int, int, Grid | None], ...]
+
+
+@dataclass(frozen=True)
 class View:
     """What a reducer sees of an axis: every sample in a row of its own, or every image with its sample's text.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pumer.adapters import before_llm, kv_cache
 from pumer.adapters.base import Patch, Step, exact
-from pumer.adapters.prompt import Attended, Axis, ForwardState, View, place, to_device
+from pumer.adapters.prompt import Attended, Axis, ForwardState, PromptStep, View, place, to_device
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
 from pumer.reducers.base import Context, Embeddings, Grid
 from pumer.reducers.plan import tokens_at
@@ -90,8 +90,6 @@ def _take(
         unsure: whether it may leave fewer.
     """
     tokens = view.tokens
-    if patch.steps is not None:
-        patch.steps.append(Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN))
     counts = before_llm.by_sample(axis, view.owner, after)
     row_R = None if tokens.layer != EMBEDDINGS else to_device(view.owner, states_BKD.device)
     left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
@@ -100,6 +98,10 @@ def _take(
     if plan.index_BK is None:
         placed = replace(placed, index_BK=None)
     run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
+    if patch.steps is not None:
+        images = tuple((row, one.patches, one.grid) for row, one in zip(run.owners, run.pictures, strict=True))
+        step = PromptStep(run.plan.slot_BN, axis.image_BK if axis.whole else None, images)
+        patch.steps.append(Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step))
     return placed.reduce(states_BKD), placed
 
 

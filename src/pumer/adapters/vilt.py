@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class ViltAdapter(Adapter):
 
     family = "ViLT"
     classes = POOLED + PER_TOKEN
+    modules: ClassVar[dict[str, str]] = {"ViltForVisualEntailment": "pumer.models.vilt.entailment"}
     separate = ("ViltForImagesAndTextClassification",)
 
     def depth(self, model: nn.Module) -> int:

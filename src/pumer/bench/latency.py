@@ -21,8 +21,8 @@ from pumer.adapters import find
 from pumer.api import active
 from pumer.bench.run import FUSED, forward, variants
 from pumer.bench.timing import alternate
+from pumer.costs import TOWERS, Report, report
 from pumer.reducers import Compose, PuMer, Random, Reducer, ToMe
-from pumer.report import TOWERS, Report, report
 
 Seconds = dict[str, float]
 

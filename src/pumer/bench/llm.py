@@ -22,7 +22,7 @@ from pumer.bench.llm_results import AnswerBench, AnswerRow
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.run import STOCK, Device, Dtype, ReducerSpec, name_reducers, twin, using_threads
 from pumer.bench.timing import Timing, alternate, wait
-from pumer.report import last_forward_macs
+from pumer.costs import last_forward_macs
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pumer.bench.results import Measured, cell
 from pumer.bench.timing import Timing
-from pumer.report import GIGA, align
+from pumer.costs import GIGA, align
 
 MEBI = 2**20
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from pumer.bench.timing import Timing
-from pumer.report import GIGA, align
+from pumer.costs import GIGA, align
 
 
 class _Variant(Protocol):

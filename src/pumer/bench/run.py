@@ -21,13 +21,12 @@ from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.overhead import overhead_share
 from pumer.bench.results import Bench, Row
 from pumer.bench.timing import Timing, alternate
-from pumer.presets import read_reducer
+from pumer.costs import last_forward_macs, report
+from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import Reducer, Unreduced
-from pumer.report import last_forward_macs, report
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-ReducerSpec = str | dict[str, Any] | Reducer
 STOCK, FUSED = "stock", "fused"
 
 
@@ -119,11 +118,12 @@ def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
     """Reducers under the names they get in a table; raises ValueError for unknown ones and for the same one twice."""
     named: dict[str, Reducer] = {}
     for spec in specs:
+        reducer = read_reducer(spec)
         if isinstance(spec, str):
-            name, reducer = spec, read_reducer(spec)
+            name = spec
         else:
-            reducer = read_reducer(spec)
-            given = spec.settings() if isinstance(spec, Reducer) else {k: v for k, v in spec.items() if k != "reducer"}
+            settings = spec if isinstance(spec, Mapping) else reducer.settings()
+            given = {key: value for key, value in settings.items() if key != "reducer"}
             name = f"{reducer.name}({', '.join(f'{key}={value}' for key, value in given.items())})"
         if name in (STOCK, FUSED, *named):
             raise ValueError(f"{name} is measured already: name every reducer once")

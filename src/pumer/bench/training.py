@@ -18,8 +18,8 @@ from pumer.bench.memory import peak_activations
 from pumer.bench.results import Measured
 from pumer.bench.run import Device, ReducerSpec, name_reducers, using_threads
 from pumer.bench.timing import Timing, alternate
+from pumer.costs import GIGA, align, last_forward_macs
 from pumer.reducers import Unreduced
-from pumer.report import GIGA, align, last_forward_macs
 
 BASE = "unreduced"
 _BACKWARD = 2

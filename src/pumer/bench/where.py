@@ -10,7 +10,7 @@ from pumer.bench import records
 from pumer.bench.models import default_reducers
 from pumer.bench.results import Bench
 from pumer.bench.run import FUSED, Device, Dtype, ReducerSpec, bench
-from pumer.report import align
+from pumer.costs import align
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def scenes(
     """Write generated pictures with questions, sentences or captions in a task's official files.
 
     Args:
-        out: folder to write; must not exist or be empty.
+        out: folder to write; new or empty, or for vqav2 one with other splits that were written so.
         task: whose files.
         split: vqav2: name of the split in the files' names.
         pictures: number of pictures; but for vqav2 of the first split, the others having a tenth of it.
@@ -90,6 +90,8 @@ def scenes(
 
     if task == "vqav2":
         write_vqav2(out, seed=seed, pictures=pictures, per_picture=per_picture, split=split, image_size=image_size)
+        print(f"{pictures:,} images with {pictures * per_picture:,} questions, {split}, in {out}")
+        print(_next(task, out, split))
         return
     names = scene_set_files.SPLITS[dataset if task == "retrieval" else task]
     counts = splits or {name: pictures if name == names[0] else max(1, pictures // 10) for name in names}
@@ -99,6 +101,13 @@ def scenes(
         scene_set_files.write_snli_ve(out, seed, counts, image_size)
     else:
         scene_set_files.write_karpathy(out, seed, counts, dataset, image_size)
+    splits_written = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"{task} in {out}, images by split: {splits_written}")
+    print(_next(task, out, names[0]))
+
+
+def _next(task: str, out: str, split: str) -> str:
+    return f"pumer data check {task} {out}\npumer eval --model FOLDER --task {task} --task.root {out} --split {split}"
 
 
 def tokenizer(out: str, questions: int = 20000, sentences: list[str] | None = None, vocab_size: int = 800) -> None:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 import pumer
 from pumer.commands.common import ReducerSettings, open_model, open_task
 from pumer.data.images import open_image
-from pumer.evaluate import model_inputs
+from pumer.evaluate import answer, model_inputs
 from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.prompts import writes
 from pumer.tasks.scenes import Scenes
-from pumer.viz import TokenMap, draw, to_picture, token_map
+from pumer.viz import TokenMap, draw, to_picture, token_map, token_maps
 
 
 def viz_(
@@ -45,11 +46,37 @@ def viz_(
         raise ValueError("a picture of your own needs a --question")
     else:
         chosen = Example(0, question, (open_image(image),), None, 0)
-    shown, picture, title = show(net, collator, chosen)
+    ((shown, picture, title),) = shown_images(net, collator, chosen)
     draw(shown, picture, title).save(out)
     with replacing(Path(out).with_suffix(".json")) as file:
         file.write(shown.to_json())
     print(f"{title}\n{out} and {Path(out).with_suffix('.json')}")
+
+
+def shown_images(net: PreTrainedModel, collator: Collator, example: Example) -> list[tuple[TokenMap, Image.Image, str]]:
+    """Token map, image and title of every image of an example; decoders may have several."""
+    if not writes(net):
+        return [show(net, collator, example)]
+    batch = model_inputs(collator([example]))
+    tokenizer: Any = collator.text.tokenizer
+    words = [tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
+    maps = token_maps(net, batch, words)
+    (written,) = answer(net, batch, collator, 1)
+    title = _title(collator, example, written)
+    images = [open_image(image) if isinstance(image, str) else image for image in collator.pictures([example])]
+    return [(shown, _plain(image), title) for shown, image in zip(maps, images, strict=True)]
+
+
+def _plain(image: Any) -> Image.Image:
+    """What the model looked at: an image, or its pixels as a transform gives them."""
+    return image if isinstance(image, Image.Image) else to_picture(image)
+
+
+def _title(collator: Collator, example: Example, written: Any) -> str:
+    title = f"{example.text}  {written}"
+    if example.target is not None:
+        title += "  (right)" if collator.task.score(written, example) else f"  (wrong: {example.meta['answer']})"
+    return title
 
 
 def show(net: PreTrainedModel, collator: Collator, example: Example) -> tuple[TokenMap, Image.Image, str]:
@@ -58,8 +85,5 @@ def show(net: PreTrainedModel, collator: Collator, example: Example) -> tuple[To
     tokenizer: Any = collator.text.tokenizer
     words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     shown = token_map(net, batch, words)
-    answer = net.config.id2label[int(net(**batch).logits.argmax(-1))]
-    title = f"{example.text}  {answer}"
-    if example.target is not None:
-        title += "  (right)" if collator.task.score(answer, example) else f"  (wrong: {example.meta['answer']})"
-    return shown, to_picture(batch["pixel_values"][0]), title
+    chosen = net.config.id2label[int(net(**batch).logits.argmax(-1))]
+    return shown, to_picture(batch["pixel_values"][0]), _title(collator, example, chosen)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,9 @@ def write_vqav2(
     image_size: int = 96,
     progress: bool = True,
 ) -> Path:
-    """Write pictures 0 .. `pictures` - 1 of `seed` under the new folder `out` as VQAv2's official files; returns it.
+    """Write pictures 0 .. `pictures` - 1 of `seed` under the folder `out` as VQAv2's official files; returns it.
+
+    `out` is new, or has other splits that were written so.
 
     `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the images
     `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG.
@@ -42,9 +45,23 @@ def write_vqav2(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
             "picture (VQAv2's question ids leave room for no more)."
         )
-    with new_folder(Path(out)) as folder:
-        _write(folder, seed, pictures, per_picture, split, image_size, progress)
-    return Path(out)
+    folder = Path(out)
+    if not any(folder.glob("v2_OpenEnded_mscoco_*_questions.json")):
+        with new_folder(folder) as new:
+            _write(new, seed, pictures, per_picture, split, image_size, progress)
+        return folder
+    questions = f"v2_OpenEnded_mscoco_{split}_questions.json"
+    names = (split, f"v2_mscoco_{split}_annotations.json", questions)
+    if existing := [name for name in names if (folder / name).exists()]:
+        raise ValueError(f"{folder} has {', '.join(existing)} already: give another --split, or delete them first")
+    staged = folder / f".{split}.new"
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
+    with new_folder(staged) as new:
+        _write(new, seed, pictures, per_picture, split, image_size, progress)
+    for name in names:  # the questions last: with them the split is there
+        (staged / name).rename(folder / name)
+    staged.rmdir()
+    return folder
 
 
 def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:

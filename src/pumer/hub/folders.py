@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
 from pumer._version import __version__
-from pumer.adapters.base import PARTS
+from pumer.adapters.base import PARTS, adapters
 from pumer.api import active, apply
 from pumer.hub.files import new_folder, read_json, some
+from pumer.presets import model_folder
 from pumer.reducers import Reducer, from_dict, to_dict
 
 FORMAT = 1
@@ -24,15 +26,6 @@ FORMAT = 1
 SETTINGS = "pumer.json"
 LEARNED = "reducer.safetensors"
 """File of what a learned reducer has trained."""
-_METER = (
-    "MeterModel",
-    "MeterForImageAndTextRetrieval",
-    "MeterForImagesAndTextClassification",
-    "MeterForMaskedLM",
-    "MeterForQuestionAnswering",
-    "MeterForVisualEntailment",
-)
-_OWN = {"ViltForVisualEntailment": "pumer.models.vilt.entailment", **dict.fromkeys(_METER, "pumer.models.meter")}
 
 
 @dataclass
@@ -83,14 +76,14 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     """Read what `save` wrote: the model in eval mode, with the same reduction in force.
 
     Args:
-        path: the folder.
+        path: the folder, or the name of a model that comes with the package (`pumer list`).
         dtype: of the weights; as they were saved if not given.
         device: where the model goes; the CPU if not given.
 
     Raises:
         ValueError: if a file is missing or damaged, or was written by a newer pumer.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).exists() else model_folder(path)
     settings = _settings(path)
     reducer = _read_settings(settings, path / SETTINGS)
     config = read_json(path / "config.json", "save the model again")
@@ -186,10 +179,13 @@ def model_class(name: str) -> Any:
     """The model class of that name, ours or transformers'; raises ValueError if there is none."""
     import transformers
 
-    module = importlib.import_module(_OWN[name]) if name in _OWN else transformers
-    kind = getattr(module, name, None)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        path = next((adapter.modules[name] for adapter in adapters() if name in adapter.modules), None)
+        kind = None if path is None else getattr(importlib.import_module(path), name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"neither transformers nor pumer has a model class {name!r}")
+        names = {name for adapter in adapters() for name in adapter.classes}
+        raise ValueError(f"neither transformers nor pumer has a model class {name!r}.{did_you_mean(name, names)}")
     return kind
 
 

@@ -1,6 +1,6 @@
 """Methods of token reduction as pure maths: tensors in, a `Plan` out. No model is known here."""
 
-from pumer.reducers.base import EMBEDDINGS, Encoder, Reducer, Tokens
+from pumer.reducers.base import EMBEDDINGS, Encoder, ModelShape, Reducer, Tokens
 from pumer.reducers.cdpruner import CDPruner
 from pumer.reducers.compose import Chain, Compose
 from pumer.reducers.dart import DART
@@ -16,7 +16,7 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.prumerge import PruMerge
 from pumer.reducers.pumer import PuMer
 from pumer.reducers.pyramiddrop import PyramidDrop
-from pumer.reducers.registry import from_dict, get, list_reducers, register, to_dict
+from pumer.reducers.registry import from_dict, get, is_reducer, list_reducers, register, to_dict
 from pumer.reducers.scope import SCOPE
 from pumer.reducers.selector import Selector
 from pumer.reducers.simple import NoVision, Pool, Random, Uniform, Unreduced
@@ -45,6 +45,7 @@ __all__ = [
     "FoPru",
     "HoloV",
     "Learned",
+    "ModelShape",
     "NoVision",
     "Plan",
     "Pool",
@@ -66,6 +67,7 @@ __all__ = [
     "VisionZip",
     "from_dict",
     "get",
+    "is_reducer",
     "list_reducers",
     "register",
     "to_dict",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -193,13 +193,41 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """What `Reducer.resolve` fits open settings to.
+
+    Args:
+        depth: number of layers.
+        last: the last layer that a reducer can act in; a decoder has nothing to save after its last layer.
+        image: image tokens of an image of the configured size, structure tokens left out; 0 if not known.
+        proportional: whether attention can count a merged token as often as its size says.
+        encoder: whether a vision tower feeds a language model, so that `Tokens.encoder` is there.
+        tower: of the vision tower; None where there is none that can be reduced.
+    """
+
+    depth: int
+    last: int
+    image: int = 0
+    proportional: bool = True
+    encoder: bool = False
+    tower: ModelShape | None = None
+
+
+@dataclass(frozen=True)
 class Reducer:
     """A method of token reduction: its fields are the settings, `plan` is the method.
 
-    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model.
+    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model. A setting whose
+    default depends on the model is None until `resolve` fits it to one.
     """
 
     name: ClassVar[str]
+    layer_offset: ClassVar[int] = 0
+    """What a user adds to a layer of `layers` to say it in this method's own settings."""
+
+    def resolve(self, model: ModelShape) -> Self:
+        """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls it."""
+        return self
 
     @property
     def needs_attention(self) -> bool:
@@ -262,11 +290,17 @@ class Reducer:
 
     def reduces_at(self, layer: int) -> bool:
         """Whether the method acts in this layer."""
+        if self.layers is None:
+            if layer == EMBEDDINGS:  # layers that are fitted to a model are counted from 0
+                return False
+            raise ValueError(
+                f"the layers of {self.name} depend on the model: give `layers`, or let pumer.apply choose them"
+            )
         return layer in self.layers
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that reduce, counted from 0."""
+        """The layers that reduce, counted from 0; a field that is None until it is resolved."""
         raise NotImplementedError
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
@@ -288,13 +322,20 @@ class Reducer:
 
     def check(self, depth: int) -> None:
         """Raise ValueError if the settings do not fit a model with `depth` layers."""
-        wrong = [layer for layer in self.layers if not EMBEDDINGS <= layer < depth]
-        if wrong:
-            by_depth = any(field.name == "depth" for field in dataclasses.fields(self))
+        beyond = [layer for layer in self.layers if not EMBEDDINGS <= layer < depth]
+        if not beyond:
+            return
+        names = [field.name for field in dataclasses.fields(self)]
+        if "layer" in names:
+            (layer,) = beyond
             raise ValueError(
-                f"{self.name} reduces in layers {wrong}, but the model has layers 0 to {depth - 1}: "
-                + (f"give depth={depth}" if by_depth else "choose among these")
+                f"{self.name} has layer={layer + self.layer_offset}, but the model has layers 0 to {depth - 1}: "
+                f"give layer {self.layer_offset} to {depth - 1 + self.layer_offset}"
             )
+        raise ValueError(
+            f"{self.name} reduces in layers {beyond}, but the model has layers 0 to {depth - 1}: "
+            + (f"give depth={depth}, or leave it out" if "depth" in names else "choose among these")
+        )
 
     @classmethod
     def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,30 @@ from torch import Tensor
 Count = TypeVar("Count", int, Tensor)
 
 
+def stage_layers(count: int, depth: int, last: int) -> tuple[int, ...]:
+    """The layers that end each of `count` stages when a model of `depth` layers has one stage more of equal lengths.
+
+    Three stages of 12 layers end after layers 2, 5 and 8 (PuMer), of 32 layers after 7, 15 and 23 (PyramidDrop).
+    """
+    return spread([(stage + 1) / (count + 1) for stage in range(count)], depth, last)
+
+
+def spread(shares: Sequence[float], depth: int, last: int) -> tuple[int, ...]:
+    """Rising layers up to `last` after which these shares of a model's `depth` layers have run.
+
+    Raises:
+        ValueError: if the model has fewer layers than there are shares.
+    """
+    layers: list[int] = []
+    for share in shares:
+        layers.append(max(round(share * depth) - 1, layers[-1] + 1 if layers else 0))
+    # Where the model is shallow the last ones move up to where there still is something to save.
+    layers = [min(layer, last - behind) for behind, layer in zip(range(len(layers) - 1, -1, -1), layers, strict=True)]
+    if layers and layers[0] < 0:
+        raise ValueError(f"there are {len(layers)} stages, but only {last + 1} layers to act in: give fewer")
+    return tuple(layers)
+
+
 def portion(ratio: float, count: Count) -> Count:
     """`ratio` of `count`, rounded half to even."""
     if isinstance(count, Tensor):

@@ -34,6 +34,7 @@ class CDPruner(Selector):
     takes the text tower that LLaVA left behind. Each crop of an image has a budget of its own.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         theta: weight of relevance against diversity in (0, 1); None, the published default, takes
             relevance as it is.
         inverted: count the least similar tokens as the most relevant, as published for the towers

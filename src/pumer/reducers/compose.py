@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
-from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
+from pumer.reducers.base import EMBEDDINGS, Grid, ModelShape, Reducer, Tokens
 from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
 from pumer.reducers.registry import register, to_dict
+from pumer.reducers.simple import Unreduced
 from pumer.reducers.tome import ToMe
 
 
@@ -23,7 +24,7 @@ class Compose(Reducer):
 
     Args:
         tower: acts in the layers of the vision tower. There is no text there, so methods guided by it cannot.
-        inside: acts in the layers where text and image meet.
+        inside: acts in the layers where text and image meet; None for nothing there.
     """
 
     name = "compose"
@@ -31,6 +32,8 @@ class Compose(Reducer):
     inside: Reducer = field(default_factory=PuMer)
 
     def __post_init__(self) -> None:
+        if self.inside is None:
+            object.__setattr__(self, "inside", Unreduced())
         for place, reducer in (("tower", self.tower), ("inside", self.inside)):
             if not isinstance(reducer, Reducer):
                 raise ValueError(f"{place} is a reducer, not {reducer!r}")
@@ -45,6 +48,14 @@ class Compose(Reducer):
                 f"{self.inside.name} is trained by an attention that knows no sizes: give {self.tower.name} "
                 "proportional=False"
             )
+
+    def resolve(self, model: ModelShape) -> Self:
+        tower = self.tower
+        if model.tower is not None:
+            # A learned reducer is trained by an attention that knows no sizes.
+            by_size = model.tower.proportional and self.inside.learned is None
+            tower = tower.resolve(replace(model.tower, proportional=by_size))
+        return replace(self, tower=tower, inside=self.inside.resolve(model))
 
     @property
     def in_tower(self) -> Reducer:
@@ -130,19 +141,22 @@ class Chain(Reducer):
             raise ValueError(f"give a tuple of reducers, not {self.reducers!r}")
         if any(reducer.in_tower is not None for reducer in self.reducers):
             raise ValueError("what acts inside the vision tower goes around a chain: Compose(tower, Chain(...))")
-        layers = [layer for reducer in self.reducers for layer in reducer.layers]
+        layers = [layer for reducer in self.reducers for layer in reducer.layers or ()]
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ValueError(f"more than one reducer acts in layers {twice}: give them layers of their own")
         learned = [reducer.name for reducer in self.reducers if reducer.learned is not None]
         if learned:
             raise ValueError(f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself")
-        if len({reducer.after_layer for reducer in self.reducers if max(reducer.layers, default=-1) >= 0}) > 1:
+        if len({reducer.after_layer for reducer in self.reducers if max(reducer.layers or (0,)) >= 0}) > 1:
             raise ValueError("some of these act inside layers and some after them: chain those that do the same")
+
+    def resolve(self, model: ModelShape) -> Self:
+        return replace(self, reducers=tuple(reducer.resolve(model) for reducer in self.reducers))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(layer for reducer in self.reducers for layer in reducer.layers))
+        return tuple(sorted(layer for reducer in self.reducers for layer in reducer.layers or ()))
 
     @property
     def after_layer(self) -> bool:

@@ -37,6 +37,7 @@ class DART(Selector):
     the model's final norm. Here tokens are compared as they come out of the layer.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         pivots: image tokens and text tokens that are pivots, (image, text).
         layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1. Before the first layer
             (-1), where there are no keys, the size of the embeddings stands for theirs.

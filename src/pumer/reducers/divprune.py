@@ -22,6 +22,9 @@ class DivPrune(Selector):
 
     Distance is one minus the cosine of what the language model is given. Budget and choice are one
     for the whole image, as published.
+
+    Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
     """
 
     name = "divprune"

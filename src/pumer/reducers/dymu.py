@@ -8,16 +8,22 @@ Shape suffixes: B batch, N tokens, S sources.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
 from pumer.reducers.budget import halves
 from pumer.reducers.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+
+_UNCALIBRATED = 0.85
+"""The threshold where none was calibrated."""
+_DEPTH = 12
+"""Layers of the usual vision tower, where no model is known."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,31 @@ class DyMU(_Merging):
     For vision towers; attention counts a merged token as often as its size says.
 
     Args:
-        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs` finds them.
+        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs` finds them. None:
+            0.85 in every layer.
     """
 
     name = "dymu"
-    thresholds: tuple[float, ...] = (0.85,) * 12
+    thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.thresholds is None:
+            return
         if any(not isinstance(threshold, (int, float)) for threshold in self.thresholds):
             raise ValueError(f"thresholds are numbers, one for each layer, not {self.thresholds}")
         object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
 
+    def resolve(self, model: ModelShape) -> Self:
+        return self if self.thresholds is not None else replace(self, thresholds=(_UNCALIBRATED,) * (model.last + 1))
+
     @property
     def layers(self) -> tuple[int, ...]:
+        if self.thresholds is None:
+            return tuple(range(_DEPTH))
         return tuple(layer for layer, threshold in enumerate(self.thresholds) if threshold < 1)
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> float:
-        return self.thresholds[layer]
+        return _UNCALIBRATED if self.thresholds is None else self.thresholds[layer]
 
 
 @dataclass(frozen=True)
@@ -87,17 +101,21 @@ class Cutoffs(_Merging):
 
     Args:
         r: pairs per picture and layer to merge, on average over a batch.
-        depth: layers that merge, the first ones.
+        depth: layers that merge, the first ones; None: all of the model's.
     """
 
     name = "dymu-cutoffs"
     r: int = 8
-    depth: int = 12
+    depth: int | None = None
     noted: dict[int, list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def resolve(self, model: ModelShape) -> Self:
+        # What is noted stays one dictionary, so that the one who gave the reducer can read it.
+        return self if self.depth is not None else replace(self, depth=model.last + 1)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(range(self.depth))
+        return tuple(range(_DEPTH if self.depth is None else self.depth))
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor:
         falling = similarity_BS.flatten().sort(descending=True).values
@@ -110,6 +128,6 @@ class Cutoffs(_Merging):
 
     def thresholds(self) -> tuple[float, ...]:
         """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no picture was seen."""
-        if set(self.noted) != set(self.layers):
+        if not self.noted or (self.depth is not None and set(self.noted) != set(self.layers)):
             raise ValueError("there is nothing to average: run pictures through the model with this reducer first")
-        return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in self.layers)
+        return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in sorted(self.noted))

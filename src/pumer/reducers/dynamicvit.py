@@ -7,13 +7,14 @@ NeurIPS 2021; and the port of it to ViLT and METER in the published PuMer code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, Tokens, check_layers
-from pumer.reducers.budget import Count, stage
+from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
+from pumer.reducers.budget import Count, stage, stage_layers
 from pumer.reducers.learned import Gate, Learned, decide, mean_of
 from pumer.reducers.matching import rank
 from pumer.reducers.plan import Plan
@@ -29,7 +30,8 @@ class DynamicViT(Learned):
 
     Args:
         keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
-        layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5, 8.
+        layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5, 8 of 12. None:
+            these, and layers as deep in any other model.
         weight: of the loss that holds the share of kept tokens to `keep`. The paper's other two losses are left to the
             training: a teacher's is there if one is given, the one on the tokens' states is not.
         official: the port in the published PuMer code: predictors without the half that sees the whole picture, a
@@ -39,16 +41,22 @@ class DynamicViT(Learned):
 
     name = "dynamicvit"
     keep: float = 0.7
-    layers: tuple[int, ...] = (2, 5, 8)
+    layers: tuple[int, ...] | None = None  # type: ignore[assignment]
     weight: float = 2.0
     official: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is a share above 0 and up to 1, not {self.keep}")
+        if self.layers is None:
+            return
         object.__setattr__(self, "layers", check_layers(self.layers))
         if min(self.layers, default=0) < 0:
             raise ValueError("DynamicViT prunes after layers, which are counted from 0")
+
+    def resolve(self, model: ModelShape) -> Self:
+        stages = min(3, model.last + 1)
+        return self if self.layers is not None else replace(self, layers=stage_layers(stages, model.depth, model.last))
 
     @property
     def published(self) -> bool:
@@ -59,11 +67,12 @@ class DynamicViT(Learned):
         return True
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+        assert self.layers is not None
         return nn.ModuleDict({str(layer): Predictor(width, whole=not self.official) for layer in self.layers})
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         """As after the first stage; what is left of a later one depends on what entered: see `lengths_from`."""
-        if layer not in self.layers:
+        if not self.reduces_at(layer):
             return text, image
         structure = min(prefix, image)
         patches = image - structure
@@ -72,7 +81,7 @@ class DynamicViT(Learned):
     def lengths_from(
         self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
     ) -> tuple[int, int]:
-        if layer not in self.layers:
+        if not self.reduces_at(layer):
             return text, image
         structure = min(prefix, image)
         return text, structure + self._kept(max(entered - prefix, 0), image - structure, self._stage(layer))
@@ -118,6 +127,7 @@ class DynamicViT(Learned):
         return rated
 
     def _stage(self, layer: int) -> int:
+        assert self.layers is not None
         return self.layers.index(layer) + 1
 
     def _kept(self, entered: Count, count: Count, number: int) -> Count:

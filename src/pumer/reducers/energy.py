@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
 from pumer.reducers.budget import check_keep, kept
 from pumer.reducers.divprune import DivPrune
 from pumer.reducers.plan import Plan
@@ -47,11 +47,14 @@ class Energy(Reducer):
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector):
             raise ValueError(f"selector can keep any number of image tokens, as DivPrune() can, not {self.selector!r}")
-        if len(self.selector.layers) != 1:
+        if len(self.selector.layers or ()) != 1:
             raise ValueError(f"{self.selector.name} acts in several layers: one budget is for one reduction")
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is a share between 0 and 1, not {self.tau}")
         check_keep(least=self.least, most=self.most)
+
+    def resolve(self, model: ModelShape) -> Self:
+        return replace(self, selector=self.selector.resolve(model))
 
     @property
     def layers(self) -> tuple[int, ...]:

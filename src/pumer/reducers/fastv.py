@@ -21,12 +21,14 @@ class FastV(Selector):
     """Keep the image tokens that the last token of the prompt attends to most (mean over heads).
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         layer: the first layer that runs without the others; the attention is that of the layer before.
     """
 
     name = "fastv"
     keep: float | int = 0.5
     layer: int = 2
+    layer_offset = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ class FoPru(Selector):
     """Keep the image tokens that the vision encoder attends to most, or the rows with the most of it.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such
             as a line of text, stays in one piece.
         saliency: "received" attention (mean over heads and queries), that of the "class" token, or

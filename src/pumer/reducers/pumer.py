@@ -5,15 +5,15 @@ Cao, Paranjape, Hajishirzi, "PuMer: Pruning and Merging Tokens for Efficient Vis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from pumer.reducers import published
-from pumer.reducers.base import Grid, Reducer, Tokens, check_layers, check_ratios
-from pumer.reducers.budget import Count, halves, portion, prune_then_merge, smaller
+from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.budget import Count, halves, portion, prune_then_merge, smaller, stage_layers
 from pumer.reducers.matching import bipartite, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
@@ -34,10 +34,12 @@ class PuMer(Reducer):
         merge: share of the image tokens (before pruning) to merge away.
         merge_text: share of the text tokens to merge away.
         layers: layers that reduce, counted from 0, between their attention and their MLP; in a decoder after both.
+            None: after one, two and three quarters of the model's layers, the paper's (2, 5, 8) of 12. "all": every
+            layer, only with `official`.
         score: how the text scores an image token, one of `scores.SCORES`.
         official: reproduce the published code bug for bug instead (see `published`); for released checkpoints.
-            True: as the model at hand has it; "meter": as in METER's fusion layers. In ViLT `merge` >= 1 with `prune`
-            0 is a count, for matching text and image together, and `layers=None` means every layer.
+            True: as the model at hand has it; "meter": as in METER's fusion layers. It needs `layers`. In ViLT
+            `merge` >= 1 with `prune` 0 is a count, for matching text and image together.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
     """
 
@@ -45,7 +47,7 @@ class PuMer(Reducer):
     prune: float = 0.1
     merge: float = 0.3
     merge_text: float = 0.2
-    layers: tuple[int, ...] | None = (2, 5, 8)  # type: ignore[assignment]
+    layers: tuple[int, ...] | Literal["all"] | None = None  # type: ignore[assignment]
     score: str = "mean_head"
     official: bool | Literal["meter"] = False
     style: str = "tome"
@@ -57,13 +59,15 @@ class PuMer(Reducer):
         check_ratios(prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text)
         if self.prune + self.merge >= 1 and not self.official:
             raise ValueError(f"prune {self.prune} + merge {self.merge} leaves no image token: give less than 1 in all")
-        if self.layers is None and not self.official:
-            raise ValueError("name the reducing layers, for example layers=(2, 5, 8)")
+        if self.layers is None and self.official:
+            raise ValueError("official=True needs `layers`: for example (2, 5, 8), or 'all' for every layer")
+        if isinstance(self.layers, str) and not (self.layers == "all" and self.official):
+            raise ValueError(f"layers are numbers such as (2, 5, 8), or 'all' with official=True, not {self.layers!r}")
         if self.score not in SCORES:
             raise ValueError(f"score is one of {', '.join(SCORES)}, not {self.score!r}")
         if self.style not in published.STYLES or (self.style != "tome" and not self.official):
             raise ValueError(f"style is one of {', '.join(published.STYLES)}, and only 'tome' without official=True")
-        if self.layers is not None:
+        if isinstance(self.layers, (tuple, list)):
             object.__setattr__(self, "layers", check_layers(self.layers))
             if min(self.layers, default=0) < 0:
                 raise ValueError("PuMer scores by attention, so it cannot act before layer 0")
@@ -76,12 +80,26 @@ class PuMer(Reducer):
     def needs_attention(self) -> bool:
         return self.published
 
+    def resolve(self, model: ModelShape) -> Self:
+        # A decoder may be too shallow for three reductions.
+        stages = min(3, model.last + 1)
+        return self if self.layers is not None else replace(self, layers=stage_layers(stages, model.depth, model.last))
+
     def reduces_at(self, layer: int) -> bool:
-        return layer >= 0 if self.layers is None else layer in self.layers
+        return layer >= 0 if self.layers == "all" else super().reduces_at(layer)
 
     def check(self, depth: int) -> None:
-        if self.layers is not None:
+        if self.layers != "all":
             super().check(depth)
+
+    @classmethod
+    def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """`layers` is null in files for every layer, as in the published configurations."""
+        every = settings.get("official") and "layers" in settings and settings["layers"] is None
+        return settings | ({"layers": "all"} if every else {})
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | ({"layers": None} if self.layers == "all" else {})
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if not self.reduces_at(layer):

@@ -7,14 +7,15 @@ Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Py
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens, check_layers
-from pumer.reducers.budget import Count, check_keep, kept, smaller
+from pumer.reducers.base import ModelShape, Tokens, check_layers
+from pumer.reducers.budget import Count, check_keep, kept, smaller, stage_layers
 from pumer.reducers.registry import register
 from pumer.reducers.scores import last_text_attention
 from pumer.reducers.selector import Selector, best, candidates
@@ -35,20 +36,36 @@ class PyramidDrop(Selector):
 
     Args:
         keep: what is left after each stage, shares of the image's own number or whole numbers;
-            never rising.
-        layers: the layers after which it acts, counted from 0, one for each number.
+            never rising. One share alone (float) is the paper's lambda: what each stage leaves of what it finds.
+        layers: the layers after which it acts, counted from 0, one for each number. None: the ends of stages
+            of equal length but for the last, which nothing follows; with one share, of three.
     """
 
     name = "pyramiddrop"
-    keep: tuple[float | int, ...] = (0.5, 0.25, 0.125)  # type: ignore[assignment]
-    layers: tuple[int, ...] = (7, 15, 23)
+    keep: float | tuple[float | int, ...] = 0.5  # type: ignore[assignment]
+    layers: tuple[int, ...] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, float):
+            check_keep(keep=self.keep)
+            if self.layers is None:
+                return
+            shares = tuple(self.keep ** (stage + 1) for stage in range(len(self.layers)))
+            object.__setattr__(self, "keep", shares)
         check_stages(self.keep, self.layers)
+        assert isinstance(self.keep, tuple)
         if len({type(keep) for keep in self.keep}) > 1 or any(a < b for a, b in pairwise(self.keep)):
             raise ValueError(f"keep is all shares or all whole numbers, never rising, not {self.keep}")
 
+    def resolve(self, model: ModelShape) -> Self:
+        if self.layers is not None:
+            return self
+        stages = len(self.keep) if isinstance(self.keep, tuple) else min(3, model.last + 1)
+        return replace(self, layers=stage_layers(stages, model.depth, model.last))
+
     def budget(self, count: Count, layer: int) -> Count:
+        assert isinstance(self.keep, tuple)
+        assert self.layers is not None
         stage = self.layers.index(layer)
         keep = self.keep[stage]
         if isinstance(keep, int):
@@ -74,10 +91,15 @@ def _share(count: Count, before: float, keep: float) -> Count:
     return max(1, int(fewest * keep))
 
 
-def check_stages(keep: tuple[float | int, ...], layers: tuple[int, ...]) -> None:
-    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from 0 and rise."""
-    if not isinstance(keep, tuple) or len(keep) != len(layers) or layers != check_layers(layers):
+def check_stages(keep: float | tuple[float | int, ...], layers: tuple[int, ...] | None) -> None:
+    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from 0 and rise.
+
+    Layers that are open, None, fit any number of budgets.
+    """
+    if not isinstance(keep, tuple):
+        raise ValueError(f"keep is one number for each layer, such as (0.5, 0.25), not {keep!r}")
+    if layers is not None and (len(keep) != len(layers) or layers != check_layers(layers)):
         raise ValueError(f"give one number to keep for each layer, in order, not {keep} for layers {layers}")
     check_keep(**{f"keep[{stage}]": number for stage, number in enumerate(keep)})
-    if min(layers, default=0) < 0:
+    if min(layers or (0,)) < 0:
         raise ValueError("attention scores the tokens, so it cannot act before layer 0")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 from typing import Any, TypeVar
 
+from pumer import _plugins
 from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
 from pumer.reducers.base import Reducer
 
 _REDUCERS: dict[str, type[Reducer]] = {}
@@ -22,14 +25,30 @@ def register(reducer: R) -> R:
 
 
 def get(name: str) -> type[Reducer]:
-    """The reducer class of that name; raises ValueError listing the known ones."""
-    if name not in _REDUCERS:
-        raise ValueError(f"no reducer is named {name!r}; there are {', '.join(list_reducers())}")
+    """The reducer class of that name, ours or a plugin's; raises ValueError listing the known ones."""
+    if not is_reducer(name):
+        names = list_reducers()
+        raise ValueError(f"no reducer is named {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}")
     return _REDUCERS[name]
 
 
+def is_reducer(name: str) -> bool:
+    """Whether there is a reducer of that name; plugins are read only if none of ours has it."""
+    return name in _REDUCERS or name in list_reducers()
+
+
+def _register_plugin(plugin: Any) -> None:
+    """Takes a reducer class, or a module that registers its reducers as it is imported."""
+    if isinstance(plugin, ModuleType) or plugin in _REDUCERS.values():
+        return
+    if not (isinstance(plugin, type) and issubclass(plugin, Reducer)):
+        raise TypeError(f"{plugin!r} is no subclass of pumer.Reducer")
+    register(plugin)
+
+
 def list_reducers() -> list[str]:
-    """Names of all reducers, sorted."""
+    """Names of all reducers, those of plugins included, sorted."""
+    _plugins.load(_plugins.REDUCERS, _register_plugin)
     return sorted(_REDUCERS)
 
 
@@ -44,10 +63,16 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     kind = get(str(settings.pop("reducer", None)))
     settings = kind.upgraded(settings)
     known = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"{kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    return kind(**check_settings(kind, settings, f"reducer {kind.name}"))
+    if unknown := sorted(set(settings) - set(known)):
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(
+            f"{kind.name} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known) or 'no settings'}"
+        )
+    settings = check_settings(kind, settings, f"reducer {kind.name}")
+    try:
+        return kind(**settings)
+    except TypeError as error:  # of a setting that is missing
+        raise ValueError(f"the settings {settings} do not fit {kind.name}: {error}") from error
 
 
 def _read(value: Any) -> Any:

@@ -38,6 +38,7 @@ class SCOPE(Selector):
     is given where the encoder says nothing of it. Each crop of an image has a budget of its own.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         saliency: attention of the "class" token, or that "received" from all.
         alpha: power of the saliency; 0 leaves coverage alone.
         combine: "multiply" coverage and saliency; or "add" `alpha` times the saliency, a variant in

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, Tokens, check_layers
+from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
 from pumer.reducers.learned import Draw, Gate, Learned, decide, keep_surest, mean_of, start_open
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
@@ -38,7 +39,7 @@ class SmartTrim(Learned):
     Args:
         target: share of the cost of the layers that trim, to be used on average once trained. A layer costs a
             third of the tokens that enter it, times the share of its heads, and two thirds of those that leave it.
-        layers: layers that trim, counted from 0.
+        layers: layers that trim, counted from 0. None: all of the model's.
         text: trim text tokens too.
         heads: trim attention heads too.
         weight: of the loss on the cost, next to 1 for the task's.
@@ -48,7 +49,7 @@ class SmartTrim(Learned):
 
     name = "smarttrim"
     target: float = 0.5
-    layers: tuple[int, ...] = tuple(range(12))
+    layers: tuple[int, ...] | None = None  # type: ignore[assignment]
     text: bool = True
     heads: bool = True
     weight: float = 2.0
@@ -60,9 +61,14 @@ class SmartTrim(Learned):
             raise ValueError(f"target is a share of the cost above 0 and up to 1, not {self.target}")
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum is a share of the training, 0 to 1, not {self.curriculum}")
+        if self.layers is None:
+            return
         object.__setattr__(self, "layers", check_layers(self.layers))
         if min(self.layers, default=0) < 0:
             raise ValueError("SmartTrim trims in layers, which are counted from 0")
+
+    def resolve(self, model: ModelShape) -> Self:
+        return self if self.layers is not None else replace(self, layers=tuple(range(model.last + 1)))
 
     @property
     def leaves_gaps(self) -> bool:
@@ -78,6 +84,7 @@ class SmartTrim(Learned):
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
         attentions = ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+        assert self.layers is not None
         each = _OPEN ** (1 / max(len(self.layers), 1))
         apart = math.log(each / (1 - each))
         layers = {}

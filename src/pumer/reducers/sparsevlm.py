@@ -9,14 +9,14 @@ D channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, Reducer, Tokens
-from pumer.reducers.budget import Count, kept, smaller
+from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.budget import Count, kept, smaller, spread
 from pumer.reducers.clustering import density_peaks
 from pumer.reducers.matching import unit_vectors
 from pumer.reducers.plan import Plan
@@ -27,6 +27,11 @@ from pumer.reducers.selector import best, candidates, image_states
 
 MERGES = ("mean", "sum", "rating")
 """What a cluster becomes: the mean of its tokens, their sum, or their mean weighed by ratings."""
+
+PUBLISHED_IMAGE, PUBLISHED_KEEP = 576, (300, 200, 110)
+PUBLISHED_SHARES = (0.52, 0.65, 0.54)
+"""What these numbers are of the tokens that arrive at each layer, clusters included."""
+PUBLISHED_DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 
 
 @register
@@ -42,21 +47,23 @@ class SparseVLM(Reducer):
 
     Args:
         keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares of those that arrive
-            there. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128, (66, 30, 17) for 64.
-        layers: the layers after which it acts, counted from 0, one for each number.
+            there. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128, (66, 30, 17) for 64. None: the
+            first of these for an image of 576 tokens, and the same shares for any other.
+        layers: the layers after which it acts, counted from 0, one for each number. None: the published (2, 6, 15) of
+            32, and layers as deep in any other model.
         recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
         merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the
             formula of the paper.
     """
 
     name = "sparsevlm"
-    keep: tuple[float | int, ...] = (300, 200, 110)
-    layers: tuple[int, ...] = (2, 6, 15)
+    keep: tuple[float | int, ...] | None = None
+    layers: tuple[int, ...] | None = None  # type: ignore[assignment]
     recycle: bool = True
     merge: str = "mean"
 
     def __post_init__(self) -> None:
-        check_stages(self.keep, self.layers)
+        check_stages(PUBLISHED_KEEP if self.keep is None else self.keep, self.layers)
         if self.merge not in MERGES:
             raise ValueError(f"merge is one of {', '.join(MERGES)}, not {self.merge!r}")
 
@@ -68,18 +75,31 @@ class SparseVLM(Reducer):
         current = {name: value for name, value in settings.items() if name != "average"}
         return {"merge": "rating" if settings["average"] else "sum", **current}
 
+    def resolve(self, model: ModelShape) -> Self:
+        keep = self.keep
+        if keep is None:
+            keep = PUBLISHED_KEEP if model.image == PUBLISHED_IMAGE else PUBLISHED_SHARES
+        layers = self.layers
+        if layers is None and len(keep) != len(PUBLISHED_DEPTHS):
+            raise ValueError(f"keep has {len(keep)} numbers: name as many layers")
+        if layers is None:
+            layers = spread(PUBLISHED_DEPTHS, model.depth, model.last)
+        return replace(self, keep=keep, layers=layers)
+
     @property
     def reads_embeddings(self) -> bool:
         return True
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        if layer not in self.layers:
+        if not self.reduces_at(layer):
             return text, image
         chosen, recycled = self._budget(image - prefix, layer)
         return text, prefix + chosen + self._clusters(recycled)
 
     def _budget(self, count: Count, layer: int) -> tuple[Count, Count]:
         """(kept, recycled) of `count` image tokens."""
+        assert self.keep is not None
+        assert self.layers is not None
         chosen = kept(self.keep[self.layers.index(layer)], count)
         return chosen, smaller((count - chosen) * 3 // 10 + 1, count - chosen) if self.recycle else count * 0
 

@@ -8,12 +8,13 @@ Shape suffixes: B batch, I image tokens, D channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import ModelShape, Tokens
 from pumer.reducers.greedy import unit_length
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
@@ -30,10 +31,12 @@ class SVDPrune(Selector):
     On CUDA the eigen-decomposition makes the host wait once.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         energy: share of the spectral energy (squared singular values) that the directions hold.
         mass: keep only the fewest tokens whose leverage adds up to this share, and no more than `keep`; None keeps as
             many as `keep` says.
-        features: "encoder", its output before the projector, or the "states" that the language model is given.
+        features: "encoder", its output before the projector, or the "states" that the language model is given. None:
+            the encoder's, and the states where there is none, as in joint encoders.
         center: subtract the image's mean feature first. Without it the strongest direction is close to that mean.
         normalize: scale every feature to length 1 first, so that tokens of large norm count no more than others.
     """
@@ -41,7 +44,7 @@ class SVDPrune(Selector):
     name = "svd-prune"
     energy: float = 0.9
     mass: float | None = None
-    features: str = "encoder"
+    features: str | None = None
     center: bool = False
     normalize: bool = False
 
@@ -50,12 +53,15 @@ class SVDPrune(Selector):
         for name, share in (("energy", self.energy), ("mass", self.mass)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name} is a share between 0 and 1, not {share}")
-        if self.features not in FEATURES:
+        if self.features not in (None, *FEATURES):
             raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
+
+    def resolve(self, model: ModelShape) -> Self:
+        return self if self.features else replace(self, features="encoder" if model.encoder else "states")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"features_BND"} if self.features == "encoder" else ())
+        return frozenset() if self.features == "states" else frozenset({"features_BND"})
 
     @property
     def leaves_gaps(self) -> bool:
@@ -63,7 +69,7 @@ class SVDPrune(Selector):
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
-        by_encoder = self.features == "encoder"
+        by_encoder = self.features != "states"
         x_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
         x_BID = x_BID.double()
         if self.center:

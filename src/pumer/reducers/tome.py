@@ -6,13 +6,17 @@ Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
-from pumer.reducers.base import Grid, Reducer, Tokens, check_layers
+from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens, check_layers
 from pumer.reducers.budget import halves, merge_schedule, smaller
 from pumer.reducers.matching import bipartite
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+
+_PAPER = 12
+"""Layers of the paper's ViTs of width 768."""
 
 
 @register
@@ -26,24 +30,35 @@ class ToMe(Reducer):
     Args:
         r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with one number per
             layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
-        depth: number of layers that the schedule spans; layers from `depth` on do nothing.
+        depth: number of layers that the schedule spans, the first ones; None: all of the model's (12, the paper's,
+            where no model is known).
         proportional: let attention count a merged token as often as its size says (the paper's proportional
-            attention; meant for use without training).
+            attention; meant for use without training). None: wherever the model's attention can.
     """
 
     name = "tome"
     r: int | tuple[int, float] | Sequence[int] = 8
-    depth: int = 12
-    proportional: bool = True
+    depth: int | None = None
+    proportional: bool | None = None
 
     def __post_init__(self) -> None:
+        numbers = (self.r,) if isinstance(self.r, int) else self.r
+        if isinstance(numbers, str) or any(not isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"r is a number of tokens to merge away per layer, or a list of them, not {self.r!r}")
         if any(step < 0 for step in self.schedule):
             raise ValueError(f"ToMe merges away a number of tokens from 0, not {self.r}")
 
     @property
     def schedule(self) -> list[int]:
         """Tokens to merge away in every layer."""
-        return merge_schedule(self.r, self.depth)
+        return merge_schedule(self.r, _PAPER if self.depth is None else self.depth)
+
+    def resolve(self, model: ModelShape) -> Self:
+        return replace(
+            self,
+            depth=model.last + 1 if self.depth is None else self.depth,
+            proportional=model.proportional if self.proportional is None else self.proportional,
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -51,7 +66,7 @@ class ToMe(Reducer):
 
     @property
     def weighs_by_size(self) -> bool:
-        return self.proportional
+        return bool(self.proportional)
 
     def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
         if layer not in self.layers:

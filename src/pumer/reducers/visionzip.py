@@ -35,6 +35,7 @@ class VisionZip(Selector):
     code puts them behind.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         contextual: how many of the kept tokens others are merged into: a share of them (float), or
             a whole number (int). Published: 10 of 64, 20 of 128, 30 of 192.
         saliency: attention of the "class" token, or that "received" from all.

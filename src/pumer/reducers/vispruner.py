@@ -32,6 +32,7 @@ class FasterVLM(Selector):
     Each crop of an image has a budget of its own.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         saliency: attention of the "class" token, or that "received" from all.
     """
 
@@ -64,8 +65,10 @@ class VisPruner(FasterVLM):
     round takes more than half.
 
     Args:
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
         important: share of the kept tokens that are chosen by attention, rounded down. Published:
             0.5, at 64 tokens 0.75.
+        saliency: what attention rates a token, one of `SALIENCY`.
     """
 
     name = "vispruner"

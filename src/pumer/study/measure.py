@@ -23,13 +23,13 @@ from pumer.bench.llm_overhead import prefill_shares
 from pumer.bench.memory import peak_activations
 from pumer.bench.overhead import overhead_share
 from pumer.bench.timing import alternate
+from pumer.costs import GIGA, PICTURES, TOWERS, last_forward_parts
 from pumer.data.images import KeepAspect
 from pumer.data.transforms import Stock
 from pumer.evaluate import evaluate, model_inputs, paired
 from pumer.hub import is_stock, load, load_stock
 from pumer.presets import model_folder
 from pumer.reducers import EMBEDDINGS, from_dict
-from pumer.report import GIGA, PICTURES, TOWERS, last_forward_parts
 from pumer.study.results import pack_scores
 from pumer.tasks import build
 from pumer.tasks.base import Collator, Example

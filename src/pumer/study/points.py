@@ -15,13 +15,15 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer.hub.files import digest, fingerprint
 from pumer.presets import model_folder, read_reducer
-from pumer.reducers import Unreduced, to_dict
+from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
 from pumer.train.recipe import read_recipe, read_settings
 from pumer.train.run import train
 
 BASELINE = "unreduced"
 """What the unreduced model is called, which every study has, trained like the others."""
 _HABITS = ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "disable_tqdm")
+
+_ONCE = ModelShape(depth=12, last=11, image=576, encoder=True, tower=ModelShape(depth=12, last=11))
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Study:
             "examples": self.examples,
             "batch_size": self.batch_size,
             "timed": self.timed,
-            "reducer": reducer,
+            "reducer": _identity(reducer),
             "image_size": image_size,
         }
         if recipe is not None:
@@ -279,6 +281,14 @@ def _reducer(method: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[dict
         raise ValueError(f"image_size is a number of pixels, not {image_size!r}")
     plain: dict[str, Any] = json.loads(json.dumps(to_dict(read_reducer(settings))))
     return plain, image_size
+
+
+def _identity(reducer: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a digest: those that are left to the model have the numbers that they once were by default.
+
+    A point so keeps its id, and what was measured before these were fitted to models is found again.
+    """
+    return to_dict(from_dict(reducer).resolve(_ONCE))
 
 
 def _resized(image: Mapping[str, Any] | None, size: int) -> dict[str, Any]:

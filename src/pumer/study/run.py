@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from pumer.bench.records import append
 from pumer.bench.timing import alternate
+from pumer.costs import align
 from pumer.evaluate import take
 from pumer.reducers import Unreduced, from_dict, to_dict
-from pumer.report import align
 from pumer.study.curves import settings_of
 from pumer.study.measure import cost, macs, read_subject, score, speed
 from pumer.study.plots import plot

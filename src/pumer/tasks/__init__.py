@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
 from pumer.tasks.base import Collator, Example, Task
 from pumer.tasks.nlvr import NLVR
 from pumer.tasks.nlvr2 import NLVR2
@@ -41,7 +42,8 @@ _TASKS: dict[str, type[Task]] = {
 def get(name: str) -> type[Task]:
     """The task class of that name; raises ValueError listing the known ones."""
     if name not in _TASKS:
-        raise ValueError(f"no task is named {name!r}; there are {', '.join(list_tasks())}")
+        hint = did_you_mean(name, _TASKS)
+        raise ValueError(f"no task is named {name!r}.{hint} There are {', '.join(list_tasks())}")
     return _TASKS[name]
 
 
@@ -61,7 +63,8 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every task is a dataclass
     unknown = sorted(set(rest) - set(known))
     if unknown:
-        raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"task {kind.name} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known)}")
     if "labels" in known and labels:
         rest.setdefault("labels", tuple(labels))
     needed = [

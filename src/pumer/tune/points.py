@@ -12,7 +12,7 @@ import pumer
 from pumer.bench.latency import LatencyModel
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.run import first_rows, forward
-from pumer.report import Report, report
+from pumer.costs import Report, report
 from pumer.tune.space import Point
 
 _MEMORY_ROWS = 4  # examples of the forward whose memory is followed; activations grow with the batch

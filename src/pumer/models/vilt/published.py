@@ -146,7 +146,7 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
         prune=prune,
         merge=merge,
         merge_text=merge_text,
-        layers=None if layers is None else tuple(layers),
+        layers="all" if layers is None else tuple(layers),
         score=_SCORES.get(score, score),
         style=setting(settings, "merge_style", "tome"),
     )
@@ -182,7 +182,7 @@ def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
             "prune_r": reducer.prune,
             "merge_r": reducer.merge,
             "merge_text": reducer.merge_text,
-            "reduce_layers": None if reducer.layers is None else list(reducer.layers),
+            "reduce_layers": None if reducer.layers == "all" else list(reducer.layers or ()),
             "sim_method": reducer.score,
             "merge_style": reducer.style,
         }

@@ -17,7 +17,7 @@ from pumer.adapters import Adapter, Patch, find
 from pumer.adapters.llm import DecoderAdapter
 from pumer.api import active, supported
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
-from pumer.reducers.base import Grid
+from pumer.reducers.base import Grid, ModelShape
 from pumer.reducers.cost import NOTHING, Own, own_costs
 
 Lengths = tuple[tuple[int, int], ...]
@@ -234,7 +234,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         planned=planned,
     )
     if isinstance(adapter, DecoderAdapter):
-        from pumer.report_llm import decoding  # which builds on what is here
+        from pumer.costs_llm import decoding  # which builds on what is here
 
         return decoding(model, adapter, made)
     return made
@@ -286,6 +286,7 @@ def planned_lengths(
         grid: rows and columns of patches, for methods that go by place.
         prefix: structure tokens at the head of each modality.
     """
+    reducer = reducer.resolve(ModelShape(depth, depth - 1, max(image - prefix, 0)))
     lengths = []
     entered = image
     for layer in range(EMBEDDINGS, depth):

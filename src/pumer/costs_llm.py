@@ -11,7 +11,7 @@ from torch import nn
 
 from pumer.adapters.base import config_of
 from pumer.adapters.llm import DecoderAdapter
-from pumer.report import GIGA, Report
+from pumer.costs import GIGA, Report
 
 MEGA = 1e6
 MATTERS = 0.1
@@ -92,18 +92,19 @@ class DecoderReport(Report):
             f"a further token {further:.2f} GFLOPs instead of {base_further:.2f}",
         ]
         if self.macs < self.base_macs:
-            lines.append(
-                f"at least {MATTERS:.0%} of the whole is saved {_until(self.matters_until())} by arithmetic alone, "
-                f"{_until(self.matters_until(balance=BALANCE))} where reading a weight takes as long as {BALANCE:.0f} "
-                "multiply-accumulates"
-            )
+            on_gpu = _until(self.matters_until(balance=BALANCE))
+            lines += [
+                f"the reducer saves {MATTERS:.0%} or more of prompt and answer together",
+                f"  in FLOPs: {_until(self.matters_until())}",
+                f"  in time on a GPU, whose decoding waits for the weights: {on_gpu}",
+            ]
         return "\n".join(lines)
 
 
 def _until(tokens: int | None) -> str:
     if tokens is None:
-        return "whatever the answer's length"
-    return f"in answers of up to {tokens} tokens" if tokens else "in no answer"
+        return "for answers of any length"
+    return f"for answers of up to {tokens} tokens" if tokens else "for no answer, however short"
 
 
 def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> DecoderReport:

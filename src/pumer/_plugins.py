@@ -1,0 +1,46 @@
+"""What other packages bring along: reducers and model families, by entry points."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+REDUCERS = "pumer.reducers"
+MODELS = "pumer.models"
+_loading: set[str] = set()
+
+
+def load(group: str, register: Callable[[Any], None]) -> None:
+    """Import what the installed packages offer in a group of entry points, and register it; once per process.
+
+    Nothing is read before a name is asked for that pumer itself does not have, so that `import pumer` costs the same
+    with any number of plugins. One that fails is left out with a warning that names it.
+
+    Args:
+        group: `REDUCERS` or `MODELS`.
+        register: takes the object that an entry point names.
+    """
+    if group not in _loading:  # a plugin that is being imported may ask for names, too
+        _loading.add(group)
+        for name, value, distribution, read in _entries(group):
+            try:
+                register(read())
+            except Exception as error:  # whatever somebody else's module raises
+                warnings.warn(
+                    f"the plugin {name!r} ({value}, of {distribution}) in {group} is left out: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=3,
+                )
+
+
+def _entries(group: str) -> list[tuple[str, str, str, Callable[[], Any]]]:
+    """(name, value, distribution, loader) of every entry point, sorted."""
+    return sorted(
+        (
+            (entry.name, entry.value, entry.dist.name if entry.dist else "an unknown package", entry.load)
+            for entry in entry_points(group=group)
+        ),
+        key=lambda entry: entry[:3],
+    )

@@ -1,0 +1,72 @@
+"""`pumer bench model`."""
+
+from __future__ import annotations
+
+from rich.progress import Progress
+
+import pumer
+from pumer.bench.run import Device, name_reducers
+from pumer.bench.saved import bench_saved
+from pumer.commands.common import ReducerSettings, open_model, open_task
+from pumer.data.images import open_image
+from pumer.evaluate import model_inputs
+from pumer.tasks.base import Example
+from pumer.tasks.prompts import writes
+from pumer.tasks.scenes import Scenes
+
+
+def bench_model_(
+    model: str,
+    reducer: ReducerSettings = None,
+    reducers: list[ReducerSettings] | None = None,
+    image: str | None = None,
+    question: str | None = None,
+    batch: int = 8,
+    new_tokens: int = 16,
+    device: Device = "auto",
+    threads: int | None = None,
+    runs: int = 9,
+) -> None:
+    """Time and weigh a saved model on an image and a question, stock, fused and reduced, taking turns in one process.
+
+    Args:
+        model: folder of a saved model, a shipped one's name, or a decoder's name on the Hub.
+        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducers: several of these.
+        image: file of an image; generated ones if not given.
+        question: about that image.
+        batch: examples at a time; where the model writes, the same prompt so many times.
+        new_tokens: tokens of a written answer.
+        device: "auto" takes a CUDA device if there is one.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed calls of each.
+    """
+    if batch < 1 or runs < 1 or new_tokens < 1:
+        raise ValueError(f"batch {batch}, runs {runs} and new_tokens {new_tokens} are at least 1 each")
+    if (image is None) != (question is None):
+        raise ValueError("an image of your own and its question go together: give --image and --question")
+    net = open_model(model, None, device)
+    patch = pumer.active(net)
+    wanted = [spec for spec in [reducer, *(reducers or [])] if spec is not None]
+    if not wanted and patch is None:
+        raise ValueError(f"nothing reduces {model}: give --reducer")
+    named = name_reducers(wanted) if wanted or patch is None else {patch.reducer.name: patch.reducer}
+    if image is not None and question is not None:
+        examples = [Example(0, question, (open_image(image),), None, 0)] * batch
+    else:
+        generated = Scenes(questions=batch, seed=7).examples("test")
+        examples = [generated[0 if writes(net) else index] for index in range(batch)]
+    collator = open_task(model, net, {"name": "scenes"})
+    data = model_inputs(collator(examples), net.device)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=runs + 1)
+        result = bench_saved(
+            net,
+            data,
+            named,
+            new_tokens=new_tokens if writes(net) else None,
+            runs=runs,
+            threads=threads,
+            progress=lambda: progress.advance(bar),
+        )
+    print(f"{model}\n{result}")
