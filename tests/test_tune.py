@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import pumer
 import tiny_llm
+from pumer._files import claimed
 from pumer.bench.latency import LatencyModel
 from pumer.cli import main
 from pumer.commands import tune as tune_command
@@ -28,7 +29,6 @@ from pumer.presets import read_reducer
 from pumer.tasks.base import Collator
 from pumer.tasks.scenes import Scenes
 from pumer.train import launch as train_launch
-from pumer.train.launch import claimed
 from pumer.tune import examples as tune_examples
 from pumer.tune import finetune as tune_finetune
 from pumer.tune import run as tune_run

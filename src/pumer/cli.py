@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from pumer._terminal import brief
 
 COMMANDS = {
     "demo": ("pumer.commands.demo:demo", "see the shipped models answer, faster, and which tokens they kept"),
@@ -38,7 +44,11 @@ POSITIONAL = {"convert", "data check", "study"}  # their required arguments go b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors in what the user gave are one line on stderr and exit code 2."""
+    """Run a command; what the user can mend is a few lines on stderr, never a traceback.
+
+    Returns:
+        0; 2 for wrong settings and input, 1 where the machine failed, such as a full disk; 130 or 143 when stopped.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name in ("--version", "-V"):
@@ -49,12 +59,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(_overview(), file=sys.stdout if name in ("", "-h", "--help", "help") else sys.stderr)
         return 0 if name in ("-h", "--help", "help") else 2
-    return _run(name, words[len(name.split()) :])
+    try:
+        with _stoppable():
+            _run(name, words[len(name.split()) :])
+    except _Stopped:
+        return _fail(name, "stopped by SIGTERM", 143)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(name, str(error), 2)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(name, named, 1)
+    except MemoryError:
+        return _fail(name, "out of memory: give a smaller --batch_size, or fewer workers", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        return _fail(name, f"out of memory: give a smaller --batch_size. {error}", 1)
+    return 0
 
 
-def _run(name: str, words: list[str]) -> int:
+def _fail(name: str, message: str, code: int) -> int:
+    print(brief(f"pumer {name}: {message}"), file=sys.stderr)
+    return code
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM came: everything ends as it does after Ctrl-C."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(name: str, words: list[str]) -> None:
     from jsonargparse import ArgumentParser
     from transformers.utils.logging import disable_progress_bar
+
+    from pumer._options import check_options
 
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
@@ -68,19 +127,11 @@ def _run(name: str, words: list[str]) -> int:
     words = [_recipe(word) for word in words]
     for option, word in pairwise(words):
         if option == "--config" and not Path(word).exists():
-            print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names", file=sys.stderr)
-            return 2
+            raise ValueError(f"{word} is no file, nor a recipe that `pumer list` names")
     settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
-    try:
-        function(**values)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"pumer {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"pumer {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    check_options(function, values)
+    function(**values)
 
 
 def _recipe(word: str) -> str:

@@ -15,8 +15,9 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from pumer._files import replacing
 from pumer.data.images import BrokenImageError, open_image
-from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.base import Collator, Example
 from pumer.tasks.prompts import MAX_ANSWER, WritingCollator
 
 _NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from pumer.hub import new_folder
+from pumer._files import check_name, new_folder
 
 from .scene_questions import SceneQuestion, ask
 from .scenes import draw
@@ -42,7 +42,8 @@ def write_vqav2(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
             "picture (VQAv2's question ids leave room for no more)."
         )
-    with new_folder(Path(out)) as folder:
+    check_name(split, "split")
+    with new_folder(out) as folder:
         _write(folder, seed, pictures, per_picture, split, image_size, progress)
     return Path(out)
 

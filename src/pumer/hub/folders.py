@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pumer._files import new_folder
 from pumer._version import __version__
 from pumer.adapters.base import PARTS
 from pumer.api import active, apply
-from pumer.hub.files import new_folder, read_json, some
+from pumer.hub.files import read_json, some
 from pumer.reducers import Reducer, from_dict, to_dict
 
 FORMAT = 1

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pumer._files import new_folder
 from pumer.api import active, apply
 from pumer.hub.files import (
     find_answers,
-    new_folder,
     read_answers,
     read_json,
     read_lightning,

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from pumer.hub.files import digest, fingerprint
+from pumer._files import digest, fingerprint
 from pumer.presets import model_folder, read_reducer
 from pumer.reducers import Unreduced, to_dict
 from pumer.train.recipe import read_recipe, read_settings

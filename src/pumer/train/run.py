@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,15 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 import pumer
 from pumer import presets
+from pumer._extras import need
+from pumer._files import check_folder, check_space, fingerprint, is_empty, locked, new_folder, replacing
+from pumer._options import OutputFolder
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
 from pumer.data.images import open_image
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.evaluate import take
 from pumer.hub import save
-from pumer.hub.files import fingerprint
 from pumer.tasks.base import Blind, Example
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
 from pumer.train.checkpoints import usable_checkpoints
@@ -37,6 +39,7 @@ from pumer.train.trainer import TaskTrainer
 from pumer.train.writing import WritingTrainer
 
 _LOG = logging.getLogger(__name__)
+_SPACE = 16  # bytes of a weight: in the model, and in a checkpoint with two states of the optimizer
 
 
 @dataclass
@@ -72,7 +75,7 @@ class GroundingSettings:
 
 
 def train(
-    output: str,
+    output: OutputFolder,
     task: dict[str, Any],
     model: ModelSettings,
     reducer: str | dict[str, Any] | None = None,
@@ -122,7 +125,8 @@ def train(
     """
     recipe = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     out = Path(output)
-    if out.exists() and any(out.iterdir()) and not resume:
+    check_folder(out)
+    if not is_empty(out) and not resume:
         raise ValueError(
             f"{out} is not empty: give another --output, or --resume true to go on from its last checkpoint"
         )
@@ -152,6 +156,8 @@ def train(
         chosen["bf16"] = False
     # YAML takes the word no, by which the Trainer means never, for false.
     chosen |= {name: "no" for name, value in chosen.items() if name.endswith("_strategy") and value is False}
+    if "tensorboard" in (chosen.get("report_to") or ()):
+        need("trainer.report_to: tensorboard", "train", "tensorboard")
     try:
         arguments = TrainingArguments(
             output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
@@ -194,19 +200,24 @@ def train(
         optimizer_cls_and_kwargs=groups,
         callbacks=[_Epochs(examples, the_task, train_split)],
     )
-    with arguments.main_process_first():
-        resumable = resume and usable_checkpoints(out)
-    if resume and not resumable and (out / "model").exists():
-        raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
-    runner.train(resume_from_checkpoint=resumable or None)
-    metrics = runner.evaluate() if eval_split else {}
-    if runner.is_world_process_zero():
-        if resume:  # of a run that was finished, and now goes on for longer
-            shutil.rmtree(out / "model", ignore_errors=True)
-        _write(out / "model", net, tokenizer, model.max_length, transform)
-        plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
-        (out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        (out / "log.json").write_text(json.dumps(runner.state.log_history, indent=1) + "\n")
+    check_space(out, _SPACE * sum(weight.numel() for weight in net.parameters()))
+    # A kill leaves workers that end within seconds, and keep the folder until then.
+    with locked(out, wait=10.0) if arguments.process_index == 0 else nullcontext():
+        with arguments.main_process_first():
+            resumable = resume and usable_checkpoints(out)
+        if resume and not resumable and (out / "model").exists():
+            raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
+        runner.train(resume_from_checkpoint=resumable or None)
+        metrics = runner.evaluate() if eval_split else {}
+        if runner.is_world_process_zero():
+            # A model may be there of a run that was finished, and now goes on for longer.
+            with new_folder(out / "model", replace=resume) as folder:
+                _write(folder, net, tokenizer, model.max_length, transform)
+            plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
+            with replacing(out / "recipe.yaml") as file:
+                yaml.safe_dump(plain, file, sort_keys=False)
+            with replacing(out / "log.json") as file:
+                file.write(json.dumps(runner.state.log_history, indent=1) + "\n")
     # Threads of a process group that outlive the interpreter abort it: a training that went well would end in an error.
     runner.accelerator.wait_for_everyone()
     runner.accelerator.end_training()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from pumer.hub.files import digest
+from pumer._files import digest, replacing
 from pumer.tasks.base import Collator
 from pumer.train.trainer import TaskTrainer
 
@@ -60,9 +59,7 @@ def taught(
         logits = torch.as_tensor(asker.predict(examples).predictions, dtype=torch.float32)
         assert len(logits) == wanted["examples"]
         if asker.is_world_process_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            save_file({"logits": logits}, unfinished)
-            unfinished.replace(path)
+            with replacing(path, "wb") as file:
+                save_file({"logits": logits}, file.name)
         asker.accelerator.wait_for_everyone()
     return load_file(path)["logits"]
