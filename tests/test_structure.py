@@ -14,7 +14,7 @@ FILES = sorted((SRC / "pumer").rglob("*.py"))
 
 # Each part may import its own layer and those above it in this list. The name "" is pumer/__init__.py.
 LAYERS = [
-    {"_version", "_files", "_rows", "_options", "_terminal", "_extras"},
+    {"_version", "_files", "_rows", "_options", "_terminal", "_extras", "_yaml"},
     {"reducers"},
     {"adapters", "models"},
     {"", "api", "presets", "hub", "report", "report_llm"},

@@ -114,6 +114,7 @@ def _run(name: str, words: list[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from pumer._options import check_options
+    from pumer.train.recipe import read_settings
 
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
@@ -128,6 +129,8 @@ def _run(name: str, words: list[str]) -> None:
     for option, word in pairwise(words):
         if option == "--config" and not Path(word).exists():
             raise ValueError(f"{word} is no file, nor a recipe that `pumer list` names")
+        if option == "--config":
+            read_settings(Path(word))
     settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     check_options(function, values)

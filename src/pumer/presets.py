@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from pumer._yaml import read_yaml
 from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict
 
 SHIPPED = Path(__file__).parent / "assets"
@@ -54,7 +55,7 @@ def read_reducer(settings: str | dict[str, Any] | Reducer) -> Reducer:
 
 def _read_file(file: Path) -> Reducer:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+        settings = read_yaml(file.read_text(encoding="utf-8"))  # JSON is YAML too
         return from_dict(settings)
     except OSError:
         raise ValueError(f"there is no preset file {file}") from None

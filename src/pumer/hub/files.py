@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pumer.reducers.base import MAX_LAYERS
+
 _LISTED = 12
 _LIGHTNING = ("pytorch_lightning.", "lightning.")
 
@@ -35,6 +37,27 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged, it should hold a JSON object: get it again")
     return content
+
+
+def read_config(folder: Path, hint: str) -> dict[str, Any]:
+    """A model folder's config.json; raises ValueError for one that asks for more layers than any model has."""
+    config = read_json(folder / "config.json", hint)
+    for name, value in _numbers(config):
+        if ("layer" in name or "depth" in name) and value > MAX_LAYERS:
+            raise ValueError(f"{folder / 'config.json'} is damaged, its {name} is {value}: get it again")
+    return config
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a config, with the names they have."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _numbers(value, key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):
+        yield name, config
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

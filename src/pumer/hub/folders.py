@@ -15,7 +15,7 @@ from pumer._files import new_folder
 from pumer._version import __version__
 from pumer.adapters.base import PARTS
 from pumer.api import active, apply
-from pumer.hub.files import read_json, some
+from pumer.hub.files import read_config, read_json, some
 from pumer.reducers import Reducer, from_dict, to_dict
 
 FORMAT = 1
@@ -81,7 +81,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     path = Path(path)
     settings = _settings(path)
     reducer = _read_settings(settings, path / SETTINGS)
-    config = read_json(path / "config.json", "save the model again")
+    config = read_config(path, "save the model again")
     kind = class_in(config, path)
     try:
         model, info = kind.from_pretrained(
@@ -119,6 +119,8 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     """
     from transformers import AutoModelForImageTextToText
 
+    if (Path(source) / "config.json").is_file():
+        read_config(Path(source), "save the model again")
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, ValueError) as error:

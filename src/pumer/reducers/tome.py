@@ -37,8 +37,8 @@ class ToMe(Reducer):
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or not 0 < self.depth <= MAX_LAYERS:
-            raise ValueError(f"depth is a number of layers from 1 to {MAX_LAYERS}, not {self.depth!r}")
+        if not isinstance(self.depth, int) or not 0 <= self.depth <= MAX_LAYERS:
+            raise ValueError(f"depth is a number of layers from 0 to {MAX_LAYERS}, not {self.depth!r}")
         if any(step < 0 for step in self.schedule):
             raise ValueError(f"ToMe merges away a number of tokens from 0, not {self.r}")
 

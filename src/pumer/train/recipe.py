@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pumer._yaml import read_yaml
+
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped ones."""
 
@@ -22,8 +24,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        settings = read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
