@@ -447,7 +447,7 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
     assert (tmp_path / "out" / "tiny.md").read_text() == table
     for text, message in (
-        (good.replace(points[1].id, "0" * 12), "line 3, is no point"),
+        (good.replace(points[1].id, "0" * 12).replace(",PuMer,", ",other,"), "line 3, is no point"),
         (good.replace(",PuMer,", ",other,"), "is called 'PuMer' in the study"),
         (good + good.splitlines()[1] + "\n", "line 4, repeats"),
         (good.replace("accuracy_low", "lowest"), "other columns"),
@@ -732,9 +732,9 @@ def test_of_a_point_that_was_measured_again_the_later_row_counts(tmp_path):
     file = tmp_path / "tiny.csv"
     blank = dict.fromkeys(COLUMNS, "") | {"study": "tiny", "method": "ToMe"}
     rows = [
-        blank | {"id": "a", "date": "2026-11-21", "accuracy": "50"},
-        blank | {"id": "b", "date": "2026-11-21", "accuracy": "60"},
-        blank | {"id": "a", "date": "2026-11-27", "accuracy": "70"},
+        blank | {"id": "a", "label": "r 1", "date": "2026-11-21", "accuracy": "50"},
+        blank | {"id": "b", "label": "r 2", "date": "2026-11-21", "accuracy": "60"},
+        blank | {"id": "a", "label": "r 1", "date": "2026-11-27", "accuracy": "70"},
     ]
 
     def write(rows):
@@ -746,3 +746,5 @@ def test_of_a_point_that_was_measured_again_the_later_row_counts(tmp_path):
         write([*rows[:2], rows[2] | {"date": again}])
         with pytest.raises(ValueError, match="line 4, repeats"):
             read_rows(file, "tiny")
+    write([*rows[:2], rows[2] | {"id": "c"}])  # the method has other defaults since
+    assert [(row["id"], row["accuracy"]) for row in read_rows(file, "tiny")] == [("b", 60.0), ("c", 70.0)]

@@ -115,7 +115,7 @@ def read_rows(path: str | Path, study: str, points: Iterable[Point] | None = Non
 
     A last row that is not finished is left out: it is being written, or a kill cut it off. Of a point that was
     measured again on a later day, because a method was corrected, the later row counts; the earlier one stays in
-    the file as a record.
+    the file as a record. So does that of a point whose method has got other defaults since, which has another id.
 
     Args:
         path: of the file.
@@ -125,13 +125,13 @@ def read_rows(path: str | Path, study: str, points: Iterable[Point] | None = Non
     Raises:
         ValueError: for other columns, foreign rows, and two rows of one point and day.
     """
-    names = None if points is None else {point.id: point.method for point in points}
+    names = None if points is None else {point.id: (point.method, point.label) for point in points}
     return _read(Path(path), study, COLUMNS, FIGURES, names)
 
 
 def read_speeds(path: str | Path, study: str, points: Iterable[Point] | None = None) -> list[dict[str, Any]]:
     """The rows of a file of speeds; as `read_rows`."""
-    names = None if points is None else {point.setting: point.method for point in points}
+    names = None if points is None else {point.setting: (point.method, point.label) for point in points}
     return _read(Path(path), study, SPEED_COLUMNS, SPEED_FIGURES, names)
 
 
@@ -149,9 +149,9 @@ def check_machine(path: Path, rows: Iterable[dict[str, Any]], device: torch.devi
 
 
 def _read(
-    path: Path, study: str, columns: Sequence[str], figures: Sequence[str], names: Mapping[str, str] | None
+    path: Path, study: str, columns: Sequence[str], figures: Sequence[str], names: Mapping[str, tuple[str, str]] | None
 ) -> list[dict[str, Any]]:
-    """Rows that are known by their first column; `names` are the methods by what may stand there."""
+    """Rows that are known by their first column; `names` are methods and labels by what may stand there."""
     if not path.is_file():
         return []
     lines = list(csv.reader(finished_rows(path.read_text(encoding="utf-8")).splitlines()))
@@ -169,19 +169,29 @@ def _read(
             raise ValueError(f"{line}, has {len(values)} columns, not {len(columns)}: take the line out")
         found = dict(zip(columns, values, strict=True))
         key = found[columns[0]]
+        if names is not None and key not in names and (found["method"], found["label"]) in names.values():
+            continue  # of older defaults
         if found["study"] != study or (names is not None and key not in names):
             raise ValueError(
                 f"{line}, is no point of the study {study}: {found['study']}, {found['method']} {found['label']}. "
                 "Take the line out, or name another folder"
             )
-        if names is not None and names[key] != found["method"]:
+        if names is not None and names[key][0] != found["method"]:
             raise ValueError(
-                f"{line}: the method {found['method']!r} is called {names[key]!r} in the study: rename one of them"
+                f"{line}: the method {found['method']!r} is called {names[key][0]!r} in the study: rename one of them"
             )
         if key in rows and found["date"] <= rows[key]["date"]:
             raise ValueError(f"{line}, repeats a point: take one of the two lines out")
         rows[key] = found | {name: _number(found[name], f"{line}: {name}") for name in figures}
-    return list(rows.values())
+    newest: dict[tuple[str, ...], str] = {}
+    for found in rows.values():
+        newest[_of_point(found)] = max(found["date"], newest.get(_of_point(found), ""))
+    return [found for found in rows.values() if found["date"] == newest[_of_point(found)]]
+
+
+def _of_point(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row is of, as the study has it: the same for older defaults of a method."""
+    return found["method"], found["label"], str(found.get("seed", ""))
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:

@@ -52,9 +52,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    loss_kind: ClassVar[Literal["soft", "class", "rank"]]
+    loss_kind: ClassVar[Literal["soft", "class", "rank", "none"]]
     """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy. "rank": cross-entropy
-    over the scores of an example's texts."""
+    over the scores of an example's texts. "none": nothing is learned or scored."""
     image_count: ClassVar[int] = 1
     """How many images an example has."""
 

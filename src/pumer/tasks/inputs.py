@@ -26,7 +26,7 @@ class _Asking(Task):
 
     image_count: int = 1  # type: ignore[misc]  # of each text, where other tasks have always as many
     name = "inputs"
-    loss_kind = "soft"
+    loss_kind = "none"
     labels = ()
 
     def examples(self, split: str) -> Sequence[Example]:

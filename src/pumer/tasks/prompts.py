@@ -40,7 +40,7 @@ class WritingCollator(Collator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task.loss_kind != "soft":
+        if self.task.loss_kind not in ("soft", "none"):
             raise ValueError(
                 f"{self.task.name} is no task for a model that answers questions in words: take vqav2 or scenes"
             )
@@ -157,7 +157,7 @@ def collator_for(
     transform = TextTransform(tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length))
     if not writes(model):
         check_fit(model, task)
-        order = None if task.loss_kind == "rank" else label_order(model.config, task)
+        order = None if task.loss_kind in ("rank", "none") else label_order(model.config, task)
         return Collator(task, transform, image, order=order)
     return PromptCollator(
         task, transform, image, image_token=model.config.image_token_id, image_tokens=image_tokens(model.config)

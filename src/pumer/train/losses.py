@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def task_loss(logits_BL: Tensor, labels: Tensor, kind: Literal["soft", "class", "rank"]) -> Tensor:
+def task_loss(logits_BL: Tensor, labels: Tensor, kind: str) -> Tensor:
     """Loss against the task's labels, in float32.
 
     "soft": binary cross-entropy with scores [B,L], mean over the batch, sum over the labels (ViLT's);
