@@ -43,7 +43,7 @@ def test_reads_the_rows():
         ),
         (lambda i, row: {k: v for k, v in row.items() if k not in ("rights", "id")}, "no column id, rights"),
         (lambda i, row: row | {"image": {"bytes": None if i else b"", "path": "a.jpg"}}, "3 of 4 rows hold no image"),
-        (lambda i, row: row | {"image": "a.jpg"}, "cannot be read as a Parquet file"),
+        (lambda i, row: row | {"image": "a.jpg"}, "image is of type string; store the images' bytes"),
     ],
 )
 def test_bad_rows(tmp_path, change, message):

@@ -99,7 +99,9 @@ def test_transforms_come_back_as_they_were(tmp_path):
         transform = build_transform(settings)
         save_transform(transform, tmp_path)
         assert load_transform(tmp_path) == transform
-    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 384}, "size_divisor": 32}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ViltImageProcessor", "size": {"shortest_edge": 384}, "size_divisor": 32}'
+    )
     picture = Image.new("RGB", (640, 480))
     assert load_transform(tmp_path)(picture).shape == (3, 384, 512)
     with pytest.raises(ValueError, match="no setting colour"):
@@ -173,8 +175,9 @@ def test_the_best_constant_answer_is_found(task):
     for some in (Scenes(questions=30), ScenesVE(questions=9)):
         examples = some.examples("test")[:]
         best = max(some.metric({e.id: label for e in examples}, examples)["accuracy"] for label in some.labels)
-        assert constant_accuracy(examples) == best
-    assert constant_accuracy(ScenesRetrieval(questions=3, negatives=4).examples("test")[:]) == 20
+        assert constant_accuracy(some, examples) == best
+    ranking = ScenesRetrieval(questions=3, negatives=4)
+    assert constant_accuracy(ranking, ranking.examples("test")[:]) == 20
 
 
 def test_texts_are_ranked_as_alone(tokenizer, monkeypatch):
@@ -212,7 +215,8 @@ def test_the_command_hides_and_says_so(folder, tmp_path, capsys):
     with record.open(newline="") as file:
         details = [json.loads(row["details"]) for row in csv.DictReader(file)]
     assert [row["blind"] for row in details] == ["text", "image"]
-    assert details[0]["constant"] == constant_accuracy(Scenes(questions=8).examples("test")[:])
+    scenes = Scenes(questions=8)
+    assert details[0]["constant"] == constant_accuracy(scenes, scenes.examples("test")[:])
 
 
 def test_examples_are_taken_from_sequences_that_cannot_be_sliced():

@@ -97,12 +97,14 @@ def change(file, **changes):
     [
         ({"format": 2, "pumer": "9.1"}, r"format 2, written by pumer 9\.1.*upgrade pumer"),
         ({"format": None}, "damaged"),
+        ({"format": True}, "damaged, its format is True"),
+        ({"trim": "yes"}, "trim is 'yes'; expected bool"),
         ({"colour": "red"}, "should have the entries"),
         ({"reducer": {"reducer": "pumer", "prune": 0.1, "haste": 3}}, "pumer has no setting haste"),
         ({"reducer": {"reducer": "shrink"}}, "no reducer is named 'shrink'"),
         ({"reducer": {"reducer": "pumer", "prune": 2}}, "prune is a ratio"),
-        ({"reducer": {"reducer": "pumer", "prune": "much"}}, "cannot be made"),
-        ({"reducer": "pumer"}, "cannot be made"),
+        ({"reducer": {"reducer": "pumer", "prune": "much"}}, "reducer pumer: prune is 'much'; expected float"),
+        ({"reducer": "pumer"}, r"reducer is 'pumer'; expected dict"),
         ({"reducer": {"reducer": "pumer", "layers": [40]}}, r"reduces in layers \[40\]"),
         ({"attention": "fast"}, "attention is one of"),
     ],
@@ -137,6 +139,13 @@ def test_missing_weights_are_named(saved):
     del weights["classifier.3.bias"]
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lack classifier\.3\.bias"):
+        pumer.load(saved)
+
+
+def test_surplus_weights_are_named(saved):
+    layers = json.loads((saved / "config.json").read_text())["num_hidden_layers"]
+    change(saved / "config.json", num_hidden_layers=layers - 1)
+    with pytest.raises(ValueError, match=rf"have .*layer\.{layers - 1}\..*restore its config\.json"):
         pumer.load(saved)
 
 

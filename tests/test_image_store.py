@@ -1,5 +1,6 @@
 """Images by key: folders, LMDB and Parquet give the same bytes, to every task and in every process."""
 
+import io
 import pickle
 import sys
 from dataclasses import replace
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from pumer.data.image_store import LMDB, Folder, Parquet, open_store
-from pumer.data.images import BrokenImageError, open_image
+from pumer.data.images import BrokenImageError, Upright, open_image
 from pumer.tasks import NLVR2, SNLIVE, Retrieval, VQAv2
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
@@ -137,6 +139,49 @@ def test_two_tasks_may_share_an_lmdb_file(tmp_path):
     assert one["2001"] == two["2001"] == FILES["2001"]
 
 
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("000000000139", "COCO_val2014_000000000139"),
+        ("COCO_val2014_000000000139", "000000000139"),
+        ("COCO_train2014_000000000139", "COCO_val2014_000000000139"),
+        ("photo one", "photo one.jpg"),
+        ("photo.one", "photo.one.webp"),
+        ("000000000139", "val2017/000000000139.jpg"),
+        ("some.dots", "some.dots"),
+    ],
+)
+def test_other_names_of_an_image(tmp_path, stored, asked):
+    content_of, others = FILES["2001"], {"000000000140": b"x", "photo": b"x", "some": b"x"}
+    files = {**others, stored: content_of}
+    stores = [open_store(write(tmp_path / name, files)) for name, write in WRITERS.items()]
+    (tmp_path / "folder").mkdir()
+    for key, data in files.items():
+        (tmp_path / "folder" / f"{key}.jpg").write_bytes(data)
+    for store in (*stores, open_store(tmp_path / "folder")):
+        assert content(store[asked]) == content_of
+        assert store.absent([asked, "9", "", "x" * 600, "000000000009"]) == ["9", "", "x" * 600, "000000000009"]
+
+
+def test_paths_below_a_folder(tmp_path):
+    for name in ("one/1.jpg", "two/1.JPG", "two/deep/2.webp", "two/notes.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "secret.jpg").write_text("secret")
+    store = open_store(tmp_path / "images")
+    assert [store[name].read_text() for name in ("one/1.jpg", "two/1.JPG", "two/deep/2.webp")] == [
+        "one/1.jpg",
+        "two/1.JPG",
+        "two/deep/2.webp",
+    ]
+    outside = ["../secret.jpg", "one/../../secret.jpg", str(tmp_path / "secret.jpg"), "two/notes.txt", "two", "a\0.jpg"]
+    assert store.absent(outside) == outside
+
+
 # --- folders ---
 
 
@@ -171,6 +216,24 @@ def test_broken_lmdb(tmp_path):
         open_store(tmp_path / "images.lmdb")
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_an_lmdb_file_that_is_cut_off(tmp_path, share):
+    path = write_lmdb(tmp_path / "images.lmdb", {f"{i}": bytes(9000) for i in range(50)})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ValueError, match=r"images\.lmdb .*: it ends after [\d,]+ of [\d,]+ bytes; copy it again"):
+        open_store(path)
+
+
+def test_lmdb_as_a_folder(tmp_path):
+    with lmdb.open(str(tmp_path / "images"), map_size=1 << 22) as environment, environment.begin(write=True) as writer:
+        for key, data in FILES.items():
+            writer.put(key.encode(), data)
+    store = open_store(tmp_path / "images")
+    assert store["2001"] == FILES["2001"]
+    assert set(store.keys()) == set(FILES)
+
+
 def test_without_the_lmdb_package(tmp_path, monkeypatch):
     path = write_lmdb(tmp_path / "images.lmdb", FILES)
     monkeypatch.setitem(sys.modules, "lmdb", None)
@@ -200,6 +263,45 @@ def test_parquet_without_bytes(tmp_path):
     assert store["1"] == b"x"
     with pytest.raises(BrokenImageError, match="has no bytes for the image '2'"):
         store["2"]
+
+
+def test_parquet_of_names_opens_no_files(tmp_path):
+    for images in ([str(PHOTOS / "2001.jpg")], [{"path": str(PHOTOS / "2001.jpg")}], [{"bytes": "x", "path": "y"}]):
+        with pytest.raises(ValueError, match=r"column image is of type .*; store the images' bytes in it"):
+            open_store(write_keys(tmp_path / "images.parquet", ["1"], images))
+
+
+def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
+    path = write_keys(tmp_path / "images.parquet", ["1", "2"], [bytes(range(256)) * 40] * 2)
+    column = pq.read_metadata(path).row_group(0).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 56] = bytes(56)
+    path.write_bytes(data)
+    store = open_store(path)
+    with pytest.raises(BrokenImageError, match=r"cannot be read as a Parquet file: .*; fetch") as caught:
+        store["1"]
+    assert "\n" not in str(caught.value)
+
+
+def test_upright_images_are_marked(store):
+    store.upright = True
+    assert isinstance(store["2001"], Upright)
+    assert open_image(pickle.loads(pickle.dumps(store))["2001"]).size == (48, 32)
+
+
+def test_a_task_turns_images_on_request(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for key, data in FILES.items():
+        Image.open(io.BytesIO(data)).save(tmp_path / f"{key}.jpg", exif=exif)
+    task = Retrieval(FIXTURES / "flickr30k", images=tmp_path, negatives=1)
+    turned = replace(task, exif="apply")
+    for flat, upright in zip(task.examples("test"), turned.examples("test"), strict=True):
+        assert (open_image(flat.images[0]).size, open_image(upright.images[0]).size) == ((48, 32), (32, 48))
+    assert open_image(turned.pool("test").images[0]).size == (32, 48)
+    with pytest.raises(ValueError, match="exif is True; it is one of ignore, apply"):
+        replace(task, exif=True).examples("test")
 
 
 def test_kinds_are_told_apart(tmp_path):

@@ -1,6 +1,7 @@
 """Decoding, resizing and padding of images."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
-from pumer.data.images import BrokenImageError, KeepAspect, Square, open_image, pad_images
+from pumer.data.images import BrokenImageError, KeepAspect, Square, Upright, open_image, pad_images
 
 SIDES = st.integers(1, 3000)
 
@@ -51,6 +52,44 @@ def test_transparent_palette_does_not_warn(recwarn):
 def test_16_bit_greys_are_scaled_not_clipped():
     image = Image.fromarray(np.array([[0, 0x0100, 0x8000, 0xFFFF]], dtype=np.uint16))
     assert np.array(open_image(encoded(image)))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_16_bit_pgm_is_scaled_whatever_its_white():
+    levels = np.array([0, 4, 512, 1023], dtype=">u2").tobytes()
+    assert np.array(open_image(b"P5 4 1 1023\n" + levels))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_greys_are_refused(mode):
+    image = Image.fromarray(np.array([[0, 256], [32768, 65535]], dtype=np.int32)).convert(mode)
+    for source in (image, encoded(image, "TIFF")):
+        with pytest.raises(BrokenImageError, match=f"its mode is {mode}, .*: save it with 8 or 16 bits; replace"):
+            open_image(source)
+
+
+def test_orientation_is_ignored_unless_asked_for(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
+    data = encoded(picture(), exif=exif)
+    (tmp_path / "a.png").write_bytes(data)
+    assert np.array_equal(open_image(data), picture())
+    for source in (data, tmp_path / "a.png"):
+        assert np.array_equal(open_image(Upright(source)), picture().rotate(-90, expand=True))
+    with pytest.raises(BrokenImageError, match=r"none\.png"):
+        open_image(Upright(tmp_path / "none.png"))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA"])
+def test_other_formats_are_not_decoded(kind):
+    with pytest.raises(BrokenImageError, match="it is none of JPEG, PNG, WEBP"):
+        open_image(encoded(picture(), kind))
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(BrokenImageError, match="it is no regular file; replace"):
+            open_image(path)
 
 
 @pytest.mark.parametrize("lenient", [False, True])

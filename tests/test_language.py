@@ -397,3 +397,32 @@ def test_an_older_setting_of_sparsevlm_still_loads(average, merge):
 def test_settings_that_make_no_sense_say_so(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# --- the sums of the layer's own kernel ---
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+def test_sums_of_the_kernel_give_the_same_attention(family, monkeypatch):
+    """With the kernel's log-sum-exp and without it, and the kernel's output is the same."""
+    model, inputs = tiny_llm.model(family), tiny_llm.batch(family, ((4, "i", 6), (2, "i", 3)))
+    shown = []
+
+    class Watched(PuMer):
+        def plan(self, tokens):
+            shown.append(tokens)
+            return super().plan(tokens)
+
+    def run():
+        with pumer.reduced(model, Watched(0.3, 0, 0, layers=(1,))):
+            return tiny_llm.logits(model, inputs)
+
+    with_sums = run()
+    assert shown[0].normalizer_BHN is not None
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: 0)
+    without = run()
+    assert shown[1].normalizer_BHN is None
+    assert torch.equal(with_sums, without)
+    near, far = (text_attention(tokens) for tokens in shown)
+    words_BT = shown[0].valid_BN[:, : shown[0].text]
+    assert torch.allclose(near.transpose(1, 2)[words_BT], far.transpose(1, 2)[words_BT], atol=1e-6)

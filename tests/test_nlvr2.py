@@ -105,6 +105,25 @@ def test_bad_lines(root, change, message):
         NLVR2(root).examples("dev")
 
 
+def test_a_file_without_labels_is_predicted_and_not_scored(root, tmp_path):
+    rows = [json.loads(line) for line in (root / "dev.json").read_text().splitlines()]
+    for row in rows[1:]:
+        del row["label"]
+    (root / "dev.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"dev\.json: 5 of 6 rows \(dev-12-1-0, .*\) have no label"):
+        NLVR2(root).examples("dev")
+    del rows[0]["label"]
+    (root / "dev.json").write_text("\n".join(map(json.dumps, rows)))
+    task = NLVR2(root)
+    examples = task.examples("dev")
+    assert {example.target for example in examples} == {None}
+    predictions = {example.id: "True" for example in examples}
+    task.write_predictions(tmp_path / "p.csv", predictions, examples)
+    assert (tmp_path / "p.csv").read_text().splitlines()[1] == "dev-12-1-0,True"
+    with pytest.raises(ValueError, match="has no label; score a labelled split"):
+        task.metric(predictions, examples)
+
+
 def test_bad_lines_are_counted_and_five_named(root):
     (root / "dev.json").write_text("no\n\n" * 7 + "{}\n")
     with pytest.raises(ValueError, match=r"8 of 8 rows are broken; .*dev\.json:1: .*dev\.json:9: .*; and 3 more$"):

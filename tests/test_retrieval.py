@@ -15,7 +15,7 @@ from pumer import tasks
 from pumer.data.images import Square
 from pumer.data.text import TextTransform, train_tokenizer
 from pumer.tasks import Collator, Retrieval
-from pumer.tasks.retrieval import _Captions, _Photo, recalls, write_rankings
+from pumer.tasks.retrieval import _Captions, _Photo, recalls, recalls_in_folds, write_rankings
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 FLICKR, COCO = FIXTURES / "flickr30k", FIXTURES / "coco"
@@ -196,6 +196,21 @@ def test_recalls_are_those_of_the_slow_loop(counts, data):
         assert {name: value for name, value in found.items() if name.count("_") == 1} == expected
         for name in expected:
             assert 0 <= found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] <= 100
+
+
+def test_folds_are_ranked_on_their_own():
+    image_of = np.repeat(np.arange(6), [5, 6, 7, 5, 5, 6])
+    scores = np.random.default_rng(0).standard_normal((6, len(image_of)))
+    parts = [
+        recalls(scores[s : s + 3][:, image_of // 3 == s // 3], image_of[image_of // 3 == s // 3] - s) for s in (0, 3)
+    ]
+    expected = {name: round((parts[0][name] + parts[1][name]) / 2, 2) for name in parts[0] if name.count("_") == 1}
+    assert recalls_in_folds(scores, image_of, 2) == expected
+    order = np.random.default_rng(1).permutation(len(image_of))  # captions may come in any order
+    assert recalls_in_folds(torch.tensor(scores[:, order]), image_of[order], 2) == expected
+    for folds in (0, 4, 7):
+        with pytest.raises(ValueError, match=f"6 images do not make {folds} equal folds"):
+            recalls_in_folds(scores, image_of, folds)
 
 
 def test_perfect_and_worst_scores():

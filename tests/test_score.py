@@ -306,6 +306,12 @@ def test_the_command_prints_recalls_and_goes_on(folder, tmp_path, capsys):
     np.testing.assert_allclose(few, whole[:2, : few.shape[1]], atol=1e-5)
     assert main(command(folder, tmp_path / "few")) == 2
     assert "scores of something else" in capsys.readouterr().err
+    assert main(command(folder, tmp_path / "out", "--folds", "3")) == 2
+    assert "do not make 3 equal folds" in capsys.readouterr().err
+    assert main(command(folder, tmp_path / "few", "--limit", "2", "--folds", "2")) == 0
+    shown = capsys.readouterr().out
+    assert "mean of 2 folds" in " ".join(shown.split())
+    assert "ir_r1_low" not in shown
     scenes = ["score", "--model", str(folder), "--task", "scenes", "--out", str(tmp_path / "no")]
     assert main(scenes) == 2
     assert "no pool of captions" in capsys.readouterr().err

@@ -48,9 +48,11 @@ def test_images_lie_directly_in_a_folder(root, tmp_path):
     ("change", "message"),
     [
         (
-            {"gold_label": "-"},
-            r"1 of 3 rows are broken.*dev\.jsonl:2: label '-' is none of contradiction, neutral, ent",
+            {"gold_label": "+"},
+            r"1 of 3 rows are broken.*dev\.jsonl:2: label '\+' is none of contradiction, neutral, ent",
         ),
+        ({"gold_label": 1}, r"dev\.jsonl:2: gold_label is 1, not a text"),
+        ({"gold_label": None}, r"1 of 3 rows \(1002\.jpg#1r1c\) have no label"),
         ({"sentence2": None}, r"dev\.jsonl:2: sentence2 is None, not a text"),
         ({"pairID": "1002.jpg#1r1e"}, r"dev\.jsonl:2: id 1002\.jpg#1r1e repeats that of .*dev\.jsonl:1"),
         ({"Flickr30K_ID": 1002}, r"dev\.jsonl:2: Flickr30K_ID is 1002, not a text"),
@@ -61,6 +63,33 @@ def test_bad_lines(root, change, message):
     edit(root / "snli_ve_dev.jsonl", 2, **change)
     with pytest.raises(ValueError, match=message):
         SNLIVE(root).examples("dev")
+
+
+def test_rows_without_agreement_are_left_out_and_counted(root):
+    edit(root / "snli_ve_dev.jsonl", 2, gold_label="-")
+    with pytest.warns(UserWarning, match=r"1 of 3 rows of .*dev\.jsonl are labelled '-'"):
+        examples = SNLIVE(root).examples("dev")
+    assert [example.id for example in examples] == [name for name in DEV if name != "1002.jpg#1r1c"]
+    for line in (1, 3):
+        edit(root / "snli_ve_dev.jsonl", line, gold_label="-")
+    with pytest.raises(ValueError, match="has no row to use: 3 are labelled '-'"):
+        SNLIVE(root).examples("dev")
+
+
+def test_a_file_without_labels_is_predicted_and_not_scored(root, tmp_path):
+    path = root / "snli_ve_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["gold_label"]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = SNLIVE(root)
+    examples = task.examples("test")
+    assert [example.target for example in examples] == [None, None]
+    predictions = {example.id: "neutral" for example in examples}
+    task.write_predictions(tmp_path / "p.jsonl", predictions, examples)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="has no label; score a labelled split"):
+        task.metric(predictions, examples)
 
 
 def test_missing_file(root):

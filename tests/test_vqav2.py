@@ -1,6 +1,7 @@
 """VQAv2: answers, scores, targets, reading the official files, writing predictions."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from fractions import Fraction
@@ -10,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pumer import tasks
 from pumer.data.images import BrokenImageError, KeepAspect
 from pumer.data.text import TextTransform, train_tokenizer
 from pumer.tasks import Collator, Example, VQAv2
 from pumer.tasks.base import bootstrap_interval
+from pumer.tasks.check import check_files
 from pumer.tasks.vqa_answers import build_vocabulary, leave_one_out, normalize, soft_targets, vocabulary_of, vqa_score
 from pumer.tasks.vqav2 import read_vocabulary
 
@@ -209,22 +212,45 @@ def test_test_split_has_no_annotations(root, tmp_path):
     ("file", "key", "change", "message"),
     [
         (ANNOTATIONS, "annotations", lambda r: r[:5], r"3 of 8 questions \(2002, 3000, 3001\) have no annotation"),
-        (ANNOTATIONS, "annotations", lambda r: [*r, r[0]], r"1 of 8 question ids \(1000\) repeat"),
-        (QUESTIONS, "questions", lambda r: r + r[:2], r"2 of 8 question ids \(1000, 1001\) repeat"),
+        (
+            ANNOTATIONS,
+            "annotations",
+            lambda r: [*r, r[0]],
+            r"annotations\.json: question 1000: id 1000 repeats",
+        ),
+        (QUESTIONS, "questions", lambda r: r + r[:2], r"2 of 10 rows are broken.*question 1000: id 1000 repeats"),
         (
             QUESTIONS,
             "questions",
             lambda r: r[0].update(image_id=9),
-            r"1 of 4 images \(COCO_val2014_0{11}9\) are not in .*val2014",
+            r"annotations\.json: 1 of 8 questions \(1000\) have another image_id than in the questions",
         ),
         (
             QUESTIONS,
             "questions",
             lambda r: r[0].update(image_id="9"),
-            r"1 of 8 questions \(1000\) have an image_id that",
+            r"questions\.json: question 1000: image_id is '9', not a number; give COCO's",
         ),
-        (QUESTIONS, "questions", lambda r: r[0].pop("question"), "is no VQAv2 questions file .*'question'"),
-        (ANNOTATIONS, "annotations", lambda r: r[0]["answers"].pop(), r"1 of 8 questions \(1000\) do not have 10"),
+        (QUESTIONS, "questions", lambda r: r[0].pop("question"), "question 1000: there is no question"),
+        (QUESTIONS, "questions", lambda r: r[0].update(question=" "), "question 1000: question is ' ', not a text"),
+        (QUESTIONS, "questions", lambda r: r[0].update(question=None), "question 1000: question is None, not a text"),
+        (QUESTIONS, "questions", lambda r: r[3].update(question_id=[]), r"questions\[3\]: question_id is \[\], not a"),
+        (QUESTIONS, "questions", lambda r: r[3].pop("question_id"), r"questions\[3\]: there is no question_id"),
+        (QUESTIONS, "questions", lambda r: [7, *r], r"questions\[0\]: a JSON object is expected, not int"),
+        (QUESTIONS, "questions", lambda r: r[0].update(image=3), "question 1000: image is 3, not a text"),
+        (QUESTIONS, "else", lambda r: r, "is no VQAv2 questions file: there is no list of questions"),
+        (ANNOTATIONS, "annotations", lambda r: r[0].update(answers="red"), "1000: answers is 'red', not a list"),
+        (ANNOTATIONS, "annotations", lambda r: r[0]["answers"][2].update(answer=3), "1000: answers has {'answer': 3,"),
+        (
+            ANNOTATIONS,
+            "annotations",
+            lambda r: r[0]["answers"][2].update(answer=None),
+            "1000: answers has {'answer': N",
+        ),
+        (ANNOTATIONS, "annotations", lambda r: r[0]["answers"].insert(0, None), "1000: answers has None, which is no"),
+        (ANNOTATIONS, "annotations", lambda r: r[0].update(answer_type=2), "1000: answer_type is 2, not a text"),
+        (ANNOTATIONS, "annotations", lambda r: r[0].pop("answers") and None, "1000: there are no answers"),
+        (ANNOTATIONS, "annotations", lambda r: r[0]["answers"].pop(), "1000: it has 9 answers, not 10"),
     ],
 )
 def test_bad_files(root, file, key, change, message):
@@ -232,9 +258,49 @@ def test_bad_files(root, file, key, change, message):
         result = change(rows)
         return result if isinstance(result, list) else None
 
-    edit(root / file, key, apply)
+    if key == "else":
+        (root / file).write_text('{"answers": []}')
+    else:
+        edit(root / file, key, apply)
     with pytest.raises(ValueError, match=message):
         VQAv2(root).examples("val2014")
+    (check,) = [check for check in check_files("vqav2", root) if check.name == "val2014"]
+    assert re.search(message, check.problem)
+    assert not check.absent
+
+
+@pytest.mark.parametrize("file", [QUESTIONS, ANNOTATIONS])
+def test_rows_may_have_a_key_answer(root, file):
+    key = "questions" if file == QUESTIONS else "annotations"
+    edit(root / file, key, lambda rows: [row | {"answer": "red"} for row in rows])
+    assert [example.id for example in VQAv2(root).examples("val2014")] == list(PERFECT)
+
+
+def test_names_of_ok_vqa_and_of_coco_2017(root):
+    for path in (root / QUESTIONS, root / ANNOTATIONS):
+        path.rename(root / path.name.removeprefix("v2_"))
+    (root / "val2014").rename(root / "val2017")
+    for path in (root / "val2017").iterdir():
+        path.rename(path.with_name(path.name.removeprefix("COCO_val2014_")))
+    examples = VQAv2(root).examples("val2014")
+    assert examples[0].images[0] == root / "val2017" / "000000000001.png"
+    assert read_vocabulary(root, ["val2014"], 2) == ("no",)
+
+
+def test_questions_that_name_their_images(root):
+    def name(rows):
+        for row in rows:
+            del row["image_id"]
+            row["image"] = f"shelf/{row['question_id'] // 1000} or so.webp"
+
+    edit(root / QUESTIONS, "questions", name)
+    (root / "shelf").mkdir()
+    for number in (1, 2, 3):
+        picture = Image.open(next((root / "val2014").glob(f"*{number}.*")))
+        picture.save(root / "shelf" / f"{number} or so.webp")
+    examples = VQAv2(root).examples("val2014")
+    assert examples[7].images[0] == root / "shelf" / "3 or so.webp"
+    assert examples[7].cluster == "shelf/3 or so.webp"
 
 
 def test_missing_images_are_counted(root):

@@ -87,6 +87,9 @@ def _run(name: str, words: list[str]) -> int:
             hint = did_you_mean(word, [path.stem for path in RECIPES.glob("*.yaml")])
             print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names.{hint}", file=sys.stderr)
             return 2
+        if option == "--config" and (problem := _bad_yaml(word)):
+            print(f"pumer {name}: {word} is no YAML: {problem}", file=sys.stderr)
+            return 2
     settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     try:
@@ -98,6 +101,19 @@ def _run(name: str, words: list[str]) -> int:
         print(f"pumer {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _bad_yaml(file: str) -> str:
+    """What is wrong with a file of settings, if it is no YAML, or too much of it."""
+    import yaml
+
+    from pumer._yaml import load_yaml
+
+    try:
+        load_yaml(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        return str(error)
+    return ""
 
 
 def _recipe(word: str) -> str:

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from pumer.data.images import BrokenImageError, open_image
-from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.base import Collator, Example, Task, replacing
 from pumer.tasks.prompts import MAX_ANSWER, WritingCollator
 
+NOT_NUMBERS = (
+    "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or overflow in half "
+    "precision; get the model again, or use float32"
+)
 _NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
 
 
@@ -90,14 +95,30 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
         model: reduced or not, in eval mode.
         inputs: what its forward takes of a collated batch, on its device.
         collator: that made the batch.
+
+    Raises:
+        ValueError: for outputs that are NaN, of which the largest means nothing.
     """
     with torch.inference_mode():
         if isinstance(collator, WritingCollator):
-            written = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
+            written = model.generate(
+                **inputs, do_sample=False, max_new_tokens=MAX_ANSWER, logits_processor=LogitsProcessorList([_Numbers()])
+            )
             return collator.read(written[:, inputs["input_ids"].shape[1] :])
         logits = model(**inputs).logits.float().cpu()
+    if nan := int(logits.isnan().flatten(1).any(1).sum()):
+        raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(logits)} inputs"))
     # Of texts that are ranked: from one score each to a row per image.
-    return collator.task.decode(logits.reshape(count, -1))
+    return collator.task.decode(collator.in_task_order(logits.reshape(count, -1)))
+
+
+class _Numbers(LogitsProcessor):
+    """Passes the logits of the next tokens on; raises ValueError for NaN."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if nan := int(scores.isnan().any(1).sum()):
+            raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(scores)} prompts"))
+        return scores
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -121,21 +142,22 @@ def evaluate(
     """Predict and score every example of a labelled split; `constant` in the metric is that of `constant_accuracy`."""
     result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
     examples = [replace(example, images=()) for example in examples]  # once, as they may be made on the fly
-    metric = collator.task.metric(result.predictions, examples) | {"constant": constant_accuracy(examples)}
+    constant = constant_accuracy(collator.task, examples)
+    metric = collator.task.metric(result.predictions, examples) | {"constant": constant}
     return Result(result.predictions, metric, result.seconds, result.examples)
 
 
-def constant_accuracy(examples: Sequence[Example]) -> float:
+def constant_accuracy(task: Task, examples: Sequence[Example]) -> float:
     """What the best answer that is always the same would score on these examples, in percent.
 
-    Where texts are ranked no answer can be the same; there it is what drawing one by lot scores.
+    Any answer of the data counts, not only those that a model knows. Where texts are ranked no answer can be the
+    same; there it is what drawing one by lot scores.
     """
     if any(example.negatives for example in examples):
         return round(100 * sum(1 / (1 + len(example.negatives)) for example in examples) / len(examples), 2)
     scores: defaultdict[Any, float] = defaultdict(float)
     for example in examples:
-        target = example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
-        for label, score in target.items():
+        for label, score in task.answer_scores(example).items():
             scores[label] += score
     return round(100 * max(scores.values(), default=0.0) / len(examples), 2)
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.image_utils import load_image
 
+from pumer._yaml import load_yaml
 from pumer.api import apply
 from pumer.hub.folders import SETTINGS, saved_reducer
 from pumer.presets import read_reducer
@@ -185,7 +185,7 @@ def _saved(folder: str) -> Reducer | None:
 
 def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:
     """The reducer with those of the settings that are its own, and the rest of them."""
-    settings = {name: yaml.safe_load(x) if isinstance(x, str) else x for name, x in settings.items()}
+    settings = {name: load_yaml(x) if isinstance(x, str) else x for name, x in settings.items()}
     if reducer is None:
         return None, settings
     base = read_reducer(reducer)

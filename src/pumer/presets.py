@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pumer._suggest import did_you_mean
+from pumer._yaml import load_yaml
 from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict, get, is_reducer, list_reducers, to_dict
 
 ReducerSpec = str | os.PathLike[str] | Mapping[str, Any] | type[Reducer] | Reducer
@@ -98,7 +99,7 @@ def _named(name: str) -> Reducer:
 
 def _read_file(file: Path) -> Reducer:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+        settings = load_yaml(file.read_text(encoding="utf-8"))  # JSON is YAML too
     except OSError:
         raise ValueError(f"there is no file {file}, which would hold a reducer's settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

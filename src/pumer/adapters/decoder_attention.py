@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters.base import Patch
+from pumer.adapters.log_sum_exp import LogSumExp
 
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+NORMALIZER = "normalizer"
 _PREFIX = "pumer_"
 _inside: ContextVar[bool] = ContextVar("pumer_inside_attention", default=False)
 """Whether a watched module's own kernel runs, which reads the module's configuration too."""
@@ -49,27 +51,29 @@ def check_backend(config: Any, where: str = "") -> None:
         )
 
 
-def watch(patch: Patch, attention: nn.Module, seen: Seen, where: str = "") -> None:
-    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C], options)` whenever an attention module of transformers runs.
+def watch(patch: Patch, attention: nn.Module, seen: Seen, where: str = "", normalizer: bool = False) -> None:
+    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C], options)` whenever an attention module of transformers has run.
 
     Args:
         patch: what takes it off again.
         attention: the module.
         seen: is told; `options` are the keyword arguments that its kernel gets.
         where: as for `check_backend`.
+        normalizer: whether the options are to have `NORMALIZER`, the log-sum-exp [B,H,Q] of every query's logits,
+            where the kernel gives it.
     """
     check_backend(attention.config, where)
     registry = _registry()
     for name in BACKENDS:
         registry.register(_PREFIX + name, _attend)
-    patch.set(attention, "config", _Watched(attention.config, seen, where))
+    patch.set(attention, "config", _Watched(attention.config, seen, where, normalizer))
 
 
 class _Watched:
     """A module's configuration, except that its attention goes by way of `_attend`."""
 
-    def __init__(self, config: Any, seen: Seen, where: str) -> None:
-        self.config, self.seen, self.where = config, seen, where
+    def __init__(self, config: Any, seen: Seen, where: str, normalizer: bool) -> None:
+        self.config, self.seen, self.where, self.normalizer = config, seen, where, normalizer
 
     @property
     def _attn_implementation(self) -> str:
@@ -80,22 +84,28 @@ class _Watched:
         return _PREFIX + name
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("config", "seen", "where"):  # not there yet while it is being copied
+        if name in ("config", "seen", "where", "normalizer"):  # not there yet while it is being copied
             raise AttributeError(name)
         return getattr(self.config, name)
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The module's own attention, after somebody has had a look."""
+    """The module's own attention, into which somebody has a look."""
     watched = module.config
-    watched.seen(query, key, kwargs)
     name = watched.config._attn_implementation
     attend: Any = _eager(module) if name == "eager" else _registry()[name]
     token = _inside.set(True)
     try:
-        return attend(module, query, key, value, *args, **kwargs)
+        if name == "sdpa" and watched.normalizer and not torch.compiler.is_compiling():
+            with LogSumExp() as sums:
+                output = attend(module, query, key, value, *args, **kwargs)
+            kwargs = kwargs | {NORMALIZER: sums.normalizer_BHQ}
+        else:
+            output = attend(module, query, key, value, *args, **kwargs)
     finally:
         _inside.reset(token)
+    watched.seen(query, key, kwargs)
+    return output
 
 
 def _registry() -> Any:

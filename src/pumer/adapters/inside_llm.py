@@ -72,7 +72,8 @@ class DecoderHooks:
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if reducer.reduces_at(layer_index):
                 on_qk = partial(self._on_qk, layer_index)
-                decoder_attention.watch(patch, layer.self_attn, on_qk)
+                # Where all tokens see each other words of the answer are summed up, too, which must not guide.
+                decoder_attention.watch(patch, layer.self_attn, on_qk, normalizer=spec.causal)
         self.capture.install(patch, spec, model)
         patch.wrap(trunk, "get_image_features", _image_features, self)
         if hasattr(trunk, "get_video_features"):
@@ -117,7 +118,14 @@ class DecoderHooks:
         attention = self.language.layers[layer_index].self_attn
         queries, keys = normalize_qk_scale(attention, queries_BHKC, keys_BhLC)
         held = kv_cache.held(kv_cache.find(state.inputs), layer_index)
-        state.seen[layer_index] = Attended(queries, keys, options.get("sliding_window"), options.get("softcap"), held)
+        state.seen[layer_index] = Attended(
+            queries,
+            keys,
+            options.get("sliding_window"),
+            options.get("softcap"),
+            held,
+            options.get(decoder_attention.NORMALIZER),
+        )
 
     def _before_layer(self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before a layer: reduce after the one before it, and cut what goes along with the tokens."""

@@ -261,6 +261,7 @@ class Attended:
         window: a token sees only places later than its own less this number; None for all.
         softcap: bound of the logits; None for none.
         held: what the cache held before this call; None if every token.
+        normalizer_BHK: log-sum-exp of the logits of every query; None where the kernel does not say.
     """
 
     queries_BHKC: Tensor
@@ -268,6 +269,7 @@ class Attended:
     window: int | None = None
     softcap: float | None = None
     held: Any = None
+    normalizer_BHK: Tensor | None = None
 
 
 def place(plan: Plan, axis: Axis, row_R: Tensor | None, at_RN: Tensor, valid_RN: Tensor, slots: int) -> Plan:

@@ -116,6 +116,7 @@ def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal:
         grid, patch_BI = before_llm.raster([picture.grid for picture in run.pictures], at_BN.device)
         patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
     groups = queries_BHKC.shape[1] // keys_BhKC.shape[1]
+    normalizer_BHK = attended.normalizer_BHK
     tokens = Tokens(
         mask_BN=valid_BN,
         text=text,
@@ -128,6 +129,7 @@ def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal:
         queries_BHNC=_of_heads(queries_BHKC, at_BN),
         keys_BHNC=_of_heads(keys_BhKC, at_BN, groups),
         place_BN=(axis.index_BK + run.past).gather(1, at_BN) if causal else None,
+        normalizer_BHN=None if normalizer_BHK is None else _of_heads(normalizer_BHK[..., None], at_BN)[..., 0],
         context=_context(run, axis, attended, groups, causal),
         question_BT=axis.question_BK.gather(1, at_BN[:, :text]) & valid_BN[:, :text],
         embeddings=_embeddings(run, axis, at_BN[:, :text]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ from typing import Literal
 def check(task: str, root: str, images: str | None = None, decode: bool = False, missing: str | None = None) -> None:
     """Count what is there of a task's official files and images, against what was published.
 
-    Fails if a file is broken or no split is complete.
+    Ends with 1 if anything of a split that is there is missing or wrong, or no split is there.
 
     Args:
         task: vqav2, nlvr2, snli-ve or retrieval.
@@ -46,11 +47,18 @@ def check(task: str, root: str, images: str | None = None, decode: bool = False,
     if missing:
         with replacing(missing) as file:
             file.writelines(f"{key}\n" for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken)))
+    problems = []
     wrong = [split.name for split in checks if split.problem and not split.absent]
     if wrong:
-        raise ValueError(f"the files of {', '.join(wrong)} cannot be read; the reasons stand above.")
-    if not any(split.complete for split in checks):
-        raise ValueError(f"no split of {task} in {root} is complete; what is missing stands above.")
+        problems.append(f"the files of {', '.join(wrong)} cannot be read")
+    lacking = [split.name for split in checks if split.missing or split.broken]
+    if lacking:
+        problems.append(f"images of {', '.join(lacking)} are missing or broken")
+    if all(split.absent for split in checks):
+        problems.append(f"no split of {task} is in {root}")
+    if problems:
+        print(f"pumer data check: {'; '.join(problems)}; the reasons stand above.", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def scenes(

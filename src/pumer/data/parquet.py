@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,44 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """The file; pages that were written with a checksum are held to it."""
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@contextmanager
+def parquet_error(path: Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Errors of Arrow inside the block as one line of this kind."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise kind(f"{path} cannot be read as a Parquet file: {reason}; fetch it again.") from error
+
+
+def bytes_of(schema: pa.Schema, path: Path) -> pa.DataType:
+    """The type of the column `image`, if it holds encoded images.
+
+    Raises ValueError for one that is missing, or holds anything else: file names are not followed.
+    """
+    if "image" not in schema.names:
+        columns = ", ".join(schema.names)
+        raise ValueError(f"{path} has no column image, only {columns}; is it the right file?")
+    column = schema.field("image").type
+    content = column
+    if pa.types.is_struct(column):
+        index = column.get_field_index("bytes")
+        content = column.field(index).type if index >= 0 else pa.string()
+    kinds = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null  # null: of no rows
+    if not any(kind(content) for kind in kinds):
+        raise ValueError(
+            f"{path}: the column image is of type {column}; store the images' bytes in it, not their names."
+        )
+    return column
+
+
 class ImageTable(Sequence[dict[str, Any]]):
-    """Rows of a Parquet file with an `image` column (a struct of the encoded `bytes` and a `path`).
+    """Rows of a Parquet file with an `image` column: encoded bytes, or a struct of `bytes` and `path`.
 
     Only the named columns are read. A row is a dict of them, with `image` as the encoded image's bytes:
     images stay in one Arrow buffer, which worker processes share, until a row is asked for.
@@ -21,17 +58,17 @@ class ImageTable(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, path: Path, columns: Sequence[str]):
-        wanted = ["image", *columns]
         if not path.is_file():
             raise ValueError(f"{path} does not exist; check the folder.")
-        try:
-            missing = sorted(set(wanted) - set(pq.read_schema(path).names))
+        with parquet_error(path):
+            file = open_parquet(path)
+            missing = sorted({"image", *columns} - set(file.schema_arrow.names))
             if missing:
                 raise ValueError(f"{path} has no column {', '.join(missing)}; is it the right file?")
-            table = pq.read_table(path, columns=wanted)
-            self._images = pc.struct_field(table["image"], "bytes")
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} cannot be read as a Parquet file: {error}; fetch it again.") from error
+            bytes_of(file.schema_arrow, path)
+            table = file.read(columns=["image", *columns])
+            images = table["image"]
+            self._images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
         if self._images.null_count:
             raise ValueError(
                 f"{path}: {self._images.null_count} of {len(table)} rows hold no image bytes; "

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+_VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -58,6 +64,35 @@ class TextTransform:
             return_offsets_mapping=True,
         )
         return [text[: places[-1][1]] for text, places in zip(texts, made["offset_mapping"], strict=True)]
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in a folder, or of a name on the Hub.
+
+    Raises ValueError for a folder without the tokenizer's vocabulary: transformers makes an empty one of that.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(
+            f"{folder} has none of the files of a tokenizer ({', '.join(_VOCABULARIES)}): save the model's there, with "
+            f"tokenizer.save_pretrained({str(folder)!r})"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {source} cannot be read: {error}") from error
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same tokens for any text."""
+    return one is other or _parts(one) == _parts(other)
+
+
+def _parts(tokenizer: Any) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"class": type(tokenizer).__name__}
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # of the last call
+    return [rules, tokenizer.get_vocab(), tokenizer.pad_token_id]
 
 
 def _check(texts: Sequence[str], ids: Sequence[Any]) -> None:

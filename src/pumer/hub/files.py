@@ -28,14 +28,18 @@ def some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """A folder to write that becomes `path` once the block is through; if it fails nothing is left.
+
+    Args:
+        path: the folder.
+        replace: take the place of what is there, which goes only when the new folder is whole.
 
     Raises:
         ValueError: if `path` is there already, and no empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder: give another one, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the last step is a rename within one file system.
@@ -44,7 +48,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield folder
         if path.exists():
-            path.rmdir()
+            shutil.rmtree(path) if replace else path.rmdir()
         folder.rename(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

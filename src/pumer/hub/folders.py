@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pumer._settings import check_settings
 from pumer._suggest import did_you_mean
 from pumer._version import __version__
 from pumer.adapters.base import PARTS, adapters
@@ -24,6 +26,17 @@ FORMAT = 1
 SETTINGS = "pumer.json"
 LEARNED = "reducer.safetensors"
 """File of what a learned reducer has trained."""
+
+
+@dataclass
+class _Saved:
+    """What `pumer.json` holds."""
+
+    format: int
+    pumer: str
+    reducer: dict[str, Any] | None
+    attention: str
+    trim: bool
 
 
 def save(model: Any, path: str | Path) -> None:
@@ -83,12 +96,21 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         raise ValueError(f"the model in {path} cannot be read, save it again: {error}") from error
     if info["missing_keys"]:
         raise ValueError(f"the weights in {path} lack {some(info['missing_keys'])}: save the model again")
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"the weights in {path} have {some(info['unexpected_keys'])}, which the model that its config.json "
+            "describes has not: restore its config.json, or save the model again"
+        )
     if device is not None:
         model.to(device)
     if reducer is not None:
         apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
         load_parts(model, path)
     return model
+
+
+_ENCODERS = ("vilt", "meter")
+"""Model types that choose from labels, and that no processor of transformers alone is enough for."""
 
 
 def is_stock(model: str) -> bool:
@@ -111,6 +133,12 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     """
     from transformers import AutoModelForImageTextToText
 
+    config = Path(source) / "config.json"
+    if config.is_file() and (kind := read_json(config, "").get("model_type")) in _ENCODERS:
+        raise ValueError(
+            f"{source} is a {kind} as transformers saved it, without the image transform of pumer: turn it into a "
+            f"model folder with `pumer convert {source} FOLDER`"
+        )
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
@@ -176,16 +204,17 @@ def class_in(config: dict[str, Any], where: Path) -> Any:
 
 def _read_settings(settings: dict[str, Any], file: Path) -> Reducer | None:
     version = settings.get("format")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:  # JSON's true is an int to isinstance
         raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
     if version > FORMAT:
         raise ValueError(
             f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
             f"which reads format {FORMAT}: upgrade pumer"
         )
-    names = {"format", "pumer", "reducer", "attention", "trim"}
-    if set(settings) != names:
-        raise ValueError(f"{file} should have the entries {sorted(names)}, not {sorted(settings)}")
+    names = sorted(field.name for field in fields(_Saved))
+    if sorted(settings) != names:
+        raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
+    check_settings(_Saved, settings, str(file))
     if settings["reducer"] is None:
         return None
     try:

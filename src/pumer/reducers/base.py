@@ -115,6 +115,8 @@ class Tokens:
         patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are none.
         states_BND: hidden states.
         queries_BHNC, keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
+        normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model, float32:
+            attention is the exponential of a logit less this. None where the layer's kernel does not say.
         attention_BHNN: attention probabilities, only for a reducer that `needs` them.
         cross: whether the text attends to the image by itself, as in co-attention: the queries are those of the text
             alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
@@ -146,6 +148,7 @@ class Tokens:
     states_BND: Tensor | None = None
     queries_BHNC: Tensor | None = None
     keys_BHNC: Tensor | None = None
+    normalizer_BHN: Tensor | None = None
     attention_BHNN: Tensor | None = None
     cross: bool = False
     place_BN: Tensor | None = None

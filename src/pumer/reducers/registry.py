@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from pumer import _plugins
+from pumer._settings import check_settings
 from pumer._suggest import did_you_mean
 from pumer.reducers.base import Reducer
 
@@ -57,7 +58,7 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Reducer:
-    """The reducer that `to_dict` described; raises ValueError for unknown names and settings."""
+    """The reducer that `to_dict` described; raises ValueError for unknown names, settings and types."""
     settings = {key: _read(value) for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
     settings = kind.upgraded(settings)
@@ -67,9 +68,10 @@ def from_dict(data: dict[str, Any]) -> Reducer:
         raise ValueError(
             f"{kind.name} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known) or 'no settings'}"
         )
+    settings = check_settings(kind, settings, f"reducer {kind.name}")
     try:
         return kind(**settings)
-    except TypeError as error:  # of a value that is of no fitting type, or one that is missing
+    except TypeError as error:  # of a setting that is missing
         raise ValueError(f"the settings {settings} do not fit {kind.name}: {error}") from error
 
 

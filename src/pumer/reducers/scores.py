@@ -49,7 +49,8 @@ class TextAttention:
         tokens: the joint token axis of one layer.
         heads: those whose attention is read.
         keys_BHJC: keys of the image, then of the context, last of the text, so that the words
-            behind a block of rows can be left out by a slice where attention is causal.
+            behind a block of rows can be left out by a slice where attention is causal. Of the image
+            alone where the layer's kernel says what it sums up (`Tokens.normalizer_BHN`).
         valid_BJ: bool, false for padding.
         place_BJ: their places; None where all tokens see each other.
     """
@@ -70,12 +71,13 @@ class TextAttention:
         keys, valid, places = [keys_BHNC[:, heads, image]], [valid_BN[:, image]], []
         if place_BN is not None:
             places.append(place_BN[:, image])
-        if context is not None:
+        summed = tokens.normalizer_BHN is not None
+        if context is not None and not summed:
             keys.append(context.keys_BHMC[:, heads])
             valid.append(context.valid_BM)
             if place_BN is not None and context.place_BM is not None:
                 places.append(context.place_BM)
-        if not tokens.cross:
+        if not tokens.cross and not summed:
             keys.append(keys_BHNC[:, heads, text])
             valid.append(valid_BN[:, text])
             if place_BN is not None:
@@ -103,10 +105,12 @@ class TextAttention:
         queries_BHRC = tokens.queries_BHNC[:, self.heads, rows]
         queries_BHRC = queries_BHRC.masked_fill(padding_BR[:, None, :, None], 0)
         if tokens.place_BN is None:
-            return self._softmax(queries_BHRC, None, self.keys_BHJC.shape[2])
-        # Words stand in the order of their places, so none of these rows sees a word behind them.
-        seen = self.keys_BHJC.shape[2] - (tokens.text - rows.stop)
-        return self._softmax(queries_BHRC, tokens.place_BN[:, rows], seen)
+            return self._attention(queries_BHRC, None, rows, self.keys_BHJC.shape[2])
+        seen = self.keys_BHJC.shape[2]
+        if tokens.normalizer_BHN is None:
+            # Words stand in the order of their places, so none of these rows sees a word behind them.
+            seen -= tokens.text - rows.stop
+        return self._attention(queries_BHRC, tokens.place_BN[:, rows], rows, seen)
 
     def row(self, index_B1: Tensor) -> Tensor:
         """Attention of one token a sample to the image, mean over the heads, float32 [B,I]."""
@@ -117,10 +121,10 @@ class TextAttention:
         assert tokens.queries_BHNC is not None
         queries_BH1C = _rows_at(tokens.queries_BHNC[:, self.heads], index_B1)
         place_B1 = None if tokens.place_BN is None else tokens.place_BN.gather(1, index_B1)
-        return self._softmax(queries_BH1C, place_B1, self.keys_BHJC.shape[2]).mean(1)[:, 0]
+        return self._attention(queries_BH1C, place_B1, index_B1, self.keys_BHJC.shape[2]).mean(1)[:, 0]
 
-    def _softmax(self, queries_BHRC: Tensor, place_BR: Tensor | None, seen: int) -> Tensor:
-        """Attention to the image of rows that see at most the first `seen` keys."""
+    def _attention(self, queries_BHRC: Tensor, place_BR: Tensor | None, rows: slice | Tensor, seen: int) -> Tensor:
+        """Attention to the image of these rows, which see at most the first `seen` keys."""
         # Scaled before they are multiplied: in half precision the product alone may be too large.
         queries_BHRC = queries_BHRC / math.sqrt(queries_BHRC.shape[3])
         logits_BHRJ = (queries_BHRC @ self.keys_BHJC[:, :, :seen].transpose(2, 3)).float()
@@ -137,6 +141,16 @@ class TextAttention:
         # A sum is a fifth faster than a mask for every head.
         bias_BRJ = torch.zeros(seen_BRJ.shape, device=seen_BRJ.device)
         logits_BHRJ += bias_BRJ.masked_fill_(~seen_BRJ, UNSEEN)[:, None]
+        normalizer_BHN = self.tokens.normalizer_BHN
+        if normalizer_BHN is not None:  # the keys are those of the image
+            normalizer_BHN = normalizer_BHN[:, self.heads]
+            if isinstance(rows, slice):
+                # That of padding may be anything, and its rows count for nothing.
+                padding_B1R = ~self.tokens.valid_BN[:, None, : self.tokens.text][..., rows]
+                normalizer_BHR = normalizer_BHN[..., : self.tokens.text][..., rows].masked_fill(padding_B1R, 0)
+            else:
+                normalizer_BHR = _rows_at(normalizer_BHN[..., None], rows)[..., 0]
+            return logits_BHRJ.sub_(normalizer_BHR[..., None]).exp_()
         image = self.tokens.mask_BN.shape[1] - self.tokens.text
         return logits_BHRJ.softmax(-1)[..., :image]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pumer.api import active
 from pumer.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.data.text import TextTransform
+from pumer.evaluate import NOT_NUMBERS
 from pumer.reducers import to_dict
 from pumer.score.chunks import Chunks
 from pumer.score.pairs import counts_padding, pairs
@@ -159,6 +160,8 @@ class Scorer:
             for texts in self._texts[1]:
                 row[texts.columns] = score(image, texts.encoded).float()
             advance(count)
+        if nan := int(scores.isnan().sum()):
+            raise ValueError(NOT_NUMBERS.format(f"{nan} of {scores.numel()} scores of a chunk"))
         return scores.cpu()
 
     def _encode_images(self, rows: slice) -> list[Any]:

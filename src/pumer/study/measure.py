@@ -25,6 +25,7 @@ from pumer.bench.overhead import overhead_share
 from pumer.bench.timing import alternate
 from pumer.costs import GIGA, PICTURES, TOWERS, last_forward_parts
 from pumer.data.images import KeepAspect
+from pumer.data.transforms import Stock
 from pumer.evaluate import evaluate, model_inputs, paired
 from pumer.hub import is_stock, load, load_stock
 from pumer.presets import model_folder
@@ -100,7 +101,7 @@ def read_subject(
     pumer.apply(model, saved if reducer is None else from_dict(reducer))
     collator = saved_collator(str(path), model, build(task, vocabulary(model)))
     if image_size is not None:
-        if isinstance(collator, ProcessorCollator):
+        if isinstance(collator, ProcessorCollator) or isinstance(collator.image, Stock):
             raise ValueError("image_size is for models with an image transform: a processor's is in its own files")
         transform: Any = collator.image
         side = "shorter" if isinstance(transform, KeepAspect) else "size"

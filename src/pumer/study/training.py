@@ -17,6 +17,7 @@ from pumer.study.measure import Subject
 from pumer.study.points import Point
 from pumer.tasks import build
 from pumer.tasks.base import Example
+from pumer.tasks.prompts import vocabulary
 from pumer.train.launch import train_once
 from pumer.train.precision import in_bfloat16
 
@@ -46,8 +47,7 @@ def expected_seconds(point: Point, base: Subject, examples: Sequence[Example], p
     batch = trainer.get("per_device_train_batch_size", 8)
     steps = trainer.get("max_steps", -1)
     if steps < 1:
-        labels = list(base.model.config.id2label.values())
-        number = len(build(recipe["task"], labels).examples(recipe.get("train_split", "train")))
+        number = len(build(recipe["task"], vocabulary(base.model)).examples(recipe.get("train_split", "train")))
         together = batch * processes * trainer.get("gradient_accumulation_steps", 1)
         steps = -(-number // together) * trainer.get("num_train_epochs", 3)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+from pumer._settings import check_settings
 from pumer._suggest import did_you_mean
 from pumer.tasks.base import Collator, Example, Task
 from pumer.tasks.nlvr import NLVR
@@ -55,7 +56,7 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     """The task that settings describe: its `name` and fields, as in a recipe.
 
     `labels` are a model's own, for tasks whose vocabulary travels with the model.
-    Raises ValueError for unknown tasks and settings.
+    Raises ValueError for unknown tasks and settings, and for settings of another type.
     """
     rest = dict(settings)
     kind = get(str(rest.pop("name", None)))
@@ -74,4 +75,4 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     if needed:
         example = json.dumps({"name": kind.name, **dict.fromkeys(needed, "...")})
         raise ValueError(f"task {kind.name} needs {', '.join(needed)}: give it as {example}")
-    return kind(**rest)
+    return kind(**check_settings(kind, rest, f"task {kind.name}"))

@@ -96,6 +96,10 @@ class Task(ABC):
         """What the task reports besides the accuracy, in percent."""
         return {}
 
+    def answer_scores(self, example: Example) -> Mapping[Any, float]:
+        """The score of every answer to an example that scores at all."""
+        return example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
+
     def decode(self, logits: Tensor) -> list[Any]:
         """Predictions of a batch of logits [B, labels]: for each the label with the highest.
 
@@ -133,6 +137,8 @@ class Collator:
     of always the same size and the text is all there is to see; with "image" every text is "a picture". Questions
     about images have answers that are likely whatever is seen, and a model shall be judged by how far it gets
     beyond them.
+    `order` has the number of the model's output for every label of the task, None where they are in one order; see
+    `labels.label_order`.
     Raises BrokenImageError (a ValueError) for unreadable images, and ValueError for empty texts and for `blind`
     "image" where texts are what is chosen from.
     """
@@ -141,6 +147,7 @@ class Collator:
     text: TextTransform
     image: ImageTransform
     blind: Blind = None
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.blind == "image" and self.task.loss_kind == "rank":
@@ -149,20 +156,31 @@ class Collator:
             )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = self.texts(examples) | self.pixels(examples)
+        targets = [example.target for example in examples]
+        if None not in targets:
+            batch["labels"] = self.task.encode_targets(targets)
+        return batch | carried(examples)
+
+    def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What the tokenizer gives, and `texts_per_image` where there are several."""
         texts = [text for example in examples for text in (example.text, *example.negatives)]
         each = len(texts) // len(examples)
         assert all(len(example.negatives) == each - 1 for example in examples)
         if self.blind == "image":
             texts = [NO_TEXT] * len(texts)
-        batch: dict[str, Any] = self.text(texts, [example.id for example in examples for _ in range(each)])
-        if each > 1:
-            batch["texts_per_image"] = each
-        for name, values in zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True):
-            batch[name] = values.unflatten(0, (-1, self.task.image_count)) if self.task.image_count > 1 else values
-        targets = [example.target for example in examples]
-        if None not in targets:
-            batch["labels"] = self.task.encode_targets(targets)
-        return batch | carried(examples)
+        tokens: dict[str, Any] = self.text(texts, [example.id for example in examples for _ in range(each)])
+        return tokens | ({"texts_per_image": each} if each > 1 else {})
+
+    def pixels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`pixel_values` and `pixel_mask`."""
+        padded = dict(zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True))
+        count = self.task.image_count
+        return {name: x.unflatten(0, (-1, count)) for name, x in padded.items()} if count > 1 else padded
+
+    def in_task_order(self, logits: Tensor) -> Tensor:
+        """A model's outputs [..., labels] in the order of the task's labels."""
+        return logits if self.order is None else logits[..., list(self.order)]
 
     def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
         """The images of all examples in a row, as the model takes them."""

@@ -73,7 +73,7 @@ def _check(
     except ValueError as error:
         return SplitCheck(title, published, problem=str(error), absent=isinstance(error, MissingFileError))
     store, keys = task.store(split), wanted(task, rows)
-    there = store.keys()
-    broken = undecodable(store, [key for key in keys if key in there], progress) if decode else {}
-    missing = [key for key in keys if key not in there]
+    missing = store.absent(keys)
+    there = [key for key in keys if key not in set(missing)]
+    broken = undecodable(store, there, progress) if decode else {}
     return SplitCheck(title, published, task.count(rows), store=str(store), missing=missing, broken=broken)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -17,6 +17,7 @@ from pumer.data.images import BrokenImageError, ImageSource, open_image
 from pumer.tasks.base import Example, Task, first
 
 Skip = Literal["none", "missing", "broken"]
+Exif = Literal["ignore", "apply"]
 
 
 class MissingFileError(ValueError):
@@ -34,11 +35,16 @@ class FileTask(Task):
         skip: what is left out, with a warning that counts it, rather than an error: "none"; "missing",
             examples whose images are not there; "broken", also those whose images cannot be decoded, for which
             every image is opened once.
+        exif: whether images are turned as their EXIF orientation says, "apply", or taken as their
+            pixels are stored, "ignore". The pipelines of ViLT, METER and PuMer ignore it, so that their
+            checkpoints, and the results published of them, are of such images; "apply" is for
+            photographs of your own that come straight from a camera.
     """
 
     root: str | Path
     images: str | Path | None = field(default=None, kw_only=True)
     skip: Skip = field(default="none", kw_only=True)
+    exif: Exif = field(default="ignore", kw_only=True)
 
     @property
     @abstractmethod
@@ -67,7 +73,11 @@ class FileTask(Task):
 
     def store(self, split: str) -> ImageStore:
         """Where a split's images are."""
-        return open_store(self.images or self.root, self.places(split))
+        if self.exif not in get_args(Exif):
+            raise ValueError(f"exif is {self.exif!r}; it is one of {', '.join(get_args(Exif))}.")
+        store = open_store(self.images or self.root, self.places(split))
+        store.upright = self.exif == "apply"
+        return store
 
     def examples(self, split: str) -> Sequence[Example]:
         rows, store = self.read(split), self.store(split)
@@ -86,6 +96,10 @@ class FileExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         row = self._rows[index]
         return self._task.example(row, self._store.select(self._task.keys(row)))
+
+    def targets(self) -> Iterator[Any]:
+        """The target of every example, for which no image is looked for."""
+        return (self._task.example(row, ()).target for row in self._rows)
 
 
 def wanted(task: FileTask, rows: Iterable[Any]) -> list[str]:
@@ -108,15 +122,16 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     """The rows whose images can be used, as `task.skip` understands it; raises ValueError if none is left."""
     if task.skip not in get_args(Skip):
         raise ValueError(f"skip is {task.skip!r}; it is one of {', '.join(get_args(Skip))}.")
-    keys, there = wanted(task, rows), store.keys()
-    bad = [key for key in keys if key not in there]
+    keys = wanted(task, rows)
+    bad = absent = store.absent(keys)
     if bad and task.skip == "none":
         raise ValueError(
             f"{first(bad, len(keys), 'images')} are not in {store}; set images to where they are, or "
             'skip to "missing" to do without.'
         )
     if task.skip == "broken":
-        bad += undecodable(store, [key for key in keys if key in there])
+        there = [key for key in keys if key not in set(absent)]
+        bad = absent + list(undecodable(store, there))
     if not bad:
         return rows
     without = set(bad)
@@ -194,6 +209,33 @@ def strings(row: Any, *names: str) -> tuple[str, ...]:
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"{name} is {row[name]!r}, not a text" if name in row else f"there is no {name}")
     return tuple(row[name] for name in names)
+
+
+T = TypeVar("T", bound="_Labelled")
+
+
+class _Labelled(_Row, Protocol):
+    @property
+    def target(self) -> int | None: ...
+
+
+def all_or_none_labelled(rows: list[T], path: Path) -> list[T]:
+    """The rows, if every one has a label, or none has: a test set to predict.
+
+    Raises ValueError naming those that lack one among others.
+    """
+    without = [row.id for row in rows if row.target is None]
+    if 0 < len(without) < len(rows):
+        raise ValueError(f"{path}: {first(without, len(rows), 'rows')} have no label; add them, or remove the rows.")
+    return rows
+
+
+def label_of(row: Mapping[str, Any], name: str, labels: Sequence[str]) -> int | None:
+    """The number of a row's label, None where it has none; raises ValueError for one outside the set."""
+    if row.get(name) is None:
+        return None
+    (label,) = strings(row, name)
+    return one_of(label, labels)
 
 
 def one_of(value: str, labels: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ CC-BY-4.0).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,11 @@ class _Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def targets(self) -> Iterator[Any]:
+        """The target of every example, for which no image is read."""
+        labels = self._table.columns["label"]
+        return (labels[row] for row in self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         row = self._table[self._rows[index]]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pumer.data.images import ImageSource
 from pumer.tasks.base import Example, check_ids, check_labels, replacing
-from pumer.tasks.files import FileTask, one_of, read_lines, strings
+from pumer.tasks.files import FileTask, all_or_none_labelled, label_of, read_lines, strings
 
 _IDENTIFIER = re.compile(r"(\w+)-(\d+)-(\d+)-(\d+)")
 
@@ -23,7 +23,7 @@ _IDENTIFIER = re.compile(r"(\w+)-(\d+)-(\d+)-(\d+)")
 class _Row(NamedTuple):
     id: str
     sentence: str
-    target: int
+    target: int | None
 
     @property
     def parts(self) -> list[str]:
@@ -39,6 +39,7 @@ class NLVR2(FileTask):
     line. Images: `images/train/<directory>/`, `dev/`, `test1/`, also below `images/`, or all in one folder;
     keys such as `dev-12-1-img0`.
     Splits: "train", "dev", "test1", "test2", or another file under `root`, by its path without ".json".
+    A file without any label can be predicted.
     """
 
     name = "nlvr2"
@@ -53,13 +54,15 @@ class NLVR2(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
-        return read_lines(Path(self.root) / f"{split}.json", self._parse, "github.com/lil-lab/nlvr, nlvr2/data")
+        path = Path(self.root) / f"{split}.json"
+        rows = read_lines(path, self._parse, "github.com/lil-lab/nlvr, nlvr2/data")
+        return all_or_none_labelled(rows, path)
 
     def _parse(self, row: Any) -> _Row:
-        identifier, sentence, label = strings(row, "identifier", "sentence", "label")
+        identifier, sentence = strings(row, "identifier", "sentence")
         if not _IDENTIFIER.fullmatch(identifier):
             raise ValueError(f"identifier {identifier!r} is not of the form split-set-pair-sentence")
-        return _Row(identifier, sentence, one_of(label, self.labels))
+        return _Row(identifier, sentence, label_of(row, "label", self.labels))
 
     def keys(self, row: _Row) -> tuple[str, ...]:
         pair = row.id.rpartition("-")[0]
@@ -84,6 +87,8 @@ class NLVR2(FileTask):
         )
 
     def score(self, prediction: str, example: Example) -> float:
+        if example.target is None:
+            raise ValueError(f"{example.id} has no label; score a labelled split.")
         return float(prediction == self.labels[example.target])
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:

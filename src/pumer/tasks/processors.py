@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor
 
-from pumer.data.text import TextTransform
+from pumer.data.text import TextTransform, load_tokenizer
 from pumer.data.transforms import has_transform, load_transform
 from pumer.tasks.base import NO_TEXT, Collator, Example, Task
 from pumer.tasks.prompts import WritingCollator, collator_for, writes
@@ -76,7 +76,7 @@ def saved_collator(source: str, model: Any, task: Task) -> Collator:
     """
     if writes(model) and not has_transform(source):
         return processor_collator(model, task, read_processor(source))
-    return collator_for(model, task, AutoTokenizer.from_pretrained(source), load_transform(source))
+    return collator_for(model, task, load_tokenizer(source), load_transform(source))
 
 
 def processor_collator(model: Any, task: Task, processor: Any) -> ProcessorCollator:

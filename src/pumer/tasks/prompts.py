@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pumer.data.images import ImageTransform, pad_images
 from pumer.data.text import TextTransform
 from pumer.tasks.base import NO_TEXT, Collator, Example, Task, carried
+from pumer.tasks.labels import check_fit, label_names, label_order
 from pumer.tasks.vqa_answers import normalize
 
 IGNORED = -100
@@ -149,12 +150,15 @@ def collator_for(
         max_length: longest text in tokens; as in the model's training if not given.
 
     Raises:
-        ValueError: for a model that writes whose prompts nobody knows here, and see `PromptCollator`.
+        ValueError: for a model that does not fit the task, see `labels.check_fit` and `labels.label_order`; for a
+            model that writes whose prompts nobody knows here, and see `PromptCollator`.
     """
     text = model.config.get_text_config() if writes(model) else model.config
     transform = TextTransform(tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length))
     if not writes(model):
-        return Collator(task, transform, image)
+        check_fit(model, task)
+        order = None if task.loss_kind == "rank" else label_order(model.config, task)
+        return Collator(task, transform, image, order=order)
     return PromptCollator(
         task, transform, image, image_token=model.config.image_token_id, image_tokens=image_tokens(model.config)
     )
@@ -162,7 +166,7 @@ def collator_for(
 
 def vocabulary(model: Any) -> list[str]:
     """The answers that a model chooses from; none for one that writes them."""
-    return [] if writes(model) else list(model.config.id2label.values())
+    return [] if writes(model) else label_names(model.config)
 
 
 def image_tokens(config: Any) -> int:

@@ -31,6 +31,7 @@ _CAPTIONS = {
     "flickr30k": {"train": 145_000, "val": 5_070, "test": 5_000},
     "coco": {"test": 25_010},
 }
+_COCO = ("train2014", "val2014", "train2017", "val2017")
 DATASETS: tuple[Literal["flickr30k", "coco"], ...] = ("flickr30k", "coco")
 
 
@@ -193,7 +194,7 @@ class Retrieval(FileTask):
         return (row.photo.key,)
 
     def places(self, split: str) -> Sequence[str]:
-        return FLICKR30K if self.dataset == "flickr30k" else ("train2014", "val2014", "")
+        return FLICKR30K if self.dataset == "flickr30k" else (*_COCO, "")
 
     def examples(self, split: str) -> Sequence[Example]:
         rows = self.read(split)
@@ -289,6 +290,38 @@ def recalls(scores: np.ndarray | Tensor, image_of: np.ndarray, ks: Sequence[int]
                 values = {"": hits.mean().item(), "_low": low, "_high": high}
                 found |= {f"{way}_r{k}{end}": round(100 * value, 2) for end, value in values.items()}
     return found
+
+
+def recalls_in_folds(
+    scores: np.ndarray | Tensor,
+    image_of: np.ndarray,
+    folds: int = 5,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """R@k both ways as the mean over folds of equally many images, in percent: `tr_r1`, ..., `ir_r1`, ...
+
+    COCO's test split of 5,000 images in five folds is what papers call COCO 1K. A fold is the images
+    that follow each other in the split, with their captions; each is ranked on its own.
+
+    Args:
+        scores: of every image with every caption, [I, T].
+        image_of: the image of every caption, [T].
+        folds: how many; they must share the images out evenly.
+        ks: how many places count.
+
+    Raises:
+        ValueError: for folds of different sizes, and see `recalls`.
+    """
+    scores = torch.as_tensor(scores)
+    images, size = len(scores), len(scores) // max(folds, 1)
+    if folds < 1 or size < 1 or images % folds:
+        raise ValueError(f"{images} images do not make {folds} equal folds; COCO's 5,000 make 5.")
+    parts = []
+    for start in range(0, images, size):
+        captions = ((image_of >= start) & (image_of < start + size)).nonzero()[0]
+        parts.append(recalls(scores[start : start + size][:, captions], image_of[captions] - start, ks))
+    names = [name for name in parts[0] if not name.endswith(("_low", "_high"))]
+    return {name: round(sum(part[name] for part in parts) / folds, 2) for name in names}
 
 
 def write_rankings(path: str | Path, scores: np.ndarray | Tensor, pool: Pool, top: int = 10) -> None:

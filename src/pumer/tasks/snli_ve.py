@@ -7,6 +7,7 @@ Xie et al., "Visual Entailment: A Novel Task for Fine-Grained Image Understandin
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,19 @@ from typing import Any, ClassVar, NamedTuple
 
 from pumer.data.images import ImageSource
 from pumer.tasks.base import Example, check_ids, check_labels, replacing
-from pumer.tasks.files import FileTask, one_of, read_lines, strings
+from pumer.tasks.files import FileTask, all_or_none_labelled, label_of, read_lines, strings
 
 FLICKR30K = ("flickr30k_images", "flickr30k-images", "images", "")
 """Where the images of Flickr30k lie below a data folder."""
+_DISPUTED = "-"
 
 
 class _Row(NamedTuple):
     id: str
     image: str
     hypothesis: str
-    target: int
+    target: int | None
+    disputed: bool
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class SNLIVE(FileTask):
 
     `root` is the folder of `snli_ve_{train,dev,test}.jsonl`. Images: `flickr30k_images/<Flickr30K_ID>.jpg`, or
     all in one folder. The caption that the hypothesis was written for (`sentence1`) is not shown to the model.
-    Splits: "train", "dev", "test".
+    Splits: "train", "dev", "test". Rows labelled "-", on which SNLI's annotators did not agree, are left
+    out, with a warning that counts them. A file without any label can be predicted.
     """
 
     name = "snli-ve"
@@ -46,11 +50,24 @@ class SNLIVE(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
-        return read_lines(Path(self.root) / f"snli_ve_{split}.jsonl", self._parse, "github.com/necla-ml/SNLI-VE")
+        path = Path(self.root) / f"snli_ve_{split}.jsonl"
+        rows = read_lines(path, self._parse, "github.com/necla-ml/SNLI-VE")
+        agreed = [row for row in rows if not row.disputed]
+        if not agreed:
+            raise ValueError(f"{path} has no row to use: {len(rows)} are labelled {_DISPUTED!r}.")
+        if len(agreed) < len(rows):
+            warnings.warn(
+                f"{len(rows) - len(agreed)} of {len(rows)} rows of {path} are labelled {_DISPUTED!r}, "
+                "as annotators did not agree, and left out",
+                stacklevel=2,
+            )
+        return all_or_none_labelled(agreed, path)
 
     def _parse(self, row: Any) -> _Row:
-        pair, image, hypothesis, label = strings(row, "pairID", "Flickr30K_ID", "sentence2", "gold_label")
-        return _Row(pair, image, hypothesis, one_of(label, self.labels))
+        pair, image, hypothesis = strings(row, "pairID", "Flickr30K_ID", "sentence2")
+        disputed = row.get("gold_label") == _DISPUTED
+        label = None if disputed else label_of(row, "gold_label", self.labels)
+        return _Row(pair, image, hypothesis, label, disputed)
 
     def keys(self, row: _Row) -> tuple[str, ...]:
         return (row.image,)
@@ -62,6 +79,8 @@ class SNLIVE(FileTask):
         return Example(id=row.id, text=row.hypothesis, images=images, target=row.target, cluster=row.image)
 
     def score(self, prediction: str, example: Example) -> float:
+        if example.target is None:
+            raise ValueError(f"{example.id} has no label; score a labelled split.")
         return float(prediction == self.labels[example.target])
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pumer.adapters import find
 from pumer.reducers import EMBEDDINGS, Reducer
 from pumer.tasks.base import Task
+from pumer.tasks.labels import check_fit, same_names
 from pumer.tasks.prompts import vocabulary, writes
 
 
@@ -58,16 +59,34 @@ def check(
         )
 
 
+METRICS = ("accuracy", "loss")
+"""What an evaluation during training gives."""
+
+
+def check_evaluation(trainer: Mapping[str, Any], eval_split: str | None, early_stopping: object) -> None:
+    """Raise ValueError for settings on evaluation during training that cannot be met."""
+    metric = trainer.get("metric_for_best_model")
+    if metric is not None and str(metric).removeprefix("eval_") not in METRICS:
+        raise ValueError(f"trainer.metric_for_best_model is {metric!r}: give {' or '.join(METRICS)}")
+    asked = [name for name in ("load_best_model_at_end", "metric_for_best_model") if trainer.get(name)]
+    asked = [*(f"trainer.{name}" for name in asked), *(["early_stopping"] if early_stopping else [])]
+    if asked and eval_split is None:
+        raise ValueError(f"{asked[0]} needs evaluations, which eval_split null leaves out: give eval_split")
+
+
 def check_teacher(net: PreTrainedModel, task: Task, teacher: PreTrainedModel) -> None:
     """Raise ValueError for a teacher that does not answer what the student is asked."""
     if writes(net) != writes(teacher):
         raise ValueError(f"a {type(teacher).__name__} cannot teach a {type(net).__name__}: take a model of one kind")
-    own, taught = vocabulary(net), vocabulary(teacher)
-    if task.loss_kind != "rank" and own != taught:
+    if writes(net):
+        return
+    check_fit(teacher, task)
+    names = vocabulary(teacher)
+    if task.loss_kind != "rank" and not same_names(names, task.labels):
+        others = ", others" if len(names) == len(task.labels) else ""
         raise ValueError(
-            f"the teacher has {len(taught)} answers, the student {len(own)}"
-            f"{', others or in another order' if len(own) == len(taught) else ''}: distil from a model that was "
-            "trained for the same answers"
+            f"the teacher has {len(names)} answers, the student {len(task.labels)}{others}: distil from a model that "
+            "was trained for the same answers"
         )
 
 

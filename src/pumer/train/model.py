@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import pumer
 from pumer import presets
+from pumer.data.text import load_tokenizer
 from pumer.hub import load, load_official, model_class
 from pumer.hub.folders import LEARNED, load_parts
 from pumer.models.llava import new_llava, writing_tokenizer
@@ -21,8 +23,9 @@ from pumer.models.meter.start import start_meter
 from pumer.models.vilt.resize import resize_patches
 from pumer.models.vilt.start import start_local
 from pumer.tasks import Task, VQAv2, build, get
+from pumer.tasks.labels import check_fit, label_names, same_names
 from pumer.tasks.prompts import vocabulary, writes
-from pumer.tasks.vqav2 import read_vocabulary
+from pumer.tasks.vqav2 import with_new_answers
 
 _LOG = logging.getLogger(__name__)
 _MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
@@ -55,8 +58,15 @@ class ModelSettings:
     max_length: int = 40
 
 
-def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedModel, Any, Task]:
+def prepare(
+    settings: ModelSettings, task: dict[str, Any], train_split: str = "train"
+) -> tuple[PreTrainedModel, Any, Task]:
     """Model, tokenizer and task, with a new head where the class or the labels are others.
+
+    Args:
+        settings: of the model.
+        task: `name` and settings.
+        train_split: split that new answers are counted in.
 
     Raises ValueError for settings that do not fit each other.
     """
@@ -64,9 +74,13 @@ def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedMo
         raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
     named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
     shipped = presets.SHIPPED / named
-    tokenizer = AutoTokenizer.from_pretrained(shipped if shipped.is_dir() else named)
-    net, the_task = _new(settings, task, tokenizer) if settings.path is None else _trained(settings, task)
-    _check_fit(net, the_task)
+    tokenizer = load_tokenizer(shipped if shipped.is_dir() else named)
+    if settings.path is None:
+        net, the_task = _new(settings, task, train_split, tokenizer)
+    else:
+        net, the_task = _trained(settings, task, train_split)
+    if not writes(net):
+        check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
         raise ValueError(  # RoBERTa counts its positions by it
@@ -76,9 +90,11 @@ def prepare(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedMo
     return net, tokenizer, the_task
 
 
-def _new(settings: ModelSettings, task: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Task]:
+def _new(
+    settings: ModelSettings, task: dict[str, Any], train_split: str, tokenizer: Any
+) -> tuple[PreTrainedModel, Task]:
     """A new model and the task; the tokenizer of one that writes is made fit for that."""
-    the_task = _build(task, ())
+    the_task = _build(task, (), train_split)
     kind = model_class(settings.kind or "ViltForQuestionAnswering")
     vilt = read_model(settings.start) if settings.start else None
     if kind.__name__ == "LlavaForConditionalGeneration":
@@ -91,7 +107,7 @@ def _new(settings: ModelSettings, task: dict[str, Any], tokenizer: Any) -> tuple
     return net, the_task
 
 
-def _trained(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedModel, Task]:
+def _trained(settings: ModelSettings, task: dict[str, Any], train_split: str) -> tuple[PreTrainedModel, Task]:
     """A trained model, with a new head where that is needed, and the task."""
     # Ranking starts as the matching of a published checkpoint, for which its class of pretraining has no place.
     ranks = get(str(task.get("name"))).loss_kind == "rank"
@@ -102,8 +118,8 @@ def _trained(settings: ModelSettings, task: dict[str, Any]) -> tuple[PreTrainedM
             raise ValueError(f"a {type(start).__name__} is trained on as it is: leave model.kind and model.config out")
         return start, build(task)
     labels = vocabulary(start)
-    the_task = _build(task, labels if kind is type(start) else ())
-    same = kind is type(start) and (the_task.loss_kind == "rank" or labels == list(the_task.labels))
+    the_task = _build(task, labels if kind is type(start) else (), train_split)
+    same = kind is type(start) and (the_task.loss_kind == "rank" or same_names(labels, the_task.labels))
     net = start if same and not settings.config else rebuild(start, kind, the_task, settings.config)
     if settings.patch_size and settings.patch_size != net.config.patch_size:
         net = resize_patches(net, settings.patch_size)
@@ -171,7 +187,8 @@ def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, An
     unknown = [name for name in changes if not hasattr(config, name)]
     if unknown:
         raise ValueError(f"{type(config).__name__} has no setting {', '.join(unknown)}")
-    names = {} if task.loss_kind == "rank" else _label_names(task)
+    keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)
+    names = {} if keeps_labels else _label_names(task)
     if task.image_count > 1:
         names["num_images"] = task.image_count
         names["modality_type_vocab_size"] = max(config.modality_type_vocab_size, task.image_count + 1)
@@ -189,7 +206,7 @@ def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, An
     if bad := [name for name in wrong if name.startswith(trunk)]:
         raise ValueError(f"weights at model.path have other shapes than the settings ask for: {', '.join(sorted(bad))}")
     left = {_head(name) for name in (set(new) - set(old)) | wrong if not name.startswith(trunk)}
-    if list(start.config.id2label.values()) != list(config.id2label.values()):
+    if not keeps_labels:
         left.add("classifier")
     taken = {name: value for name, value in old.items() if _head(name) not in left}
     net.load_state_dict(taken, strict=False)
@@ -214,12 +231,13 @@ def _more_rows(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table[-1:].expand(max(rows - len(table), 0), -1)])
 
 
-def _build(task: dict[str, Any], labels: Any) -> Task:
-    """The task; answers that no model has fixed yet are counted in the annotations."""
-    built = build(task, labels)
-    if isinstance(built, VQAv2) and not built.labels:
-        return replace(built, labels=read_vocabulary(built.root))
-    return built
+def _build(task: dict[str, Any], labels: Sequence[str], train_split: str) -> Task:
+    """The task; answers that no model has fixed yet, or that are asked for anew, are counted in the annotations."""
+    anew = task.get("answers") == "data"
+    if anew and task.get("labels"):
+        raise ValueError("task.labels are the answers, and task.answers data counts them: give one of the two")
+    built = build(task, () if anew else labels)
+    return with_new_answers(built, train_split) if isinstance(built, VQAv2) and not built.labels else built
 
 
 def _label_names(task: Task) -> dict[str, Any]:
@@ -228,18 +246,3 @@ def _label_names(task: Task) -> dict[str, Any]:
         "id2label": dict(enumerate(task.labels)),
         "label2id": {label: number for number, label in enumerate(task.labels)},
     }
-
-
-def _check_fit(net: PreTrainedModel, task: Task) -> None:
-    kind = type(net).__name__
-    images = net.config.num_images if kind.endswith("ForImagesAndTextClassification") else 1
-    if images != task.image_count:
-        raise ValueError(
-            f"{task.name} has {task.image_count} pictures per example, {kind} takes {images}: for several give "
-            "--model.kind ViltForImagesAndTextClassification, or Meter..."
-        )
-    if hasattr(net, "rank_output") != (task.loss_kind == "rank"):
-        raise ValueError(
-            f"{kind} does not fit the task {task.name}: texts are ranked by ViltForImageAndTextRetrieval, or Meter..., "
-            "and by no other class; give --model.kind"
-        )

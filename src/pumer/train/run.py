@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
 import pumer
 from pumer import presets
+from pumer._settings import typed
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
-from pumer.data.images import open_image
 from pumer.data.transforms import build_transform, load_transform, save_transform
-from pumer.evaluate import take
 from pumer.hub import save
-from pumer.hub.files import fingerprint
-from pumer.tasks.base import Blind, Example
+from pumer.hub.files import fingerprint, new_folder
+from pumer.tasks.base import Blind, Task, replacing
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
-from pumer.train.checkpoints import usable_checkpoints
-from pumer.train.checks import check, check_teacher, uncached
+from pumer.train.arguments import trainer_arguments, trainer_settings
+from pumer.train.checkpoints import check_last_checkpoint, usable_checkpoints
+from pumer.train.checks import check, check_evaluation, check_teacher, uncached
+from pumer.train.examples import Epochs, Examples, count_without_target
 from pumer.train.grounding import Grounded
 from pumer.train.model import ModelSettings, model_path, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
-from pumer.train.precision import in_bfloat16
-from pumer.train.teacher import taught
+from pumer.train.recipe import check_recipe, write_recipe
+from pumer.train.teacher import TeachingCollator, same_inputs, taught, teachers_collator
 from pumer.train.trainer import TaskTrainer
+from pumer.train.watch import Bar, ReadableLog, StopAtNaN
 from pumer.train.writing import WritingTrainer
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,6 +65,21 @@ class GroundingSettings:
     layer: int = 4
 
 
+@dataclass
+class EarlyStoppingSettings:
+    """Stop where evaluations get no better, and keep the best model.
+
+    Args:
+        patience: evaluations in a row without progress, after which the training stops.
+        threshold: what counts as progress, in percent of accuracy, or in loss where
+            `trainer.metric_for_best_model` is "loss".
+    """
+
+    patience: int = 3
+    threshold: float = 0.0
+
+
+@typed("train")
 def train(
     output: str,
     task: dict[str, Any],
@@ -86,6 +95,7 @@ def train(
     blind: Blind = None,
     train_split: str = "train",
     eval_split: str | None = "val",
+    early_stopping: EarlyStoppingSettings | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     seed: int = 1,
     resume: bool = False,
@@ -95,7 +105,9 @@ def train(
 
     Args:
         output: folder for checkpoints, logs and the finished model (`output`/model); new or empty unless `resume`.
-        task: `name` and settings of the task.
+        task: `name` and settings of the task: `root`, `images` and `skip` of those in files; of vqav2 also `labels`,
+            the answers to choose from, and `answers`, `min_count` and `answer_splits` for a new list of them, which
+            docs/training.md tells of.
         model: what is trained.
         reducer: a preset's name, or `reducer` and its settings; none trains the fused but unreduced model.
         distill: teacher and weight.
@@ -108,6 +120,7 @@ def train(
         blind: show the model the text alone, or the image alone, as a baseline; see `pumer.tasks.base.Collator`.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
+        early_stopping: stop where evaluations get no better; after every epoch, if `trainer` says nothing else.
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
         seed: of weights, order and dropout.
         resume: go on from the last checkpoint in `output`.
@@ -115,10 +128,13 @@ def train(
             without it the training is in float32.
 
     Returns:
-        The metrics of the last evaluation. Where several processes train, their group ends with the training.
+        The metrics of the last evaluation, accuracy in percent. Where several processes train, their group ends with
+        the training.
 
     Raises:
-        ValueError: for settings that do not fit each other; nothing is written then.
+        ValueError: for settings of the wrong type or that do not fit each other, for data that the model cannot learn
+            from, and on `resume` for settings that the training did not begin with; nothing is written then. For a
+            loss or weights that are not finite, when they come up.
     """
     recipe = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     out = Path(output)
@@ -126,8 +142,14 @@ def train(
         raise ValueError(
             f"{out} is not empty: give another --output, or --resume true to go on from its last checkpoint"
         )
+    chosen = trainer_settings(trainer or {}, early_stopping is not None)
+    check_evaluation(chosen, eval_split, early_stopping)
+    if distill and not distill.temperature > 0:
+        raise ValueError(f"distill.temperature is {distill.temperature}: give a number above 0, for example 1")
+    if resume:
+        check_recipe(out, recipe)
     set_seed(seed)
-    net, tokenizer, the_task = prepare(model, task)
+    net, tokenizer, the_task = prepare(model, task, train_split)
     transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
     settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
     _use(attention, net)
@@ -139,27 +161,12 @@ def train(
         _use(attention, teacher)
         pumer.apply(teacher, pumer.Unreduced(), attention=attention)
     dense = grounding if grounding and grounding.weight else None
-    check(net, the_task, settings, trainer or {}, augment=augment, dense=dense, blind=blind, optimizer=optimizer)
+    check(net, the_task, settings, chosen, augment=augment, dense=dense, blind=blind, optimizer=optimizer)
     if teacher is not None and distill:
         check_teacher(net, the_task, teacher)
         if distill.cache and (reason := uncached(net, the_task, augment, dense)):
             raise ValueError(f"{reason}: leave distill.cache out")
-    chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **(trainer or {})}
-    if settings.learned:  # every part has its say in every step, some of it twice
-        chosen.setdefault("ddp_find_unused_parameters", False)
-    if chosen.get("bf16") and not in_bfloat16(chosen):
-        _LOG.warning("this processor has no bfloat16 arithmetic, and would be far slower with it: training in float32")
-        chosen["bf16"] = False
-    # YAML takes the word no, by which the Trainer means never, for false.
-    chosen |= {name: "no" for name, value in chosen.items() if name.endswith("_strategy") and value is False}
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(out), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"trainer takes what TrainingArguments takes, but for what train itself sets: {error}"
-        ) from None
+    arguments = trainer_arguments(out, seed, chosen, learned=settings.learned is not None)
     groups = None
     if optimizer or settings.learned:
         kind, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
@@ -170,92 +177,62 @@ def train(
             else reducer_groups(net, reducer_lr_multiplier, *rates)
         )
         groups = (kind, options)
+    collator: Any = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
     examples = Examples(the_task.examples(train_split), augment, seed)
-    collator = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
-    if teacher is not None and distill and distill.cache:
-        about = {"teacher": fingerprint(model_path(str(distill.teacher))), "task": task, "split": train_split}
-        examples.taught = taught(teacher, examples, collator, arguments, distill.cache, about)
+    without = count_without_target(examples.examples, the_task, train_split)
+    evaluated = Examples(the_task.examples(eval_split)) if eval_split else None
+    teacher_collator = None
+    if teacher is not None and distill:
+        teacher_collator = teachers_collator(teacher, str(distill.teacher), collator)
+        if distill.cache:
+            about = {"teacher": fingerprint(model_path(str(distill.teacher))), "task": task, "split": train_split}
+            examples.taught = taught(teacher, examples, teacher_collator, arguments, distill.cache, about)
     kind_of_trainer = TaskTrainer
     if isinstance(collator, PromptCollator):
         collator, kind_of_trainer = replace(collator, teach=True), WritingTrainer
+    elif teacher_collator is not None and examples.taught is None and not same_inputs(teacher_collator, collator):
+        collator = TeachingCollator(collator, teacher_collator)
     runner = kind_of_trainer(
         model=Grounded(net, dense.layer) if dense else net,
         args=arguments,
         data_collator=collator,
         train_dataset=examples,
-        eval_dataset=Examples(the_task.examples(eval_split)) if eval_split else None,
+        eval_dataset=evaluated,
         compute_metrics=kind_of_trainer.metrics,
         task=the_task,
         teacher=teacher,
+        teacher_collator=teacher_collator,
         distill_weight=distill.weight if distill else 0.0,
         temperature=distill.temperature if distill else 1.0,
         grounding_weight=dense.weight if dense else 0.0,
         itm_weight=itm_weight,
         optimizer_cls_and_kwargs=groups,
-        callbacks=[_Epochs(examples, the_task, train_split)],
+        callbacks=[Epochs(examples, the_task, train_split)],
     )
+    runner.add_callback(StopAtNaN(runner))
+    if early_stopping:
+        runner.add_callback(EarlyStoppingCallback(early_stopping.patience, early_stopping.threshold))
+    _talk(runner, _data(the_task, train_split, len(examples), without), out / "model")
     with arguments.main_process_first():
         resumable = resume and usable_checkpoints(out)
     if resume and not resumable and (out / "model").exists():
         raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
+    if resumable:
+        check_last_checkpoint(out)
+    if runner.is_world_process_zero():
+        write_recipe(out, recipe)
     runner.train(resume_from_checkpoint=resumable or None)
     metrics = runner.evaluate() if eval_split else {}
     if runner.is_world_process_zero():
-        if resume:  # of a run that was finished, and now goes on for longer
-            shutil.rmtree(out / "model", ignore_errors=True)
         _write(out / "model", net, tokenizer, model.max_length, transform)
-        plain = {name: vars(value) if is_dataclass(value) else value for name, value in recipe.items()}
-        (out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        (out / "log.json").write_text(json.dumps(runner.state.log_history, indent=1) + "\n")
+        with replacing(out / "log.json") as file:  # the last one: a training that has it is done
+            file.write(json.dumps(runner.state.log_history, indent=1) + "\n")
+        reached = f", accuracy {metrics['eval_accuracy']:.2f} % on {eval_split}" if metrics else ""
+        print(f"the model is in {out / 'model'}{reached}")
     # Threads of a process group that outlive the interpreter abort it: a training that went well would end in an error.
     runner.accelerator.wait_for_everyone()
     runner.accelerator.end_training()
     return metrics
-
-
-class Examples(torch.utils.data.Dataset):
-    """A task's examples as the loader wants them, several at a time where the task can do that.
-
-    With `augment` their pictures are changed in each epoch in another way. It depends on `seed`, epoch and number of
-    the example alone, so that a resumed run, or one with other loaders, sees the same.
-    """
-
-    def __init__(self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0) -> None:
-        self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
-        self.taught: Tensor | None = None
-        """The teacher's logits of each, if they are known."""
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Example]:
-        examples = take(self.examples, indices)
-        if self.taught is not None:
-            found = zip(examples, self.taught[indices], strict=True)
-            examples = [replace(example, meta={**example.meta, "taught": taught}) for example, taught in found]
-        return list(map(self._augmented, indices, examples)) if self.augment else examples
-
-    def _augmented(self, index: int, example: Example) -> Example:
-        assert self.augment is not None
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
-        name = f"the image of example {example.id}"
-        images = tuple(self.augment(open_image(image, name=name), generator) for image in example.images)
-        return replace(example, images=images)
-
-
-class _Epochs(TrainerCallback):
-    """Tells examples their epoch before a loader's workers take them along; texts to rank are drawn anew for each."""
-
-    def __init__(self, examples: Examples, task: Any, split: str) -> None:
-        self.examples, self.task, self.split = examples, task, split
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.examples.epoch = epoch = int(state.epoch or 0)
-        if epoch and self.task.loss_kind == "rank":
-            self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(self.split)
 
 
 def _use(attention: str, net: PreTrainedModel) -> None:
@@ -264,13 +241,30 @@ def _use(attention: str, net: PreTrainedModel) -> None:
         net.set_attn_implementation(attention)
 
 
+def _data(task: Task, split: str, examples: int, without: int) -> str:
+    """What a training is on, in figures."""
+    answers = f"{len(task.labels)} answers, " if task.loss_kind != "rank" and task.labels else ""
+    return f"{task.name} {split}: {examples} examples, {answers}{without} examples without a target"
+
+
+def _talk(runner: TaskTrainer, data: str, model: Path) -> None:
+    """Lines in place of the Trainer's dicts."""
+    runner.remove_callback(PrinterCallback)
+    runner.remove_callback(ProgressCallback)
+    if not runner.args.disable_tqdm:
+        runner.add_callback(Bar())
+    runner.add_callback(ReadableLog(data, model))
+
+
 def _write(path: Path, net: PreTrainedModel, tokenizer: Any, max_length: int, transform: Any) -> None:
+    """Write the model's folder, whole or not at all, in the place of one of the same run that went on for longer."""
     patch = pumer.active(net)
     if patch is not None and isinstance(patch.reducer, pumer.Unreduced):
         pumer.remove(net)
     elif patch is not None:  # trained with whatever attention was fastest there; used with the fused one
         pumer.apply(net, patch.reducer)
-    save(net, path)
-    tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(path)
-    save_transform(transform, path)
+    with new_folder(path, replace=True) as folder:
+        save(net, folder)
+        tokenizer.model_max_length = max_length
+        tokenizer.save_pretrained(folder)
+        save_transform(transform, folder)

@@ -1,9 +1,11 @@
-"""What a teacher says of every example: asked for once, then read, in later epochs and in later trainings."""
+"""What a teacher is shown, and what it says: in every step, or asked for once and then read."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,69 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
+from pumer.data.text import TextTransform, load_tokenizer, same_tokenizer
+from pumer.data.transforms import load_transform
 from pumer.hub.files import digest
-from pumer.tasks.base import Collator
+from pumer.tasks.base import Collator, Example
+from pumer.tasks.labels import label_order
+from pumer.tasks.prompts import writes
+from pumer.train.model import model_path
 from pumer.train.trainer import TaskTrainer
+
+
+@dataclass(frozen=True)
+class TeachingCollator:
+    """Batches for a student, with `teacher_inputs` made by the teacher's own tokenizer and image transform."""
+
+    student: Collator
+    teacher: Collator
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = self.student(examples)
+        if self.student.image == self.teacher.image:
+            pixels = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+        else:
+            pixels = self.teacher.pixels(examples)
+        return batch | {"teacher_inputs": self.teacher.texts(examples) | pixels}
+
+
+def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) -> Collator:
+    """The collator that feeds a teacher: the student's, or one with what lies in the teacher's folder.
+
+    A teacher that writes judges the student's own tokens, so it has to be fed as the student is.
+
+    Raises:
+        ValueError: for a teacher of other labels, and for one that writes and has another tokenizer or image transform;
+            for a folder without tokenizer.
+    """
+    folder = model_path(path)
+    if not (folder / "pumer.json").is_file():  # a published checkpoint, with which neither came
+        text, image = student.text, student.image
+    else:
+        tokenizer, image = load_tokenizer(folder), load_transform(folder)
+        longest = min(teacher.config.get_text_config().max_position_embeddings, tokenizer.model_max_length)
+        text = TextTransform(tokenizer, longest, student.text.padding)
+    same = same_tokenizer(text.tokenizer, student.text.tokenizer)
+    if writes(teacher):
+        different = ["tokenizer"] * (not same) + ["image transform"] * (image != student.image)
+        if different:
+            raise ValueError(
+                f"the teacher {path} has another {' and another '.join(different)} than the student: a model that "
+                "writes is taught on its own tokens, so take a teacher that was trained with the same"
+            )
+        return student
+    order = None if student.task.loss_kind == "rank" else label_order(teacher.config, student.task)
+    if same and text.max_length == student.text.max_length:
+        text = student.text
+    return replace(student, text=text, image=image, order=order)
+
+
+def same_inputs(one: Collator, other: Collator) -> bool:
+    """Whether two collators make the same inputs of an example."""
+    return one.text is other.text and one.image == other.image
+
 
 _ASKING = {
     "eval_strategy": "no",
@@ -36,7 +96,7 @@ def taught(
     Args:
         teacher: unreduced.
         examples: with targets, in the form that they are trained in.
-        collator: that they are trained with.
+        collator: the teacher's, see `teachers_collator`.
         arguments: of the training; the teacher has its precision, and its processes share the work.
         folder: where the logits lie, a file for each combination of all that they depend on.
         about: of that what the other arguments do not tell, as JSON has it: teacher, task and split.
@@ -49,6 +109,7 @@ def taught(
         "text": [text.max_length, text.tokenizer.get_vocab()],
         "blind": collator.blind,
         "precision": [arguments.bf16, arguments.fp16],
+        **({} if collator.order is None else {"order": collator.order}),
     }
     path = Path(folder) / f"{digest(wanted)}.safetensors"
     (known,) = broadcast_object_list([path.is_file()])  # another training may just be writing it

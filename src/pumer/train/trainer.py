@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from pumer.api import active, unreduced
-from pumer.evaluate import paired
-from pumer.tasks.base import Task, last_argmax
+from pumer.evaluate import NOT_NUMBERS, paired
+from pumer.tasks.base import Collator, Task, last_argmax
 from pumer.train.losses import distillation_loss, matching_loss, task_loss
+from pumer.train.watch import FirstFailure
 
 
 class TaskTrainer(Trainer):
@@ -23,6 +24,8 @@ class TaskTrainer(Trainer):
     Args:
         task: says what the labels are.
         teacher: an unreduced model to distil from, never trained; not asked where batches hold its logits, `taught`.
+        teacher_collator: that made the `teacher_inputs` of a batch, which else are the model's, and tells the order of
+            the teacher's labels.
         distill_weight: of KL(teacher || student), next to 1 for the task's own loss.
         temperature: of that divergence.
         grounding_weight: of the grounding loss, where the model gives one.
@@ -37,6 +40,7 @@ class TaskTrainer(Trainer):
         *args: Any,
         task: Task,
         teacher: nn.Module | None = None,
+        teacher_collator: Collator | None = None,
         distill_weight: float = 1.0,
         temperature: float = 1.0,
         grounding_weight: float = 1.0,
@@ -46,10 +50,11 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # Losses are means of a batch: of several that are accumulated the Trainer has to take the mean.
         self.model_accepts_loss_kwargs = False
-        self.task, self.teacher = task, teacher
+        self.task, self.teacher, self.teacher_collator = task, teacher, teacher_collator
         self.distill_weight, self.temperature = distill_weight, temperature
         self.grounding_weight, self.itm_weight = grounding_weight, itm_weight
         self._parts: dict[str, list[Tensor]] = {}
+        self.failure = FirstFailure()
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
 
@@ -58,16 +63,17 @@ class TaskTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
-        taught = inputs.pop("taught", None)
+        taught, shown = inputs.pop("taught", None), inputs.pop("teacher_inputs", None)
+        collator = getattr(self.data_collator, "student", self.data_collator)
         patch = active(self.model)
         whole = None
         if patch is not None and patch.reducer.learned and model.training:
             patch.progress = self.state.global_step / max(self.state.max_steps, 1)
             if patch.reducer.learned.self_distils:
                 with unreduced(self.model):
-                    whole = model(**paired(self.model, inputs, texts)).logits.reshape(len(labels), -1)
+                    whole = self._logits(model(**paired(self.model, inputs, texts)), labels, collator)
         outputs = model(**paired(self.model, inputs, texts))
-        logits = outputs.logits.reshape(len(labels), -1)  # of texts that are ranked: from one each to a row per image
+        logits = self._logits(outputs, labels, collator)
         parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
         if patch is not None and patch.reducer.learned and model.training:
             price = patch.budget_loss()
@@ -77,10 +83,13 @@ class TaskTrainer(Trainer):
             parts["whole"] = task_loss(whole, labels, self.task.loss_kind)
             parts["self_distill"] = distillation_loss(logits, whole.detach())
         if taught is None and self.teacher is not None and model.training:
-            shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
+            if shown is None:
+                shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
+            shown.pop("texts_per_image", None)
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(**paired(self.teacher, shown, texts)).logits.reshape(len(labels), -1)
+                answers = self.teacher(**paired(self.teacher, shown, texts))
+            taught = self._logits(answers, labels, self.teacher_collator)
         if taught is not None and model.training:
             # Of ranked texts over all of an image's, where the published code has the softmax of a single score: 0.
             parts["distill"] = self.distill_weight * distillation_loss(logits, taught, self.temperature)
@@ -94,9 +103,23 @@ class TaskTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     @staticmethod
+    def _logits(outputs: Any, labels: Tensor, collator: Any) -> Tensor:
+        """A row for each example, in the order of the task's labels or of the texts to rank."""
+        logits = outputs.logits.reshape(len(labels), -1)  # texts to rank have one each
+        return collator.in_task_order(logits) if isinstance(collator, Collator) else logits
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, whose loss is watched, see `watch.StopAtNaN`."""
+        loss = super().training_step(*args, **kwargs)
+        self.failure.note(loss, self.state.global_step + 1)
+        return loss
+
+    @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        """What the Trainer reports of an evaluation."""
+        """What the Trainer reports of an evaluation, in percent; raises ValueError for outputs that are NaN."""
         scores, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        if nan := int(scores.isnan().any(1).sum()):
+            raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(scores)} examples"))
         return {"accuracy": accuracy(scores, labels).item()}
 
     def prediction_step(
@@ -121,8 +144,8 @@ class TaskTrainer(Trainer):
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean score of the most likely label: a share for class numbers, the soft score for scores."""
+    """Mean score of the most likely label in percent: right or wrong for class numbers, the soft score for scores."""
     best = last_argmax(logits)
     if labels.ndim == 1:
-        return (best == labels).float().mean()
-    return labels.gather(1, best[:, None]).mean()
+        return 100 * (best == labels).float().mean()
+    return 100 * labels.gather(1, best[:, None]).mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from pumer.evaluate import NOT_NUMBERS
 from pumer.tasks.prompts import IGNORED
 from pumer.train.losses import distillation_loss
 from pumer.train.trainer import TaskTrainer
@@ -36,9 +37,11 @@ class WritingTrainer(TaskTrainer):
             parts["distill"] = self.distill_weight * distillation_loss(own, taught, self.temperature)
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
+        if not model.training and outputs.logits.isnan().any():
+            raise ValueError(NOT_NUMBERS.format("the outputs for a batch of prompts"))
         right = answered(outputs.logits, labels)
         if model.training:
-            self._note(parts, right.mean())
+            self._note(parts, 100 * right.mean())
         loss = sum(parts.values(), torch.zeros((), device=labels.device))
         return (loss, {"right": right}) if return_outputs else loss
 
@@ -53,7 +56,7 @@ class WritingTrainer(TaskTrainer):
 
     @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return {"accuracy": torch.as_tensor(prediction.predictions).mean().item()}
+        return {"accuracy": 100 * torch.as_tensor(prediction.predictions).mean().item()}
 
 
 def answered(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

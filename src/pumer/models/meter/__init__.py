@@ -1,6 +1,13 @@
 """METER (Dou et al., CVPR 2022), which transformers lacks; importing this registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForVisualQuestionAnswering, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+)
 
 from pumer.models.meter.configuration import MeterConfig
 from pumer.models.meter.heads import (
@@ -11,7 +18,7 @@ from pumer.models.meter.heads import (
     MeterForVisualEntailment,
 )
 from pumer.models.meter.modeling import MeterModel, MeterModelOutput, MeterPreTrainedModel
-from pumer.models.meter.processing import MeterProcessor
+from pumer.models.meter.processing import MeterImageProcessor, MeterProcessor
 
 __all__ = [
     "MeterConfig",
@@ -20,6 +27,7 @@ __all__ = [
     "MeterForMaskedLM",
     "MeterForQuestionAnswering",
     "MeterForVisualEntailment",
+    "MeterImageProcessor",
     "MeterModel",
     "MeterModelOutput",
     "MeterPreTrainedModel",
@@ -31,3 +39,4 @@ AutoModel.register(MeterConfig, MeterModel)
 AutoModelForVisualQuestionAnswering.register(MeterConfig, MeterForQuestionAnswering)
 AutoModelForMaskedLM.register(MeterConfig, MeterForMaskedLM)
 AutoProcessor.register(MeterConfig, MeterProcessor)
+AutoImageProcessor.register(MeterConfig, image_processor_classes={"pil": MeterImageProcessor})

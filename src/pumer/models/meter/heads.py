@@ -63,10 +63,10 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
 
 
 class MeterForVisualEntailment(MeterPreTrainedModel):
-    """METER with the classes contradiction, neutral and entailment."""
+    """METER with the classes contradiction, neutral and entailment, unless `config.id2label` names others."""
 
     def __init__(self, config: MeterConfig) -> None:
-        if sorted(config.id2label.values()) != sorted(LABELS):
+        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: number for number, label in enumerate(LABELS)}
         super().__init__(config)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from transformers import ProcessorMixin
+from transformers.image_utils import SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
@@ -16,6 +18,25 @@ class MeterProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer)
+
+
+class MeterImageProcessor(CLIPImageProcessorPil):
+    """The images of the original METER: the shorter side becomes `size`, the middle is cut out.
+
+    CLIP's processor does so too, but rounds the middle down, where METER was trained with
+    torchvision's rounding.
+    """
+
+    size = {"height": 224, "width": 224}  # noqa: RUF012  # as all of them have it
+    do_center_crop = False
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
+        shorter = SizeDict(shortest_edge=min(size.height, size.width))
+        resized = super().resize(image, shorter, resample, **kwargs)
+        _, height, width = resized.shape
+        top, left = round((height - size.height) / 2), round((width - size.width) / 2)
+        cut: np.ndarray = resized[:, top : top + size.height, left : left + size.width]
+        return cut
 
 
 def square_images(size: int) -> CLIPImageProcessorPil:

@@ -20,11 +20,11 @@ LABELS = ("contradiction", "neutral", "entailment")
 class ViltForVisualEntailment(ViltPreTrainedModel):
     """ViLT with a head of three classes on the pooled text [CLS].
 
-    The classes are `LABELS`, in that order unless `config.id2label` names the same three in another one.
+    The classes are `LABELS`, in that order unless `config.id2label` names them.
     """
 
     def __init__(self, config: ViltConfig) -> None:
-        if sorted(config.id2label.values()) != sorted(LABELS):
+        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: number for number, label in enumerate(LABELS)}
         super().__init__(config)

@@ -1,0 +1,187 @@
+"""Settings from YAML, JSON or a command line, compared with the types of the fields they are for."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+_YAML_WORDS = " (YAML reads yes, no, on and off as true and false: put the words in quotes)"
+
+
+def check_settings(target: Any, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The settings as the fields of a dataclass, or the parameters of a function, have them.
+
+    YAML and JSON have lists where a field is a tuple, and PyYAML reads 1e-4 as text: those are
+    converted. A whole number may stand for a float and stays one. Names without a type pass.
+
+    Args:
+        target: the dataclass or the function.
+        settings: by name.
+        what: names the owner of the settings in errors, for example "task vqav2".
+
+    Raises:
+        ValueError: naming the first setting of another type, its value and the expected type.
+    """
+    hints = _hints(target)
+    checked = {}
+    for name, value in settings.items():
+        try:
+            checked[name] = _conform(value, hints.get(name, Any))
+        except _FieldError as error:
+            raise ValueError(f"{what}: {name}.{error}") from None
+        except _MismatchError:
+            hint = _YAML_WORDS if _has_bool(value) and "str" in _text(hints[name]) else ""
+            raise ValueError(f"{what}: {name} is {value!r}; expected {_text(hints[name])}{hint}") from None
+    return checked
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def typed(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose arguments are settings: they are checked before it is called."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            settings = inspect.signature(function).bind(*args, **kwargs).arguments
+            return function(**check_settings(function, settings, what))  # type: ignore[call-arg]
+
+        return call
+
+    return decorate
+
+
+class _MismatchError(Exception):
+    """A value that is not of the expected type."""
+
+
+class _FieldError(_MismatchError):
+    """The same in a field of a nested dataclass; its text begins with the field's name."""
+
+
+@functools.cache
+def _hints(target: Any) -> dict[str, Any]:
+    """Types of fields or parameters by name; none where they cannot be resolved."""
+    try:
+        return typing.get_type_hints(target)
+    except NameError:  # a type that is imported for type checkers alone
+        return {}
+
+
+def _text(hint: Any) -> str:
+    text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+    if get_origin(hint) is not None:
+        text = str(hint)
+    for prefix in ("typing.", "collections.abc.", "pathlib.", "NoneType"):
+        text = text.replace(prefix, "None" if prefix == "NoneType" else "")
+    return text
+
+
+def _has_bool(value: Any) -> bool:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(part, bool) for part in parts)
+
+
+def _conform(value: Any, hint: Any, convert: bool = True) -> Any:
+    """The value as the type has it; raises _MismatchError. `convert`: text may be read as a number."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, str | typing.TypeVar):
+        return value
+    if origin in (Union, types.UnionType):
+        return _conform_union(value, arguments, convert)
+    if origin is Literal:
+        if any(value == option and type(value) is type(option) for option in arguments):
+            return value
+        raise _MismatchError
+    if hint is None or hint is types.NoneType:
+        return _require(value is None, value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _conform_dataclass(value, hint)
+    if isinstance(origin, type):
+        return _conform_container(value, origin, arguments, convert)
+    if isinstance(hint, type):
+        return _conform_plain(value, hint, convert)
+    return value
+
+
+def _conform_union(value: Any, options: tuple[Any, ...], convert: bool) -> Any:
+    # Text stays text where text is one of the options; only then it may be read as a number.
+    field_error = None
+    for reading in (False, True) if convert else (False,):
+        for option in options:
+            try:
+                return _conform(value, option, reading)
+            except _FieldError as error:
+                field_error = error
+            except _MismatchError:
+                continue
+    raise field_error or _MismatchError
+
+
+def _conform_dataclass(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise _MismatchError
+    for field in dataclasses.fields(kind):
+        current = getattr(value, field.name)
+        hint = _hints(kind).get(field.name, Any)
+        try:
+            conformed = _conform(current, hint)
+        except _FieldError as error:
+            raise _FieldError(f"{field.name}.{error}") from None
+        except _MismatchError:
+            raise _FieldError(f"{field.name} is {current!r}; expected {_text(hint)}") from None
+        if conformed != current or type(conformed) is not type(current):
+            value = dataclasses.replace(value, **{field.name: conformed})
+    return value
+
+
+def _conform_container(value: Any, origin: Any, arguments: tuple[Any, ...], convert: bool) -> Any:
+    if issubclass(origin, collections.abc.Mapping):
+        key_hint, value_hint = arguments
+        items = _require(isinstance(value, Mapping), value).items()
+        pairs = ((_conform(k, key_hint, convert), _conform(v, value_hint, convert)) for k, v in items)
+        return dict(pairs)
+    if issubclass(origin, type) or not issubclass(origin, collections.abc.Collection):
+        return value
+    _require(isinstance(value, list | tuple | set | frozenset), value)
+    hints = list(arguments)
+    if origin is not tuple or arguments[-1:] == (...,):
+        hints = [arguments[0]] * len(value)
+    _require(len(hints) == len(value), value)
+    parts = [_conform(part, hint, convert) for part, hint in zip(value, hints, strict=True)]
+    if origin in (tuple, list, set, frozenset):
+        return origin(parts)
+    return parts if isinstance(value, list) else tuple(parts)
+
+
+def _conform_plain(value: Any, kind: type, convert: bool) -> Any:
+    if kind in (int, float) and isinstance(value, str) and convert:
+        try:
+            return kind(value)
+        except ValueError:
+            raise _MismatchError from None
+    if kind is float:
+        return _require(isinstance(value, int | float) and not isinstance(value, bool), value)
+    if kind is int:
+        return _require(isinstance(value, int) and not isinstance(value, bool), value)
+    if kind is Path:
+        return _require(isinstance(value, str | Path), value)
+    if issubclass(kind, Enum):
+        return _require(isinstance(value, kind) or value in [member.value for member in kind], value)
+    return _require(isinstance(value, kind), value)
+
+
+def _require(condition: bool, value: Any) -> Any:
+    if not condition:
+        raise _MismatchError
+    return value

@@ -1,0 +1,38 @@
+"""YAML that others have written: bounded, whatever its aliases repeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+LARGEST = 100_000
+"""Most values that settings may have once their aliases are written out."""
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML's safe loader makes of a text.
+
+    Raises yaml.YAMLError, also for a text whose aliases would repeat its parts beyond `LARGEST` values
+    or for ever: those load at once and stop whatever then walks through them.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _size(node, {}) > LARGEST:
+            raise yaml.YAMLError(f"its aliases make more than {LARGEST:,} values: write it without")
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or in itself") from None
+    return yaml.safe_load(text)
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node has, its aliases written out; each node is looked at once."""
+    if id(node) not in sizes:
+        sizes[id(node)] = LARGEST + 1  # what it counts for inside itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]

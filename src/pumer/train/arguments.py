@@ -1,0 +1,59 @@
+"""transformers' TrainingArguments from the settings of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from pumer._settings import check_settings
+from pumer.train.precision import in_bfloat16
+
+_LOG = logging.getLogger(__name__)
+_BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "restore_callback_states_from_checkpoint": True,
+}
+"""What early stopping asks of the Trainer, unless a recipe says otherwise."""
+
+
+def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[str, Any]:
+    """The settings as TrainingArguments has them; raises ValueError for one of another type."""
+    # YAML takes the word no, by which the Trainer means never, for false.
+    chosen = {name: "no" if name.endswith("_strategy") and x is False else x for name, x in trainer.items()}
+    if early_stopping:
+        often = chosen.setdefault("eval_strategy", "epoch")
+        chosen = {**_BEST, "save_strategy": often, **chosen}  # of every model that is judged
+        if "eval_steps" in chosen:
+            chosen.setdefault("save_steps", chosen["eval_steps"])
+    return check_settings(TrainingArguments, chosen, "trainer")
+
+
+def trainer_arguments(output: Path, seed: int, trainer: Mapping[str, Any], learned: bool) -> TrainingArguments:
+    """The Trainer's arguments; raises ValueError for those that it has not, or that do not go together.
+
+    Args:
+        output: the training's folder.
+        seed: of the training.
+        trainer: from `trainer_settings`.
+        learned: whether the reducer has parts that learn.
+    """
+    chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **trainer}
+    if learned:  # every part has its say in every step, some of it twice
+        chosen.setdefault("ddp_find_unused_parameters", False)
+    if chosen.get("bf16") and not in_bfloat16(chosen):
+        _LOG.warning("this processor has no bfloat16 arithmetic, and would be far slower with it: training in float32")
+        chosen["bf16"] = False
+    try:
+        return TrainingArguments(
+            output_dir=str(output), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"trainer takes what TrainingArguments takes, but for what train itself sets: {error}"
+        ) from None
