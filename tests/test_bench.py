@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pumer.bench import records
+from pumer._rows import append_rows
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.models import build, inputs
 from pumer.bench.run import bench
@@ -48,13 +48,13 @@ def test_memory_is_what_is_held_at_once():
 
 def test_rows_are_added_and_never_changed(tmp_path):
     path = tmp_path / "results" / "rows.csv"
-    records.append(path, [{"a": 1, "b": 2}])
-    records.append(path, [{"a": 3, "b": 4}])
+    append_rows(path, [{"a": 1, "b": 2}])
+    append_rows(path, [{"a": 3, "b": 4}])
     assert path.read_text() == "a,b\n1,2\n3,4\n"
     with pytest.raises(ValueError, match="other columns"):
-        records.append(path, [{"a": 1, "c": 2}])
+        append_rows(path, [{"a": 1, "c": 2}])
     with pytest.raises(ValueError, match="same columns"):
-        records.append(path, [{"a": 1, "b": 2}, {"a": 1}])
+        append_rows(path, [{"a": 1, "b": 2}, {"a": 1}])
     assert path.read_text() == "a,b\n1,2\n3,4\n"
 
 
@@ -62,7 +62,9 @@ def test_rows_are_added_and_never_changed(tmp_path):
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "bench.csv"
     reducers = ["tome", {"reducer": "pumer", "layers": [0, 2], "prune": 0.3}]
-    return bench("vilt-tiny", reducers, batch=4, text=20, runs=2, warmup=1, record=str(path)), path
+    result = bench("vilt-tiny", reducers, batch=4, text=20, runs=2, warmup=1)
+    append_rows(path, result.records())
+    return result, path
 
 
 def test_the_table_has_every_variant(measured):

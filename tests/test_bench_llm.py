@@ -8,6 +8,7 @@ import torch
 import pumer
 import tiny_llm
 from pumer import FastV, PuMer, Unreduced
+from pumer._rows import append_rows
 from pumer.adapters import decoder_output, prefill
 from pumer.bench.llm import Answer, bench_llm, forward_costs
 from pumer.bench.llm_models import build, configure, default_reducers, inputs
@@ -95,7 +96,9 @@ def test_costs_are_those_of_the_report():
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "llm.csv"
     reducers = ["none", {"reducer": "visionzip", "keep": 32}, "fastv"]
-    return bench_llm(**TINY, reducers=reducers, batch=2, new_tokens=3, runs=2, record=str(path)), path
+    result = bench_llm(**TINY, reducers=reducers, batch=2, new_tokens=3, runs=2)
+    append_rows(path, result.records())
+    return result, path
 
 
 def test_the_table_has_every_variant(measured):

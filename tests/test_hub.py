@@ -57,9 +57,9 @@ def test_dtype_and_device_can_be_chosen(tmp_path):
 
 def test_a_folder_with_files_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ValueError, match=r"not an empty folder: give another one, or delete"):
+    with pytest.raises(ValueError, match=r"not an empty folder: name another one, or delete"):
         pumer.save(tiny.model(), tmp_path)
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match="is a file: name a folder"):
         pumer.save(tiny.model(), tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "precious"
 

@@ -237,7 +237,7 @@ def test_lmdb_as_a_folder(tmp_path):
 def test_without_the_lmdb_package(tmp_path, monkeypatch):
     path = write_lmdb(tmp_path / "images.lmdb", FILES)
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ValueError, match=r"pip install 'pumer\[data\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[data\]'"):
         open_store(path)
 
 

@@ -187,13 +187,13 @@ def without_extras(monkeypatch):
 @pytest.mark.usefixtures("without_extras")
 def test_what_a_command_misses_is_named(tmp_path, capsys):
     assert main(["tune", "--model", "model", "--out", str(tmp_path / "out"), "--max_drop", "1"]) == 2
-    assert "pip install 'pumer[tune]'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"pip install 'pumer\[study\]'"):
+    assert "pip install '.[tune]'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"pip install '\.\[study\]'"):
         run_study(None, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"pip install 'pumer\[ray\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[ray\]'"):
         next(spread(None, [0], None, None))
     (tmp_path / "images.lmdb").touch()
-    with pytest.raises(ValueError, match=r"pip install 'pumer\[data\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[data\]'"):
         open_store(tmp_path / "images.lmdb")
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ FILES = sorted((SRC / "pumer").rglob("*.py"))
 
 # Each part may import its own layer and those above it in this list. The name "" is pumer/__init__.py.
 LAYERS = [
-    {"_plugins", "_settings", "_suggest", "_version", "_yaml"},
+    {"_version", "_extras", "_files", "_options", "_plugins", "_rows", "_settings", "_suggest", "_terminal", "_yaml"},
     {"reducers"},
     {"adapters", "models"},
     {"", "api", "presets", "hub", "costs", "costs_llm"},

@@ -24,6 +24,7 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 
 import pumer
 import tiny
+from pumer._files import claimed, locked
 from pumer.cli import main
 from pumer.costs import last_forward_parts
 from pumer.data.images import Square
@@ -36,7 +37,6 @@ from pumer.study.results import COLUMNS, FIGURES, SPEED_FIGURES, pack_scores, re
 from pumer.study.tables import markdown
 from pumer.tasks.scenes import Scenes
 from pumer.train import launch as train_launch
-from pumer.train.launch import claimed, locked
 
 study_run = importlib.import_module("pumer.study.run")  # the package has a function of that name
 TASK = {"name": "scenes", "questions": 24, "image_size": 32, "seed": 5}
@@ -526,7 +526,7 @@ def test_text_in_a_study_stays_text(study):
 @pytest.mark.parametrize("missing", ["matplotlib", "scipy"])
 def test_what_the_tables_need_is_asked_for_at_the_start(study, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ValueError, match=f"needs {missing}: pip install 'pumer.study.'"):
+    with pytest.raises(ValueError, match=f"needs {missing}: .*pip install '..study.'"):
         run(study(), tmp_path / "out", scratch=tmp_path / "runs")
     assert not (tmp_path / "out").exists()
 
@@ -573,7 +573,7 @@ def test_what_was_trained_blind_is_scored_blind(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "train_point", lambda *_: None)
     monkeypatch.setattr(study_run, "score", lambda one, *_: seen.append(one.collator.blind) or {"accuracy": 50.0})
     monkeypatch.setattr(study_run, "cost", lambda *_: {})
-    monkeypatch.setattr(study_run, "append", lambda *_: None)
+    monkeypatch.setattr(study_run, "append_rows", lambda *_: None)
     monkeypatch.setattr(study_run, "row", lambda *_: {})
     one = study(train=TRAIN, methods=[{"name": "blind", "reducer": PUMER, "train": {"blind": "text"}}], processes=1)
     work = study_run._Work(one, tmp_path / "a", tmp_path / "b", tmp_path / "runs", False, "cpu", lambda text: None)

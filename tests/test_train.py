@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import TrainerState, TrainingArguments, ViltForImageAndTextRetrieval
 
 import pumer
+from pumer._files import fingerprint
 from pumer.data.augment import RandAugment
 from pumer.data.text import train_tokenizer
 from pumer.hub import load
-from pumer.hub.files import fingerprint
 from pumer.models.vilt import published
 from pumer.models.vilt.resize import resize_patches
 from pumer.tasks.scene_tasks import ScenesRetrieval, ScenesVE

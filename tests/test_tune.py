@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import pumer
 import tiny_llm
+from pumer._files import claimed
 from pumer.bench.latency import LatencyModel
 from pumer.cli import main
 from pumer.commands import tune as tune_command
@@ -28,7 +29,6 @@ from pumer.presets import read_reducer
 from pumer.tasks.base import Collator
 from pumer.tasks.scenes import Scenes
 from pumer.train import launch as train_launch
-from pumer.train.launch import claimed
 from pumer.tune import examples as tune_examples
 from pumer.tune import finetune as tune_finetune
 from pumer.tune import run as tune_run
@@ -567,8 +567,8 @@ def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
         (["--max_drop", "1", "--grid.layers", "[[9]]"], "impossible"),
         (["--max_drop", "1", "--grid.layers", "[[]]"], "a list of layers in the grid is empty"),
         (["--max_drop", "1", "--choose", "10", "--check", "10"], "too few"),
-        (["--max_drop", "1", "--choose", "0"], "--choose is a whole number from 1"),
-        (["--max_drop", "1", "--batch_size", "0"], "--batch_size is a whole number from 1"),
+        (["--max_drop", "1", "--choose", "0"], "--choose: give a whole number from 1"),
+        (["--max_drop", "1", "--batch_size", "0"], "--batch_size: give a whole number from 1"),
         (["--max_drop", "1", "--alpha", "0"], "--alpha is a probability"),
         (["--max_drop", "1", "--alpha", "1.5"], "--alpha is a probability"),
         (["--max_drop", "1", "--finetune", "nowhere.yaml"], "there is no file nowhere.yaml"),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pumer._suggest import did_you_mean
+from pumer._terminal import brief
 from pumer.commands.help import render
 from pumer.commands.words import unknown_command, unknown_option, with_settings
 
@@ -45,7 +50,11 @@ POSITIONAL = {"convert", "data check", "study"}  # their required arguments go b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors in what the user gave are one line on stderr and exit code 2."""
+    """Run a command; what the user can mend is a few lines on stderr, never a traceback.
+
+    Returns:
+        0; 2 for wrong settings and input, 1 where the machine failed, such as a full disk; 130 or 143 when stopped.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name in ("--version", "-V"):
@@ -57,17 +66,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if name else 2
     if (problem := unknown_command(words, COMMANDS)) is not None:
-        print(f"pumer: {problem}", file=sys.stderr)
-        return 2
+        return _fail("", problem, 2)
     if {"-h", "--help"} & set(words):
         print(render(name, COMMANDS[name][1].capitalize(), COMMANDS[name][0], name in POSITIONAL))
         return 0
-    return _run(name, words[len(name.split()) :])
+    try:
+        with _stoppable():
+            _run(name, words[len(name.split()) :])
+    except _Stopped:
+        return _fail(name, "stopped by SIGTERM", 143)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(name, str(error), 2)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(name, named, 1)
+    except MemoryError:
+        return _fail(name, "out of memory: give a smaller --batch_size, or fewer workers", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        return _fail(name, f"out of memory: give a smaller --batch_size. {error}", 1)
+    return 0
 
 
-def _run(name: str, words: list[str]) -> int:
+def _fail(name: str, message: str, code: int) -> int:
+    print(brief(f"{' '.join(filter(None, ('pumer', name)))}: {message}"), file=sys.stderr)
+    return code
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM came: everything ends as it does after Ctrl-C."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(name: str, words: list[str]) -> None:
     from jsonargparse import ArgumentParser
     from transformers.utils.logging import disable_progress_bar
+
+    from pumer._options import check_options
 
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
@@ -80,27 +137,17 @@ def _run(name: str, words: list[str]) -> int:
     parser.add_function_arguments(function, as_positional=name in POSITIONAL)
     words = with_settings([_recipe(word) for word in words])
     if (problem := unknown_option(words, [*inspect.signature(function).parameters, "config", "help"])) is not None:
-        print(f"pumer {name}: {problem}", file=sys.stderr)
-        return 2
+        raise ValueError(problem)
     for option, word in pairwise(words):
         if option == "--config" and not Path(word).exists():
             hint = did_you_mean(word, [path.stem for path in RECIPES.glob("*.yaml")])
-            print(f"pumer {name}: {word} is no file, nor a recipe that `pumer list` names.{hint}", file=sys.stderr)
-            return 2
+            raise ValueError(f"{word} is no file, nor a recipe that `pumer list` names.{hint}")
         if option == "--config" and (problem := _bad_yaml(word)):
-            print(f"pumer {name}: {word} is no YAML: {problem}", file=sys.stderr)
-            return 2
+            raise ValueError(f"{word} is no YAML: {problem}")
     settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
-    try:
-        function(**values)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"pumer {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"pumer {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    check_options(function, values)
+    function(**values)
 
 
 def _bad_yaml(file: str) -> str:

@@ -16,8 +16,9 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from pumer._files import replacing
 from pumer.data.images import BrokenImageError, open_image
-from pumer.tasks.base import Collator, Example, Task, replacing
+from pumer.tasks.base import Collator, Example, Task
 from pumer.tasks.prompts import MAX_ANSWER, WritingCollator
 
 NOT_NUMBERS = (

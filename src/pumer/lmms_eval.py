@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.image_utils import load_image
 
+from pumer._extras import hint
 from pumer._yaml import load_yaml
 from pumer.api import apply
 from pumer.hub.folders import SETTINGS, saved_reducer
@@ -32,7 +33,7 @@ try:
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
 except ImportError as error:
-    raise ImportError(f"benchmarks of lmms-eval need {error.name}: pip install 'pumer[lmms-eval]'") from error
+    raise ImportError(f"benchmarks of lmms-eval need {error.name}: {hint('lmms-eval')}") from error
 
 MANIFEST = ModelManifest(model_id="pumer", chat_class_path="pumer.lmms_eval.PumerModel")
 """What the entry point gives lmms-eval."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from pumer._files import replacing
 from pumer.adapters import Step
 from pumer.adapters.prompt import PromptStep
 from pumer.api import trace
@@ -265,7 +266,8 @@ def gallery(items: Sequence[tuple[Image.Image, str]], path: str | Path, heading:
         f"<style>{style}</style><h1>{html.escape(heading)}</h1>"
         "<p>Clear: kept. Tinted: merged, one colour for each group. Dark: dropped.</p>" + "".join(figures) + "</html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(page)
 
 
 def png(image: Image.Image) -> bytes:

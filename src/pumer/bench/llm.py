@@ -43,7 +43,6 @@ def bench_llm(
     warmup: int = 1,
     memory: bool = True,
     overhead: bool = True,
-    record: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> AnswerBench:
     """Measure a stock vision-language model and each reducer: times of an answer, cache, memory, overhead.
@@ -65,7 +64,6 @@ def bench_llm(
         warmup: answers before those, at least one.
         memory: measure peak activation memory, in a prefill of its own.
         overhead: measure what vision tower and choosing cost, in prefills of their own.
-        record: CSV file to append the rows to.
         progress: called after every round of answers.
 
     Returns:
@@ -108,8 +106,6 @@ def bench_llm(
             }
             rows = _rows(nets, answers, wholes, peaks, shares)
             result = AnswerBench(settings, records.environment(place), rows, weight_bytes(net))
-    if record is not None:
-        records.append(record, result.records())
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pumer.bench.records import environment
 from pumer.bench.results import Measured, cell
 from pumer.bench.timing import Timing
 from pumer.costs import GIGA, align
@@ -55,11 +56,52 @@ class AnswerRow:
     note: str = ""
 
 
+COLUMNS = (
+    *environment(),
+    "model",
+    "layers",
+    "tower_layers",
+    "batch",
+    "text",
+    "new_tokens",
+    "device",
+    "dtype",
+    "attention",
+    "runs",
+    "variant",
+    "prefill_median_s",
+    "prefill_p20_s",
+    "prefill_p80_s",
+    "decode_median_s",
+    "decode_p20_s",
+    "decode_p80_s",
+    "whole_median_s",
+    "whole_p20_s",
+    "whole_p80_s",
+    "x_prefill",
+    "x_decode",
+    "x_whole",
+    "gmacs",
+    "flops_ratio",
+    "flops_share",
+    "cache_bytes",
+    "planned_bytes",
+    "cache_share",
+    "peak_bytes",
+    "memory_share",
+    "tower_share",
+    "selection_share",
+    "weight_bytes",
+    "note",
+)
+"""Columns of `AnswerBench.records`."""
+
+
 class AnswerBench(Measured[AnswerRow]):
     """Answers, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat row per variant, for `records.append`: the same columns whatever was measured."""
+        """One flat row per variant, for a CSV file: the same columns whatever was measured."""
         return [
             {
                 **self.environment,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from pumer.bench.records import environment
 from pumer.bench.timing import Timing
 from pumer.costs import GIGA, align
 
@@ -82,11 +83,41 @@ class Row:
     note: str = ""
 
 
+COLUMNS = (
+    *environment(),
+    "model",
+    "batch",
+    "image_size",
+    "text",
+    "real_text",
+    "device",
+    "dtype",
+    "mode",
+    "runs",
+    "variant",
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "examples_per_s",
+    "x_stock",
+    "x_fused",
+    "gmacs",
+    "flops_ratio",
+    "flops_share",
+    "peak_bytes",
+    "memory_share",
+    "overhead_share",
+    "weight_bytes",
+    "note",
+)
+"""Columns of `Bench.records`."""
+
+
 class Bench(Measured[Row]):
     """Forwards, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat row per variant, for `records.append`: the same columns whatever was measured."""
+        """One flat row per variant, for a CSV file: the same columns whatever was measured."""
         return [
             {
                 **self.environment,

@@ -45,7 +45,6 @@ def bench(
     warmup: int = 2,
     memory: bool = True,
     overhead: bool = True,
-    record: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Bench:
     """Measure stock transformers, the fused but unreduced model, and each reducer: speed, memory and overhead.
@@ -66,7 +65,6 @@ def bench(
         warmup: forwards before those, at least one.
         memory: measure peak activation memory; not of compiled code on a CPU, where no operator can be watched.
         overhead: measure what choosing and reducing tokens costs, in forwards of their own.
-        record: CSV file to append the rows to.
         progress: called after every round of forwards.
 
     Returns:
@@ -109,8 +107,6 @@ def bench(
             }
             rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
             result = Bench(settings, records.environment(place), rows, weight_bytes(net))
-    if record is not None:
-        records.append(record, result.records())
     return result
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from pumer.adapters import find
 from pumer.api import active, apply, unreduced
-from pumer.bench import models, records
+from pumer.bench import models
 from pumer.bench.memory import peak_activations
+from pumer.bench.records import environment
 from pumer.bench.results import Measured
 from pumer.bench.run import Device, ReducerSpec, name_reducers, using_threads
 from pumer.bench.timing import Timing, alternate
@@ -49,11 +50,33 @@ class Step:
     flops_ratio: float
 
 
+COLUMNS = (
+    *environment(),
+    "model",
+    "batch",
+    "text",
+    "device",
+    "attention",
+    "runs",
+    "variant",
+    "teacher",
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "gmacs",
+    "x_base",
+    "flops_ratio",
+    "flops_share",
+    "peak_bytes",
+)
+"""Columns of `TrainingBench.records`."""
+
+
 class TrainingBench(Measured[Step]):
     """Steps, two of a variant where both kinds of teacher were asked for, see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat row per step, for `records.append`."""
+        """One flat row per step, for a CSV file."""
         return [
             {
                 **self.environment,
@@ -112,7 +135,6 @@ def bench_training(
     attention: Literal["sdpa", "eager"] = "sdpa",
     threads: int | None = None,
     runs: int = 5,
-    record: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> TrainingBench:
     """Measure steps of training: the unreduced model and each reducer, with and without a teacher.
@@ -128,7 +150,6 @@ def bench_training(
         attention: kernel of reduced, unreduced and teacher.
         threads: CPU threads; torch's own choice if not given.
         runs: timed steps of each.
-        record: CSV file to append the rows to.
         progress: called after every round of steps.
 
     Raises:
@@ -174,9 +195,7 @@ def bench_training(
                 whole[BASE] / whole[name],
             )
         )
-    result = TrainingBench(settings, records.environment(place), tuple(steps))
-    if record is not None:
-        records.append(record, result.records())
+    result = TrainingBench(settings, environment(place), tuple(steps))
     return result
 
 

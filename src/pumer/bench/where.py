@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pumer.bench import records
 from pumer.bench.models import default_reducers
 from pumer.bench.results import Bench
 from pumer.bench.run import FUSED, Device, Dtype, ReducerSpec, bench
@@ -22,6 +21,10 @@ class Where:
     """
 
     benches: tuple[Bench, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat row per variant and measurement, with the columns of `Bench.records`."""
+        return [row for one in self.benches for row in one.records()]
 
     def cells(self) -> list[dict[str, Any]]:
         """Per measurement: batch, image_size, x_stock, x_fused, flops_ratio, and whether it pays.
@@ -79,7 +82,6 @@ def where(
     threads: int | None = None,
     runs: int = 5,
     warmup: int = 1,
-    record: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Where:
     """Measure one reducer at every batch size and every picture size, against stock and against fused.
@@ -98,7 +100,6 @@ def where(
         threads: CPU threads; torch's own choice if not given.
         runs: timed forwards of each variant.
         warmup: forwards before those.
-        record: CSV file to append the rows to.
         progress: called after every measurement.
 
     Raises:
@@ -130,8 +131,6 @@ def where(
                 )
             )
             progress()
-    if record is not None:
-        records.append(record, [row for one in benches for row in one.records()])
     return Where(tuple(benches))
 
 

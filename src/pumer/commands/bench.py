@@ -7,6 +7,10 @@ from typing import Any
 
 from rich.progress import Progress
 
+from pumer._options import Count, OutputFile
+from pumer._rows import RowFile
+from pumer._terminal import visible
+from pumer.bench import llm_results, results, training
 from pumer.bench.llm import Attention, bench_llm
 from pumer.bench.run import Device, Dtype, bench
 from pumer.bench.training import bench_training
@@ -17,15 +21,15 @@ from pumer.commands.common import ReducerSettings
 def bench_(
     model: str = "vilt-b32",
     reducers: list[ReducerSettings] | None = None,
-    batch: int = 8,
-    image_size: int | None = None,
-    text: int = 40,
+    batch: Count = 8,
+    image_size: Count | None = None,
+    text: Count = 40,
     device: Device = "auto",
     dtype: Dtype = "float32",
     compiled: bool = False,
-    threads: int | None = None,
-    runs: int = 9,
-    record: str | None = None,
+    threads: Count | None = None,
+    runs: Count = 9,
+    record: OutputFile | None = None,
 ) -> None:
     """Time stock transformers, the fused but unreduced model and reduced ones, taking turns in one process.
 
@@ -45,6 +49,7 @@ def bench_(
     """
     _measure(
         bench,
+        RowFile(record, results.COLUMNS),
         rounds=runs + 2,
         model=model,
         reducers=reducers,
@@ -56,24 +61,23 @@ def bench_(
         compiled=compiled,
         threads=threads,
         runs=runs,
-        record=record,
     )
 
 
 def llm_(
     model: str = "llava-1.5-7b-shape",
     reducers: list[ReducerSettings] | None = None,
-    layers: int | None = 4,
-    tower_layers: int | None = 4,
-    batch: int = 1,
-    text: int = 64,
-    new_tokens: int = 16,
+    layers: Count | None = 4,
+    tower_layers: Count | None = 4,
+    batch: Count = 1,
+    text: Count = 64,
+    new_tokens: Count = 16,
     device: Device = "auto",
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
-    threads: int | None = None,
-    runs: int = 5,
-    record: str | None = None,
+    threads: Count | None = None,
+    runs: Count = 5,
+    record: OutputFile | None = None,
 ) -> None:
     """Time a stock vision-language model and reduced ones, taking turns in one process, as they write an answer.
 
@@ -95,6 +99,7 @@ def llm_(
     """
     _measure(
         bench_llm,
+        RowFile(record, llm_results.COLUMNS),
         rounds=runs + 1,
         model=model,
         reducers=reducers,
@@ -108,20 +113,19 @@ def llm_(
         attention=attention,
         threads=threads,
         runs=runs,
-        record=record,
     )
 
 
 def train_(
     model: str = "vilt-b32",
     reducers: list[ReducerSettings] | None = None,
-    batch: int = 4,
+    batch: Count = 4,
     teachers: list[bool] | None = None,
-    text: int = 40,
+    text: Count = 40,
     device: Device = "auto",
-    threads: int | None = None,
-    runs: int = 5,
-    record: str | None = None,
+    threads: Count | None = None,
+    runs: Count = 5,
+    record: OutputFile | None = None,
 ) -> None:
     """Time steps of training, unreduced and reduced, with and without a teacher, taking turns in one process.
 
@@ -139,6 +143,7 @@ def train_(
     """
     _measure(
         bench_training,
+        RowFile(record, training.COLUMNS),
         rounds=runs + 1,
         model=model,
         reducers=reducers,
@@ -148,7 +153,6 @@ def train_(
         device=device,
         threads=threads,
         runs=runs,
-        record=record,
     )
 
 
@@ -159,9 +163,9 @@ def where_(
     image_sizes: list[int] | None = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    threads: int | None = None,
-    runs: int = 5,
-    record: str | None = None,
+    threads: Count | None = None,
+    runs: Count = 5,
+    record: OutputFile | None = None,
 ) -> None:
     """Show where token reduction pays on this machine: batch size against picture size.
 
@@ -177,25 +181,32 @@ def where_(
         runs: timed forwards of each.
         record: CSV file to add the rows to.
     """
-    print(
-        where(
-            model=model,
-            reducer=reducer,
-            batches=batches or (1, 4, 16),
-            image_sizes=image_sizes or (192, 384, 576),
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            runs=runs,
-            record=record,
-        )
+    rows = RowFile(record, results.COLUMNS)
+    measured = where(
+        model=model,
+        reducer=reducer,
+        batches=batches or (1, 4, 16),
+        image_sizes=image_sizes or (192, 384, 576),
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        runs=runs,
     )
+    print(visible(str(measured)))
+    rows.append(measured.records())
 
 
-def _measure(bench: Callable[..., Any], rounds: int, reducers: list[ReducerSettings] | None, **settings: Any) -> None:
-    """Print what a bench measures, with a bar of its rounds."""
+def _measure(
+    bench: Callable[..., Any],
+    rows: RowFile,
+    rounds: int,
+    reducers: list[ReducerSettings] | None,
+    **settings: Any,
+) -> None:
+    """Print what a bench measures, with a bar of its rounds, then add it to the rows of a file."""
     wanted = None if reducers is None else [spec for spec in reducers if spec is not None]
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=rounds)
         result = bench(reducers=wanted, progress=lambda: progress.advance(bar), **settings)
-    print(result)
+    print(visible(str(result)))
+    rows.append(result.records())

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 import pumer
+from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.hub import is_stock, load, load_stock
 from pumer.presets import model_folder, read_reducer
@@ -22,12 +22,20 @@ from pumer.tasks.prompts import vocabulary
 ReducerSettings = str | dict[str, Any] | None
 
 
+def pick_device(device: Device) -> str:
+    """The device that is meant; raises ValueError for CUDA where there is none."""
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError("there is no CUDA device here, or this torch cannot use it: leave --device out")
+    return device if device != "auto" else "cuda" if there else "cpu"
+
+
 def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
     """A saved model with its own reduction in force, or with another one where `reducer` is given.
 
     Decoders may also be as transformers saved them, or have a name on the Hub.
     """
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    place = pick_device(device)
     # Shipped in half precision, which CPUs are slow at.
     dtype = torch.float32 if place == "cpu" else None
     if is_stock(model):
@@ -46,7 +54,7 @@ def print_metrics(title: str, values: Mapping[str, float]) -> None:
     table.add_column("value", justify="right")
     for name, value in values.items():
         table.add_row(name, f"{value:.2f}")
-    Console().print(table)
+    console().print(table)
 
 
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:

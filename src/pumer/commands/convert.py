@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import pumer
+from pumer._files import check_space, new_folder
+from pumer._options import Count, NewFolder
+from pumer._terminal import console
 from pumer.data.images import KeepAspect, Square
 from pumer.data.transforms import Crop, Transform, clip_square, save_transform
-from pumer.hub import Official, load, new_folder, read_official, save, save_official
+from pumer.hub import Official, load, read_official, save, save_official
 from pumer.hub.files import some
 
 _OURS = "pumer.save"
@@ -31,9 +33,9 @@ _TOKENIZER = (
 
 def convert(
     source: str,
-    out: str,
+    out: NewFolder,
     to: Literal["pumer", "published"] = "pumer",
-    image_size: int | None = None,
+    image_size: Count | None = None,
     answers: str | None = None,
     kind: str | None = None,
 ) -> None:
@@ -51,12 +53,13 @@ def convert(
     """
     with new_folder(out) as folder:
         read = _read(Path(source), image_size, answers, kind)
+        check_space(out, 4 * sum(weight.numel() for weight in read.model.parameters()))
         (save if to == "pumer" else save_official)(read.model, folder)
         tokenizer = _copy(Path(source), _TOKENIZER, folder)
         copied = image_size is None and _copy(Path(source), _PROCESSOR, folder)
         if not copied and read.origin != _OURS:
             save_transform(_transform(read, image_size), folder)
-    Console().print(_table(read, tokenizer, image_size))
+    console().print(_table(read, tokenizer, image_size))
 
 
 def _read(source: Path, image_size: int | None, answers: str | None, kind: str | None) -> Official:

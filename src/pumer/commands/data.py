@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
+from pumer._files import check_space, replacing
+from pumer._options import Count, NewFolder, OutputFile, OutputFolder
+from pumer._terminal import console
 
-def check(task: str, root: str, images: str | None = None, decode: bool = False, missing: str | None = None) -> None:
+
+def check(
+    task: str,
+    root: str,
+    images: str | None = None,
+    decode: bool = False,
+    missing: OutputFile | None = None,
+) -> None:
     """Count what is there of a task's official files and images, against what was published.
 
     Ends with 1 if anything of a split that is there is missing or wrong, or no split is there.
@@ -19,13 +30,12 @@ def check(task: str, root: str, images: str | None = None, decode: bool = False,
         decode: open every image, which takes minutes, and name those that cannot be decoded.
         missing: file to write with the names of all images that are missing or cannot be decoded, one a line.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    from pumer.tasks.base import first, replacing
+    from pumer.tasks.base import first
     from pumer.tasks.check import check_files
 
-    console = Console()
+    screen = console()
     checks = check_files(task, root, images, decode, progress=True)
     table = Table(title=f"{task} in {root}")
     for column in ("split", "found", "published", "images missing", *(["undecodable"] if decode else [])):
@@ -37,13 +47,13 @@ def check(task: str, root: str, images: str | None = None, decode: bool = False,
         images_wrong = [f"{len(keys):,}" if split.counts else "-" for keys in (split.missing, split.broken)]
         cells = ["\n".join(counts), "\n".join(published), *images_wrong]
         table.add_row(split.name, *cells[: len(table.columns) - 1])
-    console.print(table)
+    screen.print(table)
     for split in checks:
         notes = [split.problem] if split.problem else []
         if split.missing:
             notes.append(f"{first(split.missing, split.counts['images'], 'images')} are not in {split.store}")
         for note in notes + list(split.broken.values())[:5]:
-            console.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
     if missing:
         with replacing(missing) as file:
             file.writelines(f"{key}\n" for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken)))
@@ -62,15 +72,15 @@ def check(task: str, root: str, images: str | None = None, decode: bool = False,
 
 
 def scenes(
-    out: str,
+    out: NewFolder,
     task: Literal["vqav2", "nlvr2", "snli-ve", "retrieval"] = "vqav2",
     split: str = "val2014",
-    pictures: int = 1000,
-    per_picture: int = 4,
+    pictures: Count = 1000,
+    per_picture: Count = 4,
     splits: dict[str, int] | None = None,
     dataset: Literal["flickr30k", "coco"] = "flickr30k",
     seed: int = 2,
-    image_size: int = 96,
+    image_size: Count = 96,
 ) -> None:
     """Write generated pictures with questions, sentences or captions in a task's official files.
 
@@ -88,6 +98,7 @@ def scenes(
     from pumer.data import scene_set_files
     from pumer.data.scene_files import write_vqav2
 
+    check_space(out, 3 * image_size**2 * (sum(splits.values()) if splits else pictures))
     if task == "vqav2":
         write_vqav2(out, seed=seed, pictures=pictures, per_picture=per_picture, split=split, image_size=image_size)
         print(f"{pictures:,} images with {pictures * per_picture:,} questions, {split}, in {out}")
@@ -110,7 +121,9 @@ def _next(task: str, out: str, split: str) -> str:
     return f"pumer data check {task} {out}\npumer eval --model FOLDER --task {task} --task.root {out} --split {split}"
 
 
-def tokenizer(out: str, questions: int = 20000, sentences: list[str] | None = None, vocab_size: int = 800) -> None:
+def tokenizer(
+    out: OutputFolder, questions: Count = 20000, sentences: list[str] | None = None, vocab_size: Count = 800
+) -> None:
     """Train a lower-case WordPiece tokenizer on scene questions and on sentences of your own.
 
     Args:
@@ -131,4 +144,8 @@ def tokenizer(out: str, questions: int = 20000, sentences: list[str] | None = No
         if column is None:
             raise ValueError(f"{path} has no column sentence or caption, only {', '.join(table.column_names)}")
         texts += [text for text in table[column].to_pylist() if text]
-    train_tokenizer(texts, vocab_size).save_pretrained(Path(out))
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(texts, vocab_size).save_pretrained(folder)
+        for written in Path(folder).iterdir():  # each whole, beside the files of a model that may be there
+            with replacing(Path(out, written.name), "wb") as file:
+                file.write(written.read_bytes())

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import pumer
+from pumer._files import replacing
+from pumer._options import Count, OutputFile, OutputFolder
+from pumer._rows import RowFile
+from pumer._terminal import console
 from pumer.bench.memory import peak_activations
-from pumer.bench.records import append, environment
+from pumer.bench.records import environment
 from pumer.bench.timing import alternate
 from pumer.commands.common import open_model, open_task
 from pumer.commands.viz import show
@@ -30,15 +33,34 @@ from pumer.tasks.scenes import Scenes
 from pumer.viz import draw, gallery
 
 BASE, REDUCED = "scenes-vilt", "scenes-vilt-pumer"
+COLUMNS = (
+    "variant",
+    "reducer",
+    "questions",
+    "seed",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "kinds",
+    "batch_size",
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "peak_activation_bytes",
+    "gmacs",
+    "tokens",
+    *environment(),
+)
+"""Columns of the rows that `pumer demo` records."""
 
 
 def demo(
-    out: str = "demo",
-    questions: int = 2000,
-    batch_size: int = 32,
+    out: OutputFolder = "demo",
+    questions: Count = 2000,
+    batch_size: Count = 32,
     photographs: bool = True,
     seed: int = 7,
-    record: str | None = None,
+    record: OutputFile | None = None,
 ) -> None:
     """See what token reduction does, in about three minutes.
 
@@ -53,23 +75,23 @@ def demo(
         seed: of the test pictures.
         record: CSV file to add the rows to.
     """
-    console = Console()
+    lines = RowFile(record, COLUMNS)
+    screen = console()
     variants = _variants()
     task = Scenes(questions=questions, per_picture=2, seed=seed)
     rows = _score(variants, task, batch_size)
-    console.print(_table(rows, questions))
-    if record:
-        append(record, [_record(name, row, questions, batch_size, seed) for name, row in rows.items()])
+    screen.print(_table(rows, questions))
     base, reduced = rows["base"], rows["PuMer"]
-    console.print(
+    screen.print(
         f"PuMer: {reduced['per_second'] / base['per_second']:.2f}x the speed, "
         f"{reduced['memory'] / base['memory']:.0%} of the memory, "
         f"{reduced['metric']['accuracy'] - base['metric']['accuracy']:+.1f} points.\n"
     )
     if photographs:
-        console.print(photograph_table())
+        screen.print(photograph_table())
+    lines.append([_record(name, row, questions, batch_size, seed) for name, row in rows.items()])
     pages = _draw(Path(out), variants["PuMer"][0], task)
-    console.print(f"Which tokens were kept, merged and dropped: {pages[0]} and {pages[1]}")
+    screen.print(f"Which tokens were kept, merged and dropped: {pages[0]} and {pages[1]}")
 
 
 def _variants() -> dict[str, tuple[str, Reducer | None]]:
@@ -206,8 +228,8 @@ def _draw(out: Path, model_name: str, task: Scenes, number: int = 6) -> tuple[Pa
     for image, _ in drawn:
         sheet.paste(image, (0, y))
         y += image.height
-    out.mkdir(parents=True, exist_ok=True)
     files = out / "tokens.png", out / "tokens.html"
-    sheet.save(files[0])
+    with replacing(files[0], "wb") as file:
+        sheet.save(file, "PNG")
     gallery(drawn, files[1], "Which tokens were kept, merged and dropped")
     return files

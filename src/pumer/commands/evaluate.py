@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import pumer
-from pumer.bench.records import append, environment
+from pumer._extras import need
+from pumer._options import Count, OutputFile
+from pumer._rows import RowFile
+from pumer._terminal import console
+from pumer.bench.records import environment
 from pumer.bench.run import Device
 from pumer.commands.common import ReducerSettings, open_model, open_task, print_metrics
 from pumer.evaluate import Result, evaluate, predict, take, write_samples
 from pumer.reducers import to_dict
 from pumer.score.ray import predict_on_ray
 from pumer.score.run import Engine
-from pumer.tasks.base import Blind
+from pumer.tasks.base import Blind, Example, Task
+
+COLUMNS = (
+    "model",
+    "reducer",
+    "task",
+    "split",
+    "examples",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "details",
+    "batch_size",
+    *environment(),
+)
+"""Columns of the rows that `pumer eval` records."""
 
 
 def evaluate_(
@@ -24,12 +43,12 @@ def evaluate_(
     task: str | dict[str, Any] = "scenes",
     split: str = "test",
     reducer: ReducerSettings = None,
-    batch_size: int = 32,
-    limit: int | None = None,
+    batch_size: Count = 32,
+    limit: Count | None = None,
     device: Device = "auto",
     blind: Blind = None,
-    samples: str | None = None,
-    record: str | None = None,
+    samples: OutputFile | None = None,
+    record: OutputFile | None = None,
 ) -> None:
     """Score a model on a task; next to its accuracy stands `constant`, that of the best answer that is always the same.
 
@@ -47,32 +66,32 @@ def evaluate_(
         samples: file to write with one JSON line per example.
         record: CSV file to add a row to, with settings, machine and versions.
     """
+    rows = RowFile(record, COLUMNS)
     net = open_model(model, reducer, device)
     collator = replace(open_task(model, net, task), blind=blind)
     examples = collator.task.examples(split)
     examples = take(examples, range(len(examples))[:limit])
     result = evaluate(net, examples, collator, batch_size=batch_size, progress=True)
-    if samples:
-        write_samples(samples, result, examples, collator)
-    if record:
-        append(record, [_row(model, net, task, split, batch_size, blind, result)])
     shown = f", {blind} alone" if blind else ""
     print_metrics(
         f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples",
         {**result.metric, "examples/s": round(result.per_second, 1)},
     )
+    rows.append([_row(model, net, task, split, batch_size, blind, result)])
+    if samples:
+        write_samples(samples, result, examples, collator)
 
 
 def predict_(
     model: str,
     task: str | dict[str, Any],
-    out: str,
+    out: OutputFile,
     split: str = "test2015",
     reducer: ReducerSettings = None,
-    batch_size: int = 32,
+    batch_size: Count = 32,
     device: Device = "auto",
     engine: Engine = "plain",
-    workers: int | None = None,
+    workers: Count | None = None,
     address: str | None = None,
 ) -> None:
     """Write the prediction file that a task's evaluation server takes; broken images are reported and left out.
@@ -89,6 +108,8 @@ def predict_(
         workers: of Ray; its GPUs, or 2, if not given.
         address: of the Ray cluster; one is started on this machine if not given.
     """
+    if engine == "ray":
+        need("the engine ray", "ray", "ray")
     net = open_model(model, reducer, device)
     collator = open_task(model, net, task)
     examples = collator.task.examples(split)
@@ -97,11 +118,22 @@ def predict_(
     else:
         result = predict(net, examples, collator, batch_size=batch_size, skip_broken=True, progress=True)
     done = [example for example in (examples[i] for i in range(len(examples))) if example.id in result.predictions]
-    collator.task.write_predictions(out, result.predictions, done)
-    console = Console()
+    written = _write(collator.task, out, result, done)
+    screen = console()
     for number, reason in result.broken.items():
-        console.print(f"left out {json.dumps(number)}: {reason}", style="yellow", markup=False)
-    console.print(f"{len(done)} predictions in {out}, {len(result.broken)} examples left out for broken images")
+        screen.print(f"left out {json.dumps(number)}: {reason}", style="yellow", markup=False)
+    screen.print(f"{len(done)} predictions in {written}, {len(result.broken)} examples left out for broken images")
+
+
+def _write(task: Task, out: str, result: Result, done: list[Example]) -> str:
+    """Write predictions to a file, or where that has become impossible meanwhile to another one; returns which."""
+    try:
+        task.write_predictions(out, result.predictions, done)
+    except OSError as error:
+        instead = Path(tempfile.mkdtemp(prefix="pumer-"), Path(out).name)
+        task.write_predictions(instead, result.predictions, done)
+        raise OSError(f"{out} cannot be written ({error.strerror}): the predictions are in {instead}") from error
+    return out
 
 
 def _row(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from rich.console import Console
 from rich.table import Table
 
+from pumer._terminal import console
 from pumer.adapters.base import adapters
 from pumer.presets import PRESETS, SHIPPED, shipped_models
 from pumer.reducers import get, list_reducers
@@ -17,7 +17,7 @@ from pumer.train.recipe import RECIPES
 
 def list_() -> None:
     """List reducers, presets, supported model classes, tasks, recipes and shipped models."""
-    console = Console()
+    screen = console()
     for title, rows in {
         "reducers": {name: _first_line(get(name)) for name in list_reducers()},
         "presets": {name: repr(reducer) for name, reducer in PRESETS.items()},
@@ -31,8 +31,8 @@ def list_() -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, what in rows.items():
             table.add_row(name, what)
-        console.print(table)
-        console.print()
+        screen.print(table)
+        screen.print()
 
 
 def _first_sentence(recipe: str) -> str:

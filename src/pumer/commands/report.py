@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pumer
+from pumer._options import Count
 from pumer.commands.common import ReducerSettings, open_model
 
 
-def report_(model: str, reducer: ReducerSettings = None, text: int | None = None, image: int | None = None) -> None:
+def report_(model: str, reducer: ReducerSettings = None, text: Count | None = None, image: Count | None = None) -> None:
     """Tokens and FLOPs per layer.
 
     Args:

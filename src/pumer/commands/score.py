@@ -8,13 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from pumer._extras import need
+from pumer._options import Count, OutputFile, OutputFolder
+from pumer._rows import RowFile
+from pumer._terminal import console
 from pumer.commands.common import ReducerSettings, open_model, open_task, print_metrics
 from pumer.data.images import BrokenImageError
 from pumer.score import Job, stream_pairs
-from pumer.score.measure import measure
+from pumer.score.measure import COLUMNS, measure
 from pumer.score.run import Engine
 from pumer.tasks import get
 from pumer.tasks.retrieval import Pool, recalls, recalls_in_folds
@@ -23,16 +26,16 @@ from pumer.tasks.retrieval import Pool, recalls, recalls_in_folds
 def score_(
     model: str,
     task: str | dict[str, Any],
-    out: str,
+    out: OutputFolder,
     split: str = "test",
     reducer: ReducerSettings = None,
-    chunk_images: int = 32,
-    chunk_texts: int = 512,
-    batch_size: int = 64,
-    limit: int | None = None,
-    folds: int = 1,
+    chunk_images: Count = 32,
+    chunk_texts: Count = 512,
+    batch_size: Count = 64,
+    limit: Count | None = None,
+    folds: Count = 1,
     engine: Engine = "plain",
-    workers: int | None = None,
+    workers: Count | None = None,
     address: str | None = None,
 ) -> None:
     """Score every image of a retrieval task with every caption, and say how well that finds the right ones.
@@ -58,6 +61,8 @@ def score_(
     name = task if isinstance(task, str) else str(task.get("name"))
     if not hasattr(get(name), "pool"):
         raise ValueError(f"the task {name} is not one of retrieval: it has no pool of captions to score")
+    if engine == "ray":
+        need("the engine ray", "ray", "ray")
     net = open_model(model, reducer)
     if engine == "plain" and torch.cuda.is_available():
         net.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
@@ -67,10 +72,10 @@ def score_(
     if folds < 1 or len(pool.images) % folds:
         raise ValueError(f"folds: {len(pool.images)} images do not make {folds} equal folds")
     job = Job(net, pool.images, pool.captions, collator.text, collator.image, batch_size, chunk_images, chunk_texts)
-    console = Console()
+    screen = console()
     try:
         scores = stream_pairs(
-            job, out, engine=engine, workers=workers, address=address, progress=True, say=console.print
+            job, out, engine=engine, workers=workers, address=address, progress=True, say=screen.print
         )
     except BrokenImageError as error:
         raise ValueError(f"{error} Images count from 0 in the order of {split}.") from error
@@ -86,13 +91,13 @@ def score_(
 def bench_pairs(
     model: str = "meter",
     reducers: list[ReducerSettings] | None = None,
-    images: int = 100,
-    texts: int = 500,
-    rows: int | None = None,
-    plain_pairs: int = 64,
-    batch_size: int = 8,
-    runs: int = 3,
-    record: str | None = None,
+    images: Count = 100,
+    texts: Count = 500,
+    rows: Count | None = None,
+    plain_pairs: Count = 64,
+    batch_size: Count = 8,
+    runs: Count = 3,
+    record: OutputFile | None = None,
 ) -> None:
     """Time scoring of a pool, towers once, against the plain loop over its pairs, without and with reducers.
 
@@ -108,18 +113,21 @@ def bench_pairs(
         runs: of everything, in turns.
         record: CSV file to add the rows to.
     """
+    lines = RowFile(record, COLUMNS)
     wanted = [spec for spec in reducers or [f"{model}-retrieval"] if spec is not None]
     table = Table(title=f"{model}: {images} images x {texts} texts, batches of {batch_size}")
     for column in ("reducer", "", "pairs/s", "x plain", "x plain, unreduced", "largest difference"):
         table.add_column(column, justify="right" if column else "left")
-    for row in measure(model, wanted, images, texts, rows, plain_pairs, batch_size, runs, record):
+    measured = measure(model, wanted, images, texts, rows, plain_pairs, batch_size, runs)
+    for row in measured:
         times = (f"{row[column]:.2f}" for column in ("pairs_per_second", "x_plain", "x_unreduced"))
         name = json.loads(row["reducer"])["reducer"] if row["reducer"] else "none"
         table.add_row(name, row["way"], *times, f"{row['difference']:.1e}")
-    Console().print(table)
+    console().print(table)
+    lines.append(measured)
 
 
-def _first(pool: Pool, limit: int | None) -> Pool:
+def _first(pool: Pool, limit: Count | None) -> Pool:
     """The first images of a pool and their captions."""
     if limit is None or limit >= len(pool.images):
         return pool

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from rich.console import Console
-
+from pumer._options import OutputFolder
+from pumer._terminal import console
 from pumer.bench.run import Device
+from pumer.commands.common import pick_device
 from pumer.study import read_study, run
 from pumer.study.run import Only
 
 
 def study_(
     file: str,
-    out: str = "results",
-    scratch: str = "runs",
+    out: OutputFolder = "results",
+    scratch: OutputFolder = "runs",
     skip_impossible: bool = False,
     keep_models: bool = False,
     only: Only = None,
@@ -34,7 +34,7 @@ def study_(
             for when nothing else runs on the machine; "plots" writes tables and plots of the rows there are.
         device: that points are scored and timed on, in float32; "auto" takes a CUDA device if there is one.
     """
-    console = Console()
+    screen = console()
     run(
         read_study(file),
         out,
@@ -42,6 +42,6 @@ def study_(
         skip_impossible=skip_impossible,
         keep_models=keep_models,
         only=only,
-        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
-        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+        device=pick_device(device),
+        say=lambda text: screen.print(text, markup=False, highlight=False, soft_wrap=True),
     )

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 import pumer
+from pumer._extras import need
+from pumer._files import fingerprint
+from pumer._options import Count, OutputFolder
+from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.commands.common import open_model, open_task
 from pumer.hub import is_stock
-from pumer.hub.files import fingerprint
 from pumer.presets import model_folder
 from pumer.train.recipe import read_recipe
 from pumer.tune.finetune import finetune as finetune_
@@ -29,7 +32,7 @@ _UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "G
 
 def tune_(
     model: str,
-    out: str,
+    out: OutputFolder,
     max_drop: float | None = None,
     min_speedup: float | None = None,
     max_memory: str | None = None,
@@ -37,14 +40,14 @@ def tune_(
     split: str = "val",
     grid: Grid | None = None,
     skip_impossible: bool = False,
-    batch_size: int = 32,
-    choose: int = 2000,
-    check: int = 8000,
+    batch_size: Count = 32,
+    choose: Count = 2000,
+    check: Count = 8000,
     alpha: float = 0.1,
-    trials: int = 80,
+    trials: Count = 80,
     seed: int = 0,
     finetune: str | None = None,
-    processes: int = 1,
+    processes: Count = 1,
     resume: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -74,18 +77,13 @@ def tune_(
         resume: go on with the search in `out`.
         device: "auto" takes a CUDA device if there is one.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optuna  # noqa: F401
-        import scipy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"pumer tune needs {error.name}: pip install 'pumer[tune]'") from None
+    need("pumer tune", "tune", "matplotlib", "optuna", "scipy")
     from pumer.tune.run import lost, tune
 
     if finetune is not None:
         read_recipe(finetune)  # now rather than after the search
     bounds = Bounds(max_drop, min_speedup, None if max_memory is None else read_size(max_memory))
-    console = Console()
+    screen = console()
     started = time.perf_counter()
     task = {"name": "scenes", "questions": 24000} if task is None else task
     net = pumer.remove(open_model(model, None, device))
@@ -107,15 +105,15 @@ def tune_(
         seed=seed,
         resume=resume,
         settings={"model": model, "weights": _weights(model), "task": task, "split": split},
-        progress=lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True),
+        progress=lambda line: screen.print(line, style="dim", markup=False, highlight=False, soft_wrap=True),
     )
-    _summary(console, found, out, time.perf_counter() - started)
+    _summary(screen, found, out, time.perf_counter() - started)
     if finetune is not None:
         trained = finetune_(finetune, model_folder(model), found.point.point.reducer, f"{out}/finetune", processes)
         after = lost(
             net, open_model(str(trained), None, device), examples, collator, batch_size, choose, check, alpha, seed
         )
-        console.print(
+        screen.print(
             f"fine-tuned, {trained} loses {after.mean * 100:.2f} points ({after.lower * 100:.2f} to "
             f"{after.upper * 100:.2f}) on {after.number} fresh examples; before that {found.checked.drop:.2f} on "
             f"{found.checked.examples} of them"
@@ -135,7 +133,7 @@ def read_size(text: str) -> int:
     return round(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-def _summary(console: Console, found: Tuned, out: str, seconds: float) -> None:
+def _summary(screen: Console, found: Tuned, out: str, seconds: float) -> None:
     from pumer.tune.run import EVIDENCE, PRESET
 
     judged = sum(1 for row in found.rows if row["examples"])
@@ -153,5 +151,5 @@ def _summary(console: Console, found: Tuned, out: str, seconds: float) -> None:
         ("seconds", f"{seconds:.0f}"),
     ):
         table.add_row(name, value)
-    console.print(table)
-    console.print(f"preset: {out}/{PRESET}; evidence: {out}/{EVIDENCE}; plot: {out}/tune.png and .svg")
+    screen.print(table)
+    screen.print(f"preset: {out}/{PRESET}; evidence: {out}/{EVIDENCE}; plot: {out}/tune.png and .svg")

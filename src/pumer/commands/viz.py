@@ -9,17 +9,20 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 import pumer
+from pumer._files import check_file, replacing
+from pumer._options import OutputFile
+from pumer._terminal import visible
 from pumer.commands.common import ReducerSettings, open_model, open_task
 from pumer.data.images import open_image
 from pumer.evaluate import answer, model_inputs
-from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.base import Collator, Example
 from pumer.tasks.prompts import writes
 from pumer.tasks.scenes import Scenes
 from pumer.viz import TokenMap, draw, to_picture, token_map, token_maps
 
 
 def viz_(
-    out: str,
+    out: OutputFile,
     model: str = "scenes-vilt-pumer",
     image: str | None = None,
     question: str | None = None,
@@ -36,6 +39,10 @@ def viz_(
         example: which generated picture and question, where no image is given.
         reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
     """
+    check_file(Path(out).with_suffix(".json"))
+    format = Image.registered_extensions().get(Path(out).suffix.lower())
+    if format is None:
+        raise ValueError(f"{out} is no name of an image: end it in .png")
     net = open_model(model, reducer)
     if pumer.active(net) is None:
         raise ValueError(f"nothing reduces {model}: give --reducer")
@@ -47,10 +54,11 @@ def viz_(
     else:
         chosen = Example(0, question, (open_image(image),), None, 0)
     ((shown, picture, title),) = shown_images(net, collator, chosen)
-    draw(shown, picture, title).save(out)
+    with replacing(out, "wb") as file:
+        draw(shown, picture, title).save(file, format)
     with replacing(Path(out).with_suffix(".json")) as file:
         file.write(shown.to_json())
-    print(f"{title}\n{out} and {Path(out).with_suffix('.json')}")
+    print(f"{visible(title)}\n{out} and {Path(out).with_suffix('.json')}")
 
 
 def shown_images(net: PreTrainedModel, collator: Collator, example: Example) -> list[tuple[TokenMap, Image.Image, str]]:

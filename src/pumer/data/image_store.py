@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pumer._extras import need
 from pumer.data.images import BrokenImageError, ImageSource, Upright
 from pumer.data.parquet import bytes_of, open_parquet, parquet_error
 
@@ -202,10 +203,9 @@ def _environment(path: Path) -> Any:
     A forked worker goes on with its parent's: opened without locks and only to read, it holds nothing that
     belongs to one process.
     """
-    try:
-        import lmdb
-    except ImportError:
-        raise ValueError(f"reading {path} needs the package lmdb: pip install 'pumer[data]'.") from None
+    need(f"reading {path}", "data", "lmdb")
+    import lmdb
+
     try:
         environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

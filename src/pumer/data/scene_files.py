@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from pumer.hub import new_folder
+from pumer._files import check_name, new_folder
 
 from .scene_questions import SceneQuestion, ask
 from .scenes import draw
@@ -45,6 +45,7 @@ def write_vqav2(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 to 1000 questions a "
             "picture (VQAv2's question ids leave room for no more)."
         )
+    check_name(split, "split")
     folder = Path(out)
     if not any(folder.glob("v2_OpenEnded_mscoco_*_questions.json")):
         with new_folder(folder) as new:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pumer.hub import new_folder
+from pumer._files import new_folder
 
 from .scene_captions import describe
 from .scene_files import batches, save
@@ -42,7 +42,7 @@ def write_nlvr2(
 
     Four pictures make a set, begun ones are made whole: four pairs and one sentence.
     """
-    with new_folder(Path(out)) as folder:
+    with new_folder(out) as folder:
         for split, sets in _numbers("nlvr2", splits, 4):
             lines: list[dict[str, Any]] = []
             for numbers in batches(sets, split, progress):
@@ -85,7 +85,7 @@ def write_snli_ve(
 
     Three pictures make a set, begun ones are made whole: three hypotheses for each, of all three labels.
     """
-    with new_folder(Path(out)) as folder:
+    with new_folder(out) as folder:
         (folder / "flickr30k_images").mkdir()
         for split, sets in _numbers("snli-ve", splits, 3):
             lines: list[dict[str, Any]] = []
@@ -132,7 +132,7 @@ def write_karpathy(
     Five captions a picture; in COCO's flavour some have six.
     """
     images: list[dict[str, Any]] = []
-    with new_folder(Path(out)) as folder:
+    with new_folder(out) as folder:
         for split, pictures in _numbers(dataset, splits, 1):
             for numbers in batches(pictures, split, progress):
                 scenes = draw(seed, numbers, image_size=image_size)

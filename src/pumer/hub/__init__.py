@@ -3,7 +3,6 @@
 Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file never runs.
 """
 
-from pumer.hub.files import new_folder
 from pumer.hub.folders import is_stock, load, load_stock, model_class, save
 from pumer.hub.official import Official, load_official, read_official, save_official
 
@@ -14,7 +13,6 @@ __all__ = [
     "load_official",
     "load_stock",
     "model_class",
-    "new_folder",
     "read_official",
     "save",
     "save_official",

@@ -1,12 +1,9 @@
-"""Files that others have written, and folders of ours: what is damaged is named, what is unfinished is not there."""
+"""Files that others have written: what is damaged is named."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
-import shutil
-import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pumer.reducers.base import MAX_LAYERS
 
 _LISTED = 12
 _LIGHTNING = ("pytorch_lightning.", "lightning.")
@@ -25,34 +24,6 @@ def some(names: Iterable[str]) -> str:
     names = sorted(names)
     rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + rest
-
-
-@contextmanager
-def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to write that becomes `path` once the block is through; if it fails nothing is left.
-
-    Args:
-        path: the folder.
-        replace: take the place of what is there, which goes only when the new folder is whole.
-
-    Raises:
-        ValueError: if `path` is there already, and no empty folder.
-    """
-    path = Path(path)
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder: give another one, or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the last step is a rename within one file system.
-    folder = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
-        yield folder
-        if path.exists():
-            shutil.rmtree(path) if replace else path.rmdir()
-        folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:
@@ -66,6 +37,27 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged, it should hold a JSON object: get it again")
     return content
+
+
+def read_config(folder: Path, hint: str) -> dict[str, Any]:
+    """A model folder's config.json; raises ValueError for one that asks for more layers than any model has."""
+    config = read_json(folder / "config.json", hint)
+    for name, value in _numbers(config):
+        if ("layer" in name or "depth" in name) and value > MAX_LAYERS:
+            raise ValueError(f"{folder / 'config.json'} is damaged, its {name} is {value}: get it again")
+    return config
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a config, with the names they have."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _numbers(value, key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):
+        yield name, config
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -142,26 +134,6 @@ def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} holds something else than named weights: {hint}")
     return dict(state)
-
-
-# --- digests ---
-
-_OF_MODELS = (".json", ".txt", ".jinja", ".safetensors", ".bin", ".pt", ".ckpt")
-
-
-def digest(data: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are ordered."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fingerprint(model: Path) -> str:
-    """A digest of a model folder's weights, settings, tokenizer and image transform, or of a checkpoint's one file."""
-    whole = hashlib.sha256()
-    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
-        if path.suffix in _OF_MODELS:
-            with path.open("rb") as file:
-                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
 
 
 # --- answers ---

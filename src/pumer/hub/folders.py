@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pumer._files import new_folder
 from pumer._settings import check_settings
 from pumer._suggest import did_you_mean
 from pumer._version import __version__
 from pumer.adapters.base import PARTS, adapters
 from pumer.api import active, apply
-from pumer.hub.files import new_folder, read_json, some
+from pumer.hub.files import read_config, read_json, some
 from pumer.presets import model_folder
 from pumer.reducers import Reducer, from_dict, to_dict
 
@@ -86,7 +87,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     path = Path(path) if Path(path).exists() else model_folder(path)
     settings = _settings(path)
     reducer = _read_settings(settings, path / SETTINGS)
-    config = read_json(path / "config.json", "save the model again")
+    config = read_config(path, "save the model again")
     kind = class_in(config, path)
     try:
         model, info = kind.from_pretrained(
@@ -133,12 +134,13 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     """
     from transformers import AutoModelForImageTextToText
 
-    config = Path(source) / "config.json"
-    if config.is_file() and (kind := read_json(config, "").get("model_type")) in _ENCODERS:
-        raise ValueError(
-            f"{source} is a {kind} as transformers saved it, without the image transform of pumer: turn it into a "
-            f"model folder with `pumer convert {source} FOLDER`"
-        )
+    if (Path(source) / "config.json").is_file():
+        kind = read_config(Path(source), "save the model again").get("model_type")
+        if kind in _ENCODERS:
+            raise ValueError(
+                f"{source} is a {kind} as transformers saved it, without the image transform of pumer: turn it into a "
+                f"model folder with `pumer convert {source} FOLDER`"
+            )
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, ValueError) as error:

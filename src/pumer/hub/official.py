@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pumer._files import new_folder
 from pumer.api import active, apply
 from pumer.hub.files import (
     find_answers,
-    new_folder,
     read_answers,
-    read_json,
+    read_config,
     read_lightning,
     read_weights,
     some,
@@ -115,7 +115,7 @@ def _read(source: Path, image_size: int | None, answers: list[str] | None, kind:
         return _build(to_published(state), settings_of(made_with), source, "original", image_size, beside, kind)
     if (source / SETTINGS).exists():
         raise ValueError(f"{source} was written by pumer.save: read it with pumer.load")
-    settings = read_json(source / "config.json", "a published checkpoint has one, unless it is an original .ckpt file")
+    settings = read_config(source, "a published checkpoint has one, unless it is an original .ckpt file")
     state = read_weights(source)
     if any(name.endswith(_STOCK) for name in state):
         return _read_stock(settings, source, image_size, answers, kind)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 
+MAX_LAYERS = 10_000
+"""More layers than any model has; settings beyond it would only fill the memory."""
 EMBEDDINGS = -1
 """The place before the first layer, where `layers` may ask a reducer that needs no attention to act."""
 
@@ -356,6 +358,6 @@ def check_ratios(**ratios: float) -> None:
 
 def check_layers(layers: tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """Layers as a sorted tuple without repeats; raises ValueError for anything but whole numbers from -1."""
-    if any(not isinstance(layer, int) or layer < EMBEDDINGS for layer in layers):
+    if any(not isinstance(layer, int) or not EMBEDDINGS <= layer < MAX_LAYERS for layer in layers):
         raise ValueError(f"layers are whole numbers from 0 (-1: before the first layer), not {layers!r}")
     return tuple(sorted(set(layers)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens, check_layers
+from pumer.reducers.base import MAX_LAYERS, Grid, ModelShape, Reducer, Tokens, check_layers
 from pumer.reducers.budget import halves, merge_schedule, smaller
 from pumer.reducers.matching import bipartite
 from pumer.reducers.plan import Plan
@@ -45,6 +45,8 @@ class ToMe(Reducer):
         numbers = (self.r,) if isinstance(self.r, int) else self.r
         if isinstance(numbers, str) or any(not isinstance(number, int | float) for number in numbers):
             raise ValueError(f"r is a number of tokens to merge away per layer, or a list of them, not {self.r!r}")
+        if self.depth is not None and not (isinstance(self.depth, int) and 0 <= self.depth <= MAX_LAYERS):
+            raise ValueError(f"depth is a number of layers from 0 to {MAX_LAYERS}, not {self.depth!r}")
         if any(step < 0 for step in self.schedule):
             raise ValueError(f"ToMe merges away a number of tokens from 0, not {self.r}")
 

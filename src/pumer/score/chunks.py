@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from pumer._files import LOCK, file_digest, replacing
 
 FORMAT = 1
 """Version of what a folder of scores holds."""
@@ -61,8 +62,8 @@ class Chunks:
 class Matrix:
     """Scores in a folder: `manifest.json`, a file for each finished chunk, and in the end `scores.npy` alone.
 
-    Every file is written under another name and renamed when it is whole, so what is killed at any moment leaves
-    finished chunks and nothing that looks like one. Any number of processes may write chunks at the same time.
+    What is killed at any moment leaves finished chunks and nothing that looks like one, and a file that was cut or
+    changed later is computed again. Any number of processes may write chunks at the same time.
     """
 
     def __init__(self, folder: str | Path, chunks: Chunks, fingerprint: dict[str, Any]) -> None:
@@ -73,11 +74,19 @@ class Matrix:
         file = self.folder / "manifest.json"
         if file.is_file():
             self._compare(file, json.loads(json.dumps(manifest)))
-        elif self.folder.exists() and any(entry != self._parts for entry in self.folder.iterdir()):
+        elif self.folder.exists() and not {entry.name for entry in self.folder.iterdir()} <= {
+            self._parts.name,
+            LOCK,
+        }:
             raise ValueError(f"{self.folder} holds files that are no scores: give another folder")
         self._parts.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
-            self._replace(file, (json.dumps(manifest, indent=2) + "\n").encode())
+            with replacing(file) as stream:
+                stream.write(json.dumps(manifest, indent=2) + "\n")
+        self.damaged = self.file.is_file() and not self._intact()
+        """Whether the file of all scores was there and had changed; it is computed again."""
+        if self.damaged:
+            self.file.unlink(missing_ok=True)  # by another process, if several have started
         self._tidy()
 
     def _compare(self, file: Path, manifest: dict[str, Any]) -> None:
@@ -93,6 +102,16 @@ class Matrix:
             )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Images and texts."""
+        return self.chunks.images, self.chunks.texts
+
+    @property
+    def _digest(self) -> Path:
+        """The digest of the whole matrix, as `sha256sum` writes it."""
+        return self.folder / "scores.npy.sha256"
+
+    @property
     def file(self) -> Path:
         """The whole matrix, float32 [images, texts] in NumPy's format, there once it is complete."""
         return self.folder / "scores.npy"
@@ -106,27 +125,25 @@ class Matrix:
         """The chunks that are not finished."""
         if self.complete:
             return []
-        return [number for number in range(len(self.chunks)) if not self._part(number).is_file()]
+        return [number for number in range(len(self.chunks)) if not self._finished(number)]
 
     def write(self, number: int, scores: Tensor) -> None:
         """Keep a finished chunk."""
         assert tuple(scores.shape) == self.chunks.shape(number)
-        self._replace(self._part(number), scores.numpy().astype("<f4").tobytes())
+        with replacing(self._part(number), "wb") as file:
+            file.write(scores.numpy().astype("<f4").tobytes())
 
     def assemble(self) -> None:
-        """Make one file of all chunks, which are then deleted; raises ValueError for a damaged one."""
+        """Make one file of all chunks, which are then deleted."""
         if not self.complete:
-            unfinished = self._parts / f"scores.{os.getpid()}.tmp"
-            size = (self.chunks.images, self.chunks.texts)
-            whole = np.lib.format.open_memmap(unfinished, mode="w+", dtype="<f4", shape=size)
-            for number in range(len(self.chunks)):
-                part, shape = self._part(number), self.chunks.shape(number)
-                scores = np.fromfile(part, dtype="<f4")
-                if len(scores) != shape[0] * shape[1]:
-                    raise ValueError(f"{part} is damaged: delete it and start again, it alone is then computed")
-                whole[self.chunks[number]] = scores.reshape(shape)
-            whole.flush()
-            unfinished.replace(self.file)
+            with replacing(self.file, "wb") as file:
+                whole = np.lib.format.open_memmap(file.name, mode="w+", dtype="<f4", shape=self.shape)
+                for number in range(len(self.chunks)):
+                    scores = np.fromfile(self._part(number), dtype="<f4")
+                    whole[self.chunks[number]] = scores.reshape(self.chunks.shape(number))
+                whole.flush()
+                with replacing(self._digest) as line:  # first, so that there are no scores without it
+                    line.write(f"{file_digest(Path(file.name)).hex()}  {self.file.name}\n")
         self._tidy()
 
     def open(self) -> np.ndarray:
@@ -136,15 +153,24 @@ class Matrix:
     def _part(self, number: int) -> Path:
         return self._parts / f"{number:08d}.f4"
 
+    def _finished(self, number: int) -> bool:
+        rows, columns = self.chunks.shape(number)
+        part = self._part(number)
+        return part.is_file() and part.stat().st_size == 4 * rows * columns
+
+    def _intact(self) -> bool:
+        """Whether the file of all scores is as long as it should be, and as it was written."""
+        try:
+            scores = np.load(self.file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        if scores.shape != self.shape or scores.dtype != np.dtype("<f4"):
+            return False
+        if not self._digest.is_file():  # of an earlier version
+            return True
+        return self._digest.read_text(encoding="utf-8").split()[:1] == [file_digest(self.file).hex()]
+
     def _tidy(self) -> None:
         """Delete the chunks of a complete matrix: a process may have been killed before it got to that."""
         if self.complete:
             shutil.rmtree(self._parts, ignore_errors=True)
-
-    def _replace(self, file: Path, content: bytes) -> None:
-        unfinished = self._parts / f"{file.name}.{os.getpid()}.tmp"
-        with unfinished.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # a rename may reach the disk before what was written
-        unfinished.replace(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pumer._files import sha256
 from pumer.api import active
 from pumer.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.data.text import TextTransform
@@ -81,10 +82,12 @@ class Job:
             BrokenImageError: naming the images that cannot be read.
             ValueError: for empty texts.
         """
-        digest = hashlib.sha256()
+        return sha256(self._contents())
+
+    def _contents(self) -> Iterator[bytes]:
         for start in range(0, len(self.texts), _TEXTS_AT_ONCE):
             ids = self.tokens(slice(start, start + _TEXTS_AT_ONCE))["input_ids"]
-            digest.update(repr(ids.shape).encode() + ids.numpy().tobytes())
+            yield repr(ids.shape).encode() + ids.numpy().tobytes()
         broken = []
         for number, image in enumerate(self.images):
             try:
@@ -92,15 +95,14 @@ class Job:
             except BrokenImageError as error:
                 broken.append(str(error))
                 continue
-            digest.update(repr(opened.size).encode() + opened.tobytes())
+            yield repr(opened.size).encode() + opened.tobytes()
             if number == 0:
-                digest.update(self.transform(opened).numpy().tobytes())
+                yield self.transform(opened).numpy().tobytes()
         if broken:
             raise BrokenImageError(
                 f"{len(broken)} of {len(self.images)} images are broken; replace or leave them out "
                 f'(tasks do with skip: "broken"). {" ".join(broken[:_NAMED])}'
             )
-        return digest.hexdigest()
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this job from another one, as plain data; raises as `check` does.
@@ -196,8 +198,10 @@ def _model_digest(model: Any) -> str:
     """Of the weights and of all settings but those that say where they came from."""
     config = model.config.to_dict()
     settings = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    start = json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode()
+    weights = (
+        part
+        for name, tensor in model.state_dict().items()
+        for part in (name.encode(), tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    )
+    return sha256(itertools.chain([start], weights))

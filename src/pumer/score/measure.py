@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViltConfig, ViltForImageAndTextRetrieval
 
 import pumer
-from pumer.bench.records import append, environment
+from pumer.bench.records import environment
 from pumer.bench.timing import alternate
 from pumer.data.images import Square
 from pumer.data.text import TextTransform, train_tokenizer
@@ -57,6 +57,27 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 """METER-CLIP16-RoBERTa and ViLT-B/32 at 384 pixels; and two to try things out with, of which no time means
 anything."""
 
+COLUMNS = (
+    "model",
+    "reducer",
+    "way",
+    "images",
+    "texts",
+    "pairs_timed",
+    "image_size",
+    "batch_size",
+    "runs",
+    "seconds",
+    "seconds_p20",
+    "seconds_p80",
+    "pairs_per_second",
+    "x_plain",
+    "x_unreduced",
+    "difference",
+    *environment(),
+)
+"""Columns of what `measure` returns."""
+
 
 def measure(
     model: str,
@@ -67,7 +88,6 @@ def measure(
     plain_pairs: int = 64,
     batch_size: int = 8,
     runs: int = 3,
-    record: str | None = None,
 ) -> list[dict[str, Any]]:
     """Pairs per second of the plain loop and of `score_pairs`, unreduced and with every reducer, taking turns.
 
@@ -84,7 +104,6 @@ def measure(
         plain_pairs: pairs that the plain loop is timed on.
         batch_size: pairs at a time, of both.
         runs: of everything.
-        record: CSV file to append the rows to.
 
     Returns:
         A row for each reducer, None the first, and way ("plain" or "once"): `pairs_per_second`; `x_plain` against the
@@ -145,8 +164,6 @@ def measure(
         }
         for number, way in variants
     ]
-    if record is not None:
-        append(record, found)
     return found
 
 

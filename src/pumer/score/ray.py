@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pumer._extras import need
 from pumer.evaluate import Result, predict
 from pumer.tasks.base import Collator, Example
 
@@ -106,11 +107,10 @@ class _Worker:
 
 
 def _import() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise ValueError("the engine ray needs the package ray: pip install 'pumer[ray]'") from None
+    need("the engine ray", "ray", "ray")
+    import ray
+    import ray.data
+
     return ray
 
 

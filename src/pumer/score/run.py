@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
+from pumer._files import check_folder, check_space, locked
 from pumer.data.images import ImageSource, ImageTransform
 from pumer.data.text import TextTransform
 from pumer.score.chunks import Matrix
@@ -78,11 +79,30 @@ def stream_pairs(
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if engine == "ray" and ranks > 1:
         raise ValueError("Ray distributes the work itself: start the command without torchrun")
-    chunks = job.chunks
-    matrix = Matrix(out, chunks, job.fingerprint())
-    missing = matrix.missing()
+    check_folder(out)
+    check_space(out, 2 * 4 * job.chunks.images * job.chunks.texts)  # chunks, and the whole
+    fingerprint = job.fingerprint()
+    # Ranks share a folder, of which the first one keeps other commands out.
+    with locked(Path(out), wait=0.0) if rank == 0 else nullcontext():
+        return _stream(job, Matrix(out, job.chunks, fingerprint), rank, ranks, engine, workers, address, progress, say)
+
+
+def _stream(
+    job: Job,
+    matrix: Matrix,
+    rank: int,
+    ranks: int,
+    engine: Engine,
+    workers: int | None,
+    address: str | None,
+    progress: bool,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    chunks, missing = matrix.chunks, matrix.missing()
+    if matrix.damaged and rank == 0:
+        say(f"{matrix.file} is not as it was written, and is computed again")
     if len(missing) < len(chunks) and rank == 0:
-        say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are in {out} already")
+        say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are in {matrix.folder} already")
     # By number and not by place among the missing ones: a rank that starts later sees fewer of them.
     mine = [number for number in missing if number % ranks == rank]
     total = sum(rows * columns for rows, columns in map(chunks.shape, mine))

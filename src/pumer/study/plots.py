@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pumer._files import replacing
 from pumer.study.curves import Setting, Spreads, half_width, pareto, seed_spreads
 from pumer.study.points import BASELINE
 
@@ -66,8 +67,10 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
             figure = Figure(figsize=(6.0 + 2.2 * columns, 4.8 + 0.6 * (columns > 1)), layout="constrained")
             _draw(figure.add_subplot(), known, axis, spreads, name, columns)
             file = folder / f"{name}-{axis.name}.png"
-            figure.savefig(file, dpi=150)
-            figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+            with replacing(file, "wb") as image:
+                figure.savefig(image, format="png", dpi=150)
+            with replacing(file.with_suffix(".svg"), "wb") as image:
+                figure.savefig(image, format="svg", metadata={"Date": None})
             files.append(file)
     return files
 

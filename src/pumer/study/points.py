@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from pumer.hub.files import digest, fingerprint
+from pumer._files import check_name, digest, fingerprint
 from pumer.presets import model_folder, read_reducer
 from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
 from pumer.train.recipe import read_recipe, read_settings
@@ -109,6 +109,7 @@ class Study:
     runs: int = 9
 
     def __post_init__(self) -> None:
+        check_name(self.name, "the study's name")
         names = [BASELINE, *(str(method.get("name")) for method in self.methods)]
         known = {"name", "reducer", "points", "grid", "train"}
         for method in self.methods:

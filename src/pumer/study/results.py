@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pumer._rows import finished_rows
 from pumer.bench.records import environment
 from pumer.study.points import Point, Study
-from pumer.tasks.base import replacing
 from pumer.train.precision import in_bfloat16
 
 FIGURES = (
@@ -89,7 +89,7 @@ the forward that goes into reducing.
 def row(
     study: Study, point: Point, columns: Sequence[str], measured: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """The row of a point for `records.append`, with the machine; `measured` are the columns not known beforehand."""
+    """The row of a point for `append_rows`, with the machine; `measured` are the columns not known beforehand."""
     known = {
         "id": point.id,
         "setting": point.setting,
@@ -148,33 +148,13 @@ def check_machine(path: Path, rows: Iterable[dict[str, Any]], device: torch.devi
             )
 
 
-def drop_unfinished(path: Path) -> None:
-    """Take a last row that a kill cut off out of a file that nobody writes to: its point was not finished."""
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8")
-    finished = _finished(text)
-    if finished and not finished.endswith("\n"):
-        finished += "\n"
-    if finished != text:
-        with replacing(path) as file:
-            file.write(finished)
-
-
-def _finished(text: str) -> str:
-    """A results file without a last row that ends too early; one that lacks nothing but the end of its line counts."""
-    end = text.rfind("\n") + 1
-    columns, last = (len(next(csv.reader([line]), [])) for line in (text.partition("\n")[0], text[end:]))
-    return text if end and last == columns else text[:end]
-
-
 def _read(
     path: Path, study: str, columns: Sequence[str], figures: Sequence[str], names: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     """Rows that are known by their first column; `names` are the methods by what may stand there."""
     if not path.is_file():
         return []
-    lines = list(csv.reader(_finished(path.read_text(encoding="utf-8")).splitlines()))
+    lines = list(csv.reader(finished_rows(path.read_text(encoding="utf-8")).splitlines()))
     if not lines:
         return []
     if lines[0] != list(columns):

@@ -15,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
-from pumer.bench.records import append
+from pumer._extras import need
+from pumer._files import claimed, locked, replacing
+from pumer._rows import append_rows, mend_rows
 from pumer.bench.timing import alternate
 from pumer.costs import align
 from pumer.evaluate import take
@@ -24,12 +26,11 @@ from pumer.study.curves import settings_of
 from pumer.study.measure import cost, macs, read_subject, score, speed
 from pumer.study.plots import plot
 from pumer.study.points import Point, Study
-from pumer.study.results import COLUMNS, SPEED_COLUMNS, check_machine, drop_unfinished, read_rows, read_speeds, row
+from pumer.study.results import COLUMNS, SPEED_COLUMNS, check_machine, read_rows, read_speeds, row
 from pumer.study.tables import markdown
 from pumer.study.training import expected_seconds, train_point
-from pumer.tasks.base import Example, Task, replacing
+from pumer.tasks.base import Example, Task
 from pumer.train.checks import uncached
-from pumer.train.launch import claimed, locked
 
 Only = Literal["plan", "scores", "plots"] | None
 """Part of the work: only say what there is to do, only train and score, or only draw what there is."""
@@ -69,11 +70,7 @@ def run(
         ValueError: for impossible settings, foreign rows, and trainings that fail, the first two before anything runs;
             and without matplotlib or scipy.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"pumer study needs {error.name}: pip install 'pumer[study]'") from None
+    need("pumer study", "study", "matplotlib", "scipy")
     out = Path(out)
     results, speeds = out / f"{study.name}.csv", out / f"{study.name}-speed.csv"
     if only != "plots":
@@ -191,8 +188,7 @@ class _Work:
         measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
         measured["seconds"] = round(time.perf_counter() - start, 1)
         with locked(self.folder, wait=math.inf):
-            drop_unfinished(self.results)
-            append(self.results, [row(study, point, COLUMNS, measured, self.device)])
+            append_rows(self.results, [row(study, point, COLUMNS, measured, self.device)])
         self.say(f"{point}: {measured['accuracy']:.1f} %, in {_duration(measured['seconds'])}")
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
@@ -205,7 +201,7 @@ class _Work:
         study = self.study
         with locked(self.folder, wait=math.inf), _bars() as progress:
             for file in (self.results, self.speeds):
-                drop_unfinished(file)
+                mend_rows(file)
             self.look()  # again: another process may have timed them meanwhile
             if self.untimed:
                 check_machine(self.speeds, read_speeds(self.speeds, study.name), self.device, ("gpu", "cpu", "threads"))
@@ -216,7 +212,7 @@ class _Work:
                     one = read_subject(study.model, study.task, point.reducer, point.image_size, self.device)
                 one = one.on(self.timed, study.batch_size)
                 measured = speed(one, self.base, len(self.timed), study.runs)
-                append(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
+                append_rows(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
             if not keep_models:
                 for name in ("teacher", *(point.id for point in self.points)):
                     shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+from pumer._files import replacing
 from pumer.bench.run import using_threads
 from pumer.bench.timing import wait
 from pumer.study.measure import Subject
@@ -34,9 +35,9 @@ def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[s
     Raises:
         ValueError: if the training fails, with the end of what it said.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = folder / "recipe.yaml"
-    config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    with replacing(config) as file:
+        yaml.safe_dump(recipe, file, sort_keys=False)
     return train_once(folder, ["--config", str(config)], processes, lock)
 
 

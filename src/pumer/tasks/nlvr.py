@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pumer._files import replacing
 from pumer.data.parquet import ImageTable
-from pumer.tasks.base import Example, Task, check_ids, first, replacing
+from pumer.tasks.base import Example, Task, check_ids, first
 
 _COLUMNS = ("id", "example_id", "presentation", "directory", "k", "sentence", "label")
 _BOX_ORDERS = set(range(6))

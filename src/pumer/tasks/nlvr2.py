@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from pumer._files import replacing
 from pumer.data.images import ImageSource
-from pumer.tasks.base import Example, check_ids, check_labels, replacing
+from pumer.tasks.base import Example, check_ids, check_labels
 from pumer.tasks.files import FileTask, all_or_none_labelled, label_of, read_lines, strings
 
 _IDENTIFIER = re.compile(r"(\w+)-(\d+)-(\d+)-(\d+)")

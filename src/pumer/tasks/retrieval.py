@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pumer._files import replacing
 from pumer.data.images import ImageSource
-from pumer.tasks.base import Example, bootstrap_interval, check_ids, last_argmax, replacing
+from pumer.tasks.base import Example, bootstrap_interval, check_ids, last_argmax
 from pumer.tasks.files import FileTask, MissingFileError, read_rows, strings, usable
 from pumer.tasks.snli_ve import FLICKR30K
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pumer.tasks.base import Example, check_ids, first, replacing
+from pumer._files import replacing
+from pumer.tasks.base import Example, check_ids, first
 
 ANNOTATORS = 10
 

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from pumer.train.checkpoints import usable_checkpoints
 
 _ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, see prctl(2)
-_SHOWN = 15
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[IO[str] | None]:
-    """Keep a folder to this process; None if another one keeps it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except OSError:
-            mine = False
-        yield file if mine else None
-
-
-@contextmanager
-def locked(folder: Path, wait: float = 60.0) -> Iterator[IO[str]]:
-    """Keep a folder to this process; a training that outlived the one that launched it is waited for.
-
-    Args:
-        folder: made if it is not there.
-        wait: seconds to wait for another process that keeps it.
-
-    Raises:
-        ValueError: if the other process keeps it for longer.
-    """
-    end = time.monotonic() + wait
-    while True:
-        with claimed(folder) as lock:
-            if lock is not None:
-                yield lock
-                return
-        if time.monotonic() > end:
-            raise ValueError(f"another process works in {folder}: wait until it has ended")
-        time.sleep(0.2)
+_SHOWN = 4
 
 
 def train_once(folder: Path, words: list[str], processes: int, lock: IO[str]) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from pumer._files import replacing
 from pumer._yaml import load_yaml
-from pumer.tasks.base import replacing
 
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped ones."""
@@ -28,7 +28,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {path}")
     try:
         settings = load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")

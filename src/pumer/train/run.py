@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,15 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 import pumer
 from pumer import presets
+from pumer._extras import need
+from pumer._files import check_folder, check_space, fingerprint, is_empty, locked, new_folder, replacing
+from pumer._options import OutputFolder
 from pumer._settings import typed
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.hub import save
-from pumer.hub.files import fingerprint, new_folder
-from pumer.tasks.base import Blind, Task, replacing
+from pumer.tasks.base import Blind, Task
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
 from pumer.train.arguments import trainer_arguments, trainer_settings
 from pumer.train.checkpoints import check_last_checkpoint, usable_checkpoints
@@ -31,6 +34,8 @@ from pumer.train.teacher import TeachingCollator, same_inputs, taught, teachers_
 from pumer.train.trainer import TaskTrainer
 from pumer.train.watch import Bar, ReadableLog, StopAtNaN
 from pumer.train.writing import WritingTrainer
+
+_SPACE = 16  # bytes of a weight: in the model, and in a checkpoint with two states of the optimizer
 
 
 @dataclass
@@ -81,7 +86,7 @@ class EarlyStoppingSettings:
 
 @typed("train")
 def train(
-    output: str,
+    output: OutputFolder,
     task: dict[str, Any],
     model: ModelSettings,
     reducer: str | dict[str, Any] | None = None,
@@ -138,7 +143,8 @@ def train(
     """
     recipe = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     out = Path(output)
-    if out.exists() and any(out.iterdir()) and not resume:
+    check_folder(out)
+    if not is_empty(out) and not resume:
         raise ValueError(
             f"{out} is not empty: give another --output, or --resume true to go on from its last checkpoint"
         )
@@ -166,6 +172,8 @@ def train(
         check_teacher(net, the_task, teacher)
         if distill.cache and (reason := uncached(net, the_task, augment, dense)):
             raise ValueError(f"{reason}: leave distill.cache out")
+    if "tensorboard" in (chosen.get("report_to") or ()):
+        need("trainer.report_to: tensorboard", "train", "tensorboard")
     arguments = trainer_arguments(out, seed, chosen, learned=settings.learned is not None)
     groups = None
     if optimizer or settings.learned:
@@ -213,22 +221,25 @@ def train(
     if early_stopping:
         runner.add_callback(EarlyStoppingCallback(early_stopping.patience, early_stopping.threshold))
     _talk(runner, _data(the_task, train_split, len(examples), without), out / "model")
-    with arguments.main_process_first():
-        resumable = resume and usable_checkpoints(out)
-    if resume and not resumable and (out / "model").exists():
-        raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
-    if resumable:
-        check_last_checkpoint(out)
-    if runner.is_world_process_zero():
-        write_recipe(out, recipe)
-    runner.train(resume_from_checkpoint=resumable or None)
-    metrics = runner.evaluate() if eval_split else {}
-    if runner.is_world_process_zero():
-        _write(out / "model", net, tokenizer, model.max_length, transform)
-        with replacing(out / "log.json") as file:  # the last one: a training that has it is done
-            file.write(json.dumps(runner.state.log_history, indent=1) + "\n")
-        reached = f", accuracy {metrics['eval_accuracy']:.2f} % on {eval_split}" if metrics else ""
-        print(f"the model is in {out / 'model'}{reached}")
+    check_space(out, _SPACE * sum(weight.numel() for weight in net.parameters()))
+    # A kill leaves workers that end within seconds, and keep the folder until then.
+    with locked(out, wait=10.0) if arguments.process_index == 0 else nullcontext():
+        with arguments.main_process_first():
+            resumable = resume and usable_checkpoints(out)
+        if resume and not resumable and (out / "model").exists():
+            raise ValueError(f"{out} holds a finished model and no checkpoint to go on from: give another --output")
+        if resumable:
+            check_last_checkpoint(out)
+        if runner.is_world_process_zero():
+            write_recipe(out, recipe)
+        runner.train(resume_from_checkpoint=resumable or None)
+        metrics = runner.evaluate() if eval_split else {}
+        if runner.is_world_process_zero():
+            _write(out / "model", net, tokenizer, model.max_length, transform)
+            with replacing(out / "log.json") as file:  # the last one: a training that has it is done
+                file.write(json.dumps(runner.state.log_history, indent=1) + "\n")
+            reached = f", accuracy {metrics['eval_accuracy']:.2f} % on {eval_split}" if metrics else ""
+            print(f"the model is in {out / 'model'}{reached}")
     # Threads of a process group that outlive the interpreter abort it: a training that went well would end in an error.
     runner.accelerator.wait_for_everyone()
     runner.accelerator.end_training()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from pumer._files import digest, replacing
 from pumer.data.text import TextTransform, load_tokenizer, same_tokenizer
 from pumer.data.transforms import load_transform
-from pumer.hub.files import digest
 from pumer.tasks.base import Collator, Example
 from pumer.tasks.labels import label_order
 from pumer.tasks.prompts import writes
@@ -121,9 +120,7 @@ def taught(
         logits = torch.as_tensor(asker.predict(examples).predictions, dtype=torch.float32)
         assert len(logits) == wanted["examples"]
         if asker.is_world_process_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            save_file({"logits": logits}, unfinished)
-            unfinished.replace(path)
+            with replacing(path, "wb") as file:
+                save_file({"logits": logits}, file.name)
         asker.accelerator.wait_for_everyone()
     return load_file(path)["logits"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pumer.hub.files import fingerprint
+from pumer._files import fingerprint, locked, replacing
 from pumer.reducers import Reducer, to_dict
-from pumer.tasks.base import replacing
-from pumer.train.launch import locked, train_once
+from pumer.train.launch import train_once
 from pumer.train.recipe import read_recipe
 
 

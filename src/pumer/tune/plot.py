@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pumer._files import replacing
+
 _KINDS = {  # status: label, colour, marker; colours that also differ for the colour-blind
     "over": ("over the bound for certain", "#d55e00", "x"),
     "worse": ("worse than another for certain", "#d55e00", "x"),
@@ -78,8 +80,9 @@ def draw(rows: Sequence[dict[str, Any]], bound: float | None, path: Path) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
+    for format in ("png", "svg"):
+        with replacing(path.with_suffix(f".{format}"), "wb") as image:
+            figure.savefig(image, format=format, dpi=150)
 
 
 def _best_known(row: dict[str, Any], name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -19,15 +20,15 @@ from optuna.storages.journal import JournalFileBackend
 from torch import nn
 
 import pumer
+from pumer._files import check_folder, is_empty, locked, replacing
 from pumer.bench import records
 from pumer.bench.latency import LatencyModel, calibrate, measure, planned
 from pumer.bench.memory import weight_bytes
 from pumer.bench.run import FUSED
 from pumer.evaluate import model_inputs
 from pumer.reducers import to_dict
-from pumer.tasks.base import Collator, Example, replacing
+from pumer.tasks.base import Collator, Example
 from pumer.tasks.prompts import writes
-from pumer.train.launch import locked
 from pumer.tune.examples import Pool
 from pumer.tune.plot import draw
 from pumer.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
@@ -111,9 +112,8 @@ def tune(
             bound that nothing keeps to, naming the nearest point; the evidence is then written all the same.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder as --out")
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    check_folder(folder)
+    if not is_empty(folder) and not resume:
         raise ValueError(f"{folder} is not empty: give another --out, or --resume true to go on with its study")
     for name, count in (("batch_size", batch_size), ("choose", choose), ("check", check), ("trials", trials)):
         if count < 1:
@@ -218,6 +218,8 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
 def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
     """The study in a file, new if there is none; raises ValueError for one of other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for left_over in journal.parent.glob(f"{journal.name}.lock*"):
+        left_over.unlink()  # optuna's lock, for which it would wait; the folder is locked already
     if journal.is_file():  # a kill may have cut off what was written last
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     study = optuna.create_study(
@@ -351,7 +353,7 @@ def _drops(prefix: str, found: Judged | None) -> dict[str, Any]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    records.append(unfinished, rows)
-    unfinished.replace(path)
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

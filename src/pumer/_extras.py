@@ -1,0 +1,17 @@
+"""Packages that only some commands need, and where they come from: the extras of `pumer`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def need(what: str, extra: str, *packages: str) -> None:
+    """Raise ValueError, saying how to install them, if packages of an extra are not there."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"{what} needs {' and '.join(missing)}: {hint(extra)}")
+
+
+def hint(extra: str) -> str:
+    """How to install an extra; pumer is on no package index yet."""
+    return f"install pumer with its extra {extra}, in a checkout by pip install '.[{extra}]'"
