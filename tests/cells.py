@@ -40,7 +40,7 @@ PRUNING: dict[str, Reducer] = {
 REDUCERS: dict[str, Reducer] = {
     "PuMer": pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.2, layers=(0, 1)),
     "ToMe": pumer.ToMe(r=2, depth=2, proportional=False),
-    "ToMe, proportional": pumer.ToMe(r=2, depth=2),
+    "ToMe, proportional": pumer.ToMe(r=2, depth=2, proportional=True),
     "DyMU (merging thresholds)": pumer.DyMU(thresholds=(0.5, 0.5)),
     "ToMe in the vision tower": pumer.Compose(pumer.ToMe(r=2, depth=2), pumer.Unreduced()),
     "DyMU in the vision tower": pumer.Compose(pumer.DyMU(thresholds=(0.5, 0.5)), pumer.Unreduced()),

@@ -53,7 +53,9 @@ def checkpoints(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 96), "orange").save("cats.jpg")
     Image.new("RGB", (96, 96), "black").save("dogs.jpg")
-    vilt = functools.partial(tiny.model, num_hidden_layers=12)
+    Image.new("RGB", (96, 96), "red").save("image.png")
+    answers = {number: f"answer {number}" for number in range(7)}
+    vilt = functools.partial(tiny.model, num_hidden_layers=12, id2label=answers)
     _retrieval("my-meter")
 
     def replace(cls, make):

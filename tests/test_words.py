@@ -98,6 +98,7 @@ def test_help_of_nested_settings():
     shown = {option.name: option for option in options("pumer.train.run:train")}
     assert shown["distill.teacher"].help.startswith("folder of the unreduced model")
     assert shown["attention"].type == "sdpa|eager"
+    assert {option.name: option.type for option in options(COMMANDS["eval"][0])}["batch_size"] == "N"
     assert {"model.path", "grounding.weight", "augment.ops"} <= set(shown)
 
 

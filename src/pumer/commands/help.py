@@ -130,6 +130,9 @@ def _written_out(tree: ast.Module, annotation: str) -> str:
         _, definition = _definition(tree, part)
         if isinstance(definition, ast.expr) and part.isidentifier():
             part = _written_out(tree, ast.unparse(definition))
+        annotated = re.match(r"Annotated\[(\w+),", part)
+        if annotated is not None:
+            part = annotated[1]
         literal = re.fullmatch(r"Literal\[(.*)\]", part)
         if literal is not None:
             part = "|".join(str(value) for value in ast.literal_eval(f"[{literal[1]}]"))
