@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pumer._files import check_space, replacing
-from pumer._options import Count, NewFolder, OutputFile, OutputFolder
+from pumer._options import Count, OutputFile, OutputFolder
 from pumer._terminal import console
 
 
@@ -72,7 +72,7 @@ def check(
 
 
 def scenes(
-    out: NewFolder,
+    out: OutputFolder,
     task: Literal["vqav2", "nlvr2", "snli-ve", "retrieval"] = "vqav2",
     split: str = "val2014",
     pictures: Count = 1000,
