@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from pumer._files import check_name, new_folder
+from pumer._files import check_name, locked, new_folder
 
 from .scene_questions import SceneQuestion, ask
 from .scenes import draw
@@ -53,15 +53,18 @@ def write_vqav2(
         return folder
     questions = f"v2_OpenEnded_mscoco_{split}_questions.json"
     names = (split, f"v2_mscoco_{split}_annotations.json", questions)
-    if existing := [name for name in names if (folder / name).exists()]:
-        raise ValueError(f"{folder} has {', '.join(existing)} already: give another --split, or delete them first")
     staged = folder / f".{split}.new"
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
-    with new_folder(staged) as new:
-        _write(new, seed, pictures, per_picture, split, image_size, progress)
-    for name in names:  # the questions last: with them the split is there
-        (staged / name).rename(folder / name)
-    staged.rmdir()
+    with locked(folder, wait=0.0):
+        if (staged / questions).exists():  # a kill came between the last steps of an earlier run
+            shutil.rmtree(folder / split, ignore_errors=True)
+            (folder / names[1]).unlink(missing_ok=True)
+        if existing := [name for name in names if (folder / name).exists()]:
+            raise ValueError(f"{folder} has {', '.join(existing)} already: give another --split, or delete them first")
+        with new_folder(staged, replace=True) as new:
+            _write(new, seed, pictures, per_picture, split, image_size, progress)
+        for name in names:  # the questions last: with them the split is there
+            (staged / name).rename(folder / name)
+        staged.rmdir()
     return folder
 
 

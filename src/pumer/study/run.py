@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from pumer._extras import need
 from pumer._files import claimed, locked, replacing
 from pumer._rows import append_rows, mend_rows
+from pumer._terminal import visible
 from pumer.bench.timing import alternate
 from pumer.costs import align
 from pumer.evaluate import take
@@ -285,7 +286,7 @@ def _try(
 
 def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
     """The points, with a bar that tells which it is, of how many, and how long the rest will take."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}{task.fields[left]}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}{task.fields[left]}", markup=False))
     start, expected = time.perf_counter(), 0.0
     with _bars(*columns) as progress:
         bar = progress.add_task("", total=len(left), left="")
@@ -293,7 +294,7 @@ def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
             # As far as it was off so far, the expectation will be off again.
             ratio = (time.perf_counter() - start) / expected if expected else 1.0
             rest = ratio * sum(seconds[other.id] for other in left[number:])
-            progress.update(bar, description=str(point), left=f", about {_duration(rest)} left")
+            progress.update(bar, description=visible(str(point)), left=f", about {_duration(rest)} left")
             yield point
             expected += seconds[point.id]
             progress.advance(bar)
