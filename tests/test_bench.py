@@ -159,7 +159,7 @@ def test_a_saved_model_is_timed_and_weighed(words, capsys):
     ("words", "message"),
     [
         (["--model", "scenes-vilt"], "nothing reduces scenes-vilt: give --reducer"),
-        (["--model", "scenes-vilt", "--reducer", "tome", "--batch", "0"], "at least 1 each"),
+        (["--model", "scenes-vilt", "--reducer", "tome", "--batch", "0"], "--batch: give a whole number from 1"),
         (["--model", "scenes-vilt", "--reducer", "tome", "--image", "a.jpg"], "give --image and --question"),
     ],
 )

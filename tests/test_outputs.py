@@ -23,8 +23,11 @@ from pumer._yaml import load_yaml
 from pumer.cli import COMMANDS, main
 from pumer.commands import evaluate as evaluate_command
 from pumer.data.scene_files import write_vqav2
+from pumer.data.text import load_tokenizer
+from pumer.hub import load_stock
 from pumer.hub.files import read_config
 from pumer.score.chunks import Chunks
+from pumer.tasks.processors import read_processor
 
 MODEL = "scenes-vilt-pumer"
 EVAL = ["eval", "--model", MODEL, "--task", '{"name": "scenes", "questions": 4}', "--batch_size", "4"]
@@ -102,6 +105,12 @@ def test_every_output_is_annotated():
         for name in inspect.signature(function).parameters:
             if name in ("out", "output", "record", "samples", "missing", "scratch", "batch_size", "runs", "batch"):
                 assert _checks(hints[name]), f"{path}, {name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_is_wanted_not_how_it_is_checked(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    assert "Annotated" not in capsys.readouterr().out
 
 
 def test_options_are_checked_where_they_may_be_none():
@@ -312,3 +321,18 @@ def test_settings_without_end_are_refused(tmp_path):
         with pytest.raises(yaml.YAMLError):
             load_yaml(text)
     assert load_yaml("a: &x [1]\nb: *x") == {"a": [1], "b": [1]}
+
+
+def test_code_in_a_model_folder_is_not_run(tmp_path, monkeypatch):
+    """Not even if somebody at a terminal would say yes to transformers' question."""
+    monkeypatch.setattr("builtins.input", lambda *arguments: "y")
+    config = {"model_type": "evil", "auto_map": {}, "image_processor_type": "Evil", "tokenizer_class": "Evil"}
+    for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor"):
+        config["auto_map"][name] = ["evil.Evil", None] if name == "AutoTokenizer" else "evil.Evil"
+    for name in ("config", "tokenizer_config", "processor_config", "preprocessor_config", "tokenizer"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    for read in (load_stock, load_tokenizer, read_processor):
+        with pytest.raises(ValueError, match=r"evil|code|read"):
+            read(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -90,7 +90,11 @@ class PumerModel(lmms):
         self.processor = read_processor(pretrained, revision=revision, **rest)
         _check(rest, self.processor.image_processor, chosen)
         model = AutoModelForImageTextToText.from_pretrained(
-            pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+            pretrained,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
         )
         self.model = model.to(self.device).eval()
         if chosen is not None:

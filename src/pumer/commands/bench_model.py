@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.progress import Progress
 
 import pumer
+from pumer._options import Count
+from pumer._terminal import visible
 from pumer.bench.run import Device, name_reducers
 from pumer.bench.saved import bench_saved
 from pumer.commands.common import ReducerSettings, open_model, open_task
@@ -21,11 +23,11 @@ def bench_model_(
     reducers: list[ReducerSettings] | None = None,
     image: str | None = None,
     question: str | None = None,
-    batch: int = 8,
-    new_tokens: int = 16,
+    batch: Count = 8,
+    new_tokens: Count = 16,
     device: Device = "auto",
-    threads: int | None = None,
-    runs: int = 9,
+    threads: Count | None = None,
+    runs: Count = 9,
 ) -> None:
     """Time and weigh a saved model on an image and a question, stock, fused and reduced, taking turns in one process.
 
@@ -41,8 +43,6 @@ def bench_model_(
         threads: CPU threads; torch's own choice if not given.
         runs: timed calls of each.
     """
-    if batch < 1 or runs < 1 or new_tokens < 1:
-        raise ValueError(f"batch {batch}, runs {runs} and new_tokens {new_tokens} are at least 1 each")
     if (image is None) != (question is None):
         raise ValueError("an image of your own and its question go together: give --image and --question")
     net = open_model(model, None, device)
@@ -69,4 +69,4 @@ def bench_model_(
             threads=threads,
             progress=lambda: progress.advance(bar),
         )
-    print(f"{model}\n{result}")
+    print(visible(f"{model}\n{result}"))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pumer._files import check_space, replacing
 from pumer._options import Count, OutputFile, OutputFolder
-from pumer._terminal import console
+from pumer._terminal import console, visible
 
 
 def check(
@@ -67,7 +67,7 @@ def check(
     if all(split.absent for split in checks):
         problems.append(f"no split of {task} is in {root}")
     if problems:
-        print(f"pumer data check: {'; '.join(problems)}; the reasons stand above.", file=sys.stderr)
+        print(visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."), file=sys.stderr)
         raise SystemExit(1)
 
 

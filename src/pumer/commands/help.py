@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-_PLAIN = {"str": "TEXT", "int": "N", "float": "X", "bool": "true|false"}
+_PLAIN = {
+    "str": "TEXT",
+    "int": "N",
+    "Count": "N",
+    "float": "X",
+    "bool": "true|false",
+    "OutputFile": "FILE",
+    "OutputFolder": "FOLDER",
+    "NewFolder": "FOLDER",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ def _written_out(tree: ast.Module, annotation: str) -> str:
     parts = []
     for part in annotation.split(" | "):
         _, definition = _definition(tree, part)
-        if isinstance(definition, ast.expr) and part.isidentifier():
+        if isinstance(definition, ast.expr) and part.isidentifier() and part not in _PLAIN:
             part = _written_out(tree, ast.unparse(definition))
         annotated = re.match(r"Annotated\[(\w+),", part)
         if annotated is not None:

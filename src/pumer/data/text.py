@@ -78,7 +78,7 @@ def load_tokenizer(source: str | Path) -> Any:
             f"tokenizer.save_pretrained({str(folder)!r})"
         )
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {source} cannot be read: {error}") from error
 

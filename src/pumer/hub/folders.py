@@ -142,7 +142,7 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
                 f"model folder with `pumer convert {source} FOLDER`"
             )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as a model that answers questions about pictures: {error}") from None
     return model.to(device or "cpu").eval()

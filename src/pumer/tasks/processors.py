@@ -89,7 +89,7 @@ def processor_collator(model: Any, task: Task, processor: Any) -> ProcessorColla
 def read_processor(source: str, **settings: Any) -> Any:
     """The processor in a folder or of a name on the Hub, made to pad prompts on the left; settings as it takes them."""
     try:
-        processor = AutoProcessor.from_pretrained(source, **settings)
+        processor = AutoProcessor.from_pretrained(source, **{"trust_remote_code": False} | settings)
     except OSError:
         processor = None
     if not hasattr(processor, "tokenizer"):  # of a folder with a part of a processor transformers takes that part
