@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 import pumer
 from pumer.commands.common import open_model, open_task
@@ -47,7 +48,7 @@ def test_recipes_name_settings_that_exist(recipe):
     assert set(settings["model"]) <= set(run.ModelSettings.__dataclass_fields__)
     if "reducer" in settings:
         pumer.reducers.from_dict(settings["reducer"])
-    run.TrainingArguments(output_dir="unused", **{"use_cpu": True, **settings["trainer"]})
+    TrainingArguments(output_dir="unused", **{"use_cpu": True, **settings["trainer"]})
 
 
 def test_the_demo_draws_and_counts(tmp_path, capsys):
