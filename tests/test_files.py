@@ -154,6 +154,9 @@ with new_folder({str(tmp_path / "out")!r}) as folder:
 """
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": SRC}, check=False)
     assert listed(tmp_path) == [".out.unfinished"]
+    check_folder(tmp_path / "out", empty=True)
+    assert listed(tmp_path) == []
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": SRC}, check=False)
     with new_folder(tmp_path / "out") as folder:
         assert listed(folder) == []
     assert listed(tmp_path) == ["out"]

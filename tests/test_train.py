@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import TrainerState, TrainingArguments, ViltForImageAndTextRetrieval
 
 import pumer
-from pumer._files import fingerprint
+from pumer._files import fingerprint, locked
 from pumer.data.augment import RandAugment
 from pumer.data.text import train_tokenizer
 from pumer.hub import load
@@ -23,6 +23,7 @@ from pumer.tasks.scene_tasks import ScenesRetrieval, ScenesVE
 from pumer.tasks.scenes import Scenes
 from pumer.train import model as start
 from pumer.train import precision
+from pumer.train import run as run_module
 from pumer.train.examples import Epochs, Examples
 from pumer.train.losses import distillation_loss, grounding_loss, matching_loss, task_loss
 from pumer.train.model import prepare
@@ -248,6 +249,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(base, tmp_path):
     resumed = run("broken", 6, resume=True)
     for name, value in unbroken.items():
         torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_a_folder_that_another_process_trains_in(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_WAIT", 0.0)
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match=r"another process works in .*out"):
+        train(str(tmp_path / "out"), TASK, ModelSettings(path=str(base / "model")), trainer=STEPS)
 
 
 def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tokenizer):

@@ -40,11 +40,13 @@ def check_folder(path: str | os.PathLike[str], empty: bool = False) -> None:
 
     Args:
         path: of a folder that is there or can be made.
-        empty: refuse one that holds anything.
+        empty: refuse one that holds anything; what a kill left of `new_folder` beside it is deleted.
     """
     target = _real(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{path} is a file: name a folder")
+    if empty:
+        _delete_left_over(target)
     if empty and not is_empty(target):
         raise ValueError(f"{path} is not an empty folder: name another one, or delete it first")
     _check_writable(target, path)
@@ -252,12 +254,13 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
     """
     target = _real(path)
     check_folder(path, empty=not replace)
-    hidden = target.with_name(f".{_short(target.name)}.unfinished")
+    hidden = _hidden(target)
     with claimed(hidden) as lock:
         if lock is None:
             raise ValueError(f"another process is writing {path}: wait until it has ended, or name another folder")
         try:
-            check_folder(path, empty=not replace)  # another process may have written it meanwhile
+            if not replace and not is_empty(target):  # another process has written it meanwhile
+                check_folder(path, empty=True)
             folder = hidden / target.name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -274,6 +277,19 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
     _sync(target.parent)
+
+
+def _hidden(target: Path) -> Path:
+    """Where a folder lies until it is complete."""
+    return target.with_name(f".{_short(target.name)}.unfinished")
+
+
+def _delete_left_over(target: Path) -> None:
+    """Delete what a killed process left of a new folder; another process may still be writing it."""
+    if _hidden(target).is_dir():
+        with suppress(OSError), claimed(_hidden(target)) as lock:
+            if lock is not None:
+                shutil.rmtree(_hidden(target), ignore_errors=True)
 
 
 def _short(name: str) -> str:

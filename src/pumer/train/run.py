@@ -35,6 +35,7 @@ from pumer.train.trainer import TaskTrainer
 from pumer.train.watch import Bar, ReadableLog, StopAtNaN
 from pumer.train.writing import WritingTrainer
 
+_WAIT = 10.0  # seconds: a kill leaves workers that end within them, and keep the folder until then
 _SPACE = 16  # bytes of a weight: in the model, and in a checkpoint with two states of the optimizer
 
 
@@ -222,8 +223,7 @@ def train(
         runner.add_callback(EarlyStoppingCallback(early_stopping.patience, early_stopping.threshold))
     _talk(runner, _data(the_task, train_split, len(examples), without), out / "model")
     check_space(out, _SPACE * sum(weight.numel() for weight in net.parameters()))
-    # A kill leaves workers that end within seconds, and keep the folder until then.
-    with locked(out, wait=10.0) if arguments.process_index == 0 else nullcontext():
+    with locked(out, wait=_WAIT) if arguments.process_index == 0 else nullcontext():
         with arguments.main_process_first():
             resumable = resume and usable_checkpoints(out)
         if resume and not resumable and (out / "model").exists():
