@@ -30,7 +30,7 @@ def test_bombs_are_refused_at_once(tmp_path, capsys, name):
     with pytest.raises(ValueError, match=r"settings\.yaml is no YAML"):
         read_settings(file)
     with pytest.raises(ValueError, match=r"settings\.yaml holds no reducer"):
-        presets.preset(str(file))
+        presets.read_reducer(str(file))
     assert main(["train", "--config", str(file)]) == 2
     assert "settings.yaml is no YAML" in capsys.readouterr().err
     assert time.perf_counter() - start < 10
