@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +24,14 @@ def load_yaml(text: str) -> Any:
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or in itself") from None
     return yaml.safe_load(text)
+
+
+def read_yaml(path: Path) -> Any:
+    """The data in a YAML file; raises ValueError for one that cannot be read, or is none."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -125,6 +125,7 @@ def _run(name: str, words: list[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from pumer._options import check_options
+    from pumer._yaml import read_yaml
 
     disable_progress_bar()  # of loading weights; the commands show their own
     function = _function(COMMANDS[name][0])
@@ -142,25 +143,12 @@ def _run(name: str, words: list[str]) -> None:
         if option == "--config" and not Path(word).exists():
             hint = did_you_mean(word, [path.stem for path in RECIPES.glob("*.yaml")])
             raise ValueError(f"{word} is no file, nor a recipe that `pumer list` names.{hint}")
-        if option == "--config" and (problem := _bad_yaml(word)):
-            raise ValueError(f"{word} is no YAML: {problem}")
+        if option == "--config":
+            read_yaml(Path(word))
     settings = parser.instantiate(parser.parse_args(words))
     values = {key: value for key, value in vars(settings).items() if key != "config"}
     check_options(function, values)
     function(**values)
-
-
-def _bad_yaml(file: str) -> str:
-    """What is wrong with a file of settings, if it is no YAML, or too much of it."""
-    import yaml
-
-    from pumer._yaml import load_yaml
-
-    try:
-        load_yaml(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        return str(error)
-    return ""
 
 
 def _recipe(word: str) -> str:

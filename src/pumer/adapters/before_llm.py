@@ -6,8 +6,9 @@ C channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +110,26 @@ def raster(grids: Sequence[Grid | None], device: torch.device) -> tuple[Grid | N
 
 def _encoder(rows: Sequence[Row], device: torch.device) -> Encoder | None:
     """What is known of all rows, where the language model is: the vision tower may be elsewhere."""
-    known = [row.encoder for row in rows if row.encoder is not None]
-    if len(known) != len(rows):
+
+    def padded(values: list[Tensor]) -> Tensor:
+        wide = values[0] if len(values) == 1 else pad_sequence([value[0] for value in values], batch_first=True)
+        return wide.to(device)
+
+    return _joined([row.encoder for row in rows], padded)
+
+
+def _joined(encoders: Sequence[Encoder | None], join: Callable[[list[Tensor]], Tensor]) -> Encoder | None:
+    """One for several, every field joined; None if one of them is not known."""
+    known = [encoder for encoder in encoders if encoder is not None]
+    if len(known) != len(encoders):
         return None
-    joined = {}
-    for field in fields(Encoder):
-        values = [getattr(encoder, field.name) for encoder in known]
-        if values[0] is not None:
-            wide = values[0] if len(values) == 1 else pad_sequence([value[0] for value in values], batch_first=True)
-            joined[field.name] = wide.to(device)
-    return Encoder(**joined)
+    return Encoder(
+        **{
+            field.name: join([getattr(encoder, field.name) for encoder in known])
+            for field in fields(Encoder)
+            if getattr(known[0], field.name) is not None
+        }
+    )
 
 
 def assign(pictures: Sequence[Picture], placeholders: Sequence[int]) -> tuple[list[Picture], list[int]]:
@@ -211,23 +222,11 @@ def join(pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int
         if len(parts) == 1:
             made += parts
             continue
+        encoder = _joined([part.encoder for part in parts], partial(torch.cat, dim=1))
         lengths = torch.tensor([part.length for part in parts])
         crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        made.append(Picture(int(lengths.sum()), encoder=_end_to_end(parts), crop_I=crop_I))
+        made.append(Picture(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
     return made, [owner[group[0]] for group in groups]
-
-
-def _end_to_end(parts: Sequence[Picture]) -> Encoder | None:
-    known = [part.encoder for part in parts if part.encoder is not None]
-    if len(known) != len(parts):
-        return None
-    return Encoder(
-        **{
-            field.name: torch.cat([getattr(encoder, field.name) for encoder in known], 1)
-            for field in fields(Encoder)
-            if getattr(known[0], field.name) is not None
-        }
-    )
 
 
 def patches(image_BS: Tensor, pictures: Sequence[Picture]) -> Tensor:

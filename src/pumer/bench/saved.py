@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from pumer.api import remove
 from pumer.bench.llm import Answer
+from pumer.bench.llm_results import MEBI
 from pumer.bench.memory import peak_activations, weight_bytes
 from pumer.bench.run import STOCK, forward, using_threads, variants
 from pumer.bench.timing import Timing, alternate
 from pumer.costs import GIGA, align, last_forward_macs
 from pumer.reducers import Reducer
-
-MEBI = 2**20
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,7 @@ def bench_training(
                 whole[BASE] / whole[name],
             )
         )
-    result = TrainingBench(settings, environment(place), tuple(steps))
-    return result
+    return TrainingBench(settings, environment(place), tuple(steps))
 
 
 def _step(

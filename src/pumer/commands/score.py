@@ -20,7 +20,7 @@ from pumer.score import Job, stream_pairs
 from pumer.score.measure import COLUMNS, measure
 from pumer.score.run import Engine
 from pumer.tasks import get
-from pumer.tasks.retrieval import Pool, recalls, recalls_in_folds
+from pumer.tasks.retrieval import Pool, check_folds, recalls, recalls_in_folds
 
 
 def score_(
@@ -69,8 +69,7 @@ def score_(
     collator = open_task(model, net, task)
     retrieval: Any = collator.task
     pool = _first(retrieval.pool(split), limit)
-    if folds < 1 or len(pool.images) % folds:
-        raise ValueError(f"folds: {len(pool.images)} images do not make {folds} equal folds")
+    check_folds(len(pool.images), folds)
     job = Job(net, pool.images, pool.captions, collator.text, collator.image, batch_size, chunk_images, chunk_texts)
     screen = console()
     try:

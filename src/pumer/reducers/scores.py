@@ -104,13 +104,14 @@ class TextAttention:
         padding_BR = ~tokens.valid_BN[:, : tokens.text][:, rows]
         queries_BHRC = tokens.queries_BHNC[:, self.heads, rows]
         queries_BHRC = queries_BHRC.masked_fill(padding_BR[:, None, :, None], 0)
-        if tokens.place_BN is None:
-            return self._attention(queries_BHRC, None, rows, self.keys_BHJC.shape[2])
-        seen = self.keys_BHJC.shape[2]
-        if tokens.normalizer_BHN is None:
+        place_BR = None if tokens.place_BN is None else tokens.place_BN[:, rows]
+        normalizer_BHR, seen = None, self.keys_BHJC.shape[2]
+        if tokens.normalizer_BHN is not None:
+            normalizer_BHR = tokens.normalizer_BHN[:, self.heads, rows].masked_fill(padding_BR[:, None], 0)
+        elif place_BR is not None:
             # Words stand in the order of their places, so none of these rows sees a word behind them.
             seen -= tokens.text - rows.stop
-        return self._attention(queries_BHRC, tokens.place_BN[:, rows], rows, seen)
+        return self._attention(queries_BHRC, place_BR, normalizer_BHR, seen)
 
     def row(self, index_B1: Tensor) -> Tensor:
         """Attention of one token a sample to the image, mean over the heads, float32 [B,I]."""
@@ -121,10 +122,15 @@ class TextAttention:
         assert tokens.queries_BHNC is not None
         queries_BH1C = _rows_at(tokens.queries_BHNC[:, self.heads], index_B1)
         place_B1 = None if tokens.place_BN is None else tokens.place_BN.gather(1, index_B1)
-        return self._attention(queries_BH1C, place_B1, index_B1, self.keys_BHJC.shape[2]).mean(1)[:, 0]
+        normalizer_BH1 = None
+        if tokens.normalizer_BHN is not None:
+            normalizer_BH1 = _rows_at(tokens.normalizer_BHN[:, self.heads, :, None], index_B1)[..., 0]
+        return self._attention(queries_BH1C, place_B1, normalizer_BH1, self.keys_BHJC.shape[2]).mean(1)[:, 0]
 
-    def _attention(self, queries_BHRC: Tensor, place_BR: Tensor | None, rows: slice | Tensor, seen: int) -> Tensor:
-        """Attention to the image of these rows, which see at most the first `seen` keys."""
+    def _attention(
+        self, queries_BHRC: Tensor, place_BR: Tensor | None, normalizer_BHR: Tensor | None, seen: int
+    ) -> Tensor:
+        """Attention to the image of rows that see at most the first `seen` keys."""
         # Scaled before they are multiplied: in half precision the product alone may be too large.
         queries_BHRC = queries_BHRC / math.sqrt(queries_BHRC.shape[3])
         logits_BHRJ = (queries_BHRC @ self.keys_BHJC[:, :, :seen].transpose(2, 3)).float()
@@ -141,15 +147,7 @@ class TextAttention:
         # A sum is a fifth faster than a mask for every head.
         bias_BRJ = torch.zeros(seen_BRJ.shape, device=seen_BRJ.device)
         logits_BHRJ += bias_BRJ.masked_fill_(~seen_BRJ, UNSEEN)[:, None]
-        normalizer_BHN = self.tokens.normalizer_BHN
-        if normalizer_BHN is not None:  # the keys are those of the image
-            normalizer_BHN = normalizer_BHN[:, self.heads]
-            if isinstance(rows, slice):
-                # That of padding may be anything, and its rows count for nothing.
-                padding_B1R = ~self.tokens.valid_BN[:, None, : self.tokens.text][..., rows]
-                normalizer_BHR = normalizer_BHN[..., : self.tokens.text][..., rows].masked_fill(padding_B1R, 0)
-            else:
-                normalizer_BHR = _rows_at(normalizer_BHN[..., None], rows)[..., 0]
+        if normalizer_BHR is not None:  # the keys are those of the image
             return logits_BHRJ.sub_(normalizer_BHR[..., None]).exp_()
         image = self.tokens.mask_BN.shape[1] - self.tokens.text
         return logits_BHRJ.softmax(-1)[..., :image]

@@ -232,6 +232,13 @@ def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
         raise ValueError(f"{first(wrong, len(predictions), 'predictions')} are none of {', '.join(labels)}.")
 
 
+def label_score(prediction: str, example: Example, labels: Sequence[str]) -> float:
+    """1 for the label of an example, else 0; raises ValueError for an example without one."""
+    if example.target is None:
+        raise ValueError(f"{example.id} has no label; score a labelled split.")
+    return float(prediction == labels[example.target])
+
+
 def first(ids: Sequence[Any], total: int, what: str) -> str:
     """How many of how many, and which: "3 of 8 examples (12, 14, 15)"; at most five are named."""
     return f"{len(ids)} of {total} {what} ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pumer import tasks
-from pumer.tasks.files import FileTask, MissingFileError, undecodable, wanted
+from pumer.tasks.files import FileTask, MissingFileError, present, undecodable, wanted
 from pumer.tasks.retrieval import DATASETS, Retrieval
 
 
@@ -74,6 +74,5 @@ def _check(
         return SplitCheck(title, published, problem=str(error), absent=isinstance(error, MissingFileError))
     store, keys = task.store(split), wanted(task, rows)
     missing = store.absent(keys)
-    there = [key for key in keys if key not in set(missing)]
-    broken = undecodable(store, there, progress) if decode else {}
+    broken = undecodable(store, present(keys, missing), progress) if decode else {}
     return SplitCheck(title, published, task.count(rows), store=str(store), missing=missing, broken=broken)

@@ -118,6 +118,12 @@ def undecodable(store: ImageStore, keys: Sequence[str], progress: bool = False) 
     return reasons
 
 
+def present(keys: Iterable[str], absent: Iterable[str]) -> list[str]:
+    """The keys without those that are absent, in their order."""
+    without = set(absent)
+    return [key for key in keys if key not in without]
+
+
 def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[Any]:
     """The rows whose images can be used, as `task.skip` understands it; raises ValueError if none is left."""
     if task.skip not in get_args(Skip):
@@ -130,8 +136,7 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
             'skip to "missing" to do without.'
         )
     if task.skip == "broken":
-        there = [key for key in keys if key not in set(absent)]
-        bad = absent + list(undecodable(store, there))
+        bad = absent + list(undecodable(store, present(keys, absent)))
     if not bad:
         return rows
     without = set(bad)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pumer._files import replacing
 from pumer.data.parquet import ImageTable
-from pumer.tasks.base import Example, Task, check_ids, first
+from pumer.tasks.base import Example, Task, check_ids, first, label_score
 
 _COLUMNS = ("id", "example_id", "presentation", "directory", "k", "sentence", "label")
 _BOX_ORDERS = set(range(6))
@@ -65,9 +65,7 @@ class NLVR(Task):
         return _Examples(table, rows)
 
     def score(self, prediction: str, example: Example) -> float:
-        if example.target is None:
-            raise ValueError(f"{example.id} has no label; score a labelled split.")
-        return float(prediction == self.labels[example.target])
+        return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """`consistency`: the share of presentations with every picture right in all six box orders.

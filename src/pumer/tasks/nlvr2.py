@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pumer._files import replacing
 from pumer.data.images import ImageSource
-from pumer.tasks.base import Example, check_ids, check_labels
+from pumer.tasks.base import Example, check_ids, check_labels, label_score
 from pumer.tasks.files import FileTask, all_or_none_labelled, label_of, read_lines, strings
 
 _IDENTIFIER = re.compile(r"(\w+)-(\d+)-(\d+)-(\d+)")
@@ -88,9 +88,7 @@ class NLVR2(FileTask):
         )
 
     def score(self, prediction: str, example: Example) -> float:
-        if example.target is None:
-            raise ValueError(f"{example.id} has no label; score a labelled split.")
-        return float(prediction == self.labels[example.target])
+        return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """`consistency`: the share of sentences that are right for every pair of a set, as the official script counts.

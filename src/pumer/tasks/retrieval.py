@@ -293,6 +293,12 @@ def recalls(scores: np.ndarray | Tensor, image_of: np.ndarray, ks: Sequence[int]
     return found
 
 
+def check_folds(images: int, folds: int) -> None:
+    """Raise ValueError unless so many images can be shared out evenly."""
+    if folds < 1 or images < folds or images % folds:
+        raise ValueError(f"{images} images do not make {folds} equal folds; COCO's 5,000 make 5.")
+
+
 def recalls_in_folds(
     scores: np.ndarray | Tensor,
     image_of: np.ndarray,
@@ -314,9 +320,9 @@ def recalls_in_folds(
         ValueError: for folds of different sizes, and see `recalls`.
     """
     scores = torch.as_tensor(scores)
-    images, size = len(scores), len(scores) // max(folds, 1)
-    if folds < 1 or size < 1 or images % folds:
-        raise ValueError(f"{images} images do not make {folds} equal folds; COCO's 5,000 make 5.")
+    images = len(scores)
+    check_folds(images, folds)
+    size = images // folds
     parts = []
     for start in range(0, images, size):
         captions = ((image_of >= start) & (image_of < start + size)).nonzero()[0]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pumer._files import replacing
 from pumer.data.images import ImageSource
-from pumer.tasks.base import Example, check_ids, check_labels
+from pumer.tasks.base import Example, check_ids, check_labels, label_score
 from pumer.tasks.files import FileTask, all_or_none_labelled, label_of, read_lines, strings
 
 FLICKR30K = ("flickr30k_images", "flickr30k-images", "images", "")
@@ -80,9 +80,7 @@ class SNLIVE(FileTask):
         return Example(id=row.id, text=row.hypothesis, images=images, target=row.target, cluster=row.image)
 
     def score(self, prediction: str, example: Example) -> float:
-        if example.target is None:
-            raise ValueError(f"{example.id} has no label; score a labelled split.")
-        return float(prediction == self.labels[example.target])
+        return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """The accuracy of each class: `label:neutral`, ..."""

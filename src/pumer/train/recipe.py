@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pumer._files import replacing
-from pumer._yaml import load_yaml
+from pumer._yaml import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped ones."""
@@ -26,10 +26,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; raises ValueError if there is no such file, or no settings in it."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    try:
-        settings = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     return settings
