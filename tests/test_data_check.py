@@ -106,6 +106,39 @@ def test_a_broken_file_fails(root, capsys):
     assert "the files of dev cannot be read" in printed.err
 
 
+def test_splits_of_other_names(root, capsys):
+    folder = root / "vqav2"
+    for path in folder.glob("*.json"):
+        shutil.copy(path, path.with_name(path.name.replace("val2014", "mine")))
+    shutil.copytree(folder / "val2014", folder / "mine")
+    for path in (folder / "mine").iterdir():
+        path.rename(path.with_name(path.name.replace("val2014", "mine")))
+    names = [check.name for check in check_files("vqav2", folder)]
+    assert names == ["train2014", "val2014", "test2015", "test-dev2015", "mine"]
+    for path in folder.glob("*val2014*.json"):
+        path.unlink()
+    (check,) = check_files("vqav2", folder)  # what of VQAv2 itself is not there is no news now
+    assert check.complete
+    assert (check.name, check.counts) == ("mine", {"questions": 8, "images": 3})
+    assert main(["data", "check", "vqav2", str(folder)]) == 0
+    (folder / "v2_mscoco_mine_annotations.json").unlink()
+    ends(["vqav2", str(folder)], 1)
+    assert "the files of mine cannot be read" in capsys.readouterr().err
+
+
+def test_other_splits_of_snli_ve(root):
+    for path in (root / "snli-ve").glob("*.jsonl"):
+        path.rename(path.with_name(path.name.replace("snli_ve_", "snli_ve_my_")))
+    names = [check.name for check in check_files("snli-ve", root / "snli-ve") if check.complete]
+    assert names == ["my_dev", "my_test", "my_train"]
+
+
+def test_a_split_without_its_annotations_is_not_absent(root, capsys):
+    (root / "vqav2" / "v2_mscoco_val2014_annotations.json").unlink()
+    ends(["vqav2", str(root / "vqav2")], 1)
+    assert "the files of val2014 cannot be read" in capsys.readouterr().err
+
+
 def test_nothing_there(capsys):
     ends(["nlvr2", str(FIXTURES)], 1)
     assert "no split of nlvr2 is in" in capsys.readouterr().err

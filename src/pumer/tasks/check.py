@@ -15,9 +15,10 @@ from pumer.tasks.retrieval import DATASETS, Retrieval
 class SplitCheck:
     """What was found of a split.
 
-    `counts` are empty where the files cannot be read; `problem` says why, and `absent` whether it is only that
-    they are not there. `missing` are the keys of the images that `store` lacks, `broken` the reasons for those
-    that cannot be decoded, where that was tried.
+    `published` is empty for a split that nobody published. `counts` are empty where the files
+    cannot be read; `problem` says why, and `absent` whether it is only that they are not there.
+    `missing` are the keys of the images that `store` lacks, `broken` the reasons for those that
+    cannot be decoded, where that was tried.
     """
 
     name: str
@@ -38,7 +39,7 @@ class SplitCheck:
 def check_files(
     name: str, root: str | Path, images: str | Path | None = None, decode: bool = False, progress: bool = False
 ) -> list[SplitCheck]:
-    """Look at every published split of a task; `decode` also opens every image.
+    """Look at every split of a task, published or else there; `decode` also opens every image.
 
     Raises ValueError for a task that has no official files, a `root` that is no folder, and where `images` is
     none of what `open_store` takes.
@@ -47,8 +48,9 @@ def check_files(
         raise ValueError(f"{root} is no folder; give the one with the official files.")
     found = []
     for task in _tasks(name, root, images):
-        for split, published in task.published.items():
+        for split in task.splits():
             title = f"{task.dataset} {split}" if isinstance(task, Retrieval) else split
+            published = task.published.get(split, {})
             found.append(_check(task, split, title, published, decode, progress))
     return found
 

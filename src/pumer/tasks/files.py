@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from rich.progress import track
 
@@ -46,6 +46,9 @@ class FileTask(Task):
     skip: Skip = field(default="none", kw_only=True)
     exif: Exif = field(default="ignore", kw_only=True)
 
+    split_files: ClassVar[Sequence[str]] = ()
+    """Names of files that only a split of this task has, `{}` for its name; NLVR2's fit any."""
+
     @property
     @abstractmethod
     def published(self) -> Mapping[str, Mapping[str, int]]:
@@ -66,6 +69,16 @@ class FileTask(Task):
     @abstractmethod
     def example(self, row: Any, images: Sequence[ImageSource]) -> Example:
         """The example that a row describes."""
+
+    def splits(self) -> list[str]:
+        """The published splits and others that are there; these alone where no published one is."""
+        there = set[str]()
+        for pattern in self.split_files:
+            before, after = pattern.split("{}")
+            names = (path.name for path in Path(self.root).glob(pattern.format("*")))
+            there |= {name[len(before) : len(name) - len(after)] for name in names}
+        others = sorted(there - self.published.keys())
+        return others if others and there.isdisjoint(self.published) else [*self.published, *others]
 
     def count(self, rows: Sequence[Any]) -> dict[str, int]:
         """How many of each thing are in a split."""

@@ -43,6 +43,7 @@ class SNLIVE(FileTask):
 
     name = "snli-ve"
     loss_kind = "class"
+    split_files = ("snli_ve_{}.jsonl",)
     labels = ("contradiction", "neutral", "entailment")
     published: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "train": {"examples": 529_527, "images": 29_783},

@@ -16,7 +16,7 @@ from pumer.tasks.files import MissingFileError, read_rows, strings
 from pumer.tasks.vqa_answers import ANNOTATORS
 
 # VQAv2's names, then those of VQA v1 and OK-VQA.
-_QUESTIONS = ("v2_OpenEnded_mscoco_{}_questions.json", "OpenEnded_mscoco_{}_questions.json")
+QUESTIONS = ("v2_OpenEnded_mscoco_{}_questions.json", "OpenEnded_mscoco_{}_questions.json")
 _ANNOTATIONS = ("v2_mscoco_{}_annotations.json", "mscoco_{}_annotations.json")
 R = TypeVar("R", bound="Question | Annotation | _Common")
 
@@ -52,10 +52,10 @@ def images_of(split: str) -> str:
 
 def read_questions(root: Path, split: str) -> list[Question]:
     """The questions of a split; raises ValueError for a file that is missing or wrong."""
-    path = _find(root, _QUESTIONS, split)
+    path = _find(root, QUESTIONS, split)
     if path is None:
-        names = {file.name for name in _QUESTIONS for file in root.glob(name.format("*"))}
-        missing = root / _QUESTIONS[0].format(split)
+        names = {file.name for name in QUESTIONS for file in root.glob(name.format("*"))}
+        missing = root / QUESTIONS[0].format(split)
         there = ", ".join(sorted(names)) or "no questions file"
         raise MissingFileError(f"{missing} does not exist; {root} has {there}.")
     # COCO has the split in the names of its images up to 2015.
@@ -193,6 +193,6 @@ def _find(root: Path, names: Sequence[str], split: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _no_annotations(root: Path, split: str) -> MissingFileError:
+def _no_annotations(root: Path, split: str) -> ValueError:
     path = root / _ANNOTATIONS[0].format(split)
-    return MissingFileError(f"{path} does not exist; get it from visualqa.org.")
+    return ValueError(f"{path} does not exist; VQAv2's is at visualqa.org.")

@@ -25,6 +25,7 @@ from pumer.tasks.vqa_answers import (
     write_answers,
 )
 from pumer.tasks.vqa_files import (
+    QUESTIONS,
     Annotation,
     Question,
     has_annotations,
@@ -77,6 +78,7 @@ class VQAv2(FileTask):
 
     name = "vqav2"
     loss_kind = "soft"
+    split_files = QUESTIONS
     labels: tuple[str, ...] = ()
     answers: Literal["model", "data"] = "model"
     min_count: int = 9
