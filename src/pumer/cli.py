@@ -44,9 +44,10 @@ COMMANDS = {
     "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
+    "completion": ("pumer.commands.completion:completion", "print a script that completes commands in a shell"),
 }
 RECIPES = Path(__file__).parent / "train" / "recipes"
-POSITIONAL = {"convert", "data check", "study"}  # their required arguments go by place, not by name
+POSITIONAL = {"convert", "data check", "study", "completion"}  # their required arguments go by place, not by name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

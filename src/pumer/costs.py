@@ -7,6 +7,7 @@ is counted too and stands in a part of its own.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,10 @@ class Report:
                 self.state,
             ]
         )
+
+    def _repr_html_(self) -> str:
+        """The same table in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _giga(self, part: str) -> tuple[str, str]:
         return f"{self.parts[part] / GIGA:.3f}", f"{self.base_parts[part] / GIGA:.3f}"
