@@ -21,7 +21,14 @@ WRAPPED = ("base_model", "module", "_orig_mod")
 """Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
 
-def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> M:
+def apply(
+    model: M,
+    reducer: ReducerSpec,
+    *,
+    attention: str = "sdpa",
+    trim: bool = True,
+    renumber: bool = False,
+) -> M:
     """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
 
     Applying again replaces the reducer in force. A learned reducer brings new parts to train, which belong to the model
@@ -35,6 +42,9 @@ def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool
         attention: "sdpa" (fused) or "eager".
         trim: cut padding down to the longest text and image of the batch when the model is entered, for which the
             host reads two numbers. Turn it off for CUDA graphs; under torch.compile it is off by itself.
+        renumber: count the positions of a language model's tokens anew wherever some are gone, as
+            the published code of several methods does (docs/methods.md). By default what is left
+            keeps its positions.
 
     Returns:
         The model itself.
@@ -43,16 +53,28 @@ def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool
         ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
     """
     before = active(model)
-    _apply(model, reducer, attention, trim, None if before is None else before.parts)
+    _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
     return model
 
 
-def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
+def _apply(
+    wrapped: nn.Module,
+    reducer: ReducerSpec,
+    attention: str,
+    trim: bool,
+    renumber: bool,
+    parts: nn.ModuleDict | None,
+) -> None:
     model = supported(wrapped)
     adapter = find(model)
     reducer = read_reducer(reducer)
     if attention not in BACKENDS:
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
+    if renumber and not adapter.renumbers:
+        raise ValueError(
+            f"positions of {adapter.family} cannot be counted anew, as they are not one number "
+            "that every layer of a language model reads: leave renumber out"
+        )
     reducer = adapter.settle(reducer.resolve(adapter.shape(model)))
     reducer.check(adapter.depth(model))
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
@@ -64,7 +86,8 @@ def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool,
     _check_lengths(adapter, model, reducer)
     parts = _fitting(model, adapter, reducer, parts)
     remove(model)
-    patch = Patch(reducer, adapter, attention, trim, parts, passes=adapter.passes(model))
+    passes = adapter.passes(model)
+    patch = Patch(reducer, adapter, attention, trim, parts, renumber=renumber, passes=passes)
     try:
         adapter.patch(model, patch)
         if parts is not None:
@@ -160,16 +183,24 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def reduced(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> Iterator[M]:
+def reduced(
+    model: M,
+    reducer: ReducerSpec,
+    *,
+    attention: str = "sdpa",
+    trim: bool = True,
+    renumber: bool = False,
+) -> Iterator[M]:
     """`apply` for the length of a with block; whatever was in force before is in force again afterwards."""
     before = active(model)
-    apply(model, reducer, attention=attention, trim=trim)
+    apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
     try:
         yield model
     finally:
         remove(model)
         if before is not None:
-            _apply(model, before.reducer, before.attention, before.trim, before.parts)
+            settings = before.reducer, before.attention, before.trim, before.renumber
+            _apply(model, *settings, before.parts)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Patch:
         attention: attention kernel, "sdpa" or "eager".
         trim: cut padded text and images to the longest of the batch at the model's entry.
         parts: what a learned reducer has trained, by layer; a submodule of the model as long as the patch is in force.
+        renumber: count the positions of the tokens that are left anew, layer by layer.
     """
 
     reducer: Reducer
@@ -68,6 +69,7 @@ class Patch:
     """Let a learned reducer's model see everything in the next forwards, as its own teacher."""
     progress: float = 1.0
     """Of the training of those parts, 0 to 1."""
+    renumber: bool = False
     passes: int = 1
     """How often one example goes through the layers."""
     decided: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
@@ -169,6 +171,8 @@ class Adapter:
     """Whether text looks at the image by an attention of its own, as in co-attention."""
     prefix: ClassVar[int] = 1
     """Structure tokens at the head of each modality that a reducer sees."""
+    renumbers: ClassVar[bool] = False
+    """Whether positions are one number a token, read in every layer: they can be counted anew."""
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes in which every picture of an example goes through the layers by itself."""
 

@@ -34,6 +34,7 @@ class DecoderAdapter(Adapter):
     """
 
     prefix = 0
+    renumbers = True
     projects_tokens: ClassVar[bool] = False
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
