@@ -226,6 +226,9 @@ class Reducer:
     name: ClassVar[str]
     layer_offset: ClassVar[int] = 0
     """What a user adds to a layer of `layers` to say it in this method's own settings."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Settings that came later. They are written where they are not the default alone, so that what
+    was saved before, and digests of it, stay as they are."""
 
     def resolve(self, model: ModelShape) -> Self:
         """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls it."""
