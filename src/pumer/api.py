@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find, is_supported
+from pumer.adapters import Adapter, Patch, Step, find, supported, unwrapped
 from pumer.adapters.base import PARTS
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import ReducerSpec, read_reducer
@@ -17,8 +17,6 @@ from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_pumer_patch"
-WRAPPED = ("base_model", "module", "_orig_mod")
-"""Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
 
 def apply(
@@ -158,28 +156,11 @@ def remove(model: M) -> M:
     return model
 
 
-def supported(model: nn.Module) -> nn.Module:
-    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
-    return next((module for module in _unwrapped(model) if is_supported(module)), model)
-
-
 def _patched(model: nn.Module) -> nn.Module | None:
     """The module that carries the patch: the model itself, or what a wrapper around it wraps."""
     if not isinstance(model, nn.Module):
         return None
-    return next((module for module in _unwrapped(model) if _ATTRIBUTE in vars(module)), None)
-
-
-def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """A model, what it wraps, what that wraps, and so on."""
-    names: tuple[str, ...] = WRAPPED
-    while isinstance(model, nn.Module):
-        yield model
-        name = next((name for name in names if name in model._modules), None)
-        if name is None:
-            return
-        names = (*WRAPPED, "model") if name == "base_model" else WRAPPED  # PEFT's models hold a tuner that holds it
-        model = model._modules[name]  # type: ignore[assignment]
+    return next((module for module in unwrapped(model) if _ATTRIBUTE in vars(module)), None)
 
 
 @contextmanager

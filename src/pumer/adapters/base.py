@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pumer import _plugins
-from pumer._suggest import did_you_mean
 from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Encoder, Grid, ModelShape
@@ -266,8 +265,6 @@ class Adapter:
 
 
 _ADAPTERS: list[Adapter] = []
-MERGES_IMAGES = ("ColQwen2ForRetrieval",)
-"""Classes that contain a supported model, and hand it image features among the words' embeddings."""
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
@@ -291,7 +288,7 @@ def _register_plugin(plugin: Any) -> None:
     register(plugin)
 
 
-def _adapter_of(model: Any) -> Adapter | None:
+def adapter_of(model: Any) -> Adapter | None:
     """That of the model's class, or of the nearest one that it inherits from.
 
     Plugins are read only where none of ours has the class itself.
@@ -304,43 +301,6 @@ def _adapter_of(model: Any) -> Adapter | None:
         (adapter for parent in type(model).__mro__ for adapter in adapters() if parent.__name__ in adapter.classes),
         None,
     )
-
-
-def is_supported(model: nn.Module) -> bool:
-    """Whether there is an adapter for a model."""
-    return _adapter_of(model) is not None
-
-
-def find(model: nn.Module) -> Adapter:
-    """The adapter of a model; raises ValueError saying what is supported."""
-    adapter = _adapter_of(model)
-    if adapter is not None:
-        return adapter
-    name = type(model).__name__
-    raise ValueError(
-        f"{name} cannot be reduced.{_hint(model, name)}\n"
-        f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
-        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: docs/add-a-model.md"
-    )
-
-
-def _hint(model: Any, name: str) -> str:
-    """What to do in place of giving a model of an unsupported class."""
-    inner = _inside(model)
-    if is_a(model, MERGES_IMAGES):
-        return f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
-    if inner:
-        return f" It contains a {inner}: pass that module instead."
-    if isinstance(model, str):
-        return " Give the model itself: from_pretrained or pumer.load reads it."
-    return did_you_mean(name, {name for adapter in adapters() for name in adapter.classes})
-
-
-def _inside(model: Any) -> str | None:
-    if not isinstance(model, nn.Module):
-        return None
-    supported = {name for adapter in adapters() for name in adapter.classes}
-    return next((type(module).__name__ for module in model.modules() if type(module).__name__ in supported), None)
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:

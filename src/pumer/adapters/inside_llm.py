@@ -111,8 +111,8 @@ class DecoderHooks:
             state.images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
-            prefill.check_inputs(inputs, kv_cache.find(inputs))
-        elif prefill.may_be_merged(inputs, kv_cache.find(inputs)):
+            prefill.check_inputs(inputs)
+        elif prefill.may_be_merged(inputs):
             warnings.warn(
                 "nothing was reduced in a call that brings inputs_embeds alone: if images are merged into "
                 "them already, give this model pixel_values instead",

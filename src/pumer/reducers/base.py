@@ -318,7 +318,15 @@ class Reducer:
     def lengths_from(
         self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
     ) -> tuple[int, int]:
-        """`lengths` for budgets that are shares of the `entered` image tokens that came into the first layer."""
+        """`lengths` where the budget of a later layer depends on how many image tokens there once were.
+
+        Of most methods it does not, and this is `lengths`. DynamicViT keeps shares of the number at
+        the start.
+
+        Args:
+            entered: image tokens that entered the first layer, structure tokens included.
+            text, image, layer, prefix, grid: as for `lengths`; text and image are those that arrive.
+        """
         return self.lengths(text, image, layer, prefix, grid)
 
     def plan(self, tokens: Tokens) -> Plan:

@@ -49,12 +49,16 @@ def split(count: int, prefix: int) -> tuple[slice, slice]:
     return slice(first, count, 2), slice(1 - first, count, 2)
 
 
-def unit_vectors(x_BND: Tensor) -> Tensor:
-    """Directions in float32, also of values whose squares float32 cannot hold; NaN for inf and NaN."""
-    x_BND = x_BND.float()
+def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tokens scaled to length 1, also where their squares are too large or small for float32.
+
+    NaN for a token with inf or NaN, zero for one that is all zero.
+    """
+    x_BND = x_BND.to(dtype)
     largest_BN1 = x_BND.abs().amax(-1, keepdim=True)
     scale_BN1 = torch.where((largest_BN1 > 1e15) | (largest_BN1 < 1e-15), largest_BN1, 1.0)
-    return torch.nn.functional.normalize(x_BND / scale_BN1.clamp_min(1e-38), dim=-1)
+    scaled_BND = x_BND / scale_BN1.clamp_min(1e-38)
+    return torch.nn.functional.normalize(scaled_BND, dim=-1, eps=1e-30)
 
 
 def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
