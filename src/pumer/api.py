@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.adapters import Adapter, Patch, Step, find, supported, unwrapped
-from pumer.adapters.base import PARTS
+from pumer.adapters.base import PARTS, execution_device
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
@@ -97,15 +97,22 @@ def _apply(
 
 
 def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None) -> nn.ModuleDict | None:
-    """What a learned reducer trains: `parts` if they are its own, else new ones; None for any other reducer."""
+    """What a learned reducer trains: `parts` if they fit it, else new ones; None for any other.
+
+    Each part is where the layer runs that it serves.
+    """
     if reducer.learned is None:
         return None
     heads, channels = adapter.attention_shape(model)
     new = reducer.learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
-    weight = next(model.parameters())
-    own = parts if parts is not None and _shapes(parts) == _shapes(new) else new
-    # Those kept aside meanwhile have not followed the model.
-    return own.to(weight.device, weight.dtype).train(model.training)
+    fitting = parts if parts is not None and _shapes(parts) == _shapes(new) else new
+    layers, dtype = adapter.layers(model), next(model.parameters()).dtype
+    for layer, part in fitting.items():
+        if fitting is parts and all(weight.is_meta for weight in part.parameters()):
+            continue  # they are offloaded, as the model is: hooks of their own bring them in
+        # Those kept aside meanwhile have not followed the model.
+        part.to(execution_device(layers[int(layer)]), dtype)
+    return fitting.train(model.training)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

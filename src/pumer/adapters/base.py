@@ -175,9 +175,13 @@ class Adapter:
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes in which every picture of an example goes through the layers by itself."""
 
-    def depth(self, model: nn.Module) -> int:
-        """Number of layers that a reducer can act in."""
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers that a reducer can act in."""
         raise NotImplementedError
+
+    def depth(self, model: nn.Module) -> int:
+        """How many these are."""
+        return len(self.layers(model))
 
     def tower_depth(self, model: nn.Module) -> int:
         """Number of layers of the vision tower, 0 where there is none."""
@@ -330,6 +334,17 @@ def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(block, *args)
     return block(*args)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs; its weights may be on "meta" until accelerate's hooks bring them."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
 
 
 def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:

@@ -318,14 +318,13 @@ class Reducer:
     def lengths_from(
         self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
     ) -> tuple[int, int]:
-        """`lengths` where the budget of a later layer depends on how many image tokens there once were.
+        """`lengths` where a later layer's budget depends on the image tokens there were at first.
 
-        Of most methods it does not, and this is `lengths`. DynamicViT keeps shares of the number at
-        the start.
+        Of most methods it does not, and this is `lengths`. DynamicViT keeps shares of that number.
 
         Args:
             entered: image tokens that entered the first layer, structure tokens included.
-            text, image, layer, prefix, grid: as for `lengths`; text and image are those that arrive.
+            text, image, layer, prefix, grid: as for `lengths`.
         """
         return self.lengths(text, image, layer, prefix, grid)
 
