@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Saved:
     reducer: dict[str, Any] | None
     attention: str
     trim: bool
+    renumber: bool = False  # written where it is true: older folders have none
 
 
 def save(model: Any, path: str | Path) -> None:
@@ -62,6 +63,8 @@ def save(model: Any, path: str | Path) -> None:
         "attention": "sdpa" if patch is None else patch.attention,
         "trim": True if patch is None else patch.trim,
     }
+    if patch is not None and patch.renumber:
+        settings["renumber"] = True
     parts = None if patch is None else patch.parts
     with new_folder(path) as folder:
         if parts is None:
@@ -105,7 +108,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     if device is not None:
         model.to(device)
     if reducer is not None:
-        apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
+        names = ("attention", "trim", "renumber")
+        force = {name: settings[name] for name in names if name in settings}
+        apply(model, reducer, **force)
         load_parts(model, path)
     return model
 
@@ -213,7 +218,8 @@ def _read_settings(settings: dict[str, Any], file: Path) -> Reducer | None:
             f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
             f"which reads format {FORMAT}: upgrade pumer"
         )
-    names = sorted(field.name for field in fields(_Saved))
+    needed = {field.name for field in fields(_Saved) if field.default is MISSING}
+    names = sorted(needed | {"renumber"} & set(settings))
     if sorted(settings) != names:
         raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
     check_settings(_Saved, settings, str(file))
