@@ -159,8 +159,8 @@ def train_(
 def where_(
     model: str = "vilt-b32",
     reducer: ReducerSettings = None,
-    batches: list[int] | None = None,
-    image_sizes: list[int] | None = None,
+    batches: list[Count] | None = None,
+    image_sizes: list[Count] | None = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Count | None = None,

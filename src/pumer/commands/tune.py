@@ -13,7 +13,7 @@ from rich.table import Table
 import pumer
 from pumer._extras import need
 from pumer._files import fingerprint
-from pumer._options import Count, OutputFolder
+from pumer._options import Count, OutputFolder, Probability
 from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.commands.common import open_model, open_task
@@ -43,7 +43,7 @@ def tune_(
     batch_size: Count = 32,
     choose: Count = 2000,
     check: Count = 8000,
-    alpha: float = 0.1,
+    alpha: Probability = 0.1,
     trials: Count = 80,
     seed: int = 0,
     finetune: str | None = None,

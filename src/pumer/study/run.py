@@ -14,7 +14,9 @@ from typing import IO, Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from transformers import PreTrainedModel
 
+import pumer
 from pumer._extras import need
 from pumer._files import claimed, locked, replacing
 from pumer._rows import append_rows, mend_rows
@@ -110,13 +112,15 @@ class _Work:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
         self.device, self.say = torch.device(device), say
         points, wrong = study.candidates()
+        _refuse([] if skip_impossible else wrong)
         base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
+        points = _fitting(base.model, points, wrong)
+        _refuse([] if skip_impossible else wrong)
         self.timed = self.examples[: study.timed]
         self.base = base.on(self.timed, study.batch_size)
         self.macs = _try(study, points, self.examples[:_TRIED], wrong, self.device)
-        if wrong and not skip_impossible:
-            raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
+        _refuse([] if skip_impossible else wrong)
         for reason in wrong:
             say(f"left out: {reason}")
         self.points = [point for point in points if point.setting in self.macs]
@@ -268,6 +272,25 @@ def _examples(study: Study, task: Task) -> list[Example]:
     if not 0 < count <= len(every):
         raise ValueError(f"{study.split} has {len(every)} examples, not {count}")
     return take(every, range(count))
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    """Raise ValueError for impossible settings, if there are any."""
+    if wrong:
+        raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
+
+
+def _fitting(model: PreTrainedModel, points: Sequence[Point], wrong: list[str]) -> list[Point]:
+    """The points whose reducers a model takes, for which no forward is needed; why not the others goes into `wrong`."""
+    impossible: dict[str, str] = {}
+    for point in {point.setting: point for point in points}.values():
+        try:
+            with pumer.reduced(model, from_dict(point.reducer)):
+                pass
+        except ValueError as error:
+            impossible[point.setting] = f"{point.method}, {point.label}: {error}"
+    wrong += impossible.values()
+    return [point for point in points if point.setting not in impossible]
 
 
 def _try(
