@@ -77,6 +77,7 @@ MISTAKES = [
     ("task without root", "eval --model vqa-model --task vqav2", "root"),
     ("setting of a task misspelt", "eval --model vqa-model --task vqav2 --task.rot vqa", "'root'"),
     ("setting of a task of another type", "eval --model vqa-model --task scenes --task.questions many", "int"),
+    ("settings of a task without its name", "eval --model vqa-model --task.root vqa", "--task vqav2"),
     ("folder of data missing", "eval --model vqa-model --task vqav2 --task.root vqq", "vqq"),
     ("folder without data", f"{VQA} full", "full"),
     ("file for a folder of data", "eval --model vqa-model --task vqav2 --task.root notes.txt", "folder"),

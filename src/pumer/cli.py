@@ -35,8 +35,8 @@ COMMANDS = {
     "tune": ("pumer.commands.tune:tune_", "find the fastest setting within a bound on accuracy, speed or memory"),
     "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
     "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
-    "data check": ("pumer.commands.data:check", "say what of a task's official files is there and what is missing"),
-    "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
+    "data check": ("pumer.commands.data:check", "count a task's official files and images, and list what is missing"),
+    "data scenes": ("pumer.commands.data:scenes", "write generated images and texts in a task's official format"),
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
 }
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (problem := unknown_command(words, COMMANDS)) is not None:
         return _fail("", problem, 2)
     if {"-h", "--help"} & set(words):
-        print(render(name, COMMANDS[name][1].capitalize(), COMMANDS[name][0], name in POSITIONAL))
+        print(render(name, COMMANDS[name][1], COMMANDS[name][0], name in POSITIONAL))
         return 0
     try:
         with _stoppable():
@@ -135,7 +135,7 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
-        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help tells a command's options."]
+        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help lists a command's options."]
     )
 
 

@@ -22,10 +22,10 @@ _PARTS = {
     "N": "a whole number",
     "X": "a number",
     "{...}": "settings such as {name: value}",
-    "list[bool]": "a list of true or false",
-    "list[int]": "a list of whole numbers",
-    "list[Count]": "a list of whole numbers",
-    "list[float]": "a list of numbers",
+    "[N, ...]": "a list such as [1, 2]",
+    "[X, ...]": "a list such as [0.1, 0.2]",
+    "[true|false, ...]": "a list such as [true, false]",
+    "[[N, ...], ...]": "a list such as [[1, 2], [3]]",
 }
 
 
@@ -100,6 +100,6 @@ def _explain(message: str, options: Sequence[Option], positional: bool) -> str:
 def _expected(type_: str, value: str) -> str:
     """What an option of a type, as the help shows it, takes."""
     parts = re.split(r"\|(?![^\[]*\])", type_)
-    expected = [_PARTS.get(part, f"a list, as [{value}]" if part.startswith("list[") else part) for part in parts]
+    expected = [_PARTS.get(part, f"a list, as [{value}]" if part.startswith("[") else part) for part in parts]
     *others, last = expected
     return f"{', '.join(others)} or {last}" if others else last

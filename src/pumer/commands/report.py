@@ -13,7 +13,8 @@ def report_(model: str, reducer: ReducerSettings = None, text: Count | None = No
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
         text: text tokens; a full-length text if not given.
         image: image tokens; those of a picture of the configured size if not given.
     """

@@ -37,7 +37,8 @@ def viz_(
         image: file of a picture; a generated one if not given.
         question: about that picture.
         example: which generated picture and question, where no image is given.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
     """
     check_file(Path(out).with_suffix(".json"))
     format = Image.registered_extensions().get(Path(out).suffix.lower())

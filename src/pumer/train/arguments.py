@@ -44,11 +44,12 @@ def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[s
         if "eval_steps" in chosen:
             chosen.setdefault("save_steps", chosen["eval_steps"])
     known = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
+    if ours := sorted(_OURS & set(chosen)):
+        raise ValueError(f"trainer.{ours[0]} is set by train itself: leave it out")
     if unknown := [name for name in chosen if name not in known]:
-        hint = "" if set(unknown) & _OURS else did_you_mean(unknown[0], known)
+        hint = did_you_mean(unknown[0], known)
         raise ValueError(
-            f"trainer has no setting {', '.join(unknown)}.{hint} It takes what TrainingArguments takes, but for what "
-            "train itself sets"
+            f"trainer has no setting {', '.join(unknown)}.{hint} It takes those of transformers' TrainingArguments"
         )
     checked = check_settings(TrainingArguments, chosen, "trainer")
     for name, least in _LEAST.items():

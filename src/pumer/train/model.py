@@ -41,9 +41,9 @@ class ModelSettings:
         path: a model to start from: a folder of `pumer.save` or whatever `pumer.load_official` reads; tokenizer and
             image transform are taken along where they lie in it.
         kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not given.
-        config: of a new model, as its configuration class takes it; with `path`, settings to change.
-        start: a ViLT of as wide blocks, whose word embeddings and first blocks a new METER or LLaVA starts from: its
-            vision tower has then seen pictures, as that of the real one has.
+        config: settings of the configuration of a new model; with `path`, those to change.
+        start: a ViLT with blocks of the same width, whose word embeddings and first blocks a new METER or LLaVA
+            starts from.
         tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does not lie in `path`.
         image_size: side of the pictures in pixels, if the published checkpoint at `path` is for another.
         patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has another.

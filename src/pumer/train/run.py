@@ -45,8 +45,8 @@ class DistillSettings:
 
     Args:
         teacher: folder of the unreduced model to distil from; none if not given.
-        weight: of KL(teacher || student), next to 1 for the task's loss.
-        temperature: of that divergence.
+        weight: weight of the distillation loss, KL(teacher || student); the task's loss has weight 1.
+        temperature: softmax temperature of the distillation loss.
         cache: folder for the teacher's logits. They are then computed once, before training, and read in every epoch
             and by every other training that asks for the same; a file takes four bytes per example and answer. Delete
             it when the task's files change.
@@ -63,7 +63,7 @@ class GroundingSettings:
     """Dense targets: what is under each patch, and whether the question means it.
 
     Args:
-        weight: of that loss, next to 1 for the task's; 0 leaves it out.
+        weight: weight of that loss; the task's loss has weight 1; 0 leaves it out.
         layer: the layer after which it is asked for. Later layers are left to carry what it teaches to the answer.
     """
 
@@ -116,19 +116,19 @@ def train(
             docs/training.md tells of.
         model: what is trained.
         reducer: a preset's name, or `reducer` and its settings; none trains the fused but unreduced model.
-        distill: teacher and weight.
-        image: image transform, `kind` and its settings; the model's own if not given.
-        augment: change the pictures that are trained on.
+        distill: a teacher to distil from.
+        image: image transform: `kind` (square, crop or keep_aspect) and its settings; the model's own if not given.
+        augment: RandAugment on the images of the training.
         grounding: a loss on dense targets, for tasks that have them.
         optimizer: the published parameter groups; transformers' own if not given.
         reducer_lr_multiplier: learning rate of what a learned reducer trains, as a multiple of the model's.
-        itm_weight: of image-text matching in retrieval, next to 1 for ranking, for models that have a head for it.
-        blind: show the model the text alone, or the image alone, as a baseline; see `pumer.tasks.base.Collator`.
+        itm_weight: weight of the image-text matching loss in retrieval, for models with a head for it; ranking has 1.
+        blind: show the model the text alone, or the image alone, as a baseline.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
         early_stopping: stop where evaluations get no better; after every epoch, if `trainer` says nothing else.
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
-        seed: of weights, order and dropout.
+        seed: seed of new weights, order of examples and dropout.
         resume: go on from the last checkpoint in `output`.
         trainer: settings of transformers' TrainingArguments; `bf16` is for machines that have such arithmetic, on a CPU
             without it the training is in float32.
