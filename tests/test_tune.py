@@ -569,11 +569,13 @@ def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
         (["--max_drop", "1", "--choose", "10", "--check", "10"], "too few"),
         (["--max_drop", "1", "--choose", "0"], "--choose: give a whole number from 1"),
         (["--max_drop", "1", "--batch_size", "0"], "--batch_size: give a whole number from 1"),
-        (["--max_drop", "1", "--alpha", "0"], "--alpha is a probability"),
-        (["--max_drop", "1", "--alpha", "1.5"], "--alpha is a probability"),
+        (["--max_drop", "1", "--alpha", "0"], "--alpha: give a probability"),
+        (["--max_drop", "1", "--alpha", "1.5"], "--alpha: give a probability"),
         (["--max_drop", "1", "--finetune", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ):
-        assert main([*command, *wrong]) == 2
+        usual = zip(command[1::2], command[2::2], strict=True)
+        kept = [word for option in usual if option[0] not in wrong for word in option]
+        assert main([command[0], *kept, *wrong]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("")
