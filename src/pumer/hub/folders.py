@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from pumer._files import new_folder
 from pumer._settings import check_settings
@@ -93,17 +96,21 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     config = read_config(path, "save the model again")
     kind = class_in(config, path)
     try:
-        model, info = kind.from_pretrained(
-            path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
-        )
+        with _quiet():  # what does not fit is said below
+            model, info = kind.from_pretrained(
+                path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
+            )
     except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
         raise ValueError(f"the model in {path} cannot be read, save it again: {error}") from error
     if info["missing_keys"]:
-        raise ValueError(f"the weights in {path} lack {some(info['missing_keys'])}: save the model again")
+        raise ValueError(
+            f"the weights in {path} lack {some(info['missing_keys'])}, which the {kind.__name__} of its config.json "
+            "has: restore its config.json, or save the model again"
+        )
     if info["unexpected_keys"]:
         raise ValueError(
-            f"the weights in {path} have {some(info['unexpected_keys'])}, which the model that its config.json "
-            "describes has not: restore its config.json, or save the model again"
+            f"the weights in {path} have {some(info['unexpected_keys'])}, which the {kind.__name__} of its "
+            "config.json has not: restore its config.json, or save the model again"
         )
     if device is not None:
         model.to(device)
@@ -113,6 +120,17 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         apply(model, reducer, **force)
         load_parts(model, path)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 _ENCODERS = ("vilt", "meter")
@@ -149,7 +167,11 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a model that answers questions about pictures: {error}") from None
+        reason = str(error).partition("Model type should be one of")[0].strip().rstrip(".")
+        raise ValueError(
+            f"{source} cannot be read as a model that answers questions about images: {reason}. `pumer list` names "
+            "the models that can be reduced"
+        ) from None
     return model.to(device or "cpu").eval()
 
 
