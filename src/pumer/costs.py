@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from pumer.adapters import Adapter, Patch, find
+from pumer.adapters import Adapter, Patch, find, supported
 from pumer.adapters.llm import DecoderAdapter
-from pumer.api import active, supported
+from pumer.api import active
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid, ModelShape
 from pumer.reducers.cost import NOTHING, Own, own_costs

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from pumer._files import new_folder
 from pumer._settings import check_settings
@@ -38,6 +41,7 @@ class _Saved:
     reducer: dict[str, Any] | None
     attention: str
     trim: bool
+    renumber: bool = False  # written where it is true: older folders have none
 
 
 def save(model: Any, path: str | Path) -> None:
@@ -62,6 +66,8 @@ def save(model: Any, path: str | Path) -> None:
         "attention": "sdpa" if patch is None else patch.attention,
         "trim": True if patch is None else patch.trim,
     }
+    if patch is not None and patch.renumber:
+        settings["renumber"] = True
     parts = None if patch is None else patch.parts
     with new_folder(path) as folder:
         if parts is None:
@@ -90,24 +96,41 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     config = read_config(path, "save the model again")
     kind = class_in(config, path)
     try:
-        model, info = kind.from_pretrained(
-            path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
-        )
+        with _quiet():  # what does not fit is said below
+            model, info = kind.from_pretrained(
+                path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
+            )
     except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
         raise ValueError(f"the model in {path} cannot be read, save it again: {error}") from error
     if info["missing_keys"]:
-        raise ValueError(f"the weights in {path} lack {some(info['missing_keys'])}: save the model again")
+        raise ValueError(
+            f"the weights in {path} lack {some(info['missing_keys'])}, which the {kind.__name__} of its config.json "
+            "has: restore its config.json, or save the model again"
+        )
     if info["unexpected_keys"]:
         raise ValueError(
-            f"the weights in {path} have {some(info['unexpected_keys'])}, which the model that its config.json "
-            "describes has not: restore its config.json, or save the model again"
+            f"the weights in {path} have {some(info['unexpected_keys'])}, which the {kind.__name__} of its "
+            "config.json has not: restore its config.json, or save the model again"
         )
     if device is not None:
         model.to(device)
     if reducer is not None:
-        apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
+        names = ("attention", "trim", "renumber")
+        force = {name: settings[name] for name in names if name in settings}
+        apply(model, reducer, **force)
         load_parts(model, path)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 _ENCODERS = ("vilt", "meter")
@@ -144,7 +167,11 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a model that answers questions about pictures: {error}") from None
+        reason = str(error).partition("Model type should be one of")[0].strip().rstrip(".")
+        raise ValueError(
+            f"{source} cannot be read as a model that answers questions about images: {reason}. `pumer list` names "
+            "the models that can be reduced"
+        ) from None
     return model.to(device or "cpu").eval()
 
 
@@ -213,7 +240,8 @@ def _read_settings(settings: dict[str, Any], file: Path) -> Reducer | None:
             f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
             f"which reads format {FORMAT}: upgrade pumer"
         )
-    names = sorted(field.name for field in fields(_Saved))
+    needed = {field.name for field in fields(_Saved) if field.default is MISSING}
+    names = sorted(needed | {"renumber"} & set(settings))
     if sorted(settings) != names:
         raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
     check_settings(_Saved, settings, str(file))

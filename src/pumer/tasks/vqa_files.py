@@ -57,7 +57,7 @@ def read_questions(root: Path, split: str) -> list[Question]:
         names = {file.name for name in QUESTIONS for file in root.glob(name.format("*"))}
         missing = root / QUESTIONS[0].format(split)
         there = ", ".join(sorted(names)) or "no questions file"
-        raise MissingFileError(f"{missing} does not exist; {root} has {there}.")
+        raise MissingFileError(missing, f"{root} has {there}")
     # COCO has the split in the names of its images up to 2015.
     image = "{:012d}" if split.endswith("2017") else f"COCO_{images_of(split)}_{{:012d}}"
 
@@ -84,7 +84,8 @@ def read_annotations(root: Path, split: str, questions: Sequence[Question]) -> M
     if path is None:
         if split.startswith("test"):
             return {}
-        raise _no_annotations(root, split)
+        # The questions are there, so that the split is not absent but incomplete.
+        raise ValueError(str(_no_annotations(root, split)))
     rows = {row.id: row for row in _read(path, "annotations", _annotation)}
     missing = [question.id for question in questions if question.id not in rows]
     if missing:
@@ -193,6 +194,5 @@ def _find(root: Path, names: Sequence[str], split: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _no_annotations(root: Path, split: str) -> ValueError:
-    path = root / _ANNOTATIONS[0].format(split)
-    return ValueError(f"{path} does not exist; VQAv2's is at visualqa.org.")
+def _no_annotations(root: Path, split: str) -> MissingFileError:
+    return MissingFileError(root / _ANNOTATIONS[0].format(split), "get it from visualqa.org")
