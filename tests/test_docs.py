@@ -122,6 +122,7 @@ def commands(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[path.stem for path in DOCUMENTS])
 def test_commands_are_ones_that_can_be_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # documents name them as from a checkout
     for words, partial in commands(path):
         check_command(words, partial)
 
