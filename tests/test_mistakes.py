@@ -247,6 +247,7 @@ MISTAKES = [
     ("sentences cut off", "data tokenizer --out new --sentences [cut.parquet]", "cut.parquet"),
     ("sentences that are no Parquet", "data tokenizer --out new --sentences [notes.txt]", "Parquet"),
     # --- studies and tuning ---
+    ("shell misspelt", "completion fsh", "bash, zsh, fish or tcsh"),
     ("study missing", "study nowhere.yaml", "nowhere.yaml"),
     ("study broken", "study broken.yaml", "broken.yaml"),
     ("study that is a recipe", "study recipe.yaml", "name"),

@@ -40,7 +40,7 @@ def misplaced(words: Sequence[str], options: Sequence[Option], by_place: Sequenc
         by_place: names of its arguments that are given without their names.
     """
     types = {"config": "FILE", "help": "", "print_config": ""} | {option.name: option.type for option in options}
-    placed = 0
+    placed, given = 0, set[str]()
     for option, words_of_it in _options(words):
         name = option.removeprefix("--")
         if not option:
@@ -52,6 +52,9 @@ def misplaced(words: Sequence[str], options: Sequence[Option], by_place: Sequenc
             return f"there is no option --{name}.{close} --help lists them"
         elif len(words_of_it) == 1 and name not in ("help", "print_config"):
             return f"--{name} has no value: write it behind, as `--{name} VALUE`"
+        elif name in given and f"{name}s" in types:
+            return f"--{name} is given twice: --{name}s takes a list"
+        given.add(name)
     return None
 
 
