@@ -272,7 +272,7 @@ def _write(path: Path, net: PreTrainedModel, tokenizer: Any, max_length: int, tr
     if patch is not None and isinstance(patch.reducer, pumer.Unreduced):
         pumer.remove(net)
     elif patch is not None:  # trained with whatever attention was fastest there; used with the fused one
-        pumer.apply(net, patch.reducer)
+        pumer.apply(net, patch.reducer, trim=patch.trim, renumber=patch.renumber)
     with new_folder(path, replace=True) as folder:
         save(net, folder)
         tokenizer.model_max_length = max_length
