@@ -48,6 +48,8 @@ def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool
 
 
 def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
+    from pumer.hub.saving import follow  # which needs what is here
+
     model = supported(wrapped)
     adapter = find(model)
     reducer = read_reducer(reducer)
@@ -69,6 +71,7 @@ def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool,
         adapter.patch(model, patch)
         if parts is not None:
             patch.set(model, PARTS, parts)
+        follow(wrapped, patch)
     except BaseException:
         patch.undo()
         raise
@@ -137,17 +140,17 @@ def remove(model: M) -> M:
 
 def supported(model: nn.Module) -> nn.Module:
     """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
-    return next((module for module in _unwrapped(model) if is_supported(module)), model)
+    return next((module for module in unwrapped(model) if is_supported(module)), model)
 
 
 def _patched(model: nn.Module) -> nn.Module | None:
     """The module that carries the patch: the model itself, or what a wrapper around it wraps."""
     if not isinstance(model, nn.Module):
         return None
-    return next((module for module in _unwrapped(model) if _ATTRIBUTE in vars(module)), None)
+    return next((module for module in unwrapped(model) if _ATTRIBUTE in vars(module)), None)
 
 
-def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     """A model, what it wraps, what that wraps, and so on."""
     names: tuple[str, ...] = WRAPPED
     while isinstance(model, nn.Module):
