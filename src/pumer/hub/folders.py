@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +98,39 @@ def _read_adapter(source: Source, hub: dict[str, Any], arguments: dict[str, Any]
         from peft import PeftModel
     except ImportError:
         raise ValueError(f"{source.name} holds an adapter of PEFT: install peft to load it") from None
+    base = base_of(source, (CONFIG,), hub)
+    model = _read_model(base, arguments)
+    try:
+        return PeftModel.from_pretrained(model, source.name, **source.hub).eval()
+    except Exception as error:  # whatever PEFT makes of a damaged file
+        raise ValueError(
+            f"the adapter in {source.name} cannot be put on {base.name}, save it again: {error}"
+        ) from error
+
+
+def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Source:
+    """The base model that PEFT's adapter in `source` names.
+
+    Args:
+        source: of the adapter.
+        files: of the base model, to be fetched.
+        hub: how those of the adapter were found.
+
+    Raises:
+        ValueError: if it names none, or there is none of that name.
+    """
     config = read_json(source.folder / ADAPTER, "save the model again")
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{ADAPTER} in {source.name} names no base model: set its base_model_name_or_path")
     # The base is in a repository of its own, with revisions of its own.
-    of_base = {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
+    how = {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
     if config.get("revision"):
-        of_base["revision"] = config["revision"]
+        how["revision"] = config["revision"]
     try:
-        base_source = find_source(base, (CONFIG,), **of_base)
+        return find_source(base, files, **how)
     except ValueError as error:
         raise ValueError(f"the base model of the adapter in {source.name} is missing: {error}") from error
-    model = _read_model(base_source, arguments)
-    try:
-        return PeftModel.from_pretrained(model, source.name, **source.hub).eval()
-    except Exception as error:  # whatever PEFT makes of a damaged file
-        raise ValueError(f"the adapter in {source.name} cannot be put on {base}, save it again: {error}") from error
 
 
 _ENCODERS = ("vilt", "meter")

@@ -47,7 +47,7 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
         arguments["state_dict"] = state
     with new_folder(path) as folder:
         model.save_pretrained(folder, **arguments)
-        _write(folder, model, patch, parts)
+        write_beside(folder, model, patch, parts)
 
 
 def follow(model: nn.Module, patch: Patch) -> None:
@@ -74,7 +74,7 @@ def _save_pretrained(module: nn.Module, stock: Callable[..., Any], patch: Patch,
     result = stock(*args, **kwargs)
     on_this_rank = getattr(module, "should_save_on_this_rank", bool)
     if on_this_rank(call.get("is_main_process", True)):
-        _write(Path(call["save_directory"]), module, patch, parts)
+        write_beside(Path(call["save_directory"]), module, patch, parts)
     return result
 
 
@@ -91,13 +91,26 @@ def _upload(
 
     What `push_to_hub` writes into it last is a card, the Hub's or an empty one.
     """
-    _write(Path(working_dir), module, patch, trained_parts(patch), repo_id)
+    write_beside(Path(working_dir), module, patch, trained_parts(patch), repo_id)
     return stock(working_dir, repo_id, *args, **kwargs)
 
 
-def _write(
-    folder: Path, model: nn.Module, patch: Patch | None, parts: Mapping[str, Tensor], name: str | None = None
+def write_beside(
+    folder: Path,
+    model: nn.Module,
+    patch: Patch | None,
+    parts: Mapping[str, Tensor],
+    name: str | None = None,
 ) -> None:
+    """Write pumer's files beside a model's own.
+
+    Args:
+        folder: of the model, written already.
+        model: with or without a wrapper.
+        patch: what reduces it, None if nothing does.
+        parts: what its reducer has learned, see `trained_parts`.
+        name: of the model on the Hub, if it is known.
+    """
     if not folder.is_dir():  # transformers refuses a path with a word in the log
         return
     write_reduction(folder, patch, parts)
