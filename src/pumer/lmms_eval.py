@@ -52,8 +52,8 @@ class PumerModel(lmms):
 
     Args:
         pretrained: name or folder of a model with its processor.
-        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that of a folder which
-            `pumer.save` wrote, else the stock model runs. "none" is the unreduced model with what pumer does besides.
+        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that which the
+            model was saved with, else the stock model runs. "none" is the unreduced model with what pumer does besides.
         batch_size: how many prompts run together; they are padded on the left.
         device: where it runs; each process takes its own where accelerate starts several.
         dtype: of the weights, such as "bfloat16"; "auto" as they were saved.
