@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pumer
-from pumer.adapters.base import find
+from pumer.adapters import find
 from pumer.commands.common import open_model, open_task
 from pumer.evaluate import evaluate, model_inputs, take
 from pumer.reducers import Plan

@@ -147,7 +147,10 @@ SETTINGS: dict[str, Callable[[Generator], dict]] = {
         "layer": rng.randint(EMBEDDINGS, DEPTH - 1),
     },
     "divprune": lambda rng: {"keep": some_keep(rng)},
-    "dymu": lambda rng: {"thresholds": tuple(rng.choice([-1, 0.0, 0.99, 1.0, 2, rng.random()]) for _ in range(DEPTH))},
+    "dymu": lambda rng: {
+        "thresholds": tuple(rng.choice([-1, 0.0, 0.99, 1.0, 2, rng.random()]) for _ in range(DEPTH)),
+        "cap": rng.choice([None, some_keep(rng)]),
+    },
     "dynamicvit": lambda rng: {
         "keep": rng.choice([1.0, 1e-9, 1 - rng.random()]),
         "layers": some_layers(rng),
@@ -164,6 +167,7 @@ SETTINGS: dict[str, Callable[[Generator], dict]] = {
         "keep": rng.choice([None, some_keep(rng)]),
         "plus": rng.random() < 0.5,
         "saliency": rng.choice(SALIENCY),
+        "neighbours": rng.choice([0, 1, 32, rng.randint(0, 70)]),
     },
     "pumer": pumer,
     "pyramiddrop": lambda rng: stages(rng, falling=True),

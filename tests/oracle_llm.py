@@ -14,10 +14,33 @@ from pumer.adapters import kv_cache
 Kept = dict[int, Tensor]
 
 
+def decoder(model: nn.Module) -> nn.Module:
+    """The language model."""
+    trunk = model.model if hasattr(model, "lm_head") else model
+    return trunk.language_model if hasattr(trunk, "language_model") else trunk.text_model
+
+
 def layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers."""
-    trunk = model.model if hasattr(model, "lm_head") else model
-    return (trunk.language_model if hasattr(trunk, "language_model") else trunk.text_model).layers
+    return decoder(model).layers
+
+
+def recounted(
+    model: nn.Module,
+    number: int,
+    keep: Tensor,
+    states: Tensor,
+    position_ids: Tensor,
+) -> dict[str, object]:
+    """Positions for a layer of that number as if the other places of the prompt were not there."""
+    gone = (~keep).long().cumsum(1)
+    if states.shape[1] != keep.shape[1]:  # behind the prompt
+        gone = gone[:, -1:]
+    position_ids = position_ids - gone
+    language = decoder(model)
+    kind = (language.config.layer_types[number],) if "gemma3" in language.config.model_type else ()
+    rotary = language.rotary_emb(states, position_ids, *kind)
+    return {"position_ids": position_ids, "position_embeddings": rotary}
 
 
 def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) -> Kept:
@@ -44,11 +67,14 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
 
 
 @contextmanager
-def masked(model: nn.Module, marks: Kept) -> Iterator[nn.Module]:
-    """Hide the other places of the prompt from every layer of the stock model, in prefill and decoding."""
+def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn.Module]:
+    """Hide the other places of the prompt from every layer of a stock model, also in decoding.
+
+    `renumber`: let every layer count positions as if they were not there.
+    """
     assert pumer.active(model) is None
 
-    def hide(keep: Tensor):
+    def hide(number: int, keep: Tensor):
         def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             states, mask = args[0], kwargs["attention_mask"]
             queries = states.shape[1]
@@ -66,12 +92,15 @@ def masked(model: nn.Module, marks: Kept) -> Iterator[nn.Module]:
                 hidden = hidden[:, counted - mask.shape[3] :]
             hidden = nn.functional.pad(hidden, (0, mask.shape[3] - hidden.shape[1]))[:, None, None]
             nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            if renumber:
+                kwargs = kwargs | recounted(model, number, keep, states, kwargs["position_ids"])
             return args, kwargs | {"attention_mask": mask.masked_fill(hidden, nothing)}
 
         return before
 
     with ExitStack() as stack:
         for number, keep in marks.items():
-            handle = layers(model)[number].register_forward_pre_hook(hide(keep), with_kwargs=True)
+            layer, hook = layers(model)[number], hide(number, keep)
+            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield model

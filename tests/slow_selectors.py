@@ -283,15 +283,15 @@ def visionzip(picture, count, contextual):
     return [groups[leader] for leader in sorted(groups)]
 
 
-def prumerge_shares(picture, kept, extra=True):
-    """Rows of shares: of the kept tokens, each with its 32 neighbours, and of the extra token."""
+def prumerge_shares(picture, kept, extra=True, neighbours=32):
+    """Rows of shares: of the kept tokens, each with its neighbours, and of the extra token."""
     similarity = cosine(picture.last_keys)
     tokens = range(picture.count)
     rows = []
     for token in sorted(kept):
         others = sorted((t for t in tokens if t != token), key=lambda t: -similarity[token, t])
         row = np.zeros(picture.count)
-        row[others[:32]] = picture.last_attention[others[:32]]
+        row[others[:neighbours]] = picture.last_attention[others[:neighbours]]
         row[token] = 1
         rows.append(row)
     if extra and len(kept) < picture.count:
@@ -299,14 +299,14 @@ def prumerge_shares(picture, kept, extra=True):
     return np.array(rows)
 
 
-def prumerge(picture, plus):
+def prumerge(picture, plus, neighbours=32):
     attention = picture.last_attention
     first, third = np.percentile(attention, 25), np.percentile(attention, 75)
     outliers = [t for t, a in enumerate(attention) if a > third + 1.5 * (third - first)]
     kept = set(outliers or top(attention, 1))
     if plus:
         kept |= set(range(0, picture.count - 1, max(1, picture.count // len(kept) // 3)))
-    return prumerge_shares(picture, kept)
+    return prumerge_shares(picture, kept, neighbours=neighbours)
 
 
 def prumerge_fixed(picture, count):
@@ -320,14 +320,20 @@ def prumerge_fixed(picture, count):
     return prumerge_shares(picture, kept, extra)
 
 
-def dymu(picture, threshold):
+def dymu(picture, threshold, cap=math.inf):
     keys = picture.keys[:, len(picture.words) :].mean(0)
     similarity = cosine(keys)
     groups = {t: [t] for t in range(picture.count)}
+    pairs = []
     for even in range(0, picture.count, 2):
         odd = max(range(1, picture.count, 2), key=lambda t: similarity[even, t], default=None)
         if odd is not None and similarity[even, odd] > threshold:
-            groups[odd].append(even)
-            del groups[even]
+            pairs.append((even, odd))
+    pairs.sort(key=lambda pair: -similarity[pair])
+    for even, odd in pairs[: min(cap, len(pairs))]:
+        groups[odd].append(even)
+        del groups[even]
+    for group in groups.values():
+        group.sort()
     sizes = {leader: sum(picture.sizes[t] for t in group) for leader, group in groups.items()}
     return [{t: picture.sizes[t] / sizes[leader] for t in groups[leader]} for leader in sorted(groups)]

@@ -63,7 +63,7 @@ def test_a_supported_model_inside_another_is_pointed_out(model):
         (int, {}, "expected a reducer such as pumer.PuMer"),
         ("pummer", {}, r"no reducer is named 'pummer'.* Did you mean 'pumer'\?"),
         ({"reducer": "tomme"}, {}, r"no reducer is named 'tomme'.* Did you mean 'tome'\?"),
-        ({"r": 8}, {}, "settings of a reducer say which: give `reducer`"),
+        ({"r": 8}, {}, "no reducer is named for the settings r: name it"),
         ({"reducer": "tome", "dept": 6}, {}, r"tome has no setting dept. Did you mean 'depth'\?"),
         ({"reducer": "tome", "r": None}, {}, r"reducer tome: r is None; expected"),
         ({"reducer": "tome", "r": "many"}, {}, "reducer tome: r is 'many'; expected"),

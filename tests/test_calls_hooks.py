@@ -11,8 +11,13 @@ import pumer
 import tiny
 import tiny_llm
 from calls import PLACES, answer, generated, near
+from pumer import DynamicViT, SmartTrim
 
 FAMILIES = (*tiny.FAMILIES, *tiny_llm.BUILDERS)
+LEARNED = {
+    "dynamicvit": DynamicViT(keep=0.5, layers=(0, 2)),
+    "smarttrim": SmartTrim(layers=(1,)),
+}
 
 
 # transformers reads parameters outside of the calls that offload hooks bring them in for.
@@ -67,6 +72,36 @@ def check_same_as_without_hooks(family, reducer, how, folder):
 @pytest.mark.parametrize("place", PLACES)
 def test_llava_offloaded(place, tmp_path):
     check_same_as_without_hooks("llava", PLACES[place], "cpu_offload", tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "device_map"])
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_trained_parts_run_where_their_layer_does(family, name, how, tmp_path):
+    batch, reducer = calls.inputs(family, rows=2), LEARNED[name]
+    plain = pumer.apply(calls.model(family), reducer)
+    model = pumer.apply(offloaded(family, how, tmp_path), reducer)
+    parts = pumer.active(model).parts
+    assert {weight.device.type for weight in parts.parameters()} == {"cpu"}
+    parts.load_state_dict(pumer.active(plain).parts.state_dict())
+    expected = answer(plain, batch)
+    near(answer(model, batch), expected)
+    assert pumer.active(model).lengths == pumer.active(plain).lengths
+    pumer.apply(model, reducer)  # the same parts, trained or not, go on
+    assert pumer.active(model).parts is parts
+    near(answer(model, batch), expected)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_trained_parts_are_offloaded_with_the_model(family):
+    batch, reducer = calls.inputs(family, rows=2), LEARNED["dynamicvit"]
+    model = pumer.apply(calls.model(family), reducer)
+    expected = answer(model, batch)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(weight.is_meta for weight in pumer.active(model).parts.parameters())
+    near(answer(model, batch), expected)
+    pumer.apply(model, reducer)
+    near(answer(model, batch), expected)
 
 
 @pytest.mark.slow

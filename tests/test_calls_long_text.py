@@ -9,7 +9,7 @@ import pumer
 import tiny
 from calls import Largest
 from pumer import DART, CDPruner, FastV, PuMer, PyramidDrop, SparseVLM, ToMe
-from tiny_llm import IMAGE
+from tiny_llm import CLIP, IMAGE, TEXT
 
 REDUCERS = {
     "fastv": FastV(keep=0.5, layer=1),
@@ -35,24 +35,13 @@ def largest(model, batch, **more):
 
 @pytest.fixture(scope="module")
 def llava():
-    text = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        intermediate_size=128,
-        max_position_embeddings=9999,
-    )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=40,
-        image_size=192,
-        patch_size=8,
+    wide = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**CLIP | {"image_size": 192}),
+        text_config=transformers.LlamaConfig(**TEXT | wide | {"max_position_embeddings": 9999}),
+        image_token_id=IMAGE,
     )
     torch.manual_seed(0)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 

@@ -1,7 +1,6 @@
 """The code in the documents, as it stands: each Python block runs, each command is one."""
 
 import functools
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -15,11 +14,16 @@ import pumer
 import tiny
 import tiny_llm
 from pumer.adapters import base
-from pumer.cli import COMMANDS, _function
-from pumer.commands.words import unknown_command, unknown_option
+from pumer.cli import COMMANDS, POSITIONAL, _function
+from pumer.commands.help import options
+from pumer.commands.parsing import parse
+from pumer.commands.words import unknown_command
 from pumer.data.text import train_tokenizer
-from pumer.data.transforms import Square, save_transform
+from pumer.data.transforms import Square, build_transform, save_transform
+from pumer.presets import read_reducer
 from pumer.reducers import registry
+from pumer.tasks import build
+from pumer.train.arguments import trainer_settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,29 +102,73 @@ def test_python_blocks_run(path, checkpoints, capsys):
 
 
 def commands(path):
-    """The words of every `pumer` command in a document's shell blocks and tables."""
+    """The words of every `pumer` command in a document, and whether it may lack some.
+
+    Those in shell blocks are whole, but for dots; those in text and tables are often only named.
+    """
     text = path.read_text(encoding="utf-8")
-    lines = [line for code in blocks(path, "sh", "bash") for line in code.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(pumer [a-z][^`]*)`", text)
-    for line in lines:
-        words = shlex.split(line, comments=True)
+    lines = [
+        (line, "..." in line) for code in blocks(path, "sh", "bash") for line in code.replace("\\\n", " ").splitlines()
+    ]
+    lines += [(line, True) for line in re.findall(r"`(pumer [a-z][^`]*)`", text)]
+    for line, partial in lines:
+        words = [word for word in shlex.split(line, comments=True) if word != "..."]
         if "pumer" in words[:1]:
-            yield words[1:]
+            yield words[1:], partial
         elif "pumer.cli" in words:
-            yield words[words.index("pumer.cli") + 1 :]
+            yield words[words.index("pumer.cli") + 1 :], partial
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[path.stem for path in DOCUMENTS])
-def test_commands_are_ones_with_these_options(path):
-    for words in commands(path):
-        assert unknown_command(words, COMMANDS) is None, words
-        name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
-        assert unknown_option(words, options(name)) is None, words
+def test_commands_are_ones_that_can_be_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, partial in commands(path):
+        check_command(words, partial)
 
 
-@functools.cache
-def options(name):
-    return [*inspect.signature(_function(COMMANDS[name][0])).parameters, "config", "help"]
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("evall", "no command"),
+        ("eval --modle m", "no option --modle"),
+        ("eval --model m --batch_size ten", "--batch_size is ten"),
+        ("eval --model m --device gpu", "give auto, cpu or cuda"),
+        ("eval --model m --reducer tome --reducer.dpth 3", "no setting dpth"),
+        ("bench --reducers [tomee]", "Did you mean 'tome'"),
+        ("eval --model m --task vqav2 --task.rot d", "no setting rot"),
+        ("train --config scenes-pumer --output o --trainer.max_stps 3", "no setting max_stps"),
+        ("train --config scenes-pumer --output o --image.kind squar", "not 'squar'"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_found(line, message):
+    with pytest.raises(ValueError, match=message):
+        check_command(line.split())
+
+
+def check_command(words, partial=False):
+    """Raise ValueError for names and values that a command does not take.
+
+    Nothing is run, and no file need be there. `partial`: words may be missing.
+    """
+    if (problem := unknown_command(words, COMMANDS)) is not None:
+        raise ValueError(problem)
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    words = [word for word in words[len(name.split()) :] if word != "--help"]
+    path = COMMANDS[name][0]
+    try:
+        values = parse(_function(path), options(path), words, name in POSITIONAL, recipes=name == "train")
+    except ValueError as error:
+        if partial and re.match(r"give |--\w+ has no value", str(error)):
+            return
+        raise
+    for reducer in (values.get("reducer"), *(values.get("reducers") or ())):
+        if reducer is not None:
+            read_reducer(reducer)
+    if isinstance(values.get("task"), dict):
+        build(values["task"])
+    trainer_settings(values.get("trainer") or {}, early_stopping=False)
+    if values.get("image") and isinstance(values["image"], dict):
+        build_transform(values["image"])
 
 
 def test_there_is_something_to_check():

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from pumer._files import (
     check_name,
     check_space,
     claimed,
+    lock,
     locked,
     new_folder,
     replacing,
@@ -163,8 +165,8 @@ with new_folder({str(tmp_path / "out")!r}) as folder:
 
 
 def test_a_lock_is_given_up_and_another_ones_is_left(tmp_path):
-    with claimed(tmp_path) as lock:
-        assert lock is not None
+    with claimed(tmp_path) as holder:
+        assert holder is not None
         with claimed(tmp_path) as other:
             assert other is None
         with pytest.raises(ValueError, match=r"another process works in"), locked(tmp_path, wait=0.0):
@@ -175,6 +177,25 @@ def test_a_lock_is_given_up_and_another_ones_is_left(tmp_path):
     with locked(tmp_path, wait=0.0):  # a file that nobody locks is no lock
         pass
     assert listed(tmp_path) == []
+
+
+def test_a_lock_on_windows_is_of_a_byte_behind_the_file(tmp_path, monkeypatch):
+    held = {}
+
+    def locking(descriptor, mode, length):
+        key = os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR)
+        assert (mode, length) == ("LK_NBLCK", 1)
+        if held.setdefault(key, descriptor) != descriptor:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK="LK_NBLCK", locking=locking))
+    with (tmp_path / "a").open("w") as first, (tmp_path / "a").open("a") as second:
+        assert lock(first)
+        assert not lock(second)
+        first.write("text")
+    assert (tmp_path / "a").read_text() == "text"
+    assert [position for _, position in held] == [2**30]
 
 
 # --- checks ---

@@ -24,6 +24,7 @@ from pumer.reducers import (
     PyramidDrop,
     SparseVLM,
     Tokens,
+    blocks,
     from_dict,
     scores,
     to_dict,
@@ -290,7 +291,7 @@ def test_blocks_add_up_to_the_whole(causal, monkeypatch):
     tokens = batch(0, grids, words=(23, 1, 40, 13), width=6, layer=LAYER, causal=causal)
     functions = (text_attention, text_saliency, partial(text_saliency, score="first_head"), raters)
     expected = [function(tokens) for function in functions]
-    monkeypatch.setattr(scores, "BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     assert len(scores.TextAttention.of(tokens).blocks()) == 6
     for function, value in zip(functions, expected, strict=True):
         torch.testing.assert_close(function(tokens), value, rtol=1e-5, atol=1e-6)
@@ -298,16 +299,16 @@ def test_blocks_add_up_to_the_whole(causal, monkeypatch):
 
 def test_a_short_prompt_is_one_block():
     """LLaVA's shape in `pumer bench llm`: 576 patches and 64 words at 32 heads of 128 channels."""
-    assert len(scores.row_blocks(64, 8 * 32 * (576 + 64), 128)) == 1
-    assert scores.row_blocks(0, 0, 4) == [slice(0, 0)]
+    assert len(blocks.row_blocks(64, 8 * 32 * (576 + 64), 128)) == 1
+    assert blocks.row_blocks(0, 0, 4) == [slice(0, 0)]
     for width, sizes in ((1, [3, 3, 1]), (5, [5, 2])):
-        blocks = scores.row_blocks(7, scores.BLOCK // 3, width)
-        assert [block.stop - block.start for block in blocks] == sizes
+        rows = blocks.row_blocks(7, blocks.BLOCK // 3, width)
+        assert [block.stop - block.start for block in rows] == sizes
 
 
 @pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm-mean", "pumer"])
 def test_several_blocks_compile_into_one_graph(name, monkeypatch):
-    monkeypatch.setattr(scores, "BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     torch._dynamo.reset()
     plan = torch.compile(REDUCERS[name].plan, fullgraph=True, backend="eager")
     for seed in range(2):

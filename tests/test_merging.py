@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from calls import Largest
 from pumer.costs import planned_lengths
 from pumer.reducers import (
     EMBEDDINGS,
@@ -20,6 +21,7 @@ from pumer.reducers import (
     Tokens,
     ToMe,
     Uniform,
+    blocks,
 )
 from pumer.reducers.budget import prune_then_merge
 from pumer.reducers.learned import keep_surest
@@ -157,6 +159,53 @@ def test_dynamicvit_counts_every_row_from_its_own_start():
     assert (plan.mask_BK[:, tokens.text + 1 :].sum(1)).tolist() == [96, int(150 * 0.7**2)] == [96, 73]
 
 
+# --- long texts ---
+
+
+def long_tokens(words, prefix, dtype=torch.float32):
+    """One sample of that many words and 16 patches; keys that are alike here and there."""
+    generator = torch.Generator().manual_seed(words)
+    count = words + 16 + prefix
+    keys = torch.randn(1, 1, count, CHANNELS, generator=generator).round(decimals=1)
+    return Tokens(
+        mask_BN=torch.arange(count)[None] != words - 1,  # a word of padding
+        text=words,
+        sizes_BN=torch.ones(1, count),
+        prefix=prefix,
+        states_BND=torch.randn(1, count, WIDTH, generator=generator).to(dtype),
+        queries_BHNC=keys,
+        keys_BHNC=keys,
+    )
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_merging_8000_words_takes_memory_linear_in_them(prefix):
+    reducer = PuMer(prune=0.3, merge=0.3, merge_text=0.3, layers=(0,))
+    sizes = []
+    for words in (4000, 8000):
+        tokens = long_tokens(words, prefix, torch.bfloat16)
+        with Largest() as largest:
+            plan = reducer.plan(tokens)
+            states = plan.reduce(tokens.states_BND)
+        sizes.append(largest.size)
+        assert states.shape[1] == sum(reducer.lengths(words, 16 + prefix, 0, prefix))
+    assert max(sizes) <= 4 * blocks.BLOCK, [size / 2**20 for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_blocks_merge_the_same_tokens_into_the_same_states(dtype, monkeypatch):
+    reducer = PuMer(prune=0, merge=0.3, merge_text=0.4, layers=(0,))
+    tokens = long_tokens(203, 1, dtype)
+    expected = reducer.plan(tokens)
+    states = expected.reduce(tokens.states_BND)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
+    assert len(blocks.row_blocks(101, 101, CHANNELS)) == 26
+    plan = reducer.plan(tokens)
+    assert torch.equal(plan.slot_BN, expected.slot_BN)
+    assert torch.equal(plan.weight_BN, expected.weight_BN)
+    torch.testing.assert_close(plan.reduce(tokens.states_BND), states)
+
+
 # --- values that are not finite, huge, or all the same ---
 
 
@@ -192,7 +241,7 @@ def test_as_many_tokens_are_merged_as_promised_whatever_the_keys(value, prefix, 
         assert int(plan.slot_BN.max()) < plan.slots
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-13, 1e18, 1e30])
 def test_only_the_direction_of_keys_counts(scale):
     keys = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 12, dtype=torch.bool)
@@ -251,8 +300,6 @@ def test_one_patch_stays_at_every_ratio(reducer, counts):
 @pytest.mark.parametrize("structure", [0, 1])
 def test_an_image_without_patches_is_left_alone(reducer, structure):
     """With and without its [CLS], as after `NoVision`."""
-    if isinstance(reducer, PuMer) and structure == 0:
-        pytest.skip("test_language has it")
     full = tokens_of((0, 0), 0, part=part_of(reducer))
     end = full.text + structure
     tokens = replace(

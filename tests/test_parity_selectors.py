@@ -14,10 +14,10 @@ MODULES = sorted(path.stem for path in Path(__file__).parent.glob("parity_*.py")
 RUNNERS: dict[str, Callable[[Case], None]] = {
     method: run for module in MODULES for method, run in importlib.import_module(module).RUNNERS.items()
 }
-CASES = [(method, name) for method in sorted(RUNNERS) for name in names(method)]
+CASES = [pytest.param(method, name, id=f"{method}-{name}") for method in sorted(RUNNERS) for name in names(method)]
 
 
-@pytest.mark.parametrize(("method", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("method", "name"), CASES)
 def test_equals_published_code(method: str, name: str) -> None:
     """What is kept, and what merged tokens become, is what the published code gave."""
     RUNNERS[method](load(method, name))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -109,6 +110,20 @@ def test_scores_are_those_of_every_pair_alone(case, images, tokenize):
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
     assert expected.std(0).min() > 1e-2, "scores that are all alike prove nothing"
     assert expected.std(1).min() > 1e-2, "scores that are all alike prove nothing"
+
+
+@pytest.mark.parametrize("case", ["vilt", "vilt-pumer", "vilt-pool", "meter", "meter-tower"])
+def test_scores_of_an_offloaded_model(case, images, tokenize):
+    """Whose weights accelerate brings in for a call alone."""
+    name, reducer = CASES[case]
+    expected, scores = (
+        score_pairs(model, images, TEXTS, tokenize, transform_of(name), batch_size=3)
+        for model in (
+            make(name, reducer),
+            accelerate.cpu_offload(make(name, reducer), execution_device="cpu"),
+        )
+    )
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
 def test_every_image_and_text_is_encoded_once(job):

@@ -184,6 +184,39 @@ def test_prumerge_adds_no_more_than_32_neighbours():
     assert ((found != 0).sum(1)[:-1] == 33).all()
 
 
+@pytest.mark.parametrize("neighbours", [0, 3, 100])
+def test_prumerge_adds_as_many_neighbours_as_asked_for(neighbours):
+    tokens = batch(1)
+    plan = PruMerge(neighbours=neighbours).plan(tokens)
+    for row in range(len(GRIDS)):
+        expected = slow.prumerge(picture(tokens, row), plus=True, neighbours=neighbours)
+        np.testing.assert_allclose(mixture(plan, tokens, row), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cap", [1, 4, 0.2, 1.0])
+def test_dymu_merges_no_more_than_its_cap(cap):
+    tokens = batch(2, layer=1)
+    plan = DyMU(thresholds=(0.9, -1.0), cap=cap).plan(tokens)
+    merged = set()
+    for row in range(len(GRIDS)):
+        image = picture(tokens, row)
+        most = cap if isinstance(cap, int) else round(cap * image.count)
+        expected = slow.dymu(image, -1.0, min(most, image.count // 2))
+        same(shares(plan, tokens, row), expected)
+        merged.add(image.count - len(expected))
+    assert max(merged) > min(merged) or cap == 1
+
+
+@pytest.mark.parametrize("reducer", [PruMerge(), DyMU(thresholds=(0.5,))], ids=["prumerge", "dymu"])
+def test_settings_that_were_added_are_written_where_they_matter(reducer):
+    """Digests of saved settings name the points of a study."""
+    (name,) = reducer.added
+    assert name not in to_dict(reducer)
+    changed = replace(reducer, **{name: 5})
+    assert to_dict(changed) == to_dict(reducer) | {name: 5}
+    assert from_dict(to_dict(changed)) == changed
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dymu_merges_what_is_alike_enough(seed):
     tokens = batch(seed, layer=1)
@@ -325,6 +358,8 @@ def test_settings_survive_json(reducer):
         (lambda: CDPruner(theta=1), "theta lies between"),
         (lambda: HoloV(chunks=0), "at least one chunk"),
         (lambda: DART(pivots=(0, 0)), "pivots are the numbers"),
+        (lambda: PruMerge(neighbours=-1), "neighbours is a number of tokens from 0"),
+        (lambda: DyMU(cap=0), "cap is a share such as"),
         (lambda: PyramidDrop(keep=(0.5, 0.7), layers=(1, 2)), "never rising"),
         (lambda: PyramidDrop(keep=(0.5,), layers=(1, 2)), "one number to keep for each layer"),
         (lambda: SparseVLM(keep=(5,), layers=(-1,)), "cannot act before layer 0"),

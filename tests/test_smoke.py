@@ -30,7 +30,7 @@ DECODER_REDUCERS = {
     "divprune": DIVPRUNE,
     "pumer": pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2)),
 }
-EXTRAS = ("lmdb", "lmms_eval", "matplotlib", "optuna", "ray", "scipy", "tensorboard")
+EXTRAS = ("lmdb", "lmms_eval", "matplotlib", "optuna", "ray", "scipy", "shtab", "tensorboard")
 """Packages that only an extra brings."""
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2))
 """Prompts of a batch: one image, and two between words, so that the first is padded."""

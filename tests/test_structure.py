@@ -20,7 +20,7 @@ LAYERS = [
     {"", "api", "presets", "hub", "costs", "costs_llm"},
     {"tasks", "data", "bench", "viz"},
     {"evaluate", "score", "study", "train", "tune"},
-    {"cli", "commands", "lmms_eval"},
+    {"__main__", "cli", "commands", "lmms_eval"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 MAX_LINES = 400

@@ -203,11 +203,11 @@ def test_crop_rounds_the_middle_as_torchvision_does_and_clip_down(tmp_path):
         ({"kind": "round", "size": 3}, "is of kind square or crop or keep_aspect"),
         ({"kind": "square"}, "square needs size"),
         ({"kind": "keep_aspect"}, "keep_aspect needs shorter"),
-        ({"kind": "square", "size": "96"}, "size is '96'; give a whole number"),
+        ({"kind": "square", "size": "big"}, "image transform square: size is 'big'; expected int"),
         ({"kind": "square", "size": True}, "size is True"),
-        ({"kind": "crop", "size": 96, "mean": 0.5}, "mean is 0.5; give a number for each"),
-        ({"kind": "crop", "size": 96, "std": [1, 1, "1"]}, "give a number for each"),
-        ({"kind": "crop", "size": 96, "resample": 9}, "resample is 9; it is one of 0 nearest"),
+        ({"kind": "crop", "size": 96, "mean": 0.5}, r"mean is 0\.5; expected tuple\[float, float, float\]"),
+        ({"kind": "crop", "size": 96, "std": [1, 1, "x"]}, "std is .*expected tuple"),
+        ({"kind": "crop", "size": 96, "resample": 9}, r"resample is 9; expected one of 0 \(nearest\)"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -569,8 +569,8 @@ def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
         (["--max_drop", "1", "--choose", "10", "--check", "10"], "too few"),
         (["--max_drop", "1", "--choose", "0"], "--choose: give a whole number from 1"),
         (["--max_drop", "1", "--batch_size", "0"], "--batch_size: give a whole number from 1"),
-        (["--max_drop", "1", "--alpha", "0"], "--alpha is a probability"),
-        (["--max_drop", "1", "--alpha", "1.5"], "--alpha is a probability"),
+        (["--max_drop", "1", "--alpha", "0"], "--alpha: give a probability"),
+        (["--max_drop", "1", "--alpha", "1.5"], "--alpha: give a probability"),
         (["--max_drop", "1", "--finetune", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ):
         assert main([*command, *wrong]) == 2

@@ -27,7 +27,7 @@ from pumer.reducers import (
     VisPruner,
 )
 from pumer.reducers.cdpruner import WORDS_AT_ONCE, mean_direction
-from pumer.reducers.greedy import unit_length
+from pumer.reducers.matching import unit_vectors
 
 REDUCERS = {
     "cdpruner": CDPruner(keep=0.4),
@@ -148,7 +148,7 @@ def test_words_are_read_in_parts():
     text[0, 3] = torch.nan
     text[1, 5:] = torch.inf
     found = mean_direction(text, words)
-    expected = unit_length(text)
+    expected = unit_vectors(text, torch.float64)
     torch.testing.assert_close(found[0], expected[0, [0, 1, 2, *range(4, count)]].sum(0) / count)
     torch.testing.assert_close(found[1], expected[1, :5].mean(0))
 
@@ -311,7 +311,8 @@ def test_relevance_alone_decides_at_the_end_of_theta():
     """exp(5,000) is more than there is."""
     image, words = noise(1, 30, 8), noise(1, 5, 8)
     tokens = of_images(image, words_BTD=words)
-    cosines = (unit_length(image) @ unit_length(words).transpose(1, 2)).mean(2)[0]
+    unit_image, unit_words = (unit_vectors(x, torch.float64) for x in (image, words))
+    cosines = (unit_image @ unit_words.transpose(1, 2)).mean(2)[0]
     for inverted, best in ((False, cosines.argmax()), (True, cosines.argmin())):
         plan = CDPruner(keep=1, theta=0.9999, inverted=inverted).plan(tokens)
         assert kept(plan, text=5) == [int(best)]

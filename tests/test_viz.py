@@ -1,5 +1,6 @@
 """Token maps: what they say against the plans, their JSON, the drawing."""
 
+import html
 import itertools
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def test_gallery_needs_no_other_file(shown, tmp_path):
     assert "&lt;star&gt;" in page
     assert "http" not in page
     assert png(image).startswith(b"\x89PNG")
+
+
+def test_a_notebook_shows_maps_and_reports(shown):
+    assert shown._repr_html_().startswith('<img alt="token map" src="data:image/png;base64,')
+    report = pumer.report(pumer.apply(model(), "random"))
+    assert report._repr_html_() == f"<pre>{html.escape(str(report))}</pre>"
 
 
 def test_pictures_come_back_from_pixels():

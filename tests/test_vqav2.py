@@ -313,7 +313,7 @@ def test_missing_images_are_counted(root):
 def test_missing_and_broken_files(root):
     with pytest.raises(ValueError, match=f"test2015_questions.json does not exist; .* has {QUESTIONS}"):
         VQAv2(root).examples("test2015")
-    with pytest.raises(ValueError, match="has no questions file"):
+    with pytest.raises(ValueError, match="nowhere does not exist, set the task's root"):
         VQAv2(root / "nowhere").examples("val2014")
     (root / ANNOTATIONS).write_text('{"annotations": [')
     with pytest.raises(ValueError, match=r"annotations\.json is no JSON"):

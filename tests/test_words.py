@@ -120,3 +120,25 @@ def test_every_command_is_one():
     for name in COMMANDS:
         assert unknown_command([*name.split(), "--help"], COMMANDS) is None
     assert unknown_command(["study", "file.yaml"], COMMANDS) is None
+
+
+def test_a_shell_completes_commands_options_and_choices(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "pumer"
+    script.write_text(capsys.readouterr().out)
+    ask = """source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_pumer; echo "${COMPREPLY[@]}" """
+
+    def completed(*words):
+        command = ["bash", "-c", ask, "bash", str(script), "pumer", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("st") == ["study"]
+    assert "llm" in completed("bench", "")
+    assert completed("bench", "llm", "--tower") == ["--tower_layers"]
+    assert completed("bench", "llm", "--device", "c") == ["cpu", "cuda"]
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "pumer", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == pumer.__version__

@@ -159,12 +159,16 @@ def locked(folder: Path, wait: float = 60.0) -> Iterator[IO[str]]:
         time.sleep(0.2)
 
 
+_FAR = 2**30
+"""Position of the byte that Windows locks."""
+
+
 def lock(file: IO[Any], wait: bool = False) -> bool:
     """Lock an open file; False if another process has it."""
     try:
         import fcntl
-    except ModuleNotFoundError:  # Windows, where an open file cannot be deleted anyway
-        return True
+    except ModuleNotFoundError:
+        return _lock_on_windows(file, wait)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -172,6 +176,26 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
     except OSError as error:
         raise ValueError(f"{file.name} cannot be locked ({error.strerror}): use a disk of this machine") from error
     return True
+
+
+def _lock_on_windows(file: IO[Any], wait: bool) -> bool:
+    """A byte far behind what is written stands for the file: nobody else can read a locked one."""
+    import msvcrt
+
+    windows: Any = msvcrt
+    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+    try:
+        while True:
+            try:
+                windows.locking(file.fileno(), windows.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.05)
+    finally:
+        os.lseek(file.fileno(), position, os.SEEK_SET)
 
 
 def _is_at(file: IO[Any], path: str | Path) -> bool:

@@ -69,16 +69,34 @@ class _FieldError(_MismatchError):
     """The same in a field of a nested dataclass; its text begins with the field's name."""
 
 
+class _Nested(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+    def __getitem__(cls, parameters: Any) -> Any:
+        return cls
+
+
+class _Anything(metaclass=_Nested):
+    """Stands for a type that cannot be resolved, such as `torch` in `torch.dtype`; every value passes."""
+
+
 @functools.cache
 def _hints(target: Any) -> dict[str, Any]:
-    """Types of fields or parameters by name; none where they cannot be resolved."""
-    try:
-        return typing.get_type_hints(target)
-    except NameError:  # a type that is imported for type checkers alone
-        return {}
+    """Types of fields or parameters by name, `_Anything` where they cannot be resolved."""
+    names: dict[str, Any] = {}
+    while True:
+        try:
+            return typing.get_type_hints(target, localns=names)
+        except NameError as error:  # a name that is imported for type checkers alone
+            names[str(error.name)] = _Anything
 
 
 def _text(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(f"{member.value} ({member.name.lower()})" for member in hint)
     text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
     if get_origin(hint) is not None:
         text = str(hint)
@@ -95,7 +113,7 @@ def _has_bool(value: Any) -> bool:
 def _conform(value: Any, hint: Any, convert: bool = True) -> Any:
     """The value as the type has it; raises _MismatchError. `convert`: text may be read as a number."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any or isinstance(hint, str | typing.TypeVar):
+    if hint in (Any, _Anything) or isinstance(hint, str | typing.TypeVar):
         return value
     if origin in (Union, types.UnionType):
         return _conform_union(value, arguments, convert)
@@ -109,6 +127,8 @@ def _conform(value: Any, hint: Any, convert: bool = True) -> Any:
         return _conform_dataclass(value, hint)
     if isinstance(origin, type):
         return _conform_container(value, origin, arguments, convert)
+    if typing.is_typeddict(hint):
+        return _require(isinstance(value, Mapping), value)
     if isinstance(hint, type):
         return _conform_plain(value, hint, convert)
     return value
@@ -177,7 +197,11 @@ def _conform_plain(value: Any, kind: type, convert: bool) -> Any:
     if kind is Path:
         return _require(isinstance(value, str | Path), value)
     if issubclass(kind, Enum):
-        return _require(isinstance(value, kind) or value in [member.value for member in kind], value)
+        same = (
+            member for member in kind if member == value or (member.value, type(member.value)) == (value, type(value))
+        )
+        member = None if isinstance(value, bool) else next(same, None)
+        return _require(member is not None, member)
     return _require(isinstance(value, kind), value)
 
 

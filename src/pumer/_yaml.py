@@ -30,8 +30,21 @@ def read_yaml(path: Path) -> Any:
     """The data in a YAML file; raises ValueError for one that cannot be read, or is none."""
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {yaml_problem(error)}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no YAML, it is not text in UTF-8: give a YAML file") from error
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """Where YAML is broken and how, in a line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error).strip().splitlines()[0]
+    mark = error.problem_mark
+    hint = ", indent with spaces" if "'\\t'" in str(error.problem) else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{hint}"
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -9,19 +9,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find, is_supported
-from pumer.adapters.base import PARTS
+from pumer.adapters import Adapter, Patch, Step, find, supported, unwrapped
+from pumer.adapters.base import PARTS, execution_device
 from pumer.adapters.probes import BACKENDS
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_pumer_patch"
-WRAPPED = ("base_model", "module", "_orig_mod")
-"""Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
 
-def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> M:
+def apply(
+    model: M,
+    reducer: ReducerSpec,
+    *,
+    attention: str = "sdpa",
+    trim: bool = True,
+    renumber: bool = False,
+) -> M:
     """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
 
     Applying again replaces the reducer in force. A learned reducer brings new parts to train, which belong to the model
@@ -35,6 +40,9 @@ def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool
         attention: "sdpa" (fused) or "eager".
         trim: cut padding down to the longest text and image of the batch when the model is entered, for which the
             host reads two numbers. Turn it off for CUDA graphs; under torch.compile it is off by itself.
+        renumber: count the positions of a language model's tokens anew wherever some are gone, as
+            the published code of several methods does (docs/methods.md). By default what is left
+            keeps its positions.
 
     Returns:
         The model itself.
@@ -43,11 +51,18 @@ def apply(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool
         ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
     """
     before = active(model)
-    _apply(model, reducer, attention, trim, None if before is None else before.parts)
+    _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
     return model
 
 
-def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool, parts: nn.ModuleDict | None) -> None:
+def _apply(
+    wrapped: nn.Module,
+    reducer: ReducerSpec,
+    attention: str,
+    trim: bool,
+    renumber: bool,
+    parts: nn.ModuleDict | None,
+) -> None:
     from pumer.hub.saving import follow  # which needs what is here
 
     model = supported(wrapped)
@@ -55,6 +70,11 @@ def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool,
     reducer = read_reducer(reducer)
     if attention not in BACKENDS:
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
+    if renumber and not adapter.renumbers:
+        raise ValueError(
+            f"positions of {adapter.family} cannot be counted anew, as they are not one number "
+            "that every layer of a language model reads: leave renumber out"
+        )
     reducer = adapter.settle(reducer.resolve(adapter.shape(model)))
     reducer.check(adapter.depth(model))
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
@@ -66,7 +86,8 @@ def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool,
     _check_lengths(adapter, model, reducer)
     parts = _fitting(model, adapter, reducer, parts)
     remove(model)
-    patch = Patch(reducer, adapter, attention, trim, parts, passes=adapter.passes(model))
+    passes = adapter.passes(model)
+    patch = Patch(reducer, adapter, attention, trim, parts, renumber=renumber, passes=passes)
     try:
         adapter.patch(model, patch)
         if parts is not None:
@@ -79,15 +100,22 @@ def _apply(wrapped: nn.Module, reducer: ReducerSpec, attention: str, trim: bool,
 
 
 def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None) -> nn.ModuleDict | None:
-    """What a learned reducer trains: `parts` if they are its own, else new ones; None for any other reducer."""
+    """What a learned reducer trains: `parts` if they fit it, else new ones; None for any other.
+
+    Each part is where the layer runs that it serves.
+    """
     if reducer.learned is None:
         return None
     heads, channels = adapter.attention_shape(model)
     new = reducer.learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
-    weight = next(model.parameters())
-    own = parts if parts is not None and _shapes(parts) == _shapes(new) else new
-    # Those kept aside meanwhile have not followed the model.
-    return own.to(weight.device, weight.dtype).train(model.training)
+    fitting = parts if parts is not None and _shapes(parts) == _shapes(new) else new
+    layers, dtype = adapter.layers(model), next(model.parameters()).dtype
+    for layer, part in fitting.items():
+        if fitting is parts and all(weight.is_meta for weight in part.parameters()):
+            continue  # they are offloaded, as the model is: hooks of their own bring them in
+        # Those kept aside meanwhile have not followed the model.
+        part.to(execution_device(layers[int(layer)]), dtype)
+    return fitting.train(model.training)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -138,11 +166,6 @@ def remove(model: M) -> M:
     return model
 
 
-def supported(model: nn.Module) -> nn.Module:
-    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
-    return next((module for module in unwrapped(model) if is_supported(module)), model)
-
-
 def _patched(model: nn.Module) -> nn.Module | None:
     """The module that carries the patch: the model itself, or what a wrapper around it wraps."""
     if not isinstance(model, nn.Module):
@@ -150,29 +173,25 @@ def _patched(model: nn.Module) -> nn.Module | None:
     return next((module for module in unwrapped(model) if _ATTRIBUTE in vars(module)), None)
 
 
-def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """A model, what it wraps, what that wraps, and so on."""
-    names: tuple[str, ...] = WRAPPED
-    while isinstance(model, nn.Module):
-        yield model
-        name = next((name for name in names if name in model._modules), None)
-        if name is None:
-            return
-        names = (*WRAPPED, "model") if name == "base_model" else WRAPPED  # PEFT's models hold a tuner that holds it
-        model = model._modules[name]  # type: ignore[assignment]
-
-
 @contextmanager
-def reduced(model: M, reducer: ReducerSpec, *, attention: str = "sdpa", trim: bool = True) -> Iterator[M]:
+def reduced(
+    model: M,
+    reducer: ReducerSpec,
+    *,
+    attention: str = "sdpa",
+    trim: bool = True,
+    renumber: bool = False,
+) -> Iterator[M]:
     """`apply` for the length of a with block; whatever was in force before is in force again afterwards."""
     before = active(model)
-    apply(model, reducer, attention=attention, trim=trim)
+    apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
     try:
         yield model
     finally:
         remove(model)
         if before is not None:
-            _apply(model, before.reducer, before.attention, before.trim, before.parts)
+            settings = before.reducer, before.attention, before.trim, before.renumber
+            _apply(model, *settings, before.parts)
 
 
 @contextmanager

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from pumer._suggest import did_you_mean
 from pumer._terminal import brief
-from pumer.commands.help import render
-from pumer.commands.words import unknown_command, unknown_option, with_settings
+from pumer.commands.help import options, render
+from pumer.commands.words import unknown_command
 
 COMMANDS = {
     "demo": ("pumer.commands.demo:demo", "see the shipped models answer, faster, and which tokens they kept"),
@@ -40,13 +35,13 @@ COMMANDS = {
     "tune": ("pumer.commands.tune:tune_", "find the fastest setting within a bound on accuracy, speed or memory"),
     "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
     "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
-    "data check": ("pumer.commands.data:check", "say what of a task's official files is there and what is missing"),
-    "data scenes": ("pumer.commands.data:scenes", "write generated pictures and questions as official VQAv2 files"),
+    "data check": ("pumer.commands.data:check", "count a task's official files and images, and list what is missing"),
+    "data scenes": ("pumer.commands.data:scenes", "write generated images and texts in a task's official format"),
     "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
     "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
+    "completion": ("pumer.commands.completion:completion", "print a script that completes commands in a shell"),
 }
-RECIPES = Path(__file__).parent / "train" / "recipes"
-POSITIONAL = {"convert", "data check", "study"}  # their required arguments go by place, not by name
+POSITIONAL = {"convert", "data check", "study", "completion"}  # their required arguments go by place, not by name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (problem := unknown_command(words, COMMANDS)) is not None:
         return _fail("", problem, 2)
     if {"-h", "--help"} & set(words):
-        print(render(name, COMMANDS[name][1].capitalize(), COMMANDS[name][0], name in POSITIONAL))
+        print(render(name, COMMANDS[name][1], COMMANDS[name][0], name in POSITIONAL))
         return 0
     try:
         with _stoppable():
@@ -121,40 +116,14 @@ def _stoppable() -> Iterator[None]:
 
 
 def _run(name: str, words: list[str]) -> None:
-    from jsonargparse import ArgumentParser
     from transformers.utils.logging import disable_progress_bar
 
-    from pumer._options import check_options
-    from pumer._yaml import read_yaml
+    from pumer.commands.parsing import parse
 
     disable_progress_bar()  # of loading weights; the commands show their own
-    function = _function(COMMANDS[name][0])
-    parser = ArgumentParser(prog=f"pumer {name}", description=COMMANDS[name][1].capitalize() + ".", exit_on_error=True)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with any of these settings" + ", or a recipe's name" * (name == "train"),
-    )
-    parser.add_function_arguments(function, as_positional=name in POSITIONAL)
-    words = with_settings([_recipe(word) for word in words])
-    if (problem := unknown_option(words, [*inspect.signature(function).parameters, "config", "help"])) is not None:
-        raise ValueError(problem)
-    for option, word in pairwise(words):
-        if option == "--config" and not Path(word).exists():
-            hint = did_you_mean(word, [path.stem for path in RECIPES.glob("*.yaml")])
-            raise ValueError(f"{word} is no file, nor a recipe that `pumer list` names.{hint}")
-        if option == "--config":
-            read_yaml(Path(word))
-    settings = parser.instantiate(parser.parse_args(words))
-    values = {key: value for key, value in vars(settings).items() if key != "config"}
-    check_options(function, values)
-    function(**values)
-
-
-def _recipe(word: str) -> str:
-    """The file of a shipped recipe, where a word is the name of one."""
-    path = RECIPES / f"{word}.yaml"
-    return str(path) if re.fullmatch(r"[\w-]+", word) and path.is_file() else word
+    path = COMMANDS[name][0]
+    function = _function(path)
+    function(**parse(function, options(path), words, name in POSITIONAL, recipes=name == "train"))
 
 
 def _function(path: str) -> Callable[..., Any]:
@@ -167,7 +136,7 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
-        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help tells a command's options."]
+        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help lists a command's options."]
     )
 
 

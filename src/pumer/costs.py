@@ -7,15 +7,16 @@ is counted too and stands in a part of its own.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from pumer.adapters import Adapter, Patch, find
+from pumer.adapters import Adapter, Patch, find, supported
 from pumer.adapters.llm import DecoderAdapter
-from pumer.api import active, supported
+from pumer.api import active
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid, ModelShape
 from pumer.reducers.cost import NOTHING, Own, own_costs
@@ -179,6 +180,10 @@ class Report:
                 self.state,
             ]
         )
+
+    def _repr_html_(self) -> str:
+        """The same table in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _giga(self, part: str) -> tuple[str, str]:
         return f"{self.parts[part] / GIGA:.3f}", f"{self.base_parts[part] / GIGA:.3f}"

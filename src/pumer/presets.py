@@ -66,7 +66,10 @@ def _from_settings(settings: Mapping[str, Any]) -> Reducer:
         settings = settings.get("reducer") or {}
     named = settings.get("reducer")
     if named is None:
-        raise ValueError(f"settings of a reducer say which: give `reducer` (pumer list), besides {list(settings)}")
+        raise ValueError(
+            f"no reducer is named for the settings {', '.join(settings)}: name it, as in "
+            '{"reducer": "tome", "depth": 6} or --reducer tome --reducer.depth 6'
+        )
     if isinstance(named, str) and not is_reducer(named):
         base = _named(named)
         return from_dict({**to_dict(base), **settings, "reducer": base.name})
@@ -118,8 +121,10 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
         if (folder / "config.json").is_file():
             return folder
     names = shipped_models()
+    has_none = " It has no config.json." if Path(model).is_dir() else " It is a file." if Path(model).exists() else ""
     raise ValueError(
-        f"{model} is no model folder.{did_you_mean(str(model), names)} Shipped models are {', '.join(names)}"
+        f"{model} is no model folder.{has_none or did_you_mean(str(model), names)} Shipped models are "
+        f"{', '.join(names)}"
     )
 
 

@@ -26,7 +26,7 @@ VERSION = 1
 """Version of the JSON form of a `TokenMap`."""
 _WIDTH = 264  # of a panel's picture, in pixels
 _GAP = 16
-_INK, _PAPER = (28, 32, 38), (255, 255, 255)
+_INK, _PAPER, _GREY = (28, 32, 38), (255, 255, 255), (200, 204, 210)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class TokenMap:
         )
         more = {name: data[name] for name in ("decoder", "raster") if name in data}
         return TokenMap(data["rows"], data["columns"], tuple(data["words"]), layers, **more)
+
+    def _repr_html_(self) -> str:
+        """Its panels in a notebook, on plain grey: a map does not hold the image, `draw` takes it."""
+        return _embedded(draw(self, Image.new("RGB", (self.columns, self.rows), _GREY)), "token map")
 
 
 def token_map(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]) -> TokenMap:
@@ -233,7 +237,7 @@ def draw(shown: TokenMap, picture: Image.Image, title: str = "") -> Image.Image:
     size = (cell * shown.columns, cell * shown.rows)
     base = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if picture.width < size[0] else None)
     if not shown.raster:  # it is not known where in the image a patch lies
-        base = Image.new("RGB", size, (200, 204, 210))
+        base = Image.new("RGB", size, _GREY)
     panels = [_panel(base, "as it goes in", [(i,) for i in range(len(shown.words))], shown.words)]
     for layer in shown.layers:
         within = "" if shown.decoder else "attention of "
@@ -256,10 +260,8 @@ def gallery(items: Sequence[tuple[Image.Image, str]], path: str | Path, heading:
     """Write drawings with their captions as one page that needs no other file."""
     figures = []
     for image, caption in items:
-        data = base64.b64encode(png(image)).decode()
-        text = html.escape(caption)
         # The caption stands in the picture already; this is for those who cannot see it.
-        figures.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}"></figure>')
+        figures.append(f"<figure>{_embedded(image, caption)}</figure>")
     style = "body{font:16px sans-serif;margin:2em;color:#1c2026}img{max-width:100%}figure{margin:0 0 2em}"
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(heading)}</title>'
@@ -268,6 +270,12 @@ def gallery(items: Sequence[tuple[Image.Image, str]], path: str | Path, heading:
     )
     with replacing(path) as file:
         file.write(page)
+
+
+def _embedded(image: Image.Image, description: str) -> str:
+    """An image as an element of a page that needs no other file."""
+    data = base64.b64encode(png(image)).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 
 
 def png(image: Image.Image) -> bytes:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pumer import _plugins
-from pumer._suggest import did_you_mean
 from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.base import Encoder, Grid, ModelShape
@@ -57,6 +56,7 @@ class Patch:
         attention: attention kernel, "sdpa" or "eager".
         trim: cut padded text and images to the longest of the batch at the model's entry.
         parts: what a learned reducer has trained, by layer; a submodule of the model as long as the patch is in force.
+        renumber: count the positions of the tokens that are left anew, layer by layer.
     """
 
     reducer: Reducer
@@ -68,6 +68,7 @@ class Patch:
     """Let a learned reducer's model see everything in the next forwards, as its own teacher."""
     progress: float = 1.0
     """Of the training of those parts, 0 to 1."""
+    renumber: bool = False
     passes: int = 1
     """How often one example goes through the layers."""
     decided: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
@@ -169,12 +170,18 @@ class Adapter:
     """Whether text looks at the image by an attention of its own, as in co-attention."""
     prefix: ClassVar[int] = 1
     """Structure tokens at the head of each modality that a reducer sees."""
+    renumbers: ClassVar[bool] = False
+    """Whether positions are one number a token, read in every layer: they can be counted anew."""
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes in which every picture of an example goes through the layers by itself."""
 
-    def depth(self, model: nn.Module) -> int:
-        """Number of layers that a reducer can act in."""
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers that a reducer can act in."""
         raise NotImplementedError
+
+    def depth(self, model: nn.Module) -> int:
+        """How many these are."""
+        return len(self.layers(model))
 
     def tower_depth(self, model: nn.Module) -> int:
         """Number of layers of the vision tower, 0 where there is none."""
@@ -262,8 +269,6 @@ class Adapter:
 
 
 _ADAPTERS: list[Adapter] = []
-MERGES_IMAGES = ("ColQwen2ForRetrieval",)
-"""Classes that contain a supported model, and hand it image features among the words' embeddings."""
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
@@ -287,7 +292,7 @@ def _register_plugin(plugin: Any) -> None:
     register(plugin)
 
 
-def _adapter_of(model: Any) -> Adapter | None:
+def adapter_of(model: Any) -> Adapter | None:
     """That of the model's class, or of the nearest one that it inherits from.
 
     Plugins are read only where none of ours has the class itself.
@@ -300,43 +305,6 @@ def _adapter_of(model: Any) -> Adapter | None:
         (adapter for parent in type(model).__mro__ for adapter in adapters() if parent.__name__ in adapter.classes),
         None,
     )
-
-
-def is_supported(model: nn.Module) -> bool:
-    """Whether there is an adapter for a model."""
-    return _adapter_of(model) is not None
-
-
-def find(model: nn.Module) -> Adapter:
-    """The adapter of a model; raises ValueError saying what is supported."""
-    adapter = _adapter_of(model)
-    if adapter is not None:
-        return adapter
-    name = type(model).__name__
-    raise ValueError(
-        f"{name} cannot be reduced.{_hint(model, name)}\n"
-        f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
-        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: docs/add-a-model.md"
-    )
-
-
-def _hint(model: Any, name: str) -> str:
-    """What to do in place of giving a model of an unsupported class."""
-    inner = _inside(model)
-    if is_a(model, MERGES_IMAGES):
-        return f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
-    if inner:
-        return f" It contains a {inner}: pass that module instead."
-    if isinstance(model, str):
-        return " Give the model itself: from_pretrained or pumer.load reads it."
-    return did_you_mean(name, {name for adapter in adapters() for name in adapter.classes})
-
-
-def _inside(model: Any) -> str | None:
-    if not isinstance(model, nn.Module):
-        return None
-    supported = {name for adapter in adapters() for name in adapter.classes}
-    return next((type(module).__name__ for module in model.modules() if type(module).__name__ in supported), None)
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:
@@ -366,6 +334,17 @@ def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(block, *args)
     return block(*args)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs; its weights may be on "meta" until accelerate's hooks bring them."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
 
 
 def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:

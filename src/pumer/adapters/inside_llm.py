@@ -3,7 +3,8 @@
 Everything goes through methods and hooks of the instance. A reduction "after layer k" happens before
 layer k + 1 runs, with the queries and keys of layer k; `EMBEDDINGS` is before layer 0. The model itself
 goes on counting unreduced tokens: masks and rotary embeddings are made by it in full and cut here,
-layer by layer, and so the cache's (`kv_cache`).
+layer by layer, and so the cache's (`kv_cache`). Where the patch says so, positions are then counted
+anew (`positions`).
 
 What a call needs to know is in its `ForwardState`. The model, its trunk (the model without its head)
 and its language model each begin one when they are called by themselves, and go on with that of the
@@ -26,7 +27,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import decoder_attention, decoder_output, kv_cache, prefill, reduce_llm
+from pumer.adapters import (
+    decoder_attention,
+    decoder_output,
+    kv_cache,
+    positions,
+    prefill,
+    reduce_llm,
+)
 from pumer.adapters.base import Patch, exact
 from pumer.adapters.encoded import EncodedImages
 from pumer.adapters.prompt import (
@@ -103,8 +111,8 @@ class DecoderHooks:
             state.images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
-            prefill.check_inputs(inputs, kv_cache.find(inputs))
-        elif prefill.may_be_merged(inputs, kv_cache.find(inputs)):
+            prefill.check_inputs(inputs)
+        elif prefill.may_be_merged(inputs):
             warnings.warn(
                 "nothing was reduced in a call that brings inputs_embeds alone: if images are merged into "
                 "them already, give this model pixel_values instead",
@@ -152,8 +160,10 @@ class DecoderHooks:
                 full = kwargs.get(name)
                 cut = partial(gather, full, axis.index_BK, state.length)
                 kwargs[name] = state.once((full, axis), cut)
-            if self.language.config._attn_implementation.startswith("flash"):
-                kwargs["position_ids"] = None  # whose gaps it would take for ends of packed sequences
+        if self.patch.renumber:
+            positions.renumber(self.language, state, layer_index, axis, held, kwargs)
+        if axis is not None and self.language.config._attn_implementation.startswith("flash"):
+            kwargs["position_ids"] = None  # whose gaps it would take for ends of packed sequences
         if not args:
             return (), kwargs | {"hidden_states": states}
         return (states, *args[1:]), kwargs

@@ -34,6 +34,7 @@ class DecoderAdapter(Adapter):
     """
 
     prefix = 0
+    renumbers = True
     projects_tokens: ClassVar[bool] = False
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
@@ -111,8 +112,8 @@ class DecoderAdapter(Adapter):
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         """Change what is peculiar to the family."""
 
-    def depth(self, model: nn.Module) -> int:
-        return len(self.language(model).layers)
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(self.language(model).layers)
 
     def shape(self, model: nn.Module) -> ModelShape:
         shape = super().shape(model)

@@ -52,8 +52,8 @@ class MeterAdapter(Adapter):
     crosses = True
     separate = ("MeterForImagesAndTextClassification",)
 
-    def depth(self, model: nn.Module) -> int:
-        return len(_meter(model).layers)
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(_meter(model).layers)
 
     def tower_depth(self, model: nn.Module) -> int:
         return len(_meter(model).vision_model.encoder.layers)

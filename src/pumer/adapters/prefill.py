@@ -22,9 +22,9 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments by which others say where the samples of a packed row end."""
 
 
-def check_inputs(inputs: dict[str, Any], cache: Any) -> None:
+def check_inputs(inputs: dict[str, Any]) -> None:
     """Raise ValueError for a prefill that cannot be reduced."""
-    kv_cache.check(cache)
+    kv_cache.check(kv_cache.find(inputs))
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise ValueError("a reduced model takes a two-dimensional attention_mask, 1 for tokens and 0 for padding")
@@ -51,12 +51,12 @@ def _restarts(position_ids: Tensor | None, mask: Tensor | None) -> bool:
     return bool(back_BS.any())
 
 
-def may_be_merged(inputs: dict[str, Any], cache: Any) -> bool:
+def may_be_merged(inputs: dict[str, Any]) -> bool:
     """Whether a prompt is given in such a way that images may be in it already, which nobody can tell."""
     embeddings = inputs.get("inputs_embeds")
-    if embeddings is None or inputs.get("input_ids") is not None or kv_cache.length(cache):
+    if embeddings is None or inputs.get("input_ids") is not None or embeddings.shape[1] < 2:
         return False
-    return bool(embeddings.shape[1] > 1)
+    return kv_cache.length(kv_cache.find(inputs)) == 0
 
 
 def begin(spec: DecoderAdapter, trunk: Any, state: ForwardState, image_BS: Tensor, features: int) -> None:

@@ -32,6 +32,7 @@ class QwenVLAdapter(DecoderAdapter):
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLModel",
     )
+    renumbers = False  # an image token has three: time, row and column
     around = (1, 1)
     on_host = ("image_grid_thw",)
 

@@ -186,5 +186,10 @@ def _context(run: ForwardState, axis: Axis, attended: Attended, groups: int, cau
 
 
 def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
-    taken = tokens_at(x_BHKC.transpose(1, 2).flatten(2), at_BN).unflatten(2, x_BHKC.shape[1::2]).transpose(1, 2)
-    return taken if repeats == 1 else taken.repeat_interleave(repeats, 1)
+    """The tokens with these numbers in every head, each head `repeats` times; copied once."""
+    batch, heads, count, width = x_BHKC.shape
+    # Rows of x as [B*H*K,C]: those of a head begin at a multiple of its length.
+    head_H = torch.arange(heads * repeats, device=at_BN.device) // repeats
+    sample_B1 = heads * torch.arange(batch, device=at_BN.device)[:, None]
+    row_BHN = count * (sample_B1 + head_H)[..., None] + at_BN[:, None]
+    return x_BHKC.reshape(-1, width).index_select(0, row_BHN.flatten()).view(*row_BHN.shape, width)

@@ -53,8 +53,8 @@ class ViltAdapter(Adapter):
     modules: ClassVar[dict[str, str]] = {"ViltForVisualEntailment": "pumer.models.vilt.entailment"}
     separate = ("ViltForImagesAndTextClassification",)
 
-    def depth(self, model: nn.Module) -> int:
-        return len(_vilt(model).encoder.layer)
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(_vilt(model).encoder.layer)
 
     def settle(self, reducer: Reducer) -> Reducer:
         if getattr(reducer, "official", False) == "meter":

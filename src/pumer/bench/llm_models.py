@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from pumer._suggest import did_you_mean
 from pumer.adapters import find
 
 CROPS = 5
@@ -113,7 +114,7 @@ def configure(name: str, layers: int | None = None, tower_layers: int | None = N
         ValueError: for unknown names, listing those there are, and depths that leave nothing to reduce.
     """
     if name not in SHAPES:
-        raise ValueError(f"no shape is named {name!r}; there are {', '.join(SHAPES)}")
+        raise ValueError(f"no shape is named {name!r}.{did_you_mean(name, SHAPES)} There are {', '.join(SHAPES)}")
     depths = {"layers": layers, "tower_layers": tower_layers}
     given = {key: depth for key, depth in depths.items() if depth is not None}
     if any(depth < 2 for depth in given.values()):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
 
+from pumer._suggest import did_you_mean
 from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
 
 CONFIGS: dict[str, ViltConfig | MeterConfig] = {
@@ -79,7 +80,10 @@ def stock_note(name: str) -> str:
 
 def _config(name: str) -> ViltConfig | MeterConfig:
     if name not in CONFIGS:
-        raise ValueError(f"no model to measure is named {name!r}; there are {', '.join(CONFIGS)}")
+        raise ValueError(
+            f"no model to measure is named {name!r}.{did_you_mean(name, CONFIGS)} There are {', '.join(CONFIGS)}; "
+            "`pumer bench llm` has decoders, `pumer bench model` takes a saved model"
+        )
     return CONFIGS[name]
 
 

@@ -41,7 +41,7 @@ def bench_(
         image_size: side of the pictures in pixels; the model's own if not given.
         text: text tokens, padding included; 8 to 16 of them are real.
         device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
+        dtype: type of weights and activations.
         compiled: measure under torch.compile.
         threads: CPU threads; torch's own choice if not given.
         runs: timed forwards of each.
@@ -91,7 +91,7 @@ def llm_(
         text: text tokens of a prompt.
         new_tokens: tokens of the answer.
         device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
+        dtype: type of weights and activations.
         attention: kernel of the language model and of the vision tower.
         threads: CPU threads; torch's own choice if not given.
         runs: timed answers of each.
@@ -159,8 +159,8 @@ def train_(
 def where_(
     model: str = "vilt-b32",
     reducer: ReducerSettings = None,
-    batches: list[int] | None = None,
-    image_sizes: list[int] | None = None,
+    batches: list[Count] | None = None,
+    image_sizes: list[Count] | None = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Count | None = None,
@@ -171,12 +171,12 @@ def where_(
 
     Args:
         model: a model of random weights and true architecture: vilt-b32 or meter-base.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's first preset for VQAv2
-            if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; the model's first preset for
+            VQAv2 if not given.
         batches: numbers of examples at a time; 1, 4 and 16 if not given.
         image_sizes: sides of the pictures in pixels; 192, 384 and 576 if not given.
         device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
+        dtype: type of weights and activations.
         threads: CPU threads; torch's own choice if not given.
         runs: timed forwards of each.
         record: CSV file to add the rows to.

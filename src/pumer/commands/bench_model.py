@@ -33,7 +33,8 @@ def bench_model_(
 
     Args:
         model: folder of a saved model, a shipped one's name, or a decoder's name on the Hub.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
         reducers: several of these.
         image: file of an image; generated ones if not given.
         question: about that image.

@@ -132,18 +132,13 @@ def tokenizer(
         sentences: Parquet files with a column `sentence` or `caption` to learn from as well.
         vocab_size: at most so many pieces.
     """
-    import pyarrow.parquet
-
+    from pumer.data.parquet import read_texts
     from pumer.data.text import train_tokenizer
     from pumer.tasks.scenes import Scenes
 
-    texts = [example.text for example in Scenes(questions=questions, per_picture=4, image_size=32).examples("train")[:]]
-    for path in sentences or []:
-        table = pyarrow.parquet.read_table(path)
-        column = next((name for name in ("sentence", "caption") if name in table.column_names), None)
-        if column is None:
-            raise ValueError(f"{path} has no column sentence or caption, only {', '.join(table.column_names)}")
-        texts += [text for text in table[column].to_pylist() if text]
+    own = [text for path in sentences or [] for text in read_texts(Path(path))]
+    asked = Scenes(questions=questions, per_picture=4, image_size=32).examples("train")
+    texts = [example.text for example in asked[:]] + own
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(texts, vocab_size).save_pretrained(folder)
         for written in Path(folder).iterdir():  # each whole, beside the files of a model that may be there

@@ -72,7 +72,7 @@ def demo(
         questions: number of test questions.
         batch_size: examples at a time.
         photographs: also time a full-size model (random weights) on the photographs that come along.
-        seed: of the test pictures.
+        seed: seed of the test images.
         record: CSV file to add the rows to.
     """
     lines = RowFile(record, COLUMNS)

@@ -54,9 +54,10 @@ def evaluate_(
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name, or `{"name": ..., "root": ..., ...}`.
+        task: a task's name (`pumer list`); its settings go as --task.root DIR.
         split: which part of its data.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         limit: only the first so many examples.
         device: "auto" takes a CUDA device if there is one.
@@ -98,15 +99,16 @@ def predict_(
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name, or `{"name": ..., "root": ..., ...}`.
+        task: a task's name (`pumer list`); its settings go as --task.root DIR.
         out: file to write.
         split: which part of its data.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         device: "auto" takes a CUDA device if there is one.
         engine: "ray" spreads the work over a Ray cluster.
-        workers: of Ray; its GPUs, or 2, if not given.
-        address: of the Ray cluster; one is started on this machine if not given.
+        workers: Ray workers; the cluster's GPUs, or 2, if not given.
+        address: address of a Ray cluster; one is started on this machine if not given.
     """
     if engine == "ray":
         need("the engine ray", "ray", "ray")

@@ -15,7 +15,11 @@ _PLAIN = {
     "str": "TEXT",
     "int": "N",
     "Count": "N",
+    "Index": "N",
     "float": "X",
+    "Positive": "X",
+    "Weight": "X",
+    "Probability": "X",
     "bool": "true|false",
     "OutputFile": "FILE",
     "OutputFolder": "FOLDER",
@@ -65,15 +69,16 @@ def render(command: str, what: str, path: str, positional: bool = False) -> str:
     """The help of a command."""
     width = min(shutil.get_terminal_size().columns, 110)
     found = options(path)
-    required = [option.name for option in found if option.default is None]
-    words = " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in required)
-    lines = [" ".join(filter(None, [f"usage: pumer {command}", words, "[options]"])), "", f"{what}.", ""]
+    required = [option for option in found if option.default is None]
+    words = " ".join(option.name.upper() if positional else _typed(option) for option in required)
+    lines = [" ".join(filter(None, [f"usage: pumer {command}", words, "[options]"])), ""]
+    lines += [f"{what[0].upper()}{what[1:]}.", ""]
     for option in found:
         by_place = positional and option.default is None
         head = f"  {option.name}" if by_place else f"  --{option.name}"
         kind = "" if option.type.startswith("settings") else f" {option.type}"
         silent = not kind or option.default in (None, "None") or str(option.default).startswith("field(")
-        default = "" if silent else f" (default {option.default})"
+        default = "" if silent else f" (default {_shown(str(option.default))})"
         lines += [f"{head}{kind}{default}"]
         lines += textwrap.wrap(option.help, width, initial_indent="      ", subsequent_indent="      ")
     lines += [
@@ -82,6 +87,22 @@ def render(command: str, what: str, path: str, positional: bool = False) -> str:
     ]
     lines += ["  --print_config", "      print all settings as they are, and stop"]
     return "\n".join(lines)
+
+
+def _typed(option: Option) -> str:
+    """A required option as it is typed; of settings at least one is given."""
+    if option.type in ("settings, one by one", "{...}"):
+        return f"--{option.name}.SETTING VALUE"
+    return f"--{option.name} {option.name.upper()}"
+
+
+def _shown(default: str) -> str:
+    """A default as it is typed on the command line."""
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        return default
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tree(module: str) -> ast.Module:
@@ -145,6 +166,8 @@ def _written_out(tree: ast.Module, annotation: str) -> str:
         literal = re.fullmatch(r"Literal\[(.*)\]", part)
         if literal is not None:
             part = "|".join(str(value) for value in ast.literal_eval(f"[{literal[1]}]"))
+        if part.startswith("list["):
+            part = f"[{_written_out(tree, part[5:-1])}, ...]"
         if part.startswith("dict"):
             part = "{...}"
         parts.append(_PLAIN.get(part, part))

@@ -45,18 +45,19 @@ def score_(
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name, or `{"name": ..., "root": ..., ...}`.
+        task: a task's name (`pumer list`); its settings go as --task.root DIR.
         out: folder for the scores: `scores.npy`, float32 [images, captions], once they are complete.
         split: which part of the task's data.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
         chunk_images: images of a chunk; a chunk is what is lost when the command is stopped.
         chunk_texts: captions of a chunk.
         batch_size: captions that meet an image at a time.
         limit: only the first so many images, and their captions.
         folds: share the images out in so many folds, rank within each, and take the mean: 5 for COCO 1K.
         engine: "ray" spreads the work over a Ray cluster.
-        workers: of Ray; its GPUs, or 2, if not given.
-        address: of the Ray cluster; one is started on this machine if not given.
+        workers: Ray workers; the cluster's GPUs, or 2, if not given.
+        address: address of a Ray cluster; one is started on this machine if not given.
     """
     name = task if isinstance(task, str) else str(task.get("name"))
     if not hasattr(get(name), "pool"):
@@ -104,12 +105,12 @@ def bench_pairs(
         model: a retrieval model of random weights and true architecture: meter or vilt.
         reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's retrieval preset if not
             given.
-        images: of the pool.
-        texts: of the pool.
+        images: images of the pool.
+        texts: texts of the pool.
         rows: images that are really scored, each with all texts; all of them if not given.
         plain_pairs: pairs that the plain loop is timed on.
         batch_size: pairs at a time, of both.
-        runs: of everything, in turns.
+        runs: timed runs of everything, in turns.
         record: CSV file to add the rows to.
     """
     lines = RowFile(record, COLUMNS)

@@ -25,14 +25,14 @@ def study_(
     Started several times at once, with a GPU or cores of its own each, the processes share the points.
 
     Args:
-        file: YAML file of the study; see `pumer.study.Study` for what it holds.
+        file: YAML file of the study; docs/studies.md has examples.
         out: folder for NAME.csv, with a row per point, NAME.md, and the plots as PNG and SVG.
         scratch: folder for `study-NAME`, where trainings lie until they have their row.
         skip_impossible: leave settings out that the model cannot have, instead of refusing the study.
         keep_models: keep the models of finished points in `scratch`.
         only: "plan" says which points there are, what they cost and how long they will take; "scores" leaves the timing
             for when nothing else runs on the machine; "plots" writes tables and plots of the rows there are.
-        device: that points are scored and timed on, in float32; "auto" takes a CUDA device if there is one.
+        device: device that points are scored and timed on, in float32; "auto" takes a CUDA device if there is one.
     """
     screen = console()
     run(

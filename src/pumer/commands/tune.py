@@ -12,7 +12,7 @@ from rich.table import Table
 import pumer
 from pumer._extras import need
 from pumer._files import fingerprint
-from pumer._options import Count, OutputFolder
+from pumer._options import Count, OutputFolder, Probability
 from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.commands.common import open_model, open_task
@@ -42,7 +42,7 @@ def tune_(
     batch_size: Count = 32,
     choose: Count = 2000,
     check: Count = 8000,
-    alpha: float = 0.1,
+    alpha: Probability = 0.1,
     trials: Count = 80,
     seed: int = 0,
     finetune: str | None = None,
@@ -61,7 +61,7 @@ def tune_(
         max_drop: points of accuracy that may be lost against the unreduced model.
         min_speedup: how many times as fast as the unreduced model it has to be, on this machine.
         max_memory: weights and activations of a forward, such as 300MB or 1.5GiB.
-        task: a task's name, or `{"name": ..., "root": ..., ...}`; 24000 questions of scenes if not given.
+        task: a task's name (`pumer list`); its settings go as --task.root DIR; 24000 questions of scenes if not given.
         split: labelled examples to choose and to check on.
         grid: the values to search.
         skip_impossible: leave out settings of the grid that do not fit the model.
@@ -70,9 +70,9 @@ def tune_(
         check: other examples to check the choice on.
         alpha: probability of accepting a setting that loses more than `max_drop`.
         trials: settings to judge at most.
-        seed: of the order of examples and of the search.
+        seed: seed of the order of examples and of the search.
         finetune: recipe of `pumer train` to go on with: distillation from the unreduced model at the point found.
-        processes: of that training.
+        processes: processes that this training runs in.
         resume: go on with the search in `out`.
         device: "auto" takes a CUDA device if there is one.
     """

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import pumer
 from pumer._files import check_file, replacing
-from pumer._options import OutputFile
+from pumer._options import Index, OutputFile
 from pumer._terminal import visible
 from pumer.commands.common import ReducerSettings, open_model, open_task
 from pumer.data.images import open_image
@@ -26,7 +26,7 @@ def viz_(
     model: str = "scenes-vilt-pumer",
     image: str | None = None,
     question: str | None = None,
-    example: int = 0,
+    example: Index = 0,
     reducer: ReducerSettings = None,
 ) -> None:
     """Draw which tokens were kept, merged and dropped for one picture and question.
@@ -37,22 +37,23 @@ def viz_(
         image: file of a picture; a generated one if not given.
         question: about that picture.
         example: which generated picture and question, where no image is given.
-        reducer: a preset, a reducer's name, or `{"reducer": ..., setting: value}`; the model's own if not given.
+        reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single settings go as
+            --reducer.SETTING VALUE; the model's own if not given.
     """
     check_file(Path(out).with_suffix(".json"))
     format = Image.registered_extensions().get(Path(out).suffix.lower())
     if format is None:
         raise ValueError(f"{out} is no name of an image: end it in .png")
+    if (image is None) != (question is None):
+        raise ValueError("an image of your own and its question go together: give --image and --question")
     net = open_model(model, reducer)
     if pumer.active(net) is None:
         raise ValueError(f"nothing reduces {model}: give --reducer")
     collator = open_task(model, net, {"name": "scenes"})
-    if image is None:
-        chosen = Scenes(questions=example + 1, seed=7).examples("test")[example]
-    elif question is None:
-        raise ValueError("a picture of your own needs a --question")
-    else:
+    if image is not None and question is not None:
         chosen = Example(0, question, (open_image(image),), None, 0)
+    else:
+        chosen = Scenes(questions=example + 1, seed=7).examples("test")[example]
     ((shown, picture, title),) = shown_images(net, collator, chosen)
     with replacing(out, "wb") as file:
         draw(shown, picture, title).save(file, format)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from pumer._suggest import did_you_mean
+from pumer._yaml import load_yaml, yaml_problem
+from pumer.commands.help import Option
 
 NAMED = {"reducer": "reducer", "task": "name"}
 """Options that are a name, or a mapping that has the name under this key."""
@@ -18,21 +21,56 @@ def unknown_command(words: Sequence[str], commands: Collection[str]) -> str | No
     """What is wrong with the command that the words begin with; None if there is such a command."""
     spoken = [word for word in words[:2] if not word.startswith("-")]
     pair = " ".join(spoken)
-    grouped = len(spoken) == 2 and any(name.startswith(f"{spoken[0]} ") for name in commands)
+    group = [name for name in commands if spoken and name.startswith(f"{spoken[0]} ")]
+    grouped = len(spoken) == 2 and bool(group)
     if pair in commands or (spoken and spoken[0] in commands and not grouped):
         return None
+    if group and not grouped:
+        return f"{spoken[0]!r} is a group of commands: give {' or '.join(f'`pumer {name}`' for name in group)}"
     name = pair if grouped else " ".join(spoken[:1])
     return f"there is no command {name!r}.{did_you_mean(name, commands)} `pumer --help` lists them"
 
 
-def unknown_option(words: Sequence[str], options: Collection[str]) -> str | None:
-    """What is wrong with the first option that a command does not have; None if it has them all."""
-    for word in words:
-        name = word.removeprefix("--").partition("=")[0].partition(".")[0]
-        if word.startswith("--") and name and name not in options:
-            close = did_you_mean(name, options).replace(" '", " '--")
+def misplaced(words: Sequence[str], options: Sequence[Option], by_place: Sequence[str]) -> str | None:
+    """What is wrong with the first word that a command has no place for; None if it has one for each.
+
+    Args:
+        words: behind the command's name.
+        options: that the command has.
+        by_place: names of its arguments that are given without their names.
+    """
+    types = {"config": "FILE", "help": "", "print_config": ""} | {option.name: option.type for option in options}
+    placed = 0
+    for option, words_of_it in _options(words):
+        name = option.removeprefix("--")
+        if not option:
+            placed += 1
+            if problem := _alone(words_of_it[0], list(types), placed, by_place):
+                return problem
+        elif not _has(types, name):
+            close = did_you_mean(name, types).replace(" '", " '--")
             return f"there is no option --{name}.{close} --help lists them"
+        elif len(words_of_it) == 1 and name not in ("help", "print_config"):
+            return f"--{name} has no value: write it behind, as `--{name} VALUE`"
     return None
+
+
+def _alone(word: str, names: Sequence[str], placed: int, by_place: Sequence[str]) -> str | None:
+    """What is wrong with a word that is no value of an option; None if it is an argument that goes by place."""
+    if re.match(r"-[A-Za-z]", word):
+        close = did_you_mean(word.lstrip("-"), names).replace(" '", " '--")
+        return f"there is no option {word}.{close} --help lists them"
+    if placed <= len(by_place):
+        return None
+    wanted = f"behind {' '.join(map(str.upper, by_place))} only options follow" if by_place else "options have names"
+    return f"{word!r} stands alone: {wanted}, as `--NAME VALUE`; --help lists them"
+
+
+def _has(types: Mapping[str, str], name: str) -> bool:
+    """Whether there is an option of this name, or one of settings that may have any name."""
+    parts = name.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return name in types or any("{...}" in types.get(option, "") for option in above)
 
 
 def with_settings(words: Sequence[str]) -> list[str]:
@@ -50,9 +88,9 @@ def _merge(words: list[str], option: str, key: str) -> list[str]:
     place = 0
     for name, words_of_it in _options(words):
         if name == option and len(words_of_it) == 2:
-            base, place = yaml.safe_load(words_of_it[1]), len(others)
+            base, place = _value(*words_of_it), len(others)
         elif name.startswith(f"{option}.") and len(words_of_it) == 2:
-            settings.append((name.removeprefix(f"{option}.").split("."), yaml.safe_load(words_of_it[1])))
+            settings.append((name.removeprefix(f"{option}.").split("."), _value(*words_of_it)))
         else:
             others += words_of_it
     if base is None or not settings:
@@ -67,6 +105,14 @@ def _merge(words: list[str], option: str, key: str) -> list[str]:
             inner = inner[part]
         inner[path[-1]] = value
     return [*others[:place], option, json.dumps(mapping), *others[place:]]
+
+
+def _value(option: str, text: str) -> Any:
+    """What an option's value means in YAML; raises ValueError for text that is broken."""
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{option} {text}: {yaml_problem(error)}; close all brackets and quotes") from error
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -55,7 +55,7 @@ class RandAugment:
 
     Args:
         ops: how many operations.
-        magnitude: how strong, from 0 to `STRONGEST`; for color, contrast, brightness and sharpness from grey, black
+        magnitude: how strong, from 0 to 30; for color, contrast, brightness and sharpness from grey, black
             or blurred (0.1) to more than there was (1.9). Moves are in pixels of the image as it is: too far for
             small ones.
 

@@ -48,6 +48,17 @@ def bytes_of(schema: pa.Schema, path: Path) -> pa.DataType:
     return column
 
 
+def read_texts(path: Path) -> list[str]:
+    """The column `sentence` or `caption` of a Parquet file, without empty texts; raises ValueError if it has none."""
+    with parquet_error(path):
+        file = open_parquet(path)
+        names = file.schema_arrow.names
+        column = next((name for name in ("sentence", "caption") if name in names), None)
+        if column is None:
+            raise ValueError(f"{path} has no column sentence or caption, only {', '.join(names)}")
+        return [text for text in file.read(columns=[column])[column].to_pylist() if text]
+
+
 class ImageTable(Sequence[dict[str, Any]]):
     """Rows of a Parquet file with an `image` column: encoded bytes, or a struct of `bytes` and `path`.
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL.Image import Resampling
 
+from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
 from pumer.data.images import CLIP_MEAN, CLIP_STD, Crop, KeepAspect, Square
 from pumer.data.stock_images import Stock, read_processor
 from pumer.hub.files import read_json
@@ -52,39 +54,18 @@ def build_transform(settings: dict[str, Any]) -> Transform:
     values = dict(settings)
     kind = values.pop("kind", None)
     if kind not in _KINDS:
-        raise ValueError(f"an image transform is of kind {' or '.join(_KINDS)}, not {kind!r}")
-    types = {field.name: str(field.type) for field in dataclasses.fields(_KINDS[kind])}
-    unknown = sorted(set(values) - set(types))
+        hint = did_you_mean(str(kind), _KINDS)
+        raise ValueError(f"an image transform is of kind {' or '.join(_KINDS)}, not {kind!r}.{hint}")
+    known = [field.name for field in dataclasses.fields(_KINDS[kind])]
+    unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(types)}")
-    missing = [name for name in _REQUIRED if name in types and name not in values]
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"{kind} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known)}")
+    missing = [name for name in _REQUIRED if name in known and name not in values]
     if missing:
         raise ValueError(f"{kind} needs {missing[0]}, in pixels, for example 384")
-    transform: Transform = _KINDS[kind](
-        **{name: _read_value(name, types[name], value) for name, value in values.items()}
-    )
+    transform: Transform = _KINDS[kind](**check_settings(_KINDS[kind], values, f"image transform {kind}"))
     return transform
-
-
-def _read_value(name: str, declared: str, value: Any) -> Any:
-    """The value of a field as it stands in JSON or YAML; `declared` is the field's annotation."""
-    if declared.startswith("tuple"):
-        numbers = isinstance(value, list | tuple) and [
-            x for x in value if isinstance(x, int | float) and not isinstance(x, bool)
-        ]
-        if numbers and len(numbers) == len(value) == 3:
-            return tuple(value)
-        raise ValueError(f"{name} is {value!r}; give a number for each of the three channels")
-    if value is None and "None" in declared:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; give a whole number")
-    if declared == "Resampling":
-        if value not in list(Resampling):
-            choices = ", ".join(f"{filter.value} {filter.name.lower()}" for filter in Resampling)
-            raise ValueError(f"{name} is {value}; it is one of {choices}")
-        return Resampling(value)
-    return value
 
 
 def save_transform(transform: Transform, directory: str | Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from pumer._suggest import did_you_mean
 from pumer.adapters.base import adapters
@@ -61,7 +63,8 @@ def load(
     if device is not None:
         model.to(device)
     if reducer is not None:
-        apply(model, reducer, attention=settings["attention"], trim=settings["trim"])
+        names = ("attention", "trim", "renumber")
+        apply(model, reducer, **{name: settings[name] for name in names if name in settings})
         load_parts(model, source.folder)
     return model
 
@@ -69,11 +72,12 @@ def load(
 def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
     """A model of transformers or ours, every weight of which has to be there."""
     config = read_config(source.folder, "save the model again")
-    kind = class_in(config, source.folder)
+    cls = class_in(config, source.folder)
     try:
-        model, info = kind.from_pretrained(
-            source.name, weights_only=True, output_loading_info=True, **source.hub, **arguments
-        )
+        with _quiet():  # what does not fit is said below
+            model, info = cls.from_pretrained(
+                source.name, weights_only=True, output_loading_info=True, **source.hub, **arguments
+            )
     except ImportError:  # of what an argument needs, which it names
         raise
     except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
@@ -81,13 +85,16 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
         mend = f", or leave out {' and '.join(options)}" if options else ""
         raise ValueError(f"the model in {source.name} cannot be read, save it again{mend}: {error}") from error
     if info["missing_keys"]:
-        raise ValueError(f"the weights in {source.name} lack {some(info['missing_keys'])}: save the model again")
+        raise ValueError(
+            f"the weights in {source.name} lack {some(info['missing_keys'])}, which the {cls.__name__} of its "
+            "config.json has: restore its config.json, or save the model again"
+        )
     # What a learned reducer has trained stays among the weights that the Trainer goes on from.
     unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
     if unexpected:
         raise ValueError(
-            f"the weights in {source.name} have {some(unexpected)}, which the model that its config.json "
-            "describes has not: restore its config.json, or save the model again"
+            f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of its "
+            "config.json has not: restore its config.json, or save the model again"
         )
     return model
 
@@ -133,6 +140,17 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
         raise ValueError(f"the base model of the adapter in {source.name} is missing: {error}") from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 _ENCODERS = ("vilt", "meter")
 """Model types that choose from labels, and that no processor of transformers alone is enough for."""
 
@@ -172,7 +190,11 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a model that answers questions about pictures: {error}") from None
+        reason = str(error).partition("Model type should be one of")[0].strip().rstrip(".")
+        raise ValueError(
+            f"{source} cannot be read as a model that answers questions about images: {reason}. `pumer list` names "
+            "the models that can be reduced"
+        ) from None
     return model.to(device or "cpu").eval()
 
 

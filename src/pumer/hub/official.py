@@ -114,6 +114,10 @@ def _read(source: Path, image_size: int | None, answers: list[str] | None, kind:
         # The originals number answers their own way: of the vocabularies beside the file only theirs can be meant.
         beside = answers or find_answers(source.parent, ["vqa_dict.json"])
         return _build(to_published(state), settings_of(made_with), source, "original", image_size, beside, kind)
+    if source.is_file():
+        raise ValueError(f"{source} is no .ckpt file: give a checkpoint's folder, or an original .ckpt file")
+    if kind is not None:
+        model_class(kind)
     if (source / SETTINGS).exists():
         raise ValueError(f"{source} was written by pumer.save: read it with pumer.load")
     settings = read_config(source, "a published checkpoint has one, unless it is an original .ckpt file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Saved:
     reducer: dict[str, Any] | None
     attention: str
     trim: bool
+    renumber: bool = False  # written where it is true: older folders have none
 
 
 def write_reduction(folder: Path, patch: Patch | None, parts: Mapping[str, Tensor] | None = None) -> None:
@@ -48,13 +49,15 @@ def write_reduction(folder: Path, patch: Patch | None, parts: Mapping[str, Tenso
         patch: what is active; None for a model that nothing reduces.
         parts: weights of a learned reducer; see `trained_parts`.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "pumer": __version__,
         "reducer": None if patch is None else to_dict(patch.reducer),
         "attention": "sdpa" if patch is None else patch.attention,
         "trim": True if patch is None else patch.trim,
     }
+    if patch is not None and patch.renumber:
+        settings["renumber"] = True
     if parts:
         with replacing(folder / LEARNED, "wb") as file:
             # Clones, for safetensors takes no weights that share memory.
@@ -111,7 +114,8 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
             f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
             f"which reads format {FORMAT}: upgrade pumer"
         )
-    names = sorted(field.name for field in fields(_Saved))
+    needed = {field.name for field in fields(_Saved) if field.default is MISSING}
+    names = sorted(needed | {"renumber"} & set(settings))
     if sorted(settings) != names:
         raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
     check_settings(_Saved, settings, str(file))

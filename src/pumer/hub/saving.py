@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
 from pumer._files import new_folder
+from pumer.adapters import supported, unwrapped
 from pumer.adapters.base import Patch
 from pumer.adapters.rebind import METHODS
-from pumer.api import active, supported, unwrapped
+from pumer.api import active
 from pumer.hub.card import write_card
 from pumer.hub.reduction import trained_parts, without_parts, write_reduction
 

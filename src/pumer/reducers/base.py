@@ -226,6 +226,9 @@ class Reducer:
     name: ClassVar[str]
     layer_offset: ClassVar[int] = 0
     """What a user adds to a layer of `layers` to say it in this method's own settings."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Settings that came later. They are written where they are not the default alone, so that what
+    was saved before, and digests of it, stay as they are."""
 
     def resolve(self, model: ModelShape) -> Self:
         """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls it."""
@@ -315,7 +318,14 @@ class Reducer:
     def lengths_from(
         self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
     ) -> tuple[int, int]:
-        """`lengths` for budgets that are shares of the `entered` image tokens that came into the first layer."""
+        """`lengths` where a later layer's budget depends on the image tokens there were at first.
+
+        Of most methods it does not, and this is `lengths`. DynamicViT keeps shares of that number.
+
+        Args:
+            entered: image tokens that entered the first layer, structure tokens included.
+            text, image, layer, prefix, grid: as for `lengths`.
+        """
         return self.lengths(text, image, layer, prefix, grid)
 
     def plan(self, tokens: Tokens) -> Plan:

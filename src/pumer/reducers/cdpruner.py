@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines, determinantal, unit_length
+from pumer.reducers.greedy import cosines, determinantal
+from pumer.reducers.matching import unit_vectors
 from pumer.reducers.registry import register
 from pumer.reducers.scores import question_words
 from pumer.reducers.selector import Selector, candidates, image_states
@@ -70,7 +71,7 @@ class CDPruner(Selector):
             text_BD: mean direction of the words.
             valid_BI: bool, false at padding.
         """
-        similarity_BI = (unit_length(image_BID) @ text_BD[..., None])[..., 0]
+        similarity_BI = (unit_vectors(image_BID, torch.float64) @ text_BD[..., None])[..., 0]
         similarity_BI = similarity_BI * (-1 if self.inverted else 1)
         low_B1 = similarity_BI.masked_fill(~valid_BI, torch.inf).amin(1, keepdim=True)
         high_B1 = similarity_BI.masked_fill(~valid_BI, -torch.inf).amax(1, keepdim=True)
@@ -96,5 +97,6 @@ def mean_direction(text_BTD: Tensor, words_BT: Tensor) -> Tensor:
         part = slice(start, start + WORDS_AT_ONCE)
         part_BTD = text_BTD[:, part]
         real_BT1 = (words_BT[:, part] & part_BTD.isfinite().all(2))[..., None]
-        total_BD = total_BD + unit_length(torch.where(real_BT1, part_BTD, 0.0)).sum(1)
+        unit_BTD = unit_vectors(torch.where(real_BT1, part_BTD, 0.0), torch.float64)
+        total_BD = total_BD + unit_BTD.sum(1)
     return total_BD / words_BT.sum(1, keepdim=True).clamp_min(1)

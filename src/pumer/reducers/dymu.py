@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
-from pumer.reducers.budget import halves
+from pumer.reducers.budget import check_keep, halves, portion, smaller
 from pumer.reducers.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
@@ -49,10 +49,14 @@ class _Merging(Reducer):
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
         similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.prefix)
         # Of an odd number without [CLS] there is one source more than pairs: the least alike one stays.
-        paired_BS = rank(similarity_BS) < halves(valid_BN.sum(1, keepdim=True))
+        paired_BS = rank(similarity_BS) < self._most(valid_BN.sum(1, keepdim=True))
         merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
         image = absorb(merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.prefix)
         return tokens.with_structure(None, image)
+
+    def _most(self, count_B1: Tensor) -> Tensor:
+        """How many of so many tokens may be merged away in a layer."""
+        return halves(count_B1)
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor | float:
         raise NotImplementedError
@@ -68,12 +72,19 @@ class DyMU(_Merging):
     Args:
         thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs` finds them. None:
             0.85 in every layer.
+        cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
+            those that arrive there (float), or a whole number (int). None: half of them, all that
+            one layer can merge.
     """
 
     name = "dymu"
+    added = ("cap",)
     thresholds: tuple[float, ...] | None = None
+    cap: float | int | None = None
 
     def __post_init__(self) -> None:
+        if self.cap is not None:
+            check_keep(cap=self.cap)
         if self.thresholds is None:
             return
         if any(not isinstance(threshold, (int, float)) for threshold in self.thresholds):
@@ -88,6 +99,13 @@ class DyMU(_Merging):
         if self.thresholds is None:
             return tuple(range(_DEPTH))
         return tuple(layer for layer, threshold in enumerate(self.thresholds) if threshold < 1)
+
+    def _most(self, count_B1: Tensor) -> Tensor:
+        most_B1 = super()._most(count_B1)
+        if self.cap is None:
+            return most_B1
+        cap = self.cap if isinstance(self.cap, int) else portion(self.cap, count_B1)
+        return smaller(most_B1, cap)
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> float:
         return _UNCALIBRATED if self.thresholds is None else self.thresholds[layer]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pumer.reducers.matching import unit_vectors
+
 
 def cosines(x_BID: Tensor) -> Tensor:
     """Cosine similarity of all pairs, float64 [B,I,I]; zero with tokens that are all zero.
@@ -18,13 +20,8 @@ def cosines(x_BID: Tensor) -> Tensor:
     In steps of 1e-10: of tokens that are the same, such as those of a blank wall, places tell which
     is first, and not the last bit, which the length of the padding can change.
     """
-    unit = unit_length(x_BID)
+    unit = unit_vectors(x_BID, torch.float64)
     return (unit @ unit.transpose(1, 2)).round(decimals=10)
-
-
-def unit_length(x_BID: Tensor) -> Tensor:
-    """Every token scaled to length 1, float64; in float32 the squares of large values overflow."""
-    return torch.nn.functional.normalize(x_BID.double(), dim=-1, eps=1e-300)
 
 
 def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:

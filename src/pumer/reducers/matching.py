@@ -4,7 +4,7 @@ Tokens at even places are sources, which may be merged away; those at odd places
 they are merged into. As in the published code of ToMe, structure tokens in front ([CLS], a distillation
 token) are neither, but count: behind one [CLS] the sources are the patches 1, 3, 5 ... (from 0).
 
-Shape suffixes: B batch, N tokens, S sources, E destinations, D key channels.
+Shape suffixes: B batch, N tokens, S sources, R some of these, E destinations, D key channels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pumer.reducers.blocks import row_blocks
 from pumer.reducers.budget import halves, smaller
 from pumer.reducers.plan import DROPPED, Plan
 
@@ -48,16 +49,22 @@ def split(count: int, prefix: int) -> tuple[slice, slice]:
     return slice(first, count, 2), slice(1 - first, count, 2)
 
 
-def unit_vectors(x_BND: Tensor) -> Tensor:
-    """Directions in float32, also of values whose squares float32 cannot hold; NaN for inf and NaN."""
-    x_BND = x_BND.float()
+def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tokens scaled to length 1, also where their squares are too large or small for float32.
+
+    NaN for a token with inf or NaN, zero for one that is all zero.
+    """
+    x_BND = x_BND.to(dtype)
     largest_BN1 = x_BND.abs().amax(-1, keepdim=True)
     scale_BN1 = torch.where((largest_BN1 > 1e15) | (largest_BN1 < 1e-15), largest_BN1, 1.0)
-    return torch.nn.functional.normalize(x_BND / scale_BN1.clamp_min(1e-38), dim=-1)
+    scaled_BND = x_BND / scale_BN1.clamp_min(1e-38)
+    return torch.nn.functional.normalize(scaled_BND, dim=-1, eps=1e-30)
 
 
 def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """The best destination of every source, at least one of each there.
+
+    Sources are compared in blocks, so that memory is linear in the tokens.
 
     Args:
         keys_BND: what similarity is measured on (cosine).
@@ -70,11 +77,29 @@ def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tenso
     """
     sources, destinations = split(keys_BND.shape[1], prefix)
     unit_BND = unit_vectors(keys_BND)
-    similarity_BSE = unit_BND[:, sources] @ unit_BND[:, destinations].transpose(1, 2)
+    from_BSD, to_BED = unit_BND[:, sources], unit_BND[:, destinations]
+    from_BS, to_BE = valid_BN[:, sources], valid_BN[:, destinations]
+    batch, count, width = to_BED.shape
+    blocks = row_blocks(from_BSD.shape[1], batch * count, width)
+    nearest = [_nearest(from_BSD[:, rows], to_BED, from_BS[:, rows], to_BE) for rows in blocks]
+    if len(nearest) == 1:
+        return nearest[0]
+    similarities, partner_indices = zip(*nearest, strict=True)
+    return torch.cat(similarities, 1), torch.cat(partner_indices, 1)
+
+
+def _nearest(
+    from_BRD: Tensor,
+    to_BED: Tensor,
+    from_BR: Tensor,
+    to_BE: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`partners` of some sources R, given as directions and which of them are real."""
+    similarity_BRE = from_BRD @ to_BED.transpose(1, 2)
     # Of keys that are not finite nothing can be said, but a promised number of tokens has to go.
-    similarity_BSE = torch.where(similarity_BSE.isfinite(), similarity_BSE, UNALIKE)
-    pair_BSE = valid_BN[:, sources, None] & valid_BN[:, None, destinations]
-    return torch.where(pair_BSE, similarity_BSE, -torch.inf).max(dim=-1)
+    similarity_BRE = torch.where(similarity_BRE.isfinite(), similarity_BRE, UNALIKE)
+    pair_BRE = from_BR[..., None] & to_BE[:, None]
+    return torch.where(pair_BRE, similarity_BRE, -torch.inf).max(dim=-1)
 
 
 def bipartite(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pumer.reducers.blocks import row_blocks
+
 DROPPED = -1
 
 
@@ -183,11 +185,18 @@ class Plan:
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The plan as a matrix [B,K,N] of shares: `reduce` is a product with it."""
+        return self._rows(slice(0, self.slots), dtype)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the matrix, those of these slots."""
         if self.shares_BKN is not None:
-            return self.shares_BKN.to(dtype)
+            return self.shares_BKN[:, rows].to(dtype)
+        # What goes elsewhere, or nowhere, writes into one row past the end, which is cut off again.
         batch, count = self.slot_BN.shape
-        matrix = torch.zeros(batch, self.slots + 1, count, device=self.slot_BN.device, dtype=dtype)
-        target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
+        height = rows.stop - rows.start
+        inside = (self.slot_BN >= rows.start) & (self.slot_BN < rows.stop)
+        target = torch.where(inside, self.slot_BN - rows.start, height)
+        matrix = torch.zeros(batch, height + 1, count, device=self.slot_BN.device, dtype=dtype)
         return matrix.scatter(1, target[:, None], self.weight_BN[:, None].to(dtype))[:, :-1]
 
     def reduce(self, x_BND: Tensor) -> Tensor:
@@ -195,6 +204,7 @@ class Plan:
 
         A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
         float32 a sum in place is as exact, and there ten times as fast.
+        The matrix is made in blocks of rows, which are no larger than the tensor, or 4 MiB.
 
         A sample's values never reach another sample, and those of a dropped token or of padding nothing at all. A NaN
         or inf in a token that stays is in its slot alone where tokens are gathered or summed in place; the matrix
@@ -208,7 +218,10 @@ class Plan:
         # What joins no slot may hold anything, and zero times that need not be zero.
         columns_BND = x_BND if x_BND.ndim == 3 else x_BND[..., None]
         columns_BND = columns_BND.masked_fill(~self._enters()[..., None], 0)
-        total_BKD = self.matrix(x_BND.dtype) @ columns_BND
+        batch, count, width = columns_BND.shape
+        blocks = row_blocks(self.slots, batch * count, width)
+        parts = [self._rows(rows, x_BND.dtype) @ columns_BND for rows in blocks]
+        total_BKD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return total_BKD if x_BND.ndim == 3 else total_BKD[..., 0]
 
     def _enters(self) -> Tensor:

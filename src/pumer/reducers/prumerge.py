@@ -23,8 +23,6 @@ from pumer.reducers.selector import Selector, best, candidates, check_saliency, 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
 """What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what they
 receive in the layer of the features, which no published code does."""
-NEIGHBOURS = 32
-"""Tokens that are added to each kept one, as published."""
 
 
 @register
@@ -33,9 +31,9 @@ class PruMerge(Selector):
     """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into these.
 
     Attention and keys are those of the tower's last layer, all heads taken as one. To every kept
-    token the 32 tokens are added whose keys are most like its own, kept ones among them, each times
-    its attention; one extra token at the end is the sum of all that are not kept, each times its
-    attention. Shares therefore do not sum to one, and a token may enter many.
+    token its neighbours are added, whose keys are most like its own, kept ones among them, each
+    times its attention; one extra token at the end is the sum of all that are not kept, each times
+    its attention. Shares therefore do not sum to one, and a token may enter many.
 
     As published, but for the order (here that of the image, there of attention), for images without
     an outlier, where the published code fails and here the most attended token counts as one, and
@@ -48,15 +46,21 @@ class PruMerge(Selector):
             others are dropped. This fixed budget is ours.
         plus: keep evenly spaced tokens as well, about three to an outlier (PruMerge+).
         saliency: attention of the "class" token, or that "received" from all.
+        neighbours: how many tokens are added to each kept one; published: 32. 0 leaves the kept
+            ones as they are.
     """
 
     name = "prumerge"
+    added = ("neighbours",)
     keep: float | int | None = None  # type: ignore[assignment]
     plus: bool = True
     saliency: str = "class"
+    neighbours: int = 32
 
     def __post_init__(self) -> None:
         check_saliency(self.saliency)
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours is a number of tokens from 0, not {self.neighbours}")
         if self.keep is not None:
             check_keep(keep=self.keep)
 
@@ -127,7 +131,7 @@ class PruMerge(Selector):
         cosine_BKI = tokens_at(cosines(encoded(tokens, "last_keys_BNC")), keeping.index_BK)
         other_BKI = valid_BI[:, None] & (place_I != keeping.index_BK[..., None])
         order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(dim=2, descending=True, stable=True)
-        near_BKI = torch.zeros_like(other_BKI).scatter(2, order_BKI[..., :NEIGHBOURS], True)
+        near_BKI = torch.zeros_like(other_BKI).scatter(2, order_BKI[..., : self.neighbours], True)
         near_BKI = near_BKI & other_BKI & keeping.mask_BK[..., None]
 
         # All that are not kept stand in the extra slot.

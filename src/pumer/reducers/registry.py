@@ -53,8 +53,12 @@ def list_reducers() -> list[str]:
 
 
 def to_dict(reducer: Reducer) -> dict[str, Any]:
-    """A reducer as plain data: its name and settings."""
-    return {"reducer": reducer.name, **reducer.settings()}
+    """A reducer as plain data: its name and settings, less `Reducer.added` at the default."""
+    usual = {field.name: field.default for field in dataclasses.fields(reducer)}
+    settings = {
+        name: value for name, value in reducer.settings().items() if name not in reducer.added or value != usual[name]
+    }
+    return {"reducer": reducer.name, **settings}
 
 
 def from_dict(data: dict[str, Any]) -> Reducer:

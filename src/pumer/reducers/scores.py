@@ -13,28 +13,14 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
+from pumer.reducers.blocks import row_blocks
 
 SCORES = ("mean_head", "first_head", "k_metric", "qk")
 """Ways to score image tokens by the text: attention averaged over heads, attention of head 0, key-key and
 mean-query-key products (names as in the published PuMer code)."""
 
-BLOCK = 2**20
-"""Elements that a block of rows may have at any rate: 4 MiB in float32, which stay in a cache."""
-
 UNSEEN = torch.finfo(torch.float32).min
 """Logit of a key that is not seen; finite, because a row of nothing but -inf would be NaN."""
-
-
-def row_blocks(rows: int, columns: int, width: int) -> list[slice]:
-    """Slices of the rows of a product of `width` channels, whose rows have `columns` elements.
-
-    A block is no larger than `BLOCK`, or than the factor that has `width` x `columns` elements: so
-    memory is linear in both. The slices follow from shapes alone; short prompts have one.
-    """
-    step = max(1, width, BLOCK // max(1, columns))
-    if rows <= step:
-        return [slice(0, rows)]
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.blocks import row_blocks
 from pumer.reducers.budget import Count, kept, smaller, spread
 from pumer.reducers.clustering import density_peaks
 from pumer.reducers.matching import unit_vectors
 from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
-from pumer.reducers.scores import UNSEEN, question_words, row_blocks, text_saliency
+from pumer.reducers.scores import UNSEEN, question_words, text_saliency
 from pumer.reducers.selector import best, candidates, image_states
 
 MERGES = ("mean", "sum", "rating")

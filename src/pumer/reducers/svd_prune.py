@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import ModelShape, Tokens
-from pumer.reducers.greedy import unit_length
+from pumer.reducers.matching import unit_vectors
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
 from pumer.reducers.spectral import leverage
@@ -76,7 +76,7 @@ class SVDPrune(Selector):
             count_B11 = valid_BI.sum(1)[:, None, None].clamp_min(1)
             x_BID = (x_BID - x_BID.sum(1, keepdim=True) / count_B11) * valid_BI[..., None]
         if self.normalize:
-            x_BID = unit_length(x_BID)
+            x_BID = unit_vectors(x_BID, torch.float64)
         leverage_BI = leverage(x_BID, self.energy)
         if self.mass is not None:
             falling = leverage_BI.sort(1, descending=True).values

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pumer._files import sha256
+from pumer.adapters.base import execution_device
 from pumer.api import active
 from pumer.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.data.text import TextTransform
@@ -144,6 +145,11 @@ class Scorer:
         """The job's."""
         return self.job.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return execution_device(self.model)
+
     @torch.inference_mode()
     def __call__(self, number: int, advance: Callable[[int], None] = lambda pairs: None) -> Tensor:
         """The scores of a chunk, float32 [images, texts] on the CPU; `advance` is told of pairs that are done."""
@@ -157,7 +163,7 @@ class Scorer:
             self._texts = (columns, list(self._encode_texts(columns)))
         score = pairs(self.model).score
         count = columns.stop - columns.start
-        scores = torch.empty(len(self._images[1]), count, device=self.model.device)
+        scores = torch.empty(len(self._images[1]), count, device=self.device)
         for row, image in zip(scores, self._images[1], strict=True):
             for texts in self._texts[1]:
                 row[texts.columns] = score(image, texts.encoded).float()
@@ -180,7 +186,8 @@ class Scorer:
         for places in sizes.values():
             for start in range(0, len(places), job.batch_size):
                 some = places[start : start + job.batch_size]
-                pixels = torch.stack([pictures[place] for place in some]).to(self.model.device, self.model.dtype)
+                pixels = torch.stack([pictures[place] for place in some])
+                pixels = pixels.to(self.device, self.model.dtype)
                 encoded |= zip(some, pairs(self.model).images(pixels), strict=True)
         return [encoded[place] for place in range(len(pictures))]
 
@@ -190,8 +197,8 @@ class Scorer:
         lengths = inputs["attention_mask"].sum(1)
         for some in lengths.argsort(stable=True).split(job.batch_size):
             longest = inputs["input_ids"].shape[1] if counts_padding(self.model) else int(lengths[some].max())
-            batch = {name: value[some, :longest].to(self.model.device) for name, value in inputs.items()}
-            yield _Texts(some.to(self.model.device), pairs(self.model).texts(batch))
+            batch = {name: value[some, :longest].to(self.device) for name, value in inputs.items()}
+            yield _Texts(some.to(self.device), pairs(self.model).texts(batch))
 
 
 def _model_digest(model: Any) -> str:

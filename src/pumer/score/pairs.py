@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pumer.adapters.rebind import rebind
 from pumer.adapters.vilt import embed_patches
 from pumer.api import active
 from pumer.reducers import Pool
@@ -67,7 +68,13 @@ class ViltPairs(Pairs):
         if patch is not None and isinstance(patch.reducer, Pool):
             # It goes by place, which the model is not told of patches that come embedded.
             return [{"pixel_values": picture} for picture in pixel_values_B3HW.split(1)]
-        states_BID, mask_BI, _, _ = embed_patches(self.model.vilt.embeddings, pixel_values_B3HW, None)
+        embeddings = self.model.vilt.embeddings
+        # In a call of the module, since offload hooks bring in its parameters for a call alone.
+        rebound = rebind(embeddings, "forward", embed_patches)
+        try:
+            states_BID, mask_BI, _, _ = embeddings(pixel_values_B3HW, None)
+        finally:
+            rebound.undo()
         pairs = zip(states_BID.split(1), mask_BI.split(1), strict=True)
         return [{"image_embeds": states, "pixel_mask": mask} for states, mask in pairs]
 

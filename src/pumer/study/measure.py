@@ -100,13 +100,21 @@ def read_subject(
     saved = pumer.Unreduced() if patch is None else patch.reducer
     pumer.apply(model, saved if reducer is None else from_dict(reducer))
     collator = saved_collator(str(path), model, build(task, vocabulary(model)))
-    if image_size is not None:
-        if isinstance(collator, ProcessorCollator) or isinstance(collator.image, Stock):
-            raise ValueError("image_size is for models with an image transform: a processor's is in its own files")
-        transform: Any = collator.image
-        side = "shorter" if isinstance(transform, KeepAspect) else "size"
-        collator = replace(collator, image=replace(transform, **{side: image_size}))
-    return Subject(model.eval(), collator)
+    return Subject(model.eval(), sized(collator, image_size))
+
+
+def sized(collator: Collator, image_size: int | None) -> Collator:
+    """The collator for images with sides of so many pixels; the same where that is None.
+
+    Raises ValueError for the collator of a processor, and for a size that its image transform cannot have.
+    """
+    if image_size is None:
+        return collator
+    if isinstance(collator, ProcessorCollator) or isinstance(collator.image, Stock):
+        raise ValueError("image_size is for models with an image transform: a processor's is in its own files")
+    transform: Any = collator.image
+    side = "shorter" if isinstance(transform, KeepAspect) else "size"
+    return replace(collator, image=replace(transform, **{side: image_size}))
 
 
 def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from typing import Any, NotRequired, TypedDict
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer._files import check_name, digest, fingerprint
+from pumer._suggest import did_you_mean
 from pumer.presets import model_folder, read_reducer
 from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
+from pumer.train.arguments import trainer_settings
 from pumer.train.recipe import read_recipe, read_settings
 from pumer.train.run import train
 
@@ -178,9 +180,11 @@ class Study:
         wanted = _merged(self.train, changes if isinstance(changes, Mapping) else {})
         name = wanted.pop("recipe", None)
         merged = _merged(read_recipe(name) if name else {}, wanted)
+        trainer_settings(merged.get("trainer") or {}, early_stopping=bool(merged.get("early_stopping")))
         unknown = set(merged) - set(inspect.signature(train).parameters) | {"output", "resume"} & set(merged)
         if unknown:
-            raise ValueError(f"a training has no setting {', '.join(sorted(unknown))}")
+            hint = did_you_mean(min(unknown), inspect.signature(train).parameters)
+            raise ValueError(f"a training has no setting {', '.join(sorted(unknown))}.{hint}")
         if "task" not in merged:
             raise ValueError("train has no task: name a recipe, or give task")
         for name in ("reducer", "seed"):  # which every point has its own of
@@ -228,11 +232,13 @@ def read_study(file: str | Path) -> Study:
     """The study that a YAML file describes; raises ValueError for what is missing, unknown or does not fit."""
     settings = read_settings(Path(file))
     known = {field.name for field in fields(Study)}
-    missing = {name for name in ("name", "model", "task", "methods") if settings.get(name) is None}
-    if missing or set(settings) - known:
+    missing = sorted(name for name in ("name", "model", "task", "methods") if not settings.get(name))
+    unknown = sorted(set(settings) - known)
+    if missing or unknown:
+        hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(
-            f"{file}: a study has {', '.join(sorted(known))}; "
-            f"missing {sorted(missing) or 'none'}, unknown {sorted(set(settings) - known) or 'none'}"
+            f"{file}: a study has {', '.join(sorted(known))}; missing or empty {missing or 'none'}, unknown "
+            f"{unknown or 'none'}.{hint}"
         )
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(settings["task"], str):

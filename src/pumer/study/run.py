@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
+import pumer
 from pumer._extras import need
 from pumer._files import claimed, locked, replacing
 from pumer._rows import append_rows, mend_rows
@@ -24,7 +25,7 @@ from pumer.costs import align
 from pumer.evaluate import take
 from pumer.reducers import Unreduced, from_dict, to_dict
 from pumer.study.curves import settings_of
-from pumer.study.measure import cost, macs, read_subject, score, speed
+from pumer.study.measure import Subject, cost, macs, read_subject, score, sized, speed
 from pumer.study.plots import plot
 from pumer.study.points import Point, Study
 from pumer.study.results import COLUMNS, SPEED_COLUMNS, check_machine, read_rows, read_speeds, row
@@ -112,11 +113,12 @@ class _Work:
         points, wrong = study.candidates()
         base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
+        points = _fitting(base, points, self.examples[:_TRIED], wrong)
+        _refuse([] if skip_impossible else wrong)
         self.timed = self.examples[: study.timed]
         self.base = base.on(self.timed, study.batch_size)
         self.macs = _try(study, points, self.examples[:_TRIED], wrong, self.device)
-        if wrong and not skip_impossible:
-            raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
+        _refuse([] if skip_impossible else wrong)
         for reason in wrong:
             say(f"left out: {reason}")
         self.points = [point for point in points if point.setting in self.macs]
@@ -268,6 +270,31 @@ def _examples(study: Study, task: Task) -> list[Example]:
     if not 0 < count <= len(every):
         raise ValueError(f"{study.split} has {len(every)} examples, not {count}")
     return take(every, range(count))
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    """Raise ValueError for impossible settings, if there are any."""
+    if wrong:
+        raise ValueError("\n".join([f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]))
+
+
+def _fitting(base: Subject, points: Sequence[Point], examples: Sequence[Example], wrong: list[str]) -> list[Point]:
+    """The points whose reducer and image size fit the model; what is wrong with the others goes into `wrong`.
+
+    No forward is needed for that.
+    """
+    impossible: dict[str, str] = {}
+    patch = getattr(base.model.config, "patch_size", 0)
+    for point in {point.setting: point for point in points}.values():
+        try:
+            with pumer.reduced(base.model, from_dict(point.reducer)):
+                sized(base.collator, point.image_size)(examples)
+            if (point.image_size or patch) < patch:
+                raise ValueError(f"a patch has {patch} pixels a side: give as many or more")
+        except (ValueError, TypeError) as error:
+            impossible[point.setting] = f"{point.method}, {point.label}: {error}"
+    wrong += impossible.values()
+    return [point for point in points if point.setting not in impossible]
 
 
 def _try(

@@ -59,7 +59,12 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     Raises ValueError for unknown tasks and settings, and for settings of another type.
     """
     rest = dict(settings)
-    kind = get(str(rest.pop("name", None)))
+    if "name" not in rest:
+        raise ValueError(
+            f"no task is named for the settings {', '.join(rest)}: name it, as in "
+            '{"name": "vqav2", "root": "DIR"} or --task vqav2 --task.root DIR'
+        )
+    kind = get(str(rest.pop("name")))
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every task is a dataclass
     unknown = sorted(set(rest) - set(known))
     if unknown:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pumer.data.images import ImageSource, ImageTransform, open_image, pad_images
+from pumer.data.images import BrokenImageError, ImageSource, ImageTransform, open_image, pad_images
 from pumer.data.text import TextTransform
 
 Blind = Literal["text", "image"] | None
@@ -182,11 +182,20 @@ class Collator:
 
     def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
         """The images of all examples in a row, as the model takes them."""
-        return [
-            self.image(_NO_IMAGE if self.blind == "text" else open_image(image, f"the image of example {example.id}"))
-            for example in examples
-            for image in example.images
-        ]
+        return [self.image(self._open(image, example)) for example in examples for image in example.images]
+
+    def _open(self, image: ImageSource, example: Example) -> Image.Image:
+        if self.blind == "text":
+            return _NO_IMAGE
+        try:
+            return open_image(image, f"the image of example {example.id}")
+        except BrokenImageError as error:
+            if not hasattr(self.task, "skip"):
+                raise
+            raise BrokenImageError(
+                f'{error} To leave out all that are broken set the task\'s skip to "broken"; `pumer data check` with '
+                "--decode true names them."
+            ) from error
 
 
 def carried(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -21,7 +21,19 @@ Exif = Literal["ignore", "apply"]
 
 
 class MissingFileError(ValueError):
-    """An official file that is not there, unlike one that is there and broken."""
+    """An official file that is not there, unlike one that is there and broken.
+
+    Args:
+        path: of the file.
+        hint: what is in its folder, or where to get it.
+    """
+
+    def __init__(self, path: Path, hint: str):
+        folder = path.parent
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            hint = f"{folder} {what}, set the task's root to the folder of its files"
+        super().__init__(f"{path} does not exist; {hint}.")
 
 
 @dataclass(frozen=True)
@@ -163,10 +175,8 @@ def read_lines(path: Path, parse: Callable[[Any], R], source: str) -> list[R]:
     """The rows of a JSON-lines file; see `read_rows`. `source` says where to get the file."""
     if not path.is_file():
         there = sorted(file.name for file in path.parent.glob(f"*{path.suffix}"))
-        raise MissingFileError(
-            f"{path} does not exist; {path.parent} has {', '.join(there) or f'no {path.suffix} file'}. "
-            f"The files are at {source}."
-        )
+        found = ", ".join(there) or f"no {path.suffix} file"
+        raise MissingFileError(path, f"{path.parent} has {found}. The files are at {source}")
     with path.open("rb") as file:
         lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
         return read_rows(lines, lambda line: parse(_json(line)))

@@ -113,9 +113,9 @@ def processor(source: str | Path, **arguments: Any) -> Inputs:
         >>> model(**make_inputs("is there a red circle?", "image.png"))
     """
     folder = _folder(source, arguments)
-    kind = class_in(read_config(folder, "save the model there"), folder)
+    cls = class_in(read_config(folder, "save the model there"), folder)
     with torch.device("meta"):  # its class and configuration say it all
-        model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        model = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     return load_inputs(folder, model.float())
 
 

@@ -153,7 +153,7 @@ class Retrieval(FileTask):
         """All images of the file; read once, as it holds all splits."""
         file = self.file
         if not file.is_file():
-            raise MissingFileError(f"{file} does not exist. The files are at {_SOURCE}.")
+            raise MissingFileError(file, f"the files are at {_SOURCE}")
         try:
             content = json.loads(file.read_bytes())
             images = content["images"]

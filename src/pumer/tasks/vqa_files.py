@@ -57,7 +57,7 @@ def read_questions(root: Path, split: str) -> list[Question]:
         names = {file.name for name in _QUESTIONS for file in root.glob(name.format("*"))}
         missing = root / _QUESTIONS[0].format(split)
         there = ", ".join(sorted(names)) or "no questions file"
-        raise MissingFileError(f"{missing} does not exist; {root} has {there}.")
+        raise MissingFileError(missing, f"{root} has {there}")
     # COCO has the split in the names of its images up to 2015.
     image = "{:012d}" if split.endswith("2017") else f"COCO_{images_of(split)}_{{:012d}}"
 
@@ -194,5 +194,4 @@ def _find(root: Path, names: Sequence[str], split: str) -> Path | None:
 
 
 def _no_annotations(root: Path, split: str) -> MissingFileError:
-    path = root / _ANNOTATIONS[0].format(split)
-    return MissingFileError(f"{path} does not exist; get it from visualqa.org.")
+    return MissingFileError(root / _ANNOTATIONS[0].format(split), "get it from visualqa.org")

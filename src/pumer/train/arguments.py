@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
 from pumer.train.precision import in_bfloat16
 
 _LOG = logging.getLogger(__name__)
@@ -20,6 +22,16 @@ _BEST = {
     "restore_callback_states_from_checkpoint": True,
 }
 """What early stopping asks of the Trainer, unless a recipe says otherwise."""
+
+_OURS = {"output_dir", "seed", "remove_unused_columns", "label_names"}
+"""Settings of TrainingArguments that follow from those of `train`."""
+_COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "save_total_limit"),
+)
+_LEAST = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(
+    ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "dataloader_num_workers", "max_grad_norm"), 0
+)
 
 
 def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[str, Any]:
@@ -31,7 +43,20 @@ def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[s
         chosen = {**_BEST, "save_strategy": often, **chosen}  # of every model that is judged
         if "eval_steps" in chosen:
             chosen.setdefault("save_steps", chosen["eval_steps"])
-    return check_settings(TrainingArguments, chosen, "trainer")
+    known = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
+    if ours := sorted(_OURS & set(chosen)):
+        raise ValueError(f"trainer.{ours[0]} is set by train itself: leave it out")
+    if unknown := [name for name in chosen if name not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(
+            f"trainer has no setting {', '.join(unknown)}.{hint} It takes those of transformers' TrainingArguments"
+        )
+    checked = check_settings(TrainingArguments, chosen, "trainer")
+    for name, least in _LEAST.items():
+        value = checked.get(name)
+        if isinstance(value, int | float) and value < least and (name, value) != ("max_steps", -1):
+            raise ValueError(f"trainer: {name} is {value}; give {least} or more")
+    return checked
 
 
 def trainer_arguments(output: Path, seed: int, trainer: Mapping[str, Any], learned: bool) -> TrainingArguments:
@@ -49,11 +74,6 @@ def trainer_arguments(output: Path, seed: int, trainer: Mapping[str, Any], learn
     if chosen.get("bf16") and not in_bfloat16(chosen):
         _LOG.warning("this processor has no bfloat16 arithmetic, and would be far slower with it: training in float32")
         chosen["bf16"] = False
-    try:
-        return TrainingArguments(
-            output_dir=str(output), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"trainer takes what TrainingArguments takes, but for what train itself sets: {error}"
-        ) from None
+    return TrainingArguments(
+        output_dir=str(output), seed=seed, remove_unused_columns=False, label_names=["labels"], **chosen
+    )

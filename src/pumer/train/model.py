@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import pumer
 from pumer import presets
+from pumer._options import Count
 from pumer.data.text import load_tokenizer
 from pumer.hub import load, load_official, model_class
 from pumer.hub.reduction import LEARNED, load_parts
@@ -26,6 +27,7 @@ from pumer.tasks import Task, VQAv2, build, get
 from pumer.tasks.labels import check_fit, label_names, same_names
 from pumer.tasks.prompts import vocabulary, writes
 from pumer.tasks.vqav2 import with_new_answers
+from pumer.train.configuration import check_config, new_model
 
 _LOG = logging.getLogger(__name__)
 _MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
@@ -39,13 +41,13 @@ class ModelSettings:
         path: a model to start from: a folder of `pumer.save` or whatever `pumer.load_official` reads; tokenizer and
             image transform are taken along where they lie in it.
         kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not given.
-        config: of a new model, as its configuration class takes it; with `path`, settings to change.
-        start: a ViLT of as wide blocks, whose word embeddings and first blocks a new METER or LLaVA starts from: its
-            vision tower has then seen pictures, as that of the real one has.
+        config: settings of the configuration of a new model; with `path`, those to change.
+        start: a ViLT with blocks of the same width, whose word embeddings and first blocks a new METER or LLaVA
+            starts from.
         tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does not lie in `path`.
         image_size: side of the pictures in pixels, if the published checkpoint at `path` is for another.
         patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has another.
-        max_length: longest text in tokens.
+        max_length: longest text in tokens; where the model takes less, as long as that.
     """
 
     path: str | None = None
@@ -53,9 +55,9 @@ class ModelSettings:
     config: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     tokenizer: str | None = None
-    image_size: int | None = None
-    patch_size: int | None = None
-    max_length: int = 40
+    image_size: Count | None = None
+    patch_size: Count | None = None
+    max_length: Count = 40
 
 
 def prepare(
@@ -94,12 +96,13 @@ def _new(
     settings: ModelSettings, task: dict[str, Any], train_split: str, tokenizer: Any
 ) -> tuple[PreTrainedModel, Task]:
     """A new model and the task; the tokenizer of one that writes is made fit for that."""
-    the_task = _build(task, (), train_split)
     kind = model_class(settings.kind or "ViltForQuestionAnswering")
+    config = check_config(kind.config_class, settings.config)
+    the_task = _build(task, (), train_split)
     vilt = read_model(settings.start) if settings.start else None
     if kind.__name__ == "LlavaForConditionalGeneration":
-        return new_llava(kind, settings.config, writing_tokenizer(tokenizer, the_task.labels), vilt), build(task)
-    net = kind(kind.config_class(**settings.config, **_label_names(the_task)))
+        return new_llava(kind, config, writing_tokenizer(tokenizer, the_task.labels), vilt), build(task)
+    net = new_model(kind, config | _label_names(the_task))
     if net.config.model_type == "vilt":
         start_local(net)
     elif vilt is not None:
@@ -117,13 +120,21 @@ def _trained(settings: ModelSettings, task: dict[str, Any], train_split: str) ->
         if kind is not type(start) or settings.config:
             raise ValueError(f"a {type(start).__name__} is trained on as it is: leave model.kind and model.config out")
         return start, build(task)
+    if kind.config_class is not type(start.config):
+        raise ValueError(f"model.kind {kind.__name__} cannot start from a {type(start).__name__}: take one family")
+    config = check_config(kind.config_class, settings.config)
     labels = vocabulary(start)
     the_task = _build(task, labels if kind is type(start) else (), train_split)
     same = kind is type(start) and (the_task.loss_kind == "rank" or same_names(labels, the_task.labels))
-    net = start if same and not settings.config else rebuild(start, kind, the_task, settings.config)
+    net = start if same and not config else rebuild(start, kind, the_task, config)
     if settings.patch_size and settings.patch_size != net.config.patch_size:
         net = resize_patches(net, settings.patch_size)
     return net, the_task
+
+
+def longest_text(net: PreTrainedModel, wanted: int) -> int:
+    """Tokens that texts are cut to: as many as wanted, and as a model that chooses its answers has positions for."""
+    return wanted if writes(net) else min(wanted, net.config.max_position_embeddings)
 
 
 def model_path(model: str) -> Path:
@@ -174,27 +185,21 @@ def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, An
 
     Args:
         start: the model whose weights are taken.
-        kind: the class.
+        kind: the class, of the same family.
         task: tells labels and pictures.
-        changes: settings of the configuration.
+        changes: settings of the configuration, see `check_config`.
 
     Raises:
-        ValueError: for a class of another family, unknown settings, and weights of the trunk with other shapes.
+        ValueError: for settings that do not fit each other, and weights of the trunk with other shapes.
     """
-    if kind.config_class is not type(start.config):
-        raise ValueError(f"model.kind {kind.__name__} cannot start from a {type(start).__name__}: take one family")
     config = copy.deepcopy(start.config)
-    unknown = [name for name in changes if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"{type(config).__name__} has no setting {', '.join(unknown)}")
     keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)
     names = {} if keeps_labels else _label_names(task)
     if task.image_count > 1:
         names["num_images"] = task.image_count
         names["modality_type_vocab_size"] = max(config.modality_type_vocab_size, task.image_count + 1)
-    for name, value in {**names, **changes}.items():
-        setattr(config, name, value)
-    net = kind(config)
+    _change(config, {**names, **changes})
+    net = new_model(kind, config)
     new = net.state_dict()
     old = {
         name: _more_rows(value, len(new[name])) if name in _MODALITIES else value
@@ -220,6 +225,16 @@ def rebuild(start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, An
     if fresh:
         _LOG.warning("weights that start anew: %s", ", ".join(fresh))
     return net
+
+
+def _change(config: Any, changes: Mapping[str, Any]) -> None:
+    """Change settings of a configuration in place, those of its parts included."""
+    for name, value in changes.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(value, Mapping):
+            _change(part, value)
+        else:
+            setattr(config, name, value)
 
 
 def _head(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from pumer._options import Weight
 from pumer.adapters.base import PARTS
 from pumer.models.meter.published import LAYOUT as METER
 from pumer.models.vilt.published import LAYOUT as VILT
@@ -29,8 +30,8 @@ class OptimizerSettings:
         fusion_lr_multiplier: of METER's fusion layers, with the projections before and the poolers after them.
     """
 
-    head_lr_multiplier: float = 1.0
-    fusion_lr_multiplier: float = 1.0
+    head_lr_multiplier: Weight = 1.0
+    fusion_lr_multiplier: Weight = 1.0
 
 
 def group_of(name: str) -> tuple[Part, bool]:

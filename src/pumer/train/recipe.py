@@ -55,8 +55,13 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the settings with which the training in a folder did not begin."""
-    if not (folder / WRITTEN).is_file():  # of a training that an earlier version began
+    """Raise ValueError naming the settings with which the training in a folder did not begin, or if nobody knows."""
+    if not (folder / WRITTEN).is_file():
+        if any(folder.glob("checkpoint-*")):
+            raise ValueError(
+                f"{folder} has checkpoints and no {WRITTEN}, so that nobody knows with which settings they began: put "
+                "that of their training there, or give another --output"
+            )
         return
     before, now = dict(_flat(read_settings(folder / WRITTEN))), dict(_flat(_plain(recipe)))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]

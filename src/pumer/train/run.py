@@ -13,8 +13,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 import pumer
 from pumer import presets
 from pumer._extras import need
-from pumer._files import check_folder, check_space, fingerprint, is_empty, locked, new_folder, replacing
-from pumer._options import OutputFolder
+from pumer._files import check_space, fingerprint, is_empty, locked, new_folder, replacing
+from pumer._options import Count, OutputFolder, Positive, Weight, check_values
 from pumer._settings import typed
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
@@ -29,7 +29,7 @@ from pumer.train.checkpoints import check_last_checkpoint, usable_checkpoints
 from pumer.train.checks import check, check_evaluation, check_teacher, uncached
 from pumer.train.examples import Epochs, Examples, count_without_target
 from pumer.train.grounding import Grounded
-from pumer.train.model import ModelSettings, model_path, prepare, read_model, start_parts
+from pumer.train.model import ModelSettings, longest_text, model_path, prepare, read_model, start_parts
 from pumer.train.optimizer import OptimizerSettings, parameter_groups, reducer_groups
 from pumer.train.recipe import check_recipe, write_recipe
 from pumer.train.teacher import TeachingCollator, same_inputs, taught, teachers_collator
@@ -47,16 +47,16 @@ class DistillSettings:
 
     Args:
         teacher: folder of the unreduced model to distil from; none if not given.
-        weight: of KL(teacher || student), next to 1 for the task's loss.
-        temperature: of that divergence.
+        weight: weight of the distillation loss, KL(teacher || student); the task's loss has weight 1.
+        temperature: softmax temperature of the distillation loss.
         cache: folder for the teacher's logits. They are then computed once, before training, and read in every epoch
             and by every other training that asks for the same; a file takes four bytes per example and answer. Delete
             it when the task's files change.
     """
 
     teacher: str | None = None
-    weight: float = 1.0
-    temperature: float = 1.0
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
     cache: str | None = None
 
 
@@ -65,11 +65,11 @@ class GroundingSettings:
     """Dense targets: what is under each patch, and whether the question means it.
 
     Args:
-        weight: of that loss, next to 1 for the task's; 0 leaves it out.
+        weight: weight of that loss; the task's loss has weight 1; 0 leaves it out.
         layer: the layer after which it is asked for. Later layers are left to carry what it teaches to the answer.
     """
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     layer: int = 4
 
 
@@ -83,7 +83,7 @@ class EarlyStoppingSettings:
             `trainer.metric_for_best_model` is "loss".
     """
 
-    patience: int = 3
+    patience: Count = 3
     threshold: float = 0.0
 
 
@@ -98,8 +98,8 @@ def train(
     augment: RandAugment | None = None,
     grounding: GroundingSettings | None = None,
     optimizer: OptimizerSettings | None = None,
-    reducer_lr_multiplier: float = 10.0,
-    itm_weight: float = 0.5,
+    reducer_lr_multiplier: Weight = 10.0,
+    itm_weight: Weight = 0.5,
     blind: Blind = None,
     train_split: str = "train",
     eval_split: str | None = "val",
@@ -118,19 +118,19 @@ def train(
             docs/training.md tells of.
         model: what is trained.
         reducer: a preset's name, or `reducer` and its settings; none trains the fused but unreduced model.
-        distill: teacher and weight.
-        image: image transform, `kind` and its settings; the model's own if not given.
-        augment: change the pictures that are trained on.
+        distill: a teacher to distil from.
+        image: image transform: `kind` (square, crop or keep_aspect) and its settings; the model's own if not given.
+        augment: RandAugment on the images of the training.
         grounding: a loss on dense targets, for tasks that have them.
         optimizer: the published parameter groups; transformers' own if not given.
         reducer_lr_multiplier: learning rate of what a learned reducer trains, as a multiple of the model's.
-        itm_weight: of image-text matching in retrieval, next to 1 for ranking, for models that have a head for it.
-        blind: show the model the text alone, or the image alone, as a baseline; see `pumer.tasks.base.Collator`.
+        itm_weight: weight of the image-text matching loss in retrieval, for models with a head for it; ranking has 1.
+        blind: show the model the text alone, or the image alone, as a baseline.
         train_split: split to train on.
         eval_split: split to evaluate on; none to leave it out.
         early_stopping: stop where evaluations get no better; after every epoch, if `trainer` says nothing else.
         attention: kernel to train with; on CPUs "eager" is the faster one for small models.
-        seed: of weights, order and dropout.
+        seed: seed of new weights, order of examples and dropout.
         resume: go on from the last checkpoint in `output`.
         trainer: settings of transformers' TrainingArguments; `bf16` is for machines that have such arithmetic, on a CPU
             without it the training is in float32.
@@ -145,20 +145,19 @@ def train(
             loss or weights that are not finite, when they come up.
     """
     recipe = {name: value for name, value in locals().items() if name not in ("output", "resume")}
+    check_values(train, {"output": output, **recipe})
     out = Path(output)
-    check_folder(out)
     if not is_empty(out) and not resume:
         raise ValueError(
             f"{out} is not empty: give another --output, or --resume true to go on from its last checkpoint"
         )
     chosen = trainer_settings(trainer or {}, early_stopping is not None)
     check_evaluation(chosen, eval_split, early_stopping)
-    if distill and not distill.temperature > 0:
-        raise ValueError(f"distill.temperature is {distill.temperature}: give a number above 0, for example 1")
     if resume:
         check_recipe(out, recipe)
     set_seed(seed)
     net, tokenizer, the_task = prepare(model, task, train_split)
+    max_length = longest_text(net, model.max_length)
     transform = build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
     settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
     _use(attention, net)
@@ -188,7 +187,7 @@ def train(
             else reducer_groups(net, reducer_lr_multiplier, *rates)
         )
         groups = (kind, options)
-    collator: Any = replace(collator_for(net, the_task, tokenizer, transform, model.max_length), blind=blind)
+    collator: Any = replace(collator_for(net, the_task, tokenizer, transform, max_length), blind=blind)
     examples = Examples(the_task.examples(train_split), augment, seed)
     without = count_without_target(examples.examples, the_task, train_split)
     evaluated = Examples(the_task.examples(eval_split)) if eval_split else None
@@ -237,7 +236,7 @@ def train(
         runner.train(resume_from_checkpoint=resumable or None)
         metrics = runner.evaluate() if eval_split else {}
         if runner.is_world_process_zero():
-            _write(out / "model", net, tokenizer, model.max_length, transform)
+            _write(out / "model", net, tokenizer, max_length, transform)
             with replacing(out / "log.json") as file:  # the last one: a training that has it is done
                 file.write(json.dumps(runner.state.log_history, indent=1) + "\n")
             reached = f", accuracy {metrics['eval_accuracy']:.2f} % on {eval_split}" if metrics else ""

@@ -1,0 +1,71 @@
+"""Which family a model is of, inside the wrappers of others; and what to say of a model of none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from pumer._suggest import did_you_mean
+from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
+
+MERGES_IMAGES = ("ColQwen2ForRetrieval",)
+"""Classes that contain a supported model, and hand it image features among the words' embeddings."""
+WRAPPED = ("base_model", "module", "_orig_mod")
+"""Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Whether there is an adapter for a model."""
+    return adapter_of(model) is not None
+
+
+def find(model: nn.Module) -> Adapter:
+    """The adapter of a model; raises ValueError saying what is supported."""
+    adapter = adapter_of(model)
+    if adapter is not None:
+        return adapter
+    name = type(model).__name__
+    raise ValueError(
+        f"{name} cannot be reduced.{_hint(model, name)}\n"
+        f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
+        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: docs/add-a-model.md"
+    )
+
+
+def _hint(model: Any, name: str) -> str:
+    """What to do in place of giving a model of an unsupported class."""
+    inner = _inside(model)
+    if is_a(model, MERGES_IMAGES):
+        return f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
+    if inner:
+        return f" It contains a {inner}: pass that module instead."
+    if isinstance(model, str):
+        return " Give the model itself: from_pretrained or pumer.load reads it."
+    return did_you_mean(name, {name for adapter in adapters() for name in adapter.classes})
+
+
+def _inside(model: Any) -> str | None:
+    if not isinstance(model, nn.Module):
+        return None
+    class_names = {name for adapter in adapters() for name in adapter.classes}
+    inner = (type(module).__name__ for module in model.modules())
+    return next((name for name in inner if name in class_names), None)
+
+
+def supported(model: nn.Module) -> nn.Module:
+    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
+    return next((module for module in unwrapped(model) if is_supported(module)), model)
+
+
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, what it wraps, what that wraps, and so on."""
+    names: tuple[str, ...] = WRAPPED
+    while isinstance(model, nn.Module):
+        yield model
+        name = next((name for name in names if name in model._modules), None)
+        if name is None:
+            return
+        names = (*WRAPPED, "model") if name == "base_model" else WRAPPED  # PEFT's models hold a tuner that holds it
+        model = model._modules[name]  # type: ignore[assignment]
