@@ -15,6 +15,7 @@ import torch
 import pumer
 from pumer.data.transforms import load_transform, save_transform
 from pumer.presets import SHIPPED
+from pumer.tasks.processors import save_processor
 
 run, place = Path(sys.argv[1]), Path(sys.argv[2])
 place = place if len(place.parts) > 1 else SHIPPED / place
@@ -29,6 +30,7 @@ for pattern in ("tokenizer*", "chat_template*"):
     for file in (run / "model").glob(pattern):
         shutil.copy(file, place)
 save_transform(load_transform(run / "model"), place)
+save_processor(model.config, place)
 logs = Path(__file__).parent / "logs" / place.name
 logs.mkdir(parents=True, exist_ok=True)
 for file in ("recipe.yaml", "log.json"):

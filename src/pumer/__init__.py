@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pumer.api import active, apply, kept, reduced, remove, trace
     from pumer.costs import Report, report
     from pumer.hub import load, load_official, save, save_official
+    from pumer.hub.callback import PumerCallback
     from pumer.reducers import (
         DART,
         SCOPE,
@@ -46,6 +47,8 @@ _FROM = {
     "pumer.api": ("active", "apply", "kept", "reduced", "remove", "trace"),
     "pumer.costs": ("Report", "report"),
     "pumer.hub": ("load", "load_official", "save", "save_official"),
+    "pumer.hub.callback": ("PumerCallback",),
+    "pumer.tasks.inputs": ("processor",),
 }
 
 
@@ -87,6 +90,7 @@ __all__ = [
     "Pool",
     "PruMerge",
     "PuMer",
+    "PumerCallback",
     "PyramidDrop",
     "Random",
     "Reducer",
@@ -105,6 +109,7 @@ __all__ = [
     "kept",
     "load",
     "load_official",
+    "processor",
     "reduced",
     "remove",
     "report",

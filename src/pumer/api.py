@@ -63,6 +63,8 @@ def _apply(
     renumber: bool,
     parts: nn.ModuleDict | None,
 ) -> None:
+    from pumer.hub.saving import follow  # which needs what is here
+
     model = supported(wrapped)
     adapter = find(model)
     reducer = read_reducer(reducer)
@@ -90,6 +92,7 @@ def _apply(
         adapter.patch(model, patch)
         if parts is not None:
             patch.set(model, PARTS, parts)
+        follow(wrapped, patch)
     except BaseException:
         patch.undo()
         raise

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from transformers.image_utils import load_image
 from pumer._extras import hint
 from pumer._yaml import load_yaml
 from pumer.api import apply
-from pumer.hub.folders import SETTINGS, saved_reducer
+from pumer.hub import is_stock
+from pumer.hub.reduction import saved_reducer
 from pumer.presets import read_reducer
 from pumer.reducers import Reducer, from_dict, to_dict
 from pumer.tasks.processors import encode, read_processor, write
@@ -52,8 +52,8 @@ class PumerModel(lmms):
 
     Args:
         pretrained: name or folder of a model with its processor.
-        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that of a folder which
-            `pumer.save` wrote, else the stock model runs. "none" is the unreduced model with what pumer does besides.
+        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that which the
+            model was saved with, else the stock model runs. "none" is the unreduced model with what pumer does besides.
         batch_size: how many prompts run together; they are padded on the left.
         device: where it runs; each process takes its own where accelerate starts several.
         dtype: of the weights, such as "bfloat16"; "auto" as they were saved.
@@ -86,7 +86,7 @@ class PumerModel(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         alone = self._world_size == 1
         self.device = torch.device(device) if device is not None and alone else self.accelerator.device
-        chosen, rest = _split(_saved(pretrained) if reducer is None else reducer, settings)
+        chosen, rest = _split(_saved(pretrained, revision) if reducer is None else reducer, settings)
         self.processor = read_processor(pretrained, revision=revision, **rest)
         _check(rest, self.processor.image_processor, chosen)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -183,9 +183,9 @@ class PumerModel(lmms):
         return messages
 
 
-def _saved(folder: str) -> Reducer | None:
-    """The reducer of a folder, if `pumer.save` wrote it."""
-    return saved_reducer(folder) if (Path(folder) / SETTINGS).is_file() else None
+def _saved(model: str, revision: str) -> Reducer | None:
+    """The reducer that a model was saved with; None for a stock one."""
+    return None if is_stock(model, revision=revision) else saved_reducer(model, revision=revision)
 
 
 def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:

@@ -92,7 +92,7 @@ def _named(name: str) -> Reducer:
             f"Reducers: {', '.join(list_reducers())}\nPresets: {', '.join(PRESETS)}\n"
             f"Files end in {', '.join(_FILES)}; saved models have a pumer.json"
         ) from None
-    from pumer.hub.folders import saved_reducer  # which needs what is here
+    from pumer.hub.reduction import saved_reducer  # which needs what is here
 
     reducer = saved_reducer(folder)
     if reducer is None:

@@ -13,7 +13,8 @@ import pumer
 from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.hub import is_stock, load, load_stock
-from pumer.presets import model_folder, read_reducer
+from pumer.hub.sources import CONFIG, PROCESSING, find_source
+from pumer.presets import read_reducer
 from pumer.tasks import build
 from pumer.tasks.base import Collator
 from pumer.tasks.processors import saved_collator
@@ -41,7 +42,7 @@ def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> 
     if is_stock(model):
         net = load_stock(model, dtype, place)
     else:
-        net = load(model_folder(model), dtype or torch.float32, place)
+        net = load(model, dtype or torch.float32, place)
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()
@@ -60,5 +61,5 @@ def print_metrics(title: str, values: Mapping[str, float]) -> None:
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:
     """A task with the labels, and the tokenizer and image transform or the processor, of a model."""
     settings = {"name": task} if isinstance(task, str) else task
-    source = model if is_stock(model) else str(model_folder(model))
+    source = model if is_stock(model) else str(find_source(model, (CONFIG, *PROCESSING)).folder)
     return saved_collator(source, net, build(settings, vocabulary(net)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +16,7 @@ from pumer._options import Count, OutputFolder, Probability
 from pumer._terminal import console
 from pumer.bench.run import Device
 from pumer.commands.common import open_model, open_task
-from pumer.hub import is_stock
+from pumer.hub.sources import is_hub_name
 from pumer.presets import model_folder
 from pumer.train.recipe import read_recipe
 from pumer.tune.finetune import finetune as finetune_
@@ -122,7 +121,7 @@ def tune_(
 
 def _weights(model: str) -> str:
     """What a resumed search knows the model again by; nothing for one that is fetched by its name on the Hub."""
-    return "" if is_stock(model) and not Path(model).is_dir() else fingerprint(model_folder(model))
+    return "" if is_hub_name(model) else fingerprint(model_folder(model))
 
 
 def read_size(text: str) -> int:

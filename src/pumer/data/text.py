@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ _VOCABULARIES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
 )
+_LAST_CALL = ("max_length", "truncation_strategy", "stride", "pad_to_multiple_of")
+"""What transformers makes settings of when it reads a tokenizer that was saved between two calls."""
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -81,6 +84,18 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {source} cannot be read: {error}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer without the padding and truncation of its last call, which it would begin with when read."""
+    plain = copy.deepcopy(tokenizer)
+    for name in _LAST_CALL:
+        plain.init_kwargs.pop(name, None)
+    backend = getattr(plain, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    plain.save_pretrained(folder)
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

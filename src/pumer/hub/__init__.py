@@ -3,8 +3,9 @@
 Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file never runs.
 """
 
-from pumer.hub.folders import is_stock, load, load_stock, model_class, save
+from pumer.hub.folders import is_stock, load, load_stock, model_class
 from pumer.hub.official import Official, load_official, read_official, save_official
+from pumer.hub.saving import save
 
 __all__ = [
     "Official",

@@ -3,123 +3,141 @@
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from pumer._files import new_folder
-from pumer._settings import check_settings
 from pumer._suggest import did_you_mean
-from pumer._version import __version__
-from pumer.adapters.base import PARTS, adapters
-from pumer.api import active, apply
+from pumer.adapters.base import adapters
+from pumer.api import apply
 from pumer.hub.files import read_config, read_json, some
-from pumer.presets import model_folder
-from pumer.reducers import Reducer, from_dict, to_dict
-
-FORMAT = 1
-"""Version of what `pumer.json` holds."""
-SETTINGS = "pumer.json"
-LEARNED = "reducer.safetensors"
-"""File of what a learned reducer has trained."""
-
-
-@dataclass
-class _Saved:
-    """What `pumer.json` holds."""
-
-    format: int
-    pumer: str
-    reducer: dict[str, Any] | None
-    attention: str
-    trim: bool
-    renumber: bool = False  # written where it is true: older folders have none
+from pumer.hub.reduction import (
+    LEARNED,
+    SETTINGS,
+    is_part,
+    load_parts,
+    read_settings,
+    reducer_in,
+)
+from pumer.hub.sources import ADAPTER, CONFIG, Source, find_source, is_hub_name, split_hub
 
 
-def save(model: Any, path: str | Path) -> None:
-    """Write a model with the reduction in force: what `save_pretrained` writes, and `pumer.json`.
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    **arguments: Any,
+) -> Any:
+    """Read a saved model, from a folder or the Hub: in eval mode, with the same reduction in force.
 
-    The folder appears complete or not at all. A model that nothing reduces may be saved too.
+    What `save` wrote, or a reduced model's own `save_pretrained` or `push_to_hub`. A folder of PEFT's
+    gives a PeftModel: its base model, the adapter, then the reduction.
 
     Args:
-        model: any Hugging Face model.
-        path: a folder that does not exist yet, or is empty.
-
-    Raises:
-        ValueError: if the folder holds files already, or the model is none of Hugging Face's.
-    """
-    if not hasattr(model, "save_pretrained"):
-        raise ValueError(f"{type(model).__name__} is not a Hugging Face model: save the one inside it")
-    patch = active(model)
-    settings = {
-        "format": FORMAT,
-        "pumer": __version__,
-        "reducer": None if patch is None else to_dict(patch.reducer),
-        "attention": "sdpa" if patch is None else patch.attention,
-        "trim": True if patch is None else patch.trim,
-    }
-    if patch is not None and patch.renumber:
-        settings["renumber"] = True
-    parts = None if patch is None else patch.parts
-    with new_folder(path) as folder:
-        if parts is None:
-            model.save_pretrained(folder)
-        else:  # in a file of their own, so that the folder is still one for `from_pretrained`
-            weights = {name: x for name, x in model.state_dict().items() if not name.startswith(f"{PARTS}.")}
-            model.save_pretrained(folder, state_dict=weights)
-            save_file({name: x.contiguous() for name, x in parts.state_dict().items()}, folder / LEARNED)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """Read what `save` wrote: the model in eval mode, with the same reduction in force.
-
-    Args:
-        path: the folder, or the name of a model that comes with the package (`pumer list`).
+        path: the folder, the name of a model that comes with the package (`pumer list`), or an owner's
+            and a model's name on the Hub.
         dtype: of the weights; as they were saved if not given.
-        device: where the model goes; the CPU if not given.
+        device: where the model goes; the CPU if neither this nor `device_map` is given.
+        arguments: of `from_pretrained`: `revision`, `token`, `cache_dir` and the like, by which pumer's
+            own files are fetched too, and `device_map`, `quantization_config`, `attn_implementation` ...
 
     Raises:
-        ValueError: if a file is missing or damaged, or was written by a newer pumer.
+        ValueError: if there is no such model, or a file is missing or damaged or was written by a newer
+            pumer, or if `from_pretrained` does not take an argument.
     """
-    path = Path(path) if Path(path).exists() else model_folder(path)
-    settings = _settings(path)
-    reducer = _read_settings(settings, path / SETTINGS)
-    config = read_config(path, "save the model again")
-    kind = class_in(config, path)
-    try:
-        with _quiet():  # what does not fit is said below
-            model, info = kind.from_pretrained(
-                path, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
-            )
-    except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
-        raise ValueError(f"the model in {path} cannot be read, save it again: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"the weights in {path} lack {some(info['missing_keys'])}, which the {kind.__name__} of its config.json "
-            "has: restore its config.json, or save the model again"
-        )
-    if info["unexpected_keys"]:
-        raise ValueError(
-            f"the weights in {path} have {some(info['unexpected_keys'])}, which the {kind.__name__} of its "
-            "config.json has not: restore its config.json, or save the model again"
-        )
+    if device is not None and arguments.get("device_map") is not None:
+        raise ValueError("device and device_map both say where the model goes: give one of them")
+    hub, reading = split_hub(arguments)
+    source = find_source(path, (SETTINGS, LEARNED, CONFIG, ADAPTER), **hub)
+    settings = read_settings(source)
+    reducer = reducer_in(settings, source.folder / SETTINGS)
+    reading = {"trust_remote_code": False, "dtype": dtype} | reading
+    if source.has(ADAPTER) and not source.has(CONFIG):
+        model = _read_adapter(source, hub, reading)
+    else:
+        model = _read_model(source, reading)
     if device is not None:
         model.to(device)
     if reducer is not None:
         names = ("attention", "trim", "renumber")
-        force = {name: settings[name] for name in names if name in settings}
-        apply(model, reducer, **force)
-        load_parts(model, path)
+        apply(model, reducer, **{name: settings[name] for name in names if name in settings})
+        load_parts(model, source.folder)
     return model
+
+
+def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
+    """A model of transformers or ours, every weight of which has to be there."""
+    config = read_config(source.folder, "save the model again")
+    cls = class_in(config, source.folder)
+    try:
+        with _quiet():  # what does not fit is said below
+            model, info = cls.from_pretrained(
+                source.name, weights_only=True, output_loading_info=True, **source.hub, **arguments
+            )
+    except ImportError:  # of what an argument needs, which it names
+        raise
+    except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
+        options = [name for name, value in arguments.items() if value and name != "dtype"]
+        mend = f", or leave out {' and '.join(options)}" if options else ""
+        raise ValueError(f"the model in {source.name} cannot be read, save it again{mend}: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the weights in {source.name} lack {some(info['missing_keys'])}, which the {cls.__name__} of its "
+            "config.json has: restore its config.json, or save the model again"
+        )
+    # What a learned reducer has trained stays among the weights that the Trainer goes on from.
+    unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
+    if unexpected:
+        raise ValueError(
+            f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of its "
+            "config.json has not: restore its config.json, or save the model again"
+        )
+    return model
+
+
+def _read_adapter(source: Source, hub: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """A model of PEFT: the base model that an adapter names, with the adapter; neither is trained."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError(f"{source.name} holds an adapter of PEFT: install peft to load it") from None
+    base = base_of(source, (CONFIG,), hub)
+    model = _read_model(base, arguments)
+    try:
+        return PeftModel.from_pretrained(model, source.name, **source.hub).eval()
+    except Exception as error:  # whatever PEFT makes of a damaged file
+        raise ValueError(
+            f"the adapter in {source.name} cannot be put on {base.name}, save it again: {error}"
+        ) from error
+
+
+def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Source:
+    """The base model that PEFT's adapter in `source` names.
+
+    Args:
+        source: of the adapter.
+        files: of the base model, to be fetched.
+        hub: how those of the adapter were found.
+
+    Raises:
+        ValueError: if it names none, or there is none of that name.
+    """
+    config = read_json(source.folder / ADAPTER, "save the model again")
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{ADAPTER} in {source.name} names no base model: set its base_model_name_or_path")
+    # The base is in a repository of its own, with revisions of its own.
+    how = {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
+    if config.get("revision"):
+        how["revision"] = config["revision"]
+    try:
+        return find_source(base, files, **how)
+    except ValueError as error:
+        raise ValueError(f"the base model of the adapter in {source.name} is missing: {error}") from error
 
 
 @contextmanager
@@ -137,11 +155,16 @@ _ENCODERS = ("vilt", "meter")
 """Model types that choose from labels, and that no processor of transformers alone is enough for."""
 
 
-def is_stock(model: str) -> bool:
-    """Whether it is a folder that transformers wrote, or a name on the Hub: an owner's and the model's."""
-    if (Path(model) / "config.json").is_file():
+def is_stock(model: str, **hub: Any) -> bool:
+    """Whether it is a folder or a name on the Hub without pumer's settings: as transformers writes models."""
+    if (Path(model) / CONFIG).is_file():
         return not (Path(model) / SETTINGS).is_file()
-    return model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
+    if not is_hub_name(model):
+        return False
+    try:
+        return not find_source(model, (SETTINGS,), **hub).has(SETTINGS)
+    except ValueError:  # transformers says what is the matter when it reads the model
+        return True
 
 
 def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
@@ -175,35 +198,6 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
     return model.to(device or "cpu").eval()
 
 
-def saved_reducer(path: str | Path) -> Reducer | None:
-    """The reducer that a folder was saved with; None if nothing reduced the model. Raises ValueError like `load`."""
-    path = Path(path)
-    return _read_settings(_settings(path), path / SETTINGS)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    return read_json(
-        path / SETTINGS,
-        "pumer.save writes it; for published checkpoints use pumer.load_official, for other folders from_pretrained "
-        "and pumer.apply",
-    )
-
-
-def load_parts(model: Any, path: Path) -> None:
-    """Give a learned reducer in force the weights that `save` wrote; raises ValueError if they are not its own."""
-    patch = active(model)
-    if patch is None or patch.parts is None:
-        return
-    if not (path / LEARNED).is_file():
-        raise ValueError(
-            f"{path} lacks {LEARNED}, the weights of its reducer {patch.reducer.name}: save the model again"
-        )
-    try:
-        patch.parts.load_state_dict(load_file(path / LEARNED))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path / LEARNED} does not fit the reducer, save the model again: {error}") from error
-
-
 def model_class(name: str) -> Any:
     """The model class of that name, ours or transformers'; raises ValueError if there is none."""
     import transformers
@@ -229,25 +223,3 @@ def class_in(config: dict[str, Any], where: Path) -> Any:
             f"config.json in {where} names the model class {names!r}, which neither transformers nor pumer has: read "
             "it with its own class, then call pumer.apply"
         ) from None
-
-
-def _read_settings(settings: dict[str, Any], file: Path) -> Reducer | None:
-    version = settings.get("format")
-    if type(version) is not int or version < 1:  # JSON's true is an int to isinstance
-        raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
-    if version > FORMAT:
-        raise ValueError(
-            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
-            f"which reads format {FORMAT}: upgrade pumer"
-        )
-    needed = {field.name for field in fields(_Saved) if field.default is MISSING}
-    names = sorted(needed | {"renumber"} & set(settings))
-    if sorted(settings) != names:
-        raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
-    check_settings(_Saved, settings, str(file))
-    if settings["reducer"] is None:
-        return None
-    try:
-        return from_dict(settings["reducer"])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the reducer in {file} cannot be made: {error}") from error

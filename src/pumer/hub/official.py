@@ -24,7 +24,8 @@ from pumer.hub.files import (
     some,
     write_answers,
 )
-from pumer.hub.folders import SETTINGS, class_in, model_class
+from pumer.hub.folders import class_in, model_class
+from pumer.hub.reduction import SETTINGS
 from pumer.models.published import OURS, check_labels, check_support, predictors, set_label_names
 from pumer.reducers import PuMer
 

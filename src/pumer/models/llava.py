@@ -27,6 +27,7 @@ def writing_tokenizer(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE], "eos_token": tokenizer.sep_token})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.padding_side = "left"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # `generate` takes no token types
     tokenizer.chat_template = (
         "{% for message in messages %}{% for part in message.content %}"
         f"{{{{ '{IMAGE}' if part.type == 'image' else part.text }}}}"

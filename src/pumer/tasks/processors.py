@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoProcessor
 
 from pumer.data.text import TextTransform, load_tokenizer
 from pumer.data.transforms import has_transform, load_transform
+from pumer.models.llava import IMAGE
 from pumer.tasks.base import NO_TEXT, Collator, Example, Task
 from pumer.tasks.prompts import WritingCollator, collator_for, writes
 
@@ -99,6 +102,27 @@ def read_processor(source: str, **settings: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def save_processor(config: Any, folder: str | Path) -> None:
+    """Let AutoProcessor make of the tokenizer and the image transform in a LLaVA's folder its processor.
+
+    Other families have none to be told of: those that choose need nothing more than these two.
+
+    Args:
+        config: the model's.
+        folder: of the model, with both in it.
+    """
+    if config.model_type != "llava":
+        return
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLIP's [CLS]
+        "image_token": IMAGE,
+    }
+    Path(folder, "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write(processor: Any, messages: Conversation) -> str:

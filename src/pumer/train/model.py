@@ -18,7 +18,7 @@ from pumer import presets
 from pumer._options import Count
 from pumer.data.text import load_tokenizer
 from pumer.hub import load, load_official, model_class
-from pumer.hub.folders import LEARNED, load_parts
+from pumer.hub.reduction import LEARNED, load_parts
 from pumer.models.llava import new_llava, writing_tokenizer
 from pumer.models.meter.start import start_meter
 from pumer.models.vilt.resize import resize_patches

@@ -18,9 +18,11 @@ from pumer._options import Count, OutputFolder, Positive, Weight, check_values
 from pumer._settings import typed
 from pumer.adapters import find
 from pumer.data.augment import RandAugment
+from pumer.data.text import save_tokenizer
 from pumer.data.transforms import build_transform, load_transform, save_transform
 from pumer.hub import save
 from pumer.tasks.base import Blind, Task
+from pumer.tasks.processors import save_processor
 from pumer.tasks.prompts import PromptCollator, collator_for, writes
 from pumer.train.arguments import trainer_arguments, trainer_settings
 from pumer.train.checkpoints import check_last_checkpoint, usable_checkpoints
@@ -276,5 +278,6 @@ def _write(path: Path, net: PreTrainedModel, tokenizer: Any, max_length: int, tr
     with new_folder(path, replace=True) as folder:
         save(net, folder)
         tokenizer.model_max_length = max_length
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         save_transform(transform, folder)
+        save_processor(net.config, folder)

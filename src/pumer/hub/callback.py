@@ -1,0 +1,49 @@
+"""What a stock Trainer needs to save a reduced model whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pumer.api import active
+from pumer.hub.reduction import SETTINGS, trained_parts
+from pumer.hub.saving import follow, write_beside
+
+
+class PumerCallback(TrainerCallback):
+    """Write what reduces a model into every checkpoint of transformers' Trainer, for `pumer.load`.
+
+    A model that was applied last needs none, as its own `save_pretrained` does so. One that something
+    has wrapped since, PEFT for example, does: `Trainer(..., callbacks=[PumerCallback()])`. From the
+    beginning of the training the wrapper's `save_pretrained` and `push_to_hub` do so too.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Have the wrappers around the model save the reducer along."""
+        patch = active(model)
+        if patch is not None:
+            follow(model, patch)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Complete the checkpoint that was just written."""
+        patch = active(model)
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if patch is not None and args.should_save and not (folder / SETTINGS).is_file():
+            write_beside(folder, model, patch, trained_parts(patch))

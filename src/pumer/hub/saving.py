@@ -1,0 +1,119 @@
+"""Saving reduced models: `pumer.save`, and the model's own `save_pretrained` and `push_to_hub`.
+
+The latter two are wrapped on the instance by `apply`, so that they write `pumer.json` and the model
+card beside what they write anyway.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
+
+from pumer._files import new_folder
+from pumer.adapters import supported, unwrapped
+from pumer.adapters.base import Patch
+from pumer.adapters.rebind import METHODS
+from pumer.api import active
+from pumer.hub.card import write_card
+from pumer.hub.reduction import trained_parts, without_parts, write_reduction
+
+
+def save(model: Any, path: str | Path, **arguments: Any) -> None:
+    """Write a model with the reduction in force: what `save_pretrained` writes, `pumer.json` and a model card.
+
+    The folder appears complete or not at all. A model that nothing reduces may be saved too, and one of PEFT, of which
+    the folder gets the adapter.
+
+    Args:
+        model: any Hugging Face model.
+        path: a folder that does not exist yet, or is empty.
+        arguments: of `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: if the folder holds files already, or the model is none of Hugging Face's.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"{type(model).__name__} is not a Hugging Face model: save the one inside it")
+    patch = active(model)
+    state = arguments.pop("state_dict", None)
+    parts = trained_parts(patch, state)
+    if parts:  # in a file of their own, so that the folder is still one for `from_pretrained`
+        state = without_parts(model.state_dict() if state is None else state)
+    if state is not None:
+        arguments["state_dict"] = state
+    with new_folder(path) as folder:
+        model.save_pretrained(folder, **arguments)
+        write_beside(folder, model, patch, parts)
+
+
+def follow(model: nn.Module, patch: Patch) -> None:
+    """Have a reduced model, and what wraps it, save what reduces it along with it."""
+    for module in unwrapped(model):
+        if isinstance(module, PushToHubMixin) and not _follows(module):
+            patch.wrap(module, "save_pretrained", _save_pretrained, patch)
+            patch.wrap(module, "_upload_modified_files", _upload, patch)
+
+
+def _follows(module: nn.Module) -> bool:
+    methods = vars(module).get(METHODS, {}).values()
+    return any(method.function is _save_pretrained for method in methods)
+
+
+def _save_pretrained(module: nn.Module, stock: Callable[..., Any], patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of transformers and PEFT, then pumer's own files.
+
+    The weights stay as they are given, with those of a learned reducer: the Trainer resumes from them.
+    """
+    call = inspect.signature(stock).bind(*args, **kwargs).arguments
+    call = {**call.pop("kwargs", {}), **call}
+    parts = trained_parts(patch, call.get("state_dict"))  # before they are written: that empties the dict
+    result = stock(*args, **kwargs)
+    on_this_rank = getattr(module, "should_save_on_this_rank", bool)
+    if on_this_rank(call.get("is_main_process", True)):
+        write_beside(Path(call["save_directory"]), module, patch, parts)
+    return result
+
+
+def _upload(
+    module: nn.Module,
+    stock: Callable[..., Any],
+    patch: Patch,
+    working_dir: str | Path,
+    repo_id: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`_upload_modified_files` of transformers' PushToHubMixin, its folder first completed.
+
+    What `push_to_hub` writes into it last is a card, the Hub's or an empty one.
+    """
+    write_beside(Path(working_dir), module, patch, trained_parts(patch), repo_id)
+    return stock(working_dir, repo_id, *args, **kwargs)
+
+
+def write_beside(
+    folder: Path,
+    model: nn.Module,
+    patch: Patch | None,
+    parts: Mapping[str, Tensor],
+    name: str | None = None,
+) -> None:
+    """Write pumer's files beside a model's own.
+
+    Args:
+        folder: of the model, written already.
+        model: with or without a wrapper.
+        patch: what reduces it, None if nothing does.
+        parts: what its reducer has learned, see `trained_parts`.
+        name: of the model on the Hub, if it is known.
+    """
+    if not folder.is_dir():  # transformers refuses a path with a word in the log
+        return
+    write_reduction(folder, patch, parts)
+    if patch is not None:
+        write_card(folder, supported(model), patch.reducer, name)

@@ -1,0 +1,83 @@
+"""Where a model is: a folder, the name of a shipped model, or one on the Hub, whose small files are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from pumer.presets import model_folder
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+"""What PEFT's folders have in place of config.json."""
+PROCESSING = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""Patterns of what tokenizers and processors are read from."""
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Arguments of `from_pretrained` that say where on the Hub files are, and how to get them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files.
+
+    Args:
+        name: what `from_pretrained` takes, with `hub`.
+        folder: where the small files are that were asked for, as far as the model has them.
+        hub: where `from_pretrained` finds the same files.
+    """
+
+    name: str
+    folder: Path
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+    def has(self, file: str) -> bool:
+        """Whether the model has a file, one of those asked for."""
+        return (self.folder / file).is_file()
+
+
+def split_hub(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `from_pretrained` that are about files on the Hub, and the others."""
+    hub = {name: x for name, x in arguments.items() if name in _HUB and x is not None}
+    return hub, {name: x for name, x in arguments.items() if name not in _HUB}
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a model is named as on the Hub, by owner and name, and no folder has this path."""
+    text = str(name)
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
+
+
+def find_source(name: str | Path, files: Sequence[str], **hub: Any) -> Source:
+    """Find a model, and fetch some of its files if it is on the Hub.
+
+    Args:
+        name: a folder, a shipped model's name, or an owner's and a model's on the Hub.
+        files: names or patterns of the files to fetch.
+        hub: where on the Hub and how to get them; see `split_hub`.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot be fetched.
+    """
+    subfolder = hub.get("subfolder") or ""
+    if not is_hub_name(name):
+        folder = Path(name) if Path(name).exists() else model_folder(name)
+        there = {"subfolder": subfolder} if subfolder else {}
+        return Source(str(folder), folder / subfolder, {"local_files_only": True, **there})
+    how = {key: x for key, x in hub.items() if key != "subfolder"}
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
+    # A pattern's star also stands for slashes.
+    deeper = f"{subfolder}/*/*" if subfolder else "*/*"
+    try:
+        snapshot = Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=deeper, **how))
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"there is no folder {name}, and the Hub does not give a model of that name: {reason}\n"
+            "Check the name and the revision; a private or gated model needs `token`, or `hf auth login`"
+        ) from error
+    # Later files come from the same commit, wherever the branch has moved meanwhile.
+    return Source(str(name), snapshot / subfolder, {**hub, "revision": snapshot.name})
