@@ -1,6 +1,7 @@
 """Smoke tests with other versions than the pinned ones, each set in an environment of its own.
 
-`make test-versions` runs all of them, `.venv/bin/nox -s oldest` runs one; docs/versions.md has the results.
+`make test-versions` runs all of them, `.venv/bin/nox -s oldest` runs one; docs/versions.md has the
+results.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,12 +44,22 @@ def smoke(
 ) -> None:
     """Install the package under exact versions of some dependencies and run the smoke tests.
 
-    torch goes first, alone and by exact version: whichever build the index offers is kept by what follows.
+    torch goes first, alone and by exact version: whichever build the index offers is kept by what
+    follows.
     """
     constraints = Path(session.virtualenv.location) / "constraints.txt"
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()), encoding="utf-8")
+    constraints.write_text(
+        "".join(f"{name}=={version}\n" for name, version in versions.items()), encoding="utf-8"
+    )
     session.install(f"torch=={versions['torch']}")
-    session.install("-c", str(constraints), *options, "-e", "." + (f"[{','.join(extras)}]" if extras else ""), *TOOLS)
+    session.install(
+        "-c",
+        str(constraints),
+        *options,
+        "-e",
+        "." + (f"[{','.join(extras)}]" if extras else ""),
+        *TOOLS,
+    )
     session.run("python", "-m", "pip", "list", "--format", "freeze", "--exclude-editable")
     session.run("pytest", "-m", "smoke", tests, *session.posargs)
 
@@ -69,7 +80,7 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The oldest of everything that pyproject.toml allows; transformers and the tools of testing are as pinned."""
+    """The oldest of all that pyproject.toml allows; transformers and tools of testing as pinned."""
     pinned = {name: PINS[name] for name in ("transformers", *TOOLS)}
     smoke(session, floors() | pinned)
 

@@ -1,19 +1,21 @@
-"""How far the latency model of `pumer tune` is off: python benchmarks/latency.py STUDY [BATCH] [RUNS].
+"""How far the latency model of `pumer tune` is off: python benchmarks/latency.py STUDY [BATCH]
+[RUNS].
 
-Fits the model to the few forwards that `pumer tune` times, and then times settings that it has not seen: those of a
-study's training-free reducers. Prints predicted and measured speed-up over the unreduced model.
+Fits the model to the few forwards that `pumer tune` times, and then times settings that it has not
+seen: those of a study's training-free reducers. Prints predicted and measured speed-up over the
+unreduced model.
 """
 
 import statistics
 import sys
 
 import pumer
-from pumer.bench.latency import calibrate, measure
-from pumer.bench.run import FUSED
-from pumer.commands.common import open_model, open_task
+from pumer.lab.bench.latency import calibrate, measure
+from pumer.lab.bench.run import FUSED
+from pumer.lab.commands.common import open_model, open_task
+from pumer.lab.study.points import read_study
+from pumer.lab.tune.examples import Pool
 from pumer.reducers import from_dict
-from pumer.study.points import read_study
-from pumer.tune.examples import Pool
 
 study = read_study(sys.argv[1])
 batch, runs = (int(value) for value in (*sys.argv[2:], *("32", "9")[len(sys.argv) - 2 :]))
@@ -21,7 +23,9 @@ settings = {f"{point.method}, {point.label}": point for point in study.candidate
 reducers = {
     name: reducer
     for name, point in settings.items()
-    if point.image_size is None and (reducer := from_dict(point.reducer)) != pumer.Unreduced() and not reducer.learned
+    if point.image_size is None
+    and (reducer := from_dict(point.reducer)) != pumer.Unreduced()
+    and not reducer.learned
 }
 net = pumer.remove(open_model(study.model, None))
 collator = open_task(study.model, net, dict(study.task))
@@ -37,4 +41,7 @@ for name in reducers:
     found = seconds[FUSED] / seconds[name]
     errors.append(abs(guess / found - 1))
     print(f"{guess:8.2f}x {found:8.2f}x {100 * (guess / found - 1):+5.1f} %  {name}")
-print(f"off by {100 * statistics.median(errors):.1f} % in the median, {100 * max(errors):.1f} % at most")
+print(
+    f"off by {100 * statistics.median(errors):.1f} % in the median, {100 * max(errors):.1f} % at "
+    "most"
+)

@@ -1,9 +1,10 @@
 """Whether the text looks at what matters: python benchmarks/saliency.py MODEL...
 
-Scores the patches of scenes pictures as PuMer would in every layer, nothing being reduced. Prints for each layer how
-often a patch with an object is scored above a plain one (area under the ROC curve; 50 % is chance), how often one that
-the question asks about is scored above one that it does not, and the accuracy when a fifth of the patches is pruned in
-that layer alone, without training: by the text, and at random.
+Scores the patches of scenes pictures as PuMer would in every layer, nothing being reduced. Prints
+for each layer how often a patch with an object is scored above a plain one (area under the ROC
+curve; 50 % is chance), how often one that the question asks about is scored above one that it does
+not, and the accuracy when a fifth of the patches is pruned in that layer alone, without training:
+by the text, and at random.
 """
 
 import sys
@@ -14,12 +15,12 @@ from torch import Tensor
 
 import pumer
 from pumer.adapters import find
-from pumer.commands.common import open_model, open_task
-from pumer.evaluate import evaluate, model_inputs, take
+from pumer.lab.commands.common import open_model, open_task
+from pumer.lab.evaluate import evaluate, model_inputs, take
 from pumer.reducers import Plan
 from pumer.reducers.base import Grid, Reducer, Tokens
-from pumer.reducers.matching import rank
-from pumer.reducers.scores import text_saliency
+from pumer.reducers.ops.matching import rank
+from pumer.reducers.ops.saliency import text_saliency
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Look(Reducer):
     layers: tuple[int, ...] = ()
     seen: tuple[list[Tensor], ...] = ()
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -39,7 +42,8 @@ class Look(Reducer):
 
 
 def above(score_BP: Tensor, of_BP: Tensor) -> float:
-    """Mean over samples of how often one of the marked patches is scored above one of the others, percent."""
+    """Mean over samples of how often one of the marked patches is scored above one of the others,
+    percent."""
     marked, others = of_BP.sum(1), (~of_BP).sum(1)
     places = score_BP.shape[1] - rank(score_BP)  # 1 for the lowest
     wins = (places * of_BP).sum(1) - marked * (marked + 1) / 2
@@ -50,7 +54,9 @@ def above(score_BP: Tensor, of_BP: Tensor) -> float:
 def main(model: str, questions: int = 1024, batch: int = 64) -> None:
     net = pumer.remove(open_model(model, None))
     depth = find(net).depth(net)
-    collator = open_task(model, net, {"name": "scenes", "questions": questions, "seed": 31, "patch_size": 8})
+    collator = open_task(
+        model, net, {"name": "scenes", "questions": questions, "seed": 31, "patch_size": 8}
+    )
     examples = collator.task.examples("test")
     look, labels = Look(tuple(range(depth)), tuple([] for _ in range(depth))), []
     with pumer.reduced(net, look), torch.inference_mode():
@@ -65,7 +71,9 @@ def main(model: str, questions: int = 1024, batch: int = 64) -> None:
             return evaluate(net, examples, collator, batch_size=batch).metric["accuracy"]
 
     print(f"{model}, unreduced {accuracy(pumer.Unreduced()):.1f} %")
-    print("layer  object above plain  asked about above others  a fifth pruned by the text  at random")
+    print(
+        "layer  object above plain  asked about above others  a fifth pruned by the text  at random"
+    )
     for layer, seen in enumerate(look.seen):
         score = torch.cat(seen)
         by_text = accuracy(pumer.PuMer(prune=0.2, merge=0.0, merge_text=0.0, layers=(layer,)))

@@ -1,7 +1,9 @@
-"""Put a trained model where it stays, in half precision: python benchmarks/ship.py runs/NAME PLACE [CHANGES].
+"""Put a trained model where it stays, in half precision: python benchmarks/ship.py runs/NAME PLACE
+[CHANGES].
 
-PLACE is the name it gets in the package, or a folder for one too large for that (benchmarks/models/NAME). CHANGES are
-settings of its reducer that it is to have from now on, as JSON.
+PLACE is the name it gets in the package, or a folder for one too large for that
+(benchmarks/models/NAME). CHANGES are settings of its reducer that it is to have from now on, as
+JSON.
 """
 
 import json
@@ -13,9 +15,9 @@ from pathlib import Path
 import torch
 
 import pumer
-from pumer.data.transforms import load_transform, save_transform
+from pumer.lab.data.transforms import load_transform, save_transform
+from pumer.lab.tasks.processors import save_processor
 from pumer.presets import SHIPPED
-from pumer.tasks.processors import save_processor
 
 run, place = Path(sys.argv[1]), Path(sys.argv[2])
 place = place if len(place.parts) > 1 else SHIPPED / place

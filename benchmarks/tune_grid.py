@@ -1,9 +1,11 @@
-"""Where what `pumer tune` found lies among all settings: python benchmarks/tune_grid.py OUT [EXAMPLES] [EVERY].
+"""Where what `pumer tune` found lies among all settings: python benchmarks/tune_grid.py OUT
+[EXAMPLES] [EVERY].
 
-OUT is the folder of a finished `pumer tune` on scenes-VQA. Scores the unreduced model and every EVERY-th setting of its
-candidates.csv (the found one always) on the same EXAMPLES questions of a seed that no tuning has seen, and says which
-settings certainly dominate the found one: predicted to be faster, and by the paired test better. Scores are kept in
-OUT/grid.jsonl, so a run that was stopped goes on.
+OUT is the folder of a finished `pumer tune` on scenes-VQA. Scores the unreduced model and every
+EVERY-th setting of its candidates.csv (the found one always) on the same EXAMPLES questions of a
+seed that no tuning has seen, and says which settings certainly dominate the found one: predicted to
+be faster, and by the paired test better. Scores are kept in OUT/grid.jsonl, so a run that was
+stopped goes on.
 """
 
 import csv
@@ -12,10 +14,10 @@ import sys
 from pathlib import Path
 
 import pumer
-from pumer.commands.common import open_model, open_task
+from pumer.lab.commands.common import open_model, open_task
+from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.sequential import PairedDrop
 from pumer.presets import read_reducer
-from pumer.tune.examples import Pool
-from pumer.tune.sequential import PairedDrop
 
 SEED, BATCH = 77, 32
 out = Path(sys.argv[1])
@@ -29,11 +31,15 @@ collator = open_task("scenes-vilt", net, {"name": "scenes", "questions": example
 pool = Pool(collator.task.examples("test"), collator, BATCH, examples)
 cache = out / "grid.jsonl"
 scores = dict(map(json.loads, cache.read_text().splitlines())) if cache.exists() else {}
-reducers = {"base": pumer.Unreduced()} | {row["point"]: read_reducer(json.loads(row["reducer"])) for row in chosen}
+reducers = {"base": pumer.Unreduced()} | {
+    row["point"]: read_reducer(json.loads(row["reducer"])) for row in chosen
+}
 for name, reducer in reducers.items():
     if name not in scores:
         with pumer.reduced(net, reducer):
-            scores[name] = [score for batch in pool.scores(net, range(examples // BATCH)) for score in batch]
+            scores[name] = [
+                score for batch in pool.scores(net, range(examples // BATCH)) for score in batch
+            ]
         with cache.open("a") as file:
             file.write(json.dumps([name, scores[name]]) + "\n")
 
@@ -57,4 +63,7 @@ faster = [row["point"] for row in chosen if float(row["predicted_x"]) > float(fo
 better = [name for name in faster if drop(name, found["point"]).upper < 0]
 print(f"found: {found['point']}, loses {100 * drop(found['point']).mean:.2f}")
 print(f"on the front as measured: {found['point'] in front}")
-print(f"of {len(faster)} faster settings {len(better)} certainly lose less: {', '.join(better) or 'none'}")
+print(
+    f"of {len(faster)} faster settings {len(better)} certainly lose less: "
+    f"{', '.join(better) or 'none'}"
+)

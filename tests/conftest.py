@@ -40,7 +40,8 @@ def seeds():
 
 @pytest.fixture(autouse=True)
 def same_parts(monkeypatch):
-    """New parts of learned reducers are the same every time, and decide about as often for as against a token."""
+    """New parts of learned reducers are the same every time, and decide about as often for as
+    against a token."""
     for kind in (DynamicViT, SmartTrim):
         monkeypatch.setattr(kind, "parts", partialmethod(_same_parts, kind.parts))
 
@@ -56,7 +57,8 @@ def _same_parts(self, parts, *shape):
 
 @pytest.fixture(scope="session")
 def shared():
-    """Reference data in a folder beside the checkout: too large for the repository, so it may be absent."""
+    """Reference data in a folder beside the checkout: too large for the repository, so it may be
+    absent."""
     folder = Path(__file__).parents[1].parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"no reference data: {folder.name}/ is not beside the checkout")

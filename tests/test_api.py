@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+import matrix
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-import matrix
 import pumer
-import tiny
 from pumer import Chain, FastV, NoVision, Pool, PuMer, PyramidDrop, Random, ToMe, Uniform
 from pumer.adapters.base import adapters
 from pumer.reducers import from_dict, get, list_reducers, register, to_dict
@@ -24,11 +24,19 @@ def model():
 
 def bert():
     return BertModel(
-        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+        BertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            vocab_size=9,
+        )
     )
 
 
-@pytest.mark.parametrize("unsupported", [bert, lambda: nn.Linear(2, 2), lambda: None, lambda: "dandelin/vilt-b32-mlm"])
+@pytest.mark.parametrize(
+    "unsupported", [bert, lambda: nn.Linear(2, 2), lambda: None, lambda: "dandelin/vilt-b32-mlm"]
+)
 def test_other_models_are_refused_with_the_families_and_where_to_read_on(unsupported):
     with pytest.raises(ValueError, match=r"cannot be reduced") as error:
         pumer.apply(unsupported(), PuMer())
@@ -51,7 +59,9 @@ def test_the_nearest_class_is_named():
 
 
 def test_a_supported_model_inside_another_is_pointed_out(model):
-    with pytest.raises(ValueError, match="contains a ViltForQuestionAnswering: pass that module instead"):
+    with pytest.raises(
+        ValueError, match="contains a ViltForQuestionAnswering: pass that module instead"
+    ):
         pumer.apply(nn.Sequential(model), PuMer())
 
 
@@ -67,15 +77,29 @@ def test_a_supported_model_inside_another_is_pointed_out(model):
         ({"reducer": "tome", "dept": 6}, {}, r"tome has no setting dept. Did you mean 'depth'\?"),
         ({"reducer": "tome", "r": None}, {}, r"reducer tome: r is None; expected"),
         ({"reducer": "tome", "r": "many"}, {}, "reducer tome: r is 'many'; expected"),
-        (FastV(layer=99), {}, r"fastv has layer=99, but the model has layers 0 to 3: give layer 1 to 4"),
-        (PuMer(layers=(1,)), {"attention": "flash"}, "attention is one of sdpa, eager, not 'flash'"),
-        (PuMer(layers=(2, 5, 8)), {}, r"reduces in layers \[5, 8\], but the model has layers 0 to 3"),
+        (
+            FastV(layer=99),
+            {},
+            r"fastv has layer=99, but the model has layers 0 to 3: give layer 1 to 4",
+        ),
+        (
+            PuMer(layers=(1,)),
+            {"attention": "flash"},
+            "attention is one of sdpa, eager, not 'flash'",
+        ),
+        (
+            PuMer(layers=(2, 5, 8)),
+            {},
+            r"reduces in layers \[5, 8\], but the model has layers 0 to 3",
+        ),
         (Random(layers=(4,)), {}, r"reduces in layers \[4\]"),
         (Pool(layer=7), {}, r"pool has layer=7, but"),
         (ToMe(r=2, depth=12), {}, r"reduces in layers \[4, 5"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(model, reducer, settings, message):
+def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(
+    model, reducer, settings, message
+):
     with pumer.reduced(model, matrix.REDUCERS["tome"]):
         with pytest.raises(ValueError, match=message):
             pumer.apply(model, reducer, **settings)
@@ -106,8 +130,14 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(model, reduc
         (lambda: Random(prune=1.0), "prune is a ratio in"),
         (lambda: Uniform(layers=(-2,)), "layers are whole numbers"),
         (lambda: Pool(window=0), "at least one patch on a side"),
-        (lambda: get("shrink"), "no reducer is named 'shrink'. There are .*compose, .*no-vision, none"),
-        (lambda: from_dict({"reducer": "tome", "speed": 2, "haste": 1}), "tome has no setting haste, speed. It has r"),
+        (
+            lambda: get("shrink"),
+            "no reducer is named 'shrink'. There are .*compose, .*no-vision, none",
+        ),
+        (
+            lambda: from_dict({"reducer": "tome", "speed": 2, "haste": 1}),
+            "tome has no setting haste, speed. It has r",
+        ),
         (lambda: register(NoVision), "a reducer named 'no-vision' is registered already"),
     ],
 )
@@ -116,7 +146,9 @@ def test_settings_are_checked_when_they_are_made(make, message):
         make()
 
 
-@pytest.mark.parametrize("reducer", [*matrix.REDUCERS.values(), *matrix.COMPOSED.values(), matrix.OFFICIAL])
+@pytest.mark.parametrize(
+    "reducer", [*matrix.REDUCERS.values(), *matrix.COMPOSED.values(), matrix.OFFICIAL]
+)
 def test_a_reducer_is_plain_data_and_back(reducer):
     assert from_dict(to_dict(reducer)) == reducer
     assert reducer.name in list_reducers()
@@ -127,9 +159,15 @@ def test_a_reducer_is_plain_data_and_back(reducer):
     ("changes", "message"),
     [
         ({"input_ids": None}, "give exactly one of input_ids and inputs_embeds"),
-        ({"inputs_embeds": torch.ones(4, 12, 32)}, "give exactly one of input_ids and inputs_embeds"),
+        (
+            {"inputs_embeds": torch.ones(4, 12, 32)},
+            "give exactly one of input_ids and inputs_embeds",
+        ),
         ({"pixel_values": None}, "give exactly one of pixel_values and image_embeds"),
-        ({"input_ids": torch.ones(3, 12, dtype=torch.long)}, "3 texts and 4 images: the batch sizes must agree"),
+        (
+            {"input_ids": torch.ones(3, 12, dtype=torch.long)},
+            "3 texts and 4 images: the batch sizes must agree",
+        ),
     ],
 )
 def test_inputs_are_checked_as_by_the_stock_model(model, changes, message):
@@ -183,7 +221,9 @@ def test_a_trace_ends_with_its_block(model):
 
 
 @pytest.mark.parametrize(
-    "reducer", [pumer.Random(prune=0.99), pumer.PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3))], ids=lambda r: r.name
+    "reducer",
+    [pumer.Random(prune=0.99), pumer.PuMer(prune=0.6, merge=0.3, layers=(0, 1, 2, 3))],
+    ids=lambda r: r.name,
 )
 def test_one_patch_is_left_at_every_ratio(reducer):
     model = tiny.model()

@@ -5,21 +5,23 @@ import json
 import re
 
 import pytest
+import tiny
+import tiny_llm
 import torch
 import yaml
 
 import pumer
-import tiny
-import tiny_llm
 from pumer import Compose, DyMU, PuMer, PyramidDrop, SmartTrim, SparseVLM, ToMe, Unreduced
 from pumer.adapters import find
 from pumer.presets import PRESETS, read_reducer
 from pumer.reducers import ModelShape, from_dict, get, list_reducers, to_dict
-from pumer.reducers.budget import spread, stage_layers
 from pumer.reducers.dymu import Cutoffs
+from pumer.reducers.ops.budget import spread, stage_layers
 
 SHIPPED = ("scenes-vilt", "scenes-vilt-pumer")
-REFUSED = r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size"
+REFUSED = (
+    r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size"
+)
 """Reasons that no default can mend."""
 
 
@@ -51,7 +53,9 @@ def test_every_reducer_by_its_name_alone_fits_every_model_it_can_reduce(models, 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("reducer", ["tome", "pumer", "sparsevlm", "pyramiddrop", "dymu", "svd-prune"])
+@pytest.mark.parametrize(
+    "reducer", ["tome", "pumer", "sparsevlm", "pyramiddrop", "dymu", "svd-prune"]
+)
 def test_shipped_models_are_reduced_by_defaults(name, reducer):
     model = pumer.apply(pumer.load(name), reducer)
     report = pumer.report(model)
@@ -69,7 +73,13 @@ def test_a_decoder_really_gets_shorter_with_defaults():
 
 @pytest.mark.parametrize(
     ("depth", "last", "expected"),
-    [(12, 11, (2, 5, 8)), (32, 30, (7, 15, 23)), (6, 5, (1, 2, 3)), (4, 2, (0, 1, 2)), (3, 2, (0, 1, 2))],
+    [
+        (12, 11, (2, 5, 8)),
+        (32, 30, (7, 15, 23)),
+        (6, 5, (1, 2, 3)),
+        (4, 2, (0, 1, 2)),
+        (3, 2, (0, 1, 2)),
+    ],
 )
 def test_stages_end_where_the_papers_have_them(depth, last, expected):
     assert stage_layers(3, depth, last) == expected
@@ -81,7 +91,9 @@ def test_too_shallow_a_model_is_told():
 
 
 def test_published_defaults():
-    llava = ModelShape(depth=32, last=30, image=576, proportional=False, encoder=True, tower=ModelShape(24, 23))
+    llava = ModelShape(
+        depth=32, last=30, image=576, proportional=False, encoder=True, tower=ModelShape(24, 23)
+    )
     vilt = ModelShape(depth=12, last=11, image=144)
     assert PuMer().resolve(vilt).layers == (2, 5, 8)
     assert ToMe().resolve(vilt) == ToMe(r=8, depth=12, proportional=True)
@@ -90,7 +102,9 @@ def test_published_defaults():
     composed = Compose().resolve(llava)
     assert composed.tower == ToMe(r=8, depth=24, proportional=True)
     assert composed.inside.layers == (7, 15, 23)
-    assert Compose(ToMe(), SmartTrim()).resolve(dataclasses.replace(llava)).tower.proportional is False
+    assert (
+        Compose(ToMe(), SmartTrim()).resolve(dataclasses.replace(llava)).tower.proportional is False
+    )
     assert DyMU().resolve(vilt).thresholds == (0.85,) * 12
 
 
@@ -124,7 +138,9 @@ def test_cutoffs_of_a_shallow_tower_can_be_read():
 
 
 def test_files_that_were_saved_before_mean_what_they_meant():
-    every = from_dict({"reducer": "pumer", "prune": 0, "merge": 5, "layers": None, "official": True})
+    every = from_dict(
+        {"reducer": "pumer", "prune": 0, "merge": 5, "layers": None, "official": True}
+    )
     assert every.layers == "all"
     assert to_dict(every)["layers"] is None
     assert from_dict(to_dict(every)) == every
@@ -142,7 +158,12 @@ def test_every_way_to_name_a_reducer(tmp_path):
     pumer.save(model, tmp_path / "model")
     resolved = pumer.active(model).reducer
     by_settings = {"reducer": "tome", "r": 3, "depth": 4}
-    for spec in (expected, by_settings, str(tmp_path / "settings.yaml"), tmp_path / "settings.json"):
+    for spec in (
+        expected,
+        by_settings,
+        str(tmp_path / "settings.yaml"),
+        tmp_path / "settings.json",
+    ):
         assert read_reducer(spec) == expected
     for spec in (tmp_path / "model", str(tmp_path / "model"), tmp_path / "model" / "pumer.json"):
         assert read_reducer(spec) == resolved
@@ -181,4 +202,6 @@ def test_every_setting_is_in_the_docstring():
 
 def test_a_patch_is_printed_in_a_line():
     text = repr(pumer.active(pumer.apply(tiny.model(), "tome")))
-    assert text == ("Patch(ToMe(r=8, depth=4, proportional=True), family='ViLT', attention='sdpa', trim=True)")
+    assert text == (
+        "Patch(ToMe(r=8, depth=4, proportional=True), family='ViLT', attention='sdpa', trim=True)"
+    )

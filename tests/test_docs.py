@@ -6,24 +6,24 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_llm
 import torch
 import transformers
 from PIL import Image
 
 import pumer
-import tiny
-import tiny_llm
 from pumer.adapters import base
 from pumer.cli import COMMANDS, POSITIONAL, _function
-from pumer.commands.help import options
-from pumer.commands.parsing import parse
-from pumer.commands.words import unknown_command
-from pumer.data.text import train_tokenizer
-from pumer.data.transforms import Square, build_transform, save_transform
+from pumer.lab.commands.help import options
+from pumer.lab.commands.parsing import parse
+from pumer.lab.commands.words import unknown_command
+from pumer.lab.data.text import train_tokenizer
+from pumer.lab.data.transforms import Square, build_transform, save_transform
+from pumer.lab.tasks import build
+from pumer.lab.train.arguments import trainer_settings
 from pumer.presets import read_reducer
 from pumer.reducers import registry
-from pumer.tasks import build
-from pumer.train.arguments import trainer_settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,11 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
 
 def blocks(path, *languages):
-    return [code for language, code in BLOCK.findall(path.read_text(encoding="utf-8")) if language in languages]
+    return [
+        code
+        for language, code in BLOCK.findall(path.read_text(encoding="utf-8"))
+        if language in languages
+    ]
 
 
 class Processor:
@@ -68,11 +72,16 @@ def checkpoints(monkeypatch, tmp_path):
         monkeypatch.setattr(
             cls,
             "from_pretrained",
-            lambda name, *args, **kwargs: make() if str(name).count("/") == 1 else stock(name, *args, **kwargs),
+            lambda name, *args, **kwargs: (
+                make() if str(name).count("/") == 1 else stock(name, *args, **kwargs)
+            ),
         )
 
     replace(transformers.ViltForQuestionAnswering, vilt)
-    joint, decoder = Processor(lambda: tiny.batch(rows=1)), Processor(lambda: tiny_llm.batch("llava"))
+    joint, decoder = (
+        Processor(lambda: tiny.batch(rows=1)),
+        Processor(lambda: tiny_llm.batch("llava")),
+    )
     replace(transformers.ViltProcessor, lambda: joint)
     replace(transformers.AutoProcessor, lambda: decoder)
     replace(transformers.AutoModelForImageTextToText, lambda: tiny_llm.model("llava"))
@@ -108,7 +117,9 @@ def commands(path):
     """
     text = path.read_text(encoding="utf-8")
     lines = [
-        (line, "..." in line) for code in blocks(path, "sh", "bash") for line in code.replace("\\\n", " ").splitlines()
+        (line, "..." in line)
+        for code in blocks(path, "sh", "bash")
+        for line in code.replace("\\\n", " ").splitlines()
     ]
     lines += [(line, True) for line in re.findall(r"`(pumer [a-z][^`]*)`", text)]
     for line, partial in lines:
@@ -157,7 +168,9 @@ def check_command(words, partial=False):
     words = [word for word in words[len(name.split()) :] if word != "--help"]
     path = COMMANDS[name][0]
     try:
-        values = parse(_function(path), options(path), words, name in POSITIONAL, recipes=name == "train")
+        values = parse(
+            _function(path), options(path), words, name in POSITIONAL, recipes=name == "train"
+        )
     except ValueError as error:
         if partial and re.match(r"give |--\w+ has no value", str(error)):
             return

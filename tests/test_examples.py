@@ -10,8 +10,8 @@ from PIL import Image
 
 import pumer
 from pumer.cli import main
-from pumer.tasks.check import check_files
-from pumer.tasks.vqav2 import VQAv2
+from pumer.lab.tasks.check import check_files
+from pumer.lab.tasks.vqav2 import VQAv2
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHAPES = ("circle", "triangle", "rectangle")

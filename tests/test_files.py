@@ -1,4 +1,5 @@
-"""Files that are written: whole or not at all, one process at a time, links and permissions kept."""
+"""Files that are written: whole or not at all, one process at a time, links and permissions
+kept."""
 
 import csv
 import errno
@@ -82,7 +83,9 @@ def test_no_file_is_put_where_something_else_is(tmp_path):
     for path in ("pipe", "folder", "loop", "/dev/null", f"{tmp_path}/new/"):
         where = path if path.endswith("/") else tmp_path / path
         for attempt in (check_file, write, lambda path: append_rows(path, [{"a": 1}])):
-            with pytest.raises(ValueError, match=r"(pipe or a device|is a folder|leads to itself): name"):
+            with pytest.raises(
+                ValueError, match=r"(pipe or a device|is a folder|leads to itself): name"
+            ):
                 attempt(where)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert listed(tmp_path) == ["folder", "loop", "pipe"]
@@ -90,7 +93,10 @@ def test_no_file_is_put_where_something_else_is(tmp_path):
 
 def test_what_a_kill_left_is_deleted_and_what_is_being_written_is_not(tmp_path):
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    code = f"from pumer._files import *\nwith replacing({str(tmp_path / 'file')!r}) as file: file.write('x'); {kill}"
+    code = (
+        f"from pumer._files import *\nwith replacing({str(tmp_path / 'file')!r}) as file: "
+        f"file.write('x'); {kill}"
+    )
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": SRC}, check=False)
     (left_over,) = listed(tmp_path)
     with replacing(tmp_path / "other"), replacing(tmp_path / "file") as first:
@@ -169,7 +175,10 @@ def test_a_lock_is_given_up_and_another_ones_is_left(tmp_path):
         assert holder is not None
         with claimed(tmp_path) as other:
             assert other is None
-        with pytest.raises(ValueError, match=r"another process works in"), locked(tmp_path, wait=0.0):
+        with (
+            pytest.raises(ValueError, match=r"another process works in"),
+            locked(tmp_path, wait=0.0),
+        ):
             pass
         (tmp_path / "lock").unlink()
         (tmp_path / "lock").write_text("of somebody who came since")
@@ -189,7 +198,9 @@ def test_a_lock_on_windows_is_of_a_byte_behind_the_file(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK="LK_NBLCK", locking=locking))
+    monkeypatch.setitem(
+        sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK="LK_NBLCK", locking=locking)
+    )
     with (tmp_path / "a").open("w") as first, (tmp_path / "a").open("a") as second:
         assert lock(first)
         assert not lock(second)
@@ -281,5 +292,9 @@ def test_columns_are_compared_before_the_work(tmp_path):
 
 
 def test_digests_are_those_that_files_were_named_by(tmp_path):
-    assert _files.digest({"b": 1, "a": [2, "ü"]}) == _files.digest({"a": [2, "ü"], "b": 1}) == "c72cc8b84920"
+    assert (
+        _files.digest({"b": 1, "a": [2, "ü"]})
+        == _files.digest({"a": [2, "ü"], "b": 1})
+        == "c72cc8b84920"
+    )
     assert _files.sha256([b"a", b"bc"]) == _files.sha256([b"abc"])

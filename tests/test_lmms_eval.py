@@ -1,7 +1,9 @@
-"""The model for lmms-eval: what it answers, what it refuses, and a run of lmms-eval itself where that is installed.
+"""The model for lmms-eval: what it answers, what it refuses, and a run of lmms-eval itself where
+that is installed.
 
-lmms-eval brings gigabytes along, so most tests take a stand-in for the few things of it that the model touches: the
-base class, the manifest and the requests of its chat interface, as lmms-eval 0.7.3 has them.
+lmms-eval brings gigabytes along, so most tests take a stand-in for the few things of it that the
+model touches: the base class, the manifest and the requests of its chat interface, as lmms-eval
+0.7.3 has them.
 """
 
 import importlib
@@ -15,15 +17,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import tiny_llm
 import torch
 import transformers
 from PIL import Image
+from tiny_processor import PROCESSORS, VIDEOS, processor_of
 from transformers import AutoProcessor
 
 import pumer
-import tiny_llm
 from pumer.reducers import DivPrune, FastV, Unreduced
-from tiny_processor import PROCESSORS, VIDEOS, processor_of
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
@@ -61,7 +63,9 @@ def stand_in():
         "lmms_eval.api": {},
         "lmms_eval.api.model": {"lmms": lmms},
         "lmms_eval.models": {},
-        "lmms_eval.models.registry_v2": {"ModelManifest": make_dataclass("ModelManifest", fields, frozen=True)},
+        "lmms_eval.models.registry_v2": {
+            "ModelManifest": make_dataclass("ModelManifest", fields, frozen=True)
+        },
     }
     modules = {}
     for name, content in contents.items():
@@ -93,7 +97,9 @@ def opened(plugin, folders, monkeypatch):
     def open_(family="llava", **arguments):
         with monkeypatch.context() as patch:
             if family in VIDEOS:
-                patch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor_of(family))
+                patch.setattr(
+                    AutoProcessor, "from_pretrained", lambda *_, **__: processor_of(family)
+                )
             return plugin.PumerModel(folders(family), device="cpu", **arguments)
 
     return open_
@@ -108,7 +114,9 @@ def picture(number):
 def asked(*parts):
     """A conversation: texts, and numbers of pictures."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": picture(part)}
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "url": picture(part)}
         for part in parts
     ]
     return [{"role": "user", "content": content}]
@@ -133,14 +141,18 @@ def directly(family, conversation, reducer, **settings):
         text = mark * sum(part["type"] == "image" for part in content)
         text += "\n".join(part["text"] for part in content if part["type"] == "text")
     else:
-        text = " ".join(mark if part["type"] == "image" else part["text"] for part in content) + " w3"
+        text = (
+            " ".join(mark if part["type"] == "image" else part["text"] for part in content) + " w3"
+        )
     images = [part["url"] for part in content if part["type"] == "image"]
     inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
     inputs.pop("labels", None)
     if reducer is not None:
         pumer.apply(model, reducer)
     ids = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 6} | settings)
-    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(
+        ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 CONVERSATIONS = [
@@ -155,20 +167,24 @@ CONVERSATIONS = [
 # --- what it answers ---
 
 
-# PaliGemma's processor makes NumPy arrays of torch's tensors, whose __array__ is older than NumPy 2:
+# PaliGemma's processor makes NumPy arrays of torch's tensors, whose __array__ is older than NumPy
+# 2:
 # https://numpy.org/devdocs/numpy_2_0_migration_guide.html#adapting-to-changes-in-the-copy-keyword
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("family", PROCESSORS)
 @pytest.mark.parametrize("reducer", [None, "fastv", "divprune"])
 def test_answers_are_those_of_generate(opened, family, reducer):
-    """Batches of prompts of different lengths, with one image, several or none: as each alone, without lmms-eval.
+    """Batches of prompts of different lengths, with one image, several or none: as each alone,
+    without lmms-eval.
 
     PaliGemma's processor takes no prompt without an image.
     """
     settings = {None: {}, "fastv": {"layer": 1, "keep": 0.5}, "divprune": {"keep": 0.5}}[reducer]
     alone = {None: None, "fastv": FastV(keep=0.5, layer=1), "divprune": DivPrune(keep=0.5)}[reducer]
     model = opened(family, reducer=reducer, batch_size="3", **settings)
-    conversations = [CONVERSATIONS[row] for row in (0, 1, 3, 4)] if family == "paligemma" else CONVERSATIONS
+    conversations = (
+        [CONVERSATIONS[row] for row in (0, 1, 3, 4)] if family == "paligemma" else CONVERSATIONS
+    )
     answers = model.generate_until(requests(model, conversations))
     assert answers == [directly(family, conversation, alone) for conversation in conversations]
     assert any(answers)
@@ -178,7 +194,9 @@ def test_a_reducer_changes_answers(opened):
     whole, less = opened(), opened(reducer="fastv", keep=1, layer=1)
     assert pumer.api.active(whole.model) is None
     assert pumer.api.active(less.model).reducer == FastV(keep=1, layer=1)
-    first, second = (model.generate_until(requests(model, CONVERSATIONS)) for model in (whole, less))
+    first, second = (
+        model.generate_until(requests(model, CONVERSATIONS)) for model in (whole, less)
+    )
     assert first != second
     assert first[2] == second[2]  # nothing to reduce
 
@@ -212,9 +230,17 @@ def test_settings_of_tasks_reach_generate(opened, monkeypatch):
     assert given(temperature=0.7, top_p=0.9, num_beams=3) == (True, 0.7, 0.9, 3, 2)
     assert given(temperature=0.7, do_sample=False) == (False, None, None, None, 2)
     assert given(temperature=0, do_sample=True) == (False, None, None, None, 2)
-    assert given(do_sample=True, image_aspect_ratio="original", until=["x"]) == (True, None, None, None, 2)
+    assert given(do_sample=True, image_aspect_ratio="original", until=["x"]) == (
+        True,
+        None,
+        None,
+        None,
+        2,
+    )
     assert {"image_aspect_ratio", "until"}.isdisjoint(seen)
-    monkeypatch.setattr(model.model, "generate", lambda **kwargs: seen.update(kwargs) or kwargs["input_ids"])
+    monkeypatch.setattr(
+        model.model, "generate", lambda **kwargs: seen.update(kwargs) or kwargs["input_ids"]
+    )
     assert model.answer([CONVERSATIONS[0]], {"max_new_tokens": None}) == [""]
     assert seen["max_new_tokens"] == 1024
 
@@ -225,7 +251,9 @@ def test_beams_and_greedy_whatever_the_model_prefers(opened):
     beams = model.generate_until(requests(model, CONVERSATIONS[:1], GREEDY | {"num_beams": 3}))
     assert beams == [directly("llava", CONVERSATIONS[0], reducer, num_beams=3)]
     model.model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
-    assert model.generate_until(requests(model, CONVERSATIONS[:1])) == [directly("llava", CONVERSATIONS[0], reducer)]
+    assert model.generate_until(requests(model, CONVERSATIONS[:1])) == [
+        directly("llava", CONVERSATIONS[0], reducer)
+    ]
 
 
 def test_answers_end_where_the_task_says(opened):
@@ -233,7 +261,10 @@ def test_answers_end_where_the_task_says(opened):
     (whole,) = model.answer([CONVERSATIONS[0]], GREEDY)
     words = whole.split()
     assert len(words) > 2
-    assert model.answer([CONVERSATIONS[0]], GREEDY | {"until": words[-1]})[0] == whole.split(words[-1])[0].strip()
+    assert (
+        model.answer([CONVERSATIONS[0]], GREEDY | {"until": words[-1]})[0]
+        == whole.split(words[-1])[0].strip()
+    )
     assert model.answer([CONVERSATIONS[0]], GREEDY | {"until": ["", "none", words[0]]}) == [""]
 
 
@@ -251,15 +282,18 @@ def test_a_template_may_begin_the_text_itself(opened):
     seen = []
     model.model.generate = lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"]
     backend = model.processor.tokenizer.backend_tokenizer
-    backend.post_processor = transformers.tokenization_utils_tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
+    backend.post_processor = (
+        transformers.tokenization_utils_tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     )
     model.answer([CONVERSATIONS[0]], GREEDY)
     assert (seen[0] == 1).sum() == 1
 
 
 def test_rounds(opened):
-    """Each round's prompt is made from the answers so far, until the task says that it is enough."""
+    """Each round's prompt is made from the answers so far, until the task says that it is
+    enough."""
     model = opened()
 
     def messages_of(doc, round_idx=None, previous_output=None, previous_round_info=None):
@@ -300,14 +334,18 @@ def test_a_folder_of_pumer_brings_its_reducer(plugin, tmp_path):
     processor_of("llava").save_pretrained(tmp_path / "model")
 
     def opened(**arguments):
-        return pumer.api.active(plugin.PumerModel(str(tmp_path / "model"), device="cpu", **arguments).model).reducer
+        return pumer.api.active(
+            plugin.PumerModel(str(tmp_path / "model"), device="cpu", **arguments).model
+        ).reducer
 
     assert opened() == FastV(keep=0.3, layer=1)
     assert opened(reducer="none") == Unreduced()
 
 
 def test_settings_of_the_image_processor(opened):
-    model = opened(reducer="fastv", layer=1, do_normalize=False, crop_size="{height: 32, width: 32}")
+    model = opened(
+        reducer="fastv", layer=1, do_normalize=False, crop_size="{height: 32, width: 32}"
+    )
     assert model.processor.image_processor.do_normalize is False
     assert model.processor.image_processor.crop_size["width"] == 32
     assert model.processor.tokenizer.padding_side == "left"
@@ -324,7 +362,10 @@ def test_settings_of_the_model(opened):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reducer": "fastv", "kep": 0.5}, "kep is a setting neither of fastv, which has keep, layer, nor of CLIP"),
+        (
+            {"reducer": "fastv", "kep": 0.5},
+            "kep is a setting neither of fastv, which has keep, layer, nor of CLIP",
+        ),
         ({"keep": 0.5}, "keep is a setting neither of no reducer"),
         ({"reducer": "nothing"}, "no reducer is named 'nothing'"),
         ({"reducer": "nothing.yaml"}, "there is no file nothing.yaml"),
@@ -340,7 +381,12 @@ def test_what_cannot_be_opened(opened, arguments, message):
 
 def test_what_it_does_not_do(opened):
     model = opened()
-    video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "w4"}]}]
+    video = [
+        {
+            "role": "user",
+            "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "w4"}],
+        }
+    ]
     with pytest.raises(ValueError, match="cannot run a task with video"):
         model.generate_until(requests(model, [video]))
     with pytest.raises(NotImplementedError, match="the form of the task that generates"):
@@ -362,7 +408,10 @@ def test_the_entry_point(plugin):
 def test_without_lmms_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "pumer.lmms_eval", raising=False)
-    with pytest.raises(ImportError, match=r"benchmarks of lmms-eval need lmms_eval.*: .*pip install '\.\[lmms-eval\]'"):
+    with pytest.raises(
+        ImportError,
+        match=r"benchmarks of lmms-eval need lmms_eval.*: .*pip install '\.\[lmms-eval\]'",
+    ):
         importlib.import_module("pumer.lmms_eval")
 
 
@@ -375,7 +424,10 @@ def test_a_run_of_lmms_eval(plugin, folders, tmp_path, arguments):
 
     MODEL_REGISTRY_V2.register_manifest(plugin.MANIFEST, overwrite=True)
     reducer = FastV(keep=0.5, layer=1) if arguments else None
-    right = [directly("llava", conversation, reducer) for conversation in (asked(0, "w4 w5"), asked(1, "w6"))]
+    right = [
+        directly("llava", conversation, reducer)
+        for conversation in (asked(0, "w4 w5"), asked(1, "w6"))
+    ]
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     docs = [
@@ -385,14 +437,17 @@ def test_a_run_of_lmms_eval(plugin, folders, tmp_path, arguments):
     ]
     (tmp_path / "docs.json").write_text(json.dumps(docs))
     (tmp_path / "utils.py").write_text(
-        "from PIL import Image\ndef visual(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n"
+        "from PIL import Image\ndef visual(doc):\n    return "
+        "[Image.open(doc['image']).convert('RGB')]\n"
         "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
     )
     (tmp_path / "tiny.yaml").write_text(
         "task: pumer_tiny\ndataset_path: json\n"
-        f"dataset_kwargs:\n  data_files: {tmp_path / 'docs.json'}\n  cache_dir: {tmp_path / 'cache'}\n"
+        f"dataset_kwargs:\n  data_files: {tmp_path / 'docs.json'}\n  cache_dir: "
+        f"{tmp_path / 'cache'}\n"
         "test_split: train\noutput_type: generate_until\n"
-        "doc_to_visual: !function utils.visual\ndoc_to_text: !function utils.text\ndoc_to_target: answer\n"
+        "doc_to_visual: !function utils.visual\ndoc_to_text: !function utils.text\ndoc_to_target: "
+        "answer\n"
         "generation_kwargs:\n  max_new_tokens: 6\n  temperature: 0\n  until: []\n"
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
@@ -406,4 +461,6 @@ def test_a_run_of_lmms_eval(plugin, folders, tmp_path, arguments):
         cli_args=SimpleNamespace(process_with_media=False, output_path=None),
     )
     score = results["results"]["pumer_tiny"]
-    assert [value for name, value in score.items() if name.startswith("exact_match,")] == [pytest.approx(2 / 3)]
+    assert [value for name, value in score.items() if name.startswith("exact_match,")] == [
+        pytest.approx(2 / 3)
+    ]

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 import pumer
 from pumer._settings import check_settings
+from pumer.lab.tasks import build
 from pumer.reducers import from_dict
-from pumer.tasks import build
 
 
 @dataclass
@@ -61,7 +61,11 @@ def test_settings_of_the_right_type_pass(name, value, expected):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("labels", [True, False, "rectangle"], r"outer: labels is \[True.*tuple\[str, \.\.\.\].*in quotes"),
+        (
+            "labels",
+            [True, False, "rectangle"],
+            r"outer: labels is \[True.*tuple\[str, \.\.\.\].*in quotes",
+        ),
         ("labels", "yes", r"labels is 'yes'; expected tuple\[str"),
         ("pair", [2], r"pair is \[2\]; expected tuple\[int, float\]"),
         ("rates", {"a": "b"}, r"expected dict\[str, float\]"),
@@ -85,9 +89,15 @@ def test_settings_of_another_type_are_named(name, value, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vqav2", "root": "x", "labels": [True, False]}, "task vqav2: labels is .*in quotes"),
+        (
+            {"name": "vqav2", "root": "x", "labels": [True, False]},
+            "task vqav2: labels is .*in quotes",
+        ),
         ({"name": "scenes", "questions": 7.5}, r"task scenes: questions is 7\.5; expected int"),
-        ({"name": "nlvr", "root": "x", "held_out": ["a"]}, r"held_out is \['a'\]; expected tuple\[int"),
+        (
+            {"name": "nlvr", "root": "x", "held_out": ["a"]},
+            r"held_out is \['a'\]; expected tuple\[int",
+        ),
         ({"name": "snli-ve", "root": "x", "skip": "all"}, "skip is 'all'; expected Literal"),
     ],
 )
@@ -100,7 +110,10 @@ def test_tasks_check_theirs(settings, message):
     ("settings", "message"),
     [
         ({"reducer": "tome", "r": 2.5}, r"reducer tome: r is 2\.5; expected int"),
-        ({"reducer": "dart", "pivots": [4]}, r"reducer dart: pivots is \(4,\); expected tuple\[int, int\]"),
+        (
+            {"reducer": "dart", "pivots": [4]},
+            r"reducer dart: pivots is \(4,\); expected tuple\[int, int\]",
+        ),
         ({"reducer": "pumer", "official": "yes"}, "reducer pumer: official is 'yes'"),
     ],
 )
@@ -117,8 +130,17 @@ def test_types_of_every_reducer_are_known(name):
 
 
 def test_settings_of_the_trainer_are_known():
-    for name, value in (("max_steps", True), ("learning_rate", "fast"), ("metric_for_best_model", 3)):
+    for name, value in (
+        ("max_steps", True),
+        ("learning_rate", "fast"),
+        ("metric_for_best_model", 3),
+    ):
         with pytest.raises(ValueError, match=f"trainer: {name} is"):
             check_settings(TrainingArguments, {name: value}, "trainer")
-    good = {"lr_scheduler_kwargs": {"lr_end": 1e-7}, "report_to": ["none"], "eval_strategy": "steps", "bf16": True}
+    good = {
+        "lr_scheduler_kwargs": {"lr_end": 1e-7},
+        "report_to": ["none"],
+        "eval_strategy": "steps",
+        "bf16": True,
+    }
     assert check_settings(TrainingArguments, good, "trainer") == good

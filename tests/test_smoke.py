@@ -8,15 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import tiny
+import tiny_llm
 import torch
 
 import pumer
-import tiny
-import tiny_llm
 from pumer.cli import COMMANDS, main
-from pumer.data.image_store import open_store
-from pumer.score.ray import spread
-from pumer.study import run as run_study
+from pumer.lab.data.image_store import open_store
+from pumer.lab.score.ray import spread
+from pumer.lab.study import run as run_study
 
 pytestmark = pytest.mark.smoke
 
@@ -55,7 +55,8 @@ def encoder_logits(model, inputs):
 
 
 def image_tokens(model):
-    """Image tokens after the last layer, in the last call of a model that `apply` has been called on."""
+    """Image tokens after the last layer, in the last call of a model that `apply` has been called
+    on."""
     return pumer.active(model).lengths[-1][1]
 
 
@@ -99,7 +100,10 @@ def test_an_encoder_trains(encoder, name):
     inputs = tiny.batch(kind)
     with pumer.reduced(model, ENCODER_REDUCERS[name]):
         model(**inputs).logits.sum().backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
     assert sum(parameter.grad is not None for parameter in model.parameters()) > 10
     model.zero_grad()
 
@@ -133,10 +137,15 @@ def test_a_decoder_generates(decoder, name):
     suppressed = tiny_llm.GREEDY["suppress_tokens"]
     with pumer.reduced(model, DECODER_REDUCERS[name]):
         answers = tiny_llm.answer(model, inputs)
-        allowed = tiny_llm.logits(model, inputs)[:, -1].index_fill(1, torch.tensor(suppressed), float("-inf"))
+        allowed = tiny_llm.logits(model, inputs)[:, -1].index_fill(
+            1, torch.tensor(suppressed), float("-inf")
+        )
         assert [answer[0] for answer in answers] == allowed.argmax(1).tolist()
         for row in range(len(LAYOUT)):
-            assert tiny_llm.answer(model, tiny_llm.alone(family, LAYOUT, row)) == answers[row : row + 1]
+            assert (
+                tiny_llm.answer(model, tiny_llm.alone(family, LAYOUT, row))
+                == answers[row : row + 1]
+            )
     assert tiny_llm.answer(model, inputs) == stock
 
 
@@ -186,7 +195,9 @@ def without_extras(monkeypatch):
 
 @pytest.mark.usefixtures("without_extras")
 def test_what_a_command_misses_is_named(tmp_path, capsys):
-    assert main(["tune", "--model", "model", "--out", str(tmp_path / "out"), "--max_drop", "1"]) == 2
+    assert (
+        main(["tune", "--model", "model", "--out", str(tmp_path / "out"), "--max_drop", "1"]) == 2
+    )
     assert "pip install '.[tune]'" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"pip install '\.\[study\]'"):
         run_study(None, tmp_path / "out")

@@ -18,15 +18,24 @@ def test_the_package_and_make_take_the_same_pythons(version):
     taken = version in SpecifierSet(PROJECT["requires-python"])
     assert taken == (version in PYTHONS)
     assert taken == (f"Programming Language :: Python :: {version}" in PROJECT["classifiers"])
-    check = re.search(r"^SUPPORTED := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    check = re.search(
+        r"^SUPPORTED := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )[1]
     major, minor = map(int, version.split("."))
-    condition = check.split("sys.exit(not ")[1].removesuffix(")").replace("sys.version_info[:2]", f"({major}, {minor})")
+    condition = (
+        check.split("sys.exit(not ")[1]
+        .removesuffix(")")
+        .replace("sys.version_info[:2]", f"({major}, {minor})")
+    )
     assert eval(condition) == taken
 
 
 def test_every_pin_is_a_version_that_the_package_takes():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {name.lower(): version for name, version in (line.split("==") for line in lines if "==" in line)}
+    pins = {
+        name.lower(): version
+        for name, version in (line.split("==") for line in lines if "==" in line)
+    }
     optional = (line for lines in PROJECT["optional-dependencies"].values() for line in lines)
     for requirement in map(Requirement, [*PROJECT["dependencies"], *optional]):
         if requirement.name != "lmms-eval":  # too large for the environment of the tests

@@ -5,14 +5,14 @@ import itertools
 from pathlib import Path
 
 import pytest
+import tiny_llm
 import torch
 from PIL import Image
+from tiny import batch, model
 
 import pumer
-import tiny_llm
 from pumer.cli import main
 from pumer.viz import TokenMap, draw, gallery, png, to_picture, token_map, token_maps
-from tiny import batch, model
 
 LLAVA = Path(__file__).parents[1] / "benchmarks" / "models" / "scenes-llava"
 
@@ -29,7 +29,9 @@ def words(inputs):
 
 @pytest.fixture
 def shown(inputs, words):
-    net = pumer.apply(model(), pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.2, layers=(0, 2)), trim=False)
+    net = pumer.apply(
+        model(), pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.2, layers=(0, 2)), trim=False
+    )
     return token_map(net, inputs, words)
 
 
@@ -45,7 +47,9 @@ def test_every_patch_is_kept_merged_or_dropped_once(shown):
 def test_groups_only_grow_and_dropped_patches_stay_dropped(shown):
     first, second = shown.layers
     assert set(first.dropped) <= set(second.dropped)
-    of = {patch: group for group in second.merged for patch in group} | {patch: (patch,) for patch in second.kept}
+    of = {patch: group for group in second.merged for patch in group} | {
+        patch: (patch,) for patch in second.kept
+    }
     for group in first.merged:
         assert len({of.get(patch) for patch in group}) == 1
     assert second.image_tokens < first.image_tokens
@@ -115,7 +119,11 @@ def test_what_cannot_be_shown_is_said(inputs, words):
         token_map(pumer.apply(net, pumer.Unreduced()), inputs, words)
     with pytest.raises(ValueError, match="batch of one"):
         token_map(net, {name: torch.cat([value, value]) for name, value in inputs.items()}, words)
-    pair = {name: value[:1] for name, value in batch("ViltForImagesAndTextClassification").items() if name != "labels"}
+    pair = {
+        name: value[:1]
+        for name, value in batch("ViltForImagesAndTextClassification").items()
+        if name != "labels"
+    }
     two = pumer.apply(model("ViltForImagesAndTextClassification"), pumer.PuMer(layers=(0,)))
     with pytest.raises(ValueError, match="two images"):
         token_map(two, pair, words)
@@ -130,7 +138,12 @@ def prompt_words(family, inputs):
 
 @pytest.mark.parametrize(
     "reducer",
-    [pumer.FastV(keep=0.5), pumer.DivPrune(keep=5), pumer.PuMer(layers=(0, 1)), pumer.PyramidDrop(keep=(0.5, 0.25))],
+    [
+        pumer.FastV(keep=0.5),
+        pumer.DivPrune(keep=5),
+        pumer.PuMer(layers=(0, 1)),
+        pumer.PyramidDrop(keep=(0.5, 0.25)),
+    ],
     ids=lambda reducer: reducer.name,
 )
 def test_a_decoders_map_says_what_was_kept(reducer):
@@ -143,13 +156,19 @@ def test_a_decoders_map_says_what_was_kept(reducer):
     assert shown.raster
     # One chip for the image, and all other words as they are.
     assert list(shown.words) == [*words[:5], "<image> x 16", *words[21:]]
-    (start,) = (i for i, word in enumerate(words) if word == "<image>" and words[i - 1] != "<image>")
+    (start,) = (
+        i for i, word in enumerate(words) if word == "<image>" and words[i - 1] != "<image>"
+    )
     left = {place - start for place in pumer.kept(net)[0].tolist() if 0 <= place - start < 16}
     last = shown.layers[-1]
     assert {group[0] for group in (*((i,) for i in last.kept), *last.merged)} == left
     for layer in shown.layers:
-        assert sorted([*layer.kept, *itertools.chain(*layer.merged), *layer.dropped]) == list(range(16))
-        assert sorted([*itertools.chain(*layer.text), *layer.text_dropped]) == list(range(len(shown.words)))
+        assert sorted([*layer.kept, *itertools.chain(*layer.merged), *layer.dropped]) == list(
+            range(16)
+        )
+        assert sorted([*itertools.chain(*layer.text), *layer.text_dropped]) == list(
+            range(len(shown.words))
+        )
     assert TokenMap.from_json(shown.to_json()) == shown
 
 
@@ -163,7 +182,9 @@ def test_every_image_of_a_prompt_has_its_map():
     starts = [i for i, word in enumerate(words) if word == "<image>"]
     places = pumer.kept(net)[0].tolist()
     for shown, first in zip(maps, (starts[0], starts[16]), strict=True):
-        assert set(shown.layers[-1].kept) == {place - first for place in places if 0 <= place - first < 16}
+        assert set(shown.layers[-1].kept) == {
+            place - first for place in places if 0 <= place - first < 16
+        }
     with pytest.raises(ValueError, match="2 images went through the model"):
         token_map(net, inputs, words)
 

@@ -8,12 +8,18 @@ import yaml
 from pumer import presets
 from pumer._yaml import load_yaml
 from pumer.cli import main
-from pumer.train.recipe import read_settings
+from pumer.lab.train.recipe import read_settings
 
 ALIASES = [", ".join([f"*a{level}"] * 9) for level in range(11)]
 BOMBS = {
-    "lists": ["a0: &a0 [lol]", *(f"a{n}: &a{n} [{aliases}]" for n, aliases in enumerate(ALIASES, 1))],
-    "merges": ["a0: &a0 {k: 1}", *(f"a{n}: &a{n} {{<<: [{aliases}]}}" for n, aliases in enumerate(ALIASES, 1))],
+    "lists": [
+        "a0: &a0 [lol]",
+        *(f"a{n}: &a{n} [{aliases}]" for n, aliases in enumerate(ALIASES, 1)),
+    ],
+    "merges": [
+        "a0: &a0 {k: 1}",
+        *(f"a{n}: &a{n} {{<<: [{aliases}]}}" for n, aliases in enumerate(ALIASES, 1)),
+    ],
     "itself": ["a: &a [*a]"],
     "deep": ["[" * 3000 + "]" * 3000],
 }

@@ -1,4 +1,5 @@
-"""Token reduction for vision-language models: fewer image and text tokens, the same answers, about twice the speed."""
+"""Token reduction for vision-language models: fewer image and text tokens, the same answers, about
+twice the speed."""
 
 # Names are imported when they are first asked for: `pumer --help` and the like need no torch.
 import importlib
@@ -8,7 +9,7 @@ from pumer._version import __version__
 
 if TYPE_CHECKING:
     from pumer.api import active, apply, kept, reduced, remove, trace
-    from pumer.costs import Report, report
+    from pumer.costs.report import Report, report
     from pumer.hub import load, load_official, save, save_official
     from pumer.hub.callback import PumerCallback
     from pumer.reducers import (
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
 
 _FROM = {
     "pumer.api": ("active", "apply", "kept", "reduced", "remove", "trace"),
-    "pumer.costs": ("Report", "report"),
+    "pumer.costs.report": ("Report", "report"),
     "pumer.hub": ("load", "load_official", "save", "save_official"),
     "pumer.hub.callback": ("PumerCallback",),
-    "pumer.tasks.inputs": ("processor",),
+    "pumer.lab.tasks.inputs": ("processor",),
 }
 
 

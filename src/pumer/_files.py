@@ -1,4 +1,5 @@
-"""Files that are written: complete or not at all, by one process at a time, and checked before the work.
+"""Files that are written: complete or not at all, by one process at a time, and checked before the
+work.
 
 Only the standard library is imported here, so that every part of the package can use it.
 """
@@ -40,7 +41,8 @@ def check_folder(path: str | os.PathLike[str], empty: bool = False) -> None:
 
     Args:
         path: of a folder that is there or can be made.
-        empty: refuse one that holds anything; what a kill left of `new_folder` beside it is deleted.
+        empty: refuse one that holds anything; what a kill left of `new_folder` beside it is
+            deleted.
     """
     target = _real(path)
     if target.exists() and not target.is_dir():
@@ -57,19 +59,24 @@ def check_space(path: str | Path, size: int) -> None:
     free = shutil.disk_usage(_nearest(_real(path))).free
     if free < size + _MARGIN:
         raise ValueError(
-            f"{path} needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: make room, or name another disk"
+            f"{path} needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: make room, "
+            "or name another disk"
         )
 
 
 def check_name(name: str, what: str) -> None:
     """Raise ValueError for a name that is to be part of a file's name and could lead elsewhere."""
     if not re.fullmatch(r"\w[\w .+=,@-]{0,99}", name) or name.endswith((".", " ")):
-        raise ValueError(f"{what} is {name!r}, which is no plain name: use letters, digits, dots and dashes")
+        raise ValueError(
+            f"{what} is {name!r}, which is no plain name: use letters, digits, dots and dashes"
+        )
 
 
 def is_empty(folder: Path) -> bool:
     """Whether nothing but a lock lies in a folder, or there is no folder."""
-    return not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir()))
+    return not folder.exists() or (
+        folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())
+    )
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
@@ -104,7 +111,9 @@ def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryFile(dir=parent) as file:
             file.write(bytes(4096))
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): name another path") from error
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): name another path"
+        ) from error
 
 
 # --- locks ---
@@ -112,9 +121,11 @@ def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[IO[str] | None]:
-    """Lock a folder, which is made if it is not there, for this process; None if another one has it.
+    """Lock a folder, which is made if it is not there, for this process; None if another one has
+    it.
 
-    The system unlocks it when the process ends, however that happens, and all to whom it passed the file have ended.
+    The system unlocks it when the process ends, however that happens, and all to whom it passed the
+    file have ended.
     """
     path = folder / LOCK
     while True:
@@ -143,7 +154,8 @@ def locked(folder: Path, wait: float = 60.0) -> Iterator[IO[str]]:
 
     Args:
         folder: made if it is not there.
-        wait: seconds to wait for another process that has it; a training may outlive the one that launched it.
+        wait: seconds to wait for another process that has it; a training may outlive the one that
+            launched it.
 
     Raises:
         ValueError: if the other process has it for longer.
@@ -155,7 +167,10 @@ def locked(folder: Path, wait: float = 60.0) -> Iterator[IO[str]]:
                 yield lock
                 return
         if time.monotonic() > end:
-            raise ValueError(f"another process works in {folder}: wait until it has ended, or name another folder")
+            raise ValueError(
+                f"another process works in {folder}: wait until it has ended, or name another "
+                "folder"
+            )
         time.sleep(0.2)
 
 
@@ -174,7 +189,9 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise ValueError(f"{file.name} cannot be locked ({error.strerror}): use a disk of this machine") from error
+        raise ValueError(
+            f"{file.name} cannot be locked ({error.strerror}): use a disk of this machine"
+        ) from error
     return True
 
 
@@ -211,10 +228,11 @@ def _is_at(file: IO[Any], path: str | Path) -> bool:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file to write that becomes `path` once the block is through; if it fails nothing changes.
+    """Open a file to write that becomes `path` once the block is through; if it fails nothing
+    changes.
 
-    Missing folders are made, symbolic links are followed, and a file that is replaced keeps its permissions. What a
-    killed process left of the same file is deleted.
+    Missing folders are made, symbolic links are followed, and a file that is replaced keeps its
+    permissions. What a killed process left of the same file is deleted.
 
     Args:
         path: of a regular file, or of none yet.
@@ -245,7 +263,8 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _unfinished(target: Path, mode: str) -> IO[Any]:
-    """A new file beside `target`, locked while it is written; those that a kill left there are deleted."""
+    """A new file beside `target`, locked while it is written; those that a kill left there are
+    deleted."""
     prefix = f".{_short(target.name)}."
     ours = re.compile(re.escape(prefix) + r"[0-9a-f]{8}\.tmp")
     for entry in target.parent.iterdir():
@@ -267,21 +286,26 @@ def _unfinished(target: Path, mode: str) -> IO[Any]:
 def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """A folder to write that becomes `path` once the block is through; if it fails nothing changes.
 
-    Until then it lies beside `path` under a hidden name, and what a killed process left there is deleted.
+    Until then it lies beside `path` under a hidden name, and what a killed process left there is
+    deleted.
 
     Args:
         path: of an empty folder, or of none yet.
         replace: delete the folder that is there, once the new one is complete.
 
     Raises:
-        ValueError: if `path` is there already, and no empty folder; if another process is writing it.
+        ValueError: if `path` is there already, and no empty folder; if another process is writing
+        it.
     """
     target = _real(path)
     check_folder(path, empty=not replace)
     hidden = _hidden(target)
     with claimed(hidden) as lock:
         if lock is None:
-            raise ValueError(f"another process is writing {path}: wait until it has ended, or name another folder")
+            raise ValueError(
+                f"another process is writing {path}: wait until it has ended, or name another "
+                "folder"
+            )
         try:
             if not replace and not is_empty(target):  # another process has written it meanwhile
                 check_folder(path, empty=True)
@@ -309,7 +333,8 @@ def _hidden(target: Path) -> Path:
 
 
 def _delete_left_over(target: Path) -> None:
-    """Delete what a killed process left of a new folder; another process may still be writing it."""
+    """Delete what a killed process left of a new folder; another process may still be writing
+    it."""
     if _hidden(target).is_dir():
         with suppress(OSError), claimed(_hidden(target)) as lock:
             if lock is not None:
@@ -343,7 +368,8 @@ def sha256(parts: Iterable[bytes]) -> str:
 
 
 def digest(data: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are ordered."""
+    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are
+    ordered."""
     return sha256([json.dumps(data, sort_keys=True).encode()])[:12]
 
 
@@ -354,6 +380,9 @@ def file_digest(path: Path) -> bytes:
 
 
 def fingerprint(model: Path) -> str:
-    """A digest of a model folder's weights, settings, tokenizer and image transform, or of a checkpoint's one file."""
+    """A digest of a model folder's weights, settings, tokenizer and image transform, or of a
+    checkpoint's one file."""
     files = sorted(model.iterdir()) if model.is_dir() else [model]
-    return sha256(path.name.encode() + file_digest(path) for path in files if path.suffix in _MODELS)
+    return sha256(
+        path.name.encode() + file_digest(path) for path in files if path.suffix in _MODELS
+    )

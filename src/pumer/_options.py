@@ -1,4 +1,5 @@
-"""Options of commands that are checked before anything is computed, by the way their arguments are annotated."""
+"""Options of commands that are checked before anything is computed, by the way their arguments are
+annotated."""
 
 from __future__ import annotations
 
@@ -58,21 +59,29 @@ NewFolder = Annotated[str, Checked(_check_new)]
 
 
 def check_options(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check the arguments for a function whose annotations are `Checked`, and the fields of dataclasses among them.
+    """Check the arguments for a function whose annotations are `Checked`, and the fields of
+    dataclasses among them.
 
     Raises ValueError naming the option; also for a file to write that another option names too.
     """
     check_values(function, values, "--")
     hints = get_type_hints(function, include_extras=True)
-    paths = {name: os.path.realpath(value) for name, value in values.items() if value and isinstance(value, str)}
+    paths = {
+        name: os.path.realpath(value)
+        for name, value in values.items()
+        if value and isinstance(value, str)
+    }
     for name in paths:
         same = [other for other in paths if other != name and paths[other] == paths[name]]
         if same and check_file in _checks(hints.get(name)):
-            raise ValueError(f"--{name} and --{same[0]} are the same file: give --{name} another one")
+            raise ValueError(
+                f"--{name} and --{same[0]} are the same file: give --{name} another one"
+            )
 
 
 def check_values(target: Any, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Check values for the parameters of a function or the fields of a dataclass, nested ones included.
+    """Check values for the parameters of a function or the fields of a dataclass, nested ones
+    included.
 
     Raises ValueError naming the first that cannot be, behind the prefix.
     """

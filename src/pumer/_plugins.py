@@ -13,10 +13,12 @@ _loading: set[str] = set()
 
 
 def load(group: str, register: Callable[[Any], None]) -> None:
-    """Import what the installed packages offer in a group of entry points, and register it; once per process.
+    """Import what the installed packages offer in a group of entry points, and register it; once
+    per process.
 
-    Nothing is read before a name is asked for that pumer itself does not have, so that `import pumer` costs the same
-    with any number of plugins. One that fails is left out with a warning that names it.
+    Nothing is read before a name is asked for that pumer itself does not have, so that `import
+    pumer` costs the same with any number of plugins. One that fails is left out with a warning that
+    names it.
 
     Args:
         group: `REDUCERS` or `MODELS`.
@@ -39,7 +41,12 @@ def _entries(group: str) -> list[tuple[str, str, str, Callable[[], Any]]]:
     """(name, value, distribution, loader) of every entry point, sorted."""
     return sorted(
         (
-            (entry.name, entry.value, entry.dist.name if entry.dist else "an unknown package", entry.load)
+            (
+                entry.name,
+                entry.value,
+                entry.dist.name if entry.dist else "an unknown package",
+                entry.load,
+            )
             for entry in entry_points(group=group)
         ),
         key=lambda entry: entry[:3],

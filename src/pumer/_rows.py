@@ -15,9 +15,11 @@ from pumer._files import check_file, lock, real_file
 
 
 def append_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, which is made if it is not there; whole rows that stand in it are never changed.
+    """Add rows to a CSV file, which is made if it is not there; whole rows that stand in it are
+    never changed.
 
-    A last row that a kill or a full disk cut off is taken out first; if these rows cannot be written, none is.
+    A last row that a kill or a full disk cut off is taken out first; if these rows cannot be
+    written, none is.
 
     Raises:
         ValueError: if the rows differ in their columns, or the file has other ones.
@@ -51,7 +53,8 @@ def mend_rows(path: str | Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[FileIO]:
-    """A file to read and write, made if it is not there, that no other process adds rows to meanwhile."""
+    """A file to read and write, made if it is not there, that no other process adds rows to
+    meanwhile."""
     with FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
         lock(file, wait=True)
         try:
@@ -62,7 +65,8 @@ def _locked(path: Path) -> Iterator[FileIO]:
 
 
 def _add(file: FileIO, text: bytes, rows: bytes) -> None:
-    """Bring an open file from what it holds to its whole rows and some more; none of those if that fails."""
+    """Bring an open file from what it holds to its whole rows and some more; none of those if that
+    fails."""
     finished = finished_rows(text.decode("utf-8")).encode()
     start = min(len(text), len(finished))
     content = finished[start:] + rows
@@ -81,7 +85,8 @@ def _add(file: FileIO, text: bytes, rows: bytes) -> None:
 
 
 class RowFile:
-    """A CSV file that rows will be added to, checked before there are any; without a path it takes none.
+    """A CSV file that rows will be added to, checked before there are any; without a path it takes
+    none.
 
     Args:
         path: of the file.
@@ -107,7 +112,8 @@ class RowFile:
 
 
 def finished_rows(text: str) -> str:
-    """The text of a CSV file without a last row that ends too early; one that lacks nothing but its end counts."""
+    """The text of a CSV file without a last row that ends too early; one that lacks nothing but its
+    end counts."""
     end = text.rfind("\n") + 1
     while text.count('"', 0, end) % 2:  # this end of a line lies within a cell
         end = text.rfind("\n", 0, end - 1) + 1
@@ -125,4 +131,6 @@ def _check_header(path: str | Path, content: bytes, columns: Sequence[str]) -> N
         raise ValueError(f"{path} is no table of rows: name a new file") from None
     if header and header != list(columns):
         other = sorted(set(header) ^ set(columns)) or ["their order"]
-        raise ValueError(f"{path} has other columns (differing in {', '.join(other)}): name a new file")
+        raise ValueError(
+            f"{path} has other columns (differing in {', '.join(other)}): name a new file"
+        )

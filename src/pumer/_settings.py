@@ -1,4 +1,5 @@
-"""Settings from YAML, JSON or a command line, compared with the types of the fields they are for."""
+"""Settings from YAML, JSON or a command line, compared with the types of the fields they are
+for."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def check_settings(target: Any, settings: Mapping[str, Any], what: str) -> dict[
             raise ValueError(f"{what}: {name}.{error}") from None
         except _MismatchError:
             hint = _YAML_WORDS if _has_bool(value) and "str" in _text(hints[name]) else ""
-            raise ValueError(f"{what}: {name} is {value!r}; expected {_text(hints[name])}{hint}") from None
+            raise ValueError(
+                f"{what}: {name} is {value!r}; expected {_text(hints[name])}{hint}"
+            ) from None
     return checked
 
 
@@ -48,7 +51,8 @@ R = TypeVar("R")
 
 
 def typed(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose arguments are settings: they are checked before it is called."""
+    """Decorator of a function whose arguments are settings: they are checked before it is
+    called."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -80,7 +84,8 @@ class _Nested(type):
 
 
 class _Anything(metaclass=_Nested):
-    """Stands for a type that cannot be resolved, such as `torch` in `torch.dtype`; every value passes."""
+    """Stands for a type that cannot be resolved, such as `torch` in `torch.dtype`; every value
+    passes."""
 
 
 @functools.cache
@@ -111,7 +116,8 @@ def _has_bool(value: Any) -> bool:
 
 
 def _conform(value: Any, hint: Any, convert: bool = True) -> Any:
-    """The value as the type has it; raises _MismatchError. `convert`: text may be read as a number."""
+    """The value as the type has it; raises _MismatchError. `convert`: text may be read as a
+    number."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in (Any, _Anything) or isinstance(hint, str | typing.TypeVar):
         return value
@@ -169,7 +175,9 @@ def _conform_container(value: Any, origin: Any, arguments: tuple[Any, ...], conv
     if issubclass(origin, collections.abc.Mapping):
         key_hint, value_hint = arguments
         items = _require(isinstance(value, Mapping), value).items()
-        pairs = ((_conform(k, key_hint, convert), _conform(v, value_hint, convert)) for k, v in items)
+        pairs = (
+            (_conform(k, key_hint, convert), _conform(v, value_hint, convert)) for k, v in items
+        )
         return dict(pairs)
     if issubclass(origin, type) or not issubclass(origin, collections.abc.Collection):
         return value
@@ -198,7 +206,9 @@ def _conform_plain(value: Any, kind: type, convert: bool) -> Any:
         return _require(isinstance(value, str | Path), value)
     if issubclass(kind, Enum):
         same = (
-            member for member in kind if member == value or (member.value, type(member.value)) == (value, type(value))
+            member
+            for member in kind
+            if member == value or (member.value, type(member.value)) == (value, type(value))
         )
         member = None if isinstance(value, bool) else next(same, None)
         return _require(member is not None, member)

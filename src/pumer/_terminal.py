@@ -1,4 +1,5 @@
-"""Text on a terminal: names, questions and answers of others are shown as text, whatever they hold."""
+"""Text on a terminal: names, questions and answers of others are shown as text, whatever they
+hold."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _LINES = 5
 
 
 def visible(text: str) -> str:
-    """The text with whatever a terminal would obey, rather than show, written as an escape such as \\x1b."""
+    """The text with whatever a terminal would obey, rather than show, written as an escape such as
+    \\x1b."""
     if text.isprintable():
         return text
     return "".join(map(_visible, text))

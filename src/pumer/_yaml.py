@@ -14,7 +14,8 @@ LARGEST = 100_000
 def load_yaml(text: str) -> Any:
     """What YAML's safe loader makes of a text.
 
-    Raises yaml.YAMLError, also for a text whose aliases would repeat its parts beyond `LARGEST` values
+    Raises yaml.YAMLError, also for a text whose aliases would repeat its parts beyond `LARGEST`
+    values
     or for ever: those load at once and stop whatever then walks through them.
     """
     try:

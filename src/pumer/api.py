@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pumer.adapters import Adapter, Patch, Step, find, supported, unwrapped
 from pumer.adapters.base import PARTS, execution_device
-from pumer.adapters.probes import BACKENDS
+from pumer.adapters.encoder.attention import BACKENDS
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
@@ -29,17 +29,18 @@ def apply(
 ) -> M:
     """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
 
-    Applying again replaces the reducer in force. A learned reducer brings new parts to train, which belong to the model
-    until `remove`; they are kept where it replaces one with the same parts.
+    Applying again replaces the reducer in force. A learned reducer brings new parts to train, which
+    belong to the model until `remove`; they are kept where it replaces one with the same parts.
 
     Args:
         model: a supported Hugging Face model (`pumer list` names them).
-        reducer: a reducer or its class, its name ("fastv") or `{"reducer": name, setting: value}`, a preset's name
-            ("vilt-vqav2"), a YAML or JSON file of settings, or a saved model, for the reducer that it has. Settings
-            that are None are fitted to the model.
+        reducer: a reducer or its class, its name ("fastv") or `{"reducer": name, setting: value}`,
+            a preset's name ("vilt-vqav2"), a YAML or JSON file of settings, or a saved model, for
+            the reducer that it has. Settings that are None are fitted to the model.
         attention: "sdpa" (fused) or "eager".
-        trim: cut padding down to the longest text and image of the batch when the model is entered, for which the
-            host reads two numbers. Turn it off for CUDA graphs; under torch.compile it is off by itself.
+        trim: cut padding down to the longest text and image of the batch when the model is entered,
+            for which the host reads two numbers. Turn it off for CUDA graphs; under torch.compile
+            it is off by itself.
         renumber: count the positions of a language model's tokens anew wherever some are gone, as
             the published code of several methods does (docs/methods.md). By default what is left
             keeps its positions.
@@ -48,7 +49,8 @@ def apply(
         The model itself.
 
     Raises:
-        ValueError: if the model is not supported or the settings do not fit it; the model is then as it was.
+        ValueError: if the model is not supported or the settings do not fit it; the model is then
+        as it was.
     """
     before = active(model)
     _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
@@ -79,7 +81,8 @@ def _apply(
     reducer.check(adapter.depth(model))
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
         raise ValueError(
-            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a tower that feeds a language model: "
+            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a tower that feeds a "
+            "language model: "
             f"{adapter.family} has none, take another reducer"
         )
     _check_tower(adapter, model, reducer)
@@ -99,7 +102,9 @@ def _apply(
     setattr(model, _ATTRIBUTE, patch)
 
 
-def _fitting(model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None) -> nn.ModuleDict | None:
+def _fitting(
+    model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None
+) -> nn.ModuleDict | None:
     """What a learned reducer trains: `parts` if they fit it, else new ones; None for any other.
 
     Each part is where the layer runs that it serves.
@@ -123,13 +128,15 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
-    """Raise ValueError for a reducer in the vision tower of a model that has none, or not as many layers."""
+    """Raise ValueError for a reducer in the vision tower of a model that has none, or not as many
+    layers."""
     if reducer.in_tower is None:
         return
     depth = adapter.tower_depth(model)
     if depth == 0:
         raise ValueError(
-            f"{type(model).__name__} has no vision tower that can be reduced: give the reducer `inside` alone"
+            f"{type(model).__name__} has no vision tower that can be reduced: give the reducer "
+            "`inside` alone"
         )
     if any(layer < 0 for layer in reducer.in_tower.layers):
         raise ValueError(f"{reducer.in_tower.name} in the tower reduces in layers 0 to {depth - 1}")
@@ -147,18 +154,22 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
             _, left = reducer.in_tower.lengths(0, left, layer)
         image = adapter.tower_exit(model, image, left)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
-        text, image = reducer.lengths(text, image, layer, adapter.prefix, adapter.default_grid(model))
+        text, image = reducer.lengths(
+            text, image, layer, adapter.prefix, adapter.default_grid(model)
+        )
         if image <= adapter.prefix:
             raise ValueError(
-                f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or reduce in fewer layers"
+                f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or "
+                "reduce in fewer layers"
             )
 
 
 def remove(model: M) -> M:
     """Restore the original model; does nothing to an unreduced one.
 
-    What others have wrapped around its methods since (torch.compile, autocast, offloading) stays, around the original
-    methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is restored inside its wrapper.
+    What others have wrapped around its methods since (torch.compile, autocast, offloading) stays,
+    around the original methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is
+    restored inside its wrapper.
     """
     patched = _patched(model)
     if patched is not None:
@@ -182,7 +193,8 @@ def reduced(
     trim: bool = True,
     renumber: bool = False,
 ) -> Iterator[M]:
-    """`apply` for the length of a with block; whatever was in force before is in force again afterwards."""
+    """`apply` for the length of a with block; whatever was in force before is in force again
+    afterwards."""
     before = active(model)
     apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
     try:
@@ -196,7 +208,8 @@ def reduced(
 
 @contextmanager
 def unreduced(model: nn.Module) -> Iterator[None]:
-    """Let a reduced model see every token inside the with block, the reducer and its parts staying in place.
+    """Let a reduced model see every token inside the with block, the reducer and its parts staying
+    in place.
 
     For a model that is being trained and is its own teacher; `remove` is for all else.
     """
@@ -217,12 +230,14 @@ def active(model: nn.Module) -> Patch | None:
 
 
 def kept(model: nn.Module) -> Tensor:
-    """Which tokens of its prompts the last call of a reduced model has left, after the last layer that reduces.
+    """Which tokens of its prompts the last call of a reduced model has left, after the last layer
+    that reduces.
 
     Returns:
-        Places in the prompt (behind a cached prefix: in the whole sequence), in order, int64 [B,K]; -1 fills rows that
-        have fewer. Text tokens are among them, and padding that was left alone. A merged token is where its first
-        member was. In joint encoders places count the text tokens as given, then the image tokens, [CLS] first.
+        Places in the prompt (behind a cached prefix: in the whole sequence), in order, int64 [B,K];
+        -1 fills rows that have fewer. Text tokens are among them, and padding that was left alone.
+        A merged token is where its first member was. In joint encoders places count the text tokens
+        as given, then the image tokens, [CLS] first.
 
     Raises:
         ValueError: if the model carries no reducer, or has reduced nothing yet.
@@ -233,7 +248,9 @@ def kept(model: nn.Module) -> Tensor:
     """
     patch = active(model)
     if patch is None or patch.kept is None:
-        raise ValueError("nothing was reduced yet: call pumer.apply(model, ...), then the model with images")
+        raise ValueError(
+            "nothing was reduced yet: call pumer.apply(model, ...), then the model with images"
+        )
     return patch.kept
 
 

@@ -1,4 +1,5 @@
-"""The command line. Each command is a function with typed arguments; only the one that is asked for is imported."""
+"""The command line. Each command is a function with typed arguments; only the one that is asked for
+is imported."""
 
 from __future__ import annotations
 
@@ -12,43 +13,100 @@ from contextlib import contextmanager
 from typing import Any
 
 from pumer._terminal import brief
-from pumer.commands.help import options, render
-from pumer.commands.words import unknown_command
+from pumer.lab.commands.help import options, render
+from pumer.lab.commands.words import unknown_command
 
 COMMANDS = {
-    "demo": ("pumer.commands.demo:demo", "see the shipped models answer, faster, and which tokens they kept"),
-    "train": ("pumer.train.run:train", "fine-tune a model with its reducer on, with or without a teacher"),
-    "eval": ("pumer.commands.evaluate:evaluate_", "score a model on a task, with any reducer"),
-    "predict": ("pumer.commands.evaluate:predict_", "write the prediction file that a task's server takes"),
-    "score": ("pumer.commands.score:score_", "score every image of a retrieval task with every caption; resumable"),
-    "convert": ("pumer.commands.convert:convert", "turn a published checkpoint into a model folder, or back"),
-    "study": ("pumer.commands.study:study_", "compare methods at many settings: trainings, tables, plots; resumable"),
-    "bench": ("pumer.commands.bench:bench_", "time stock, fused and reduced models side by side"),
-    "bench model": ("pumer.commands.bench_model:bench_model_", "time and weigh a saved model, stock and reduced"),
+    "demo": (
+        "pumer.lab.commands.demo:demo",
+        "see the shipped models answer, faster, and which tokens they kept",
+    ),
+    "train": (
+        "pumer.lab.train.run:train",
+        "fine-tune a model with its reducer on, with or without a teacher",
+    ),
+    "eval": ("pumer.lab.commands.evaluate:evaluate_", "score a model on a task, with any reducer"),
+    "predict": (
+        "pumer.lab.commands.evaluate:predict_",
+        "write the prediction file that a task's server takes",
+    ),
+    "score": (
+        "pumer.lab.commands.score:score_",
+        "score every image of a retrieval task with every caption; resumable",
+    ),
+    "convert": (
+        "pumer.lab.commands.convert:convert",
+        "turn a published checkpoint into a model folder, or back",
+    ),
+    "study": (
+        "pumer.lab.commands.study:study_",
+        "compare methods at many settings: trainings, tables, plots; resumable",
+    ),
+    "bench": (
+        "pumer.lab.commands.bench:bench_",
+        "time stock, fused and reduced models side by side",
+    ),
+    "bench model": (
+        "pumer.lab.commands.bench_model:bench_model_",
+        "time and weigh a saved model, stock and reduced",
+    ),
     "bench llm": (
-        "pumer.commands.bench:llm_",
+        "pumer.lab.commands.bench:llm_",
         "time answers of vision-language models: prefill, tokens, cache",
     ),
-    "bench train": ("pumer.commands.bench:train_", "time steps of training, with and without reducer and teacher"),
-    "bench where": ("pumer.commands.bench:where_", "show at which batch and picture sizes reduction pays"),
-    "bench pairs": ("pumer.commands.score:bench_pairs", "time scoring of a pool against the plain loop over its pairs"),
-    "tune": ("pumer.commands.tune:tune_", "find the fastest setting within a bound on accuracy, speed or memory"),
-    "report": ("pumer.commands.report:report_", "tokens and FLOPs per layer of a model and reducer"),
-    "viz": ("pumer.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
-    "data check": ("pumer.commands.data:check", "count a task's official files and images, and list what is missing"),
-    "data scenes": ("pumer.commands.data:scenes", "write generated images and texts in a task's official format"),
-    "data tokenizer": ("pumer.commands.data:tokenizer", "train a small tokenizer"),
-    "list": ("pumer.commands.list:list_", "reducers, presets, model classes, tasks and recipes"),
-    "completion": ("pumer.commands.completion:completion", "print a script that completes commands in a shell"),
+    "bench train": (
+        "pumer.lab.commands.bench:train_",
+        "time steps of training, with and without reducer and teacher",
+    ),
+    "bench where": (
+        "pumer.lab.commands.bench:where_",
+        "show at which batch and picture sizes reduction pays",
+    ),
+    "bench pairs": (
+        "pumer.lab.commands.score:bench_pairs",
+        "time scoring of a pool against the plain loop over its pairs",
+    ),
+    "tune": (
+        "pumer.lab.commands.tune:tune_",
+        "find the fastest setting within a bound on accuracy, speed or memory",
+    ),
+    "report": (
+        "pumer.lab.commands.report:report_",
+        "tokens and FLOPs per layer of a model and reducer",
+    ),
+    "viz": ("pumer.lab.commands.viz:viz_", "draw which tokens were kept, merged and dropped"),
+    "data check": (
+        "pumer.lab.commands.data:check",
+        "count a task's official files and images, and list what is missing",
+    ),
+    "data scenes": (
+        "pumer.lab.commands.data:scenes",
+        "write generated images and texts in a task's official format",
+    ),
+    "data tokenizer": ("pumer.lab.commands.data:tokenizer", "train a small tokenizer"),
+    "list": (
+        "pumer.lab.commands.list:list_",
+        "reducers, presets, model classes, tasks and recipes",
+    ),
+    "completion": (
+        "pumer.lab.commands.completion:completion",
+        "print a script that completes commands in a shell",
+    ),
 }
-POSITIONAL = {"convert", "data check", "study", "completion"}  # their required arguments go by place, not by name
+POSITIONAL = {
+    "convert",
+    "data check",
+    "study",
+    "completion",
+}  # their required arguments go by place, not by name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is a few lines on stderr, never a traceback.
 
     Returns:
-        0; 2 for wrong settings and input, 1 where the machine failed, such as a full disk; 130 or 143 when stopped.
+        0; 2 for wrong settings and input, 1 where the machine failed, such as a full disk; 130 or
+        143 when stopped.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
@@ -118,7 +176,7 @@ def _stoppable() -> Iterator[None]:
 def _run(name: str, words: list[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from pumer.commands.parsing import parse
+    from pumer.lab.commands.parsing import parse
 
     disable_progress_bar()  # of loading weights; the commands show their own
     path = COMMANDS[name][0]
@@ -136,7 +194,13 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
-        ["usage: pumer COMMAND [options]", "", *rows, "", "pumer COMMAND --help lists a command's options."]
+        [
+            "usage: pumer COMMAND [options]",
+            "",
+            *rows,
+            "",
+            "pumer COMMAND --help lists a command's options.",
+        ]
     )
 
 

@@ -1,8 +1,10 @@
-"""A model of lmms-eval, the field's runner of benchmarks: any decoder that pumer reduces, with any reducer or none.
+"""A model of lmms-eval, the field's runner of benchmarks: any decoder that pumer reduces, with any
+reducer or none.
 
 lmms-eval finds it by itself, through the entry point in pyproject.toml:
 
-    lmms-eval --model pumer --model_args pretrained=llava-hf/llava-1.5-7b-hf,reducer=fastv,keep=0.5 --tasks mme
+    lmms-eval --model pumer --model_args pretrained=llava-hf/llava-1.5-7b-hf,reducer=fastv,keep=0.5
+    --tasks mme
 
 This is the only file that imports lmms_eval.
 """
@@ -25,9 +27,9 @@ from pumer._yaml import load_yaml
 from pumer.api import apply
 from pumer.hub import is_stock
 from pumer.hub.reduction import saved_reducer
+from pumer.lab.tasks.processors import encode, read_processor, write
 from pumer.presets import read_reducer
 from pumer.reducers import Reducer, from_dict, to_dict
-from pumer.tasks.processors import encode, read_processor, write
 
 try:
     from lmms_eval.api.model import lmms
@@ -46,14 +48,16 @@ Conversation = list[dict[str, Any]]
 class PumerModel(lmms):
     """A model that answers questions about images, for lmms-eval.
 
-    Settings that are a reducer's own go to it, the others to the image processor. Strings among them are read as YAML,
-    so that lists can be given: `layers=[7,15,23]`. A task's `generation_kwargs` go to `generate`: a temperature above 0
-    means sampling unless `do_sample` says otherwise, none means greedy.
+    Settings that are a reducer's own go to it, the others to the image processor. Strings among
+    them are read as YAML,
+    so that lists can be given: `layers=[7,15,23]`. A task's `generation_kwargs` go to `generate`: a
+    temperature above 0 means sampling unless `do_sample` says otherwise, none means greedy.
 
     Args:
         pretrained: name or folder of a model with its processor.
-        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that which the
-            model was saved with, else the stock model runs. "none" is the unreduced model with what pumer does besides.
+        reducer: name of a reducer or of a preset, or a YAML or JSON file; if not given, that which
+            the model was saved with, else the stock model runs. "none" is the unreduced model with
+            what pumer does besides.
         batch_size: how many prompts run together; they are padded on the left.
         device: where it runs; each process takes its own where accelerate starts several.
         dtype: of the weights, such as "bfloat16"; "auto" as they were saved.
@@ -80,13 +84,22 @@ class PumerModel(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size}: give a number from 1 on, it is not found by itself")
+            raise ValueError(
+                f"batch_size is {batch_size}: give a number from 1 on, it is not found by itself"
+            )
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         alone = self._world_size == 1
-        self.device = torch.device(device) if device is not None and alone else self.accelerator.device
-        chosen, rest = _split(_saved(pretrained, revision) if reducer is None else reducer, settings)
+        self.device = (
+            torch.device(device) if device is not None and alone else self.accelerator.device
+        )
+        chosen, rest = _split(
+            _saved(pretrained, revision) if reducer is None else reducer, settings
+        )
         self.processor = read_processor(pretrained, revision=revision, **rest)
         _check(rest, self.processor.image_processor, chosen)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -104,7 +117,8 @@ class PumerModel(lmms):
         """The answers, in the order of the requests.
 
         Raises:
-            ValueError: if a task shows anything but images, or `generate` cannot do what it asks for.
+            ValueError: if a task shows anything but images, or `generate` cannot do what it asks
+            for.
         """
         alike = defaultdict(list)  # what is generated in the same way can be generated together
         for number, request in enumerate(requests):
@@ -123,7 +137,8 @@ class PumerModel(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """For every request its answers, round by round: a task makes the next prompt from the answers so far.
+        """For every request its answers, round by round: a task makes the next prompt from the
+        answers so far.
 
         Raises:
             ValueError: as `generate_until`.
@@ -136,45 +151,64 @@ class PumerModel(lmms):
             while not end:
                 rounds += self.answer([messages], settings)
                 messages, end, _, info = messages_of(
-                    doc, round_idx=len(rounds), previous_output=list(rounds), previous_round_info=info
+                    doc,
+                    round_idx=len(rounds),
+                    previous_output=list(rounds),
+                    previous_round_info=info,
                 )
             answers.append(rounds)
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not here: lmms-eval asks it of no model that takes conversations, and its models disagree on the sign."""
+        """Not here: lmms-eval asks it of no model that takes conversations, and its models disagree
+        on the sign."""
         raise NotImplementedError(
-            "pumer writes answers, it does not compare given ones: take the form of the task that generates, such as "
+            "pumer writes answers, it does not compare given ones: take the form of the task that "
+            "generates, such as "
             "seedbench in place of seedbench_ppl"
         )
 
-    def answer(self, conversations: Sequence[Conversation], settings: Mapping[str, Any]) -> list[str]:
+    def answer(
+        self, conversations: Sequence[Conversation], settings: Mapping[str, Any]
+    ) -> list[str]:
         """What the model says next in each of these conversations, in one batch.
 
         Args:
-            conversations: messages of lmms-eval's chat protocol, with images as pictures, files or addresses.
+            conversations: messages of lmms-eval's chat protocol, with images as pictures, files or
+                addresses.
             settings: a task's `generation_kwargs`; what `generate` does not know is left out.
 
         Raises:
             ValueError: for anything in a conversation but texts and images.
         """
-        images = [[load_image(part["url"]) for part in _parts(messages, "image")] for messages in conversations]
+        images = [
+            [load_image(part["url"]) for part in _parts(messages, "image")]
+            for messages in conversations
+        ]
         answers = [""] * len(conversations)
         for pictured in (True, False):  # processors take no batches of which some have no image
             rows = [row for row, own in enumerate(images) if bool(own) is pictured]
             if rows:
-                written = self._write([conversations[row] for row in rows], [images[row] for row in rows], settings)
+                written = self._write(
+                    [conversations[row] for row in rows], [images[row] for row in rows], settings
+                )
                 for row, text in zip(rows, written, strict=True):
                     answers[row] = _cut(text, settings.get("until"))
         return answers
 
     @torch.inference_mode()
-    def _write(self, conversations: list[Conversation], images: list[list[Any]], settings: Mapping) -> list[str]:
+    def _write(
+        self, conversations: list[Conversation], images: list[list[Any]], settings: Mapping
+    ) -> list[str]:
         prompts = [write(self.processor, _plain(messages)) for messages in conversations]
         inputs = encode(self.processor, prompts, images).to(self.device, self.model.dtype)
         tokenizer = self.processor.tokenizer
-        ids = self.model.generate(**inputs, **_generation(settings), pad_token_id=tokenizer.pad_token_id)
-        texts: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = self.model.generate(
+            **inputs, **_generation(settings), pad_token_id=tokenizer.pad_token_id
+        )
+        texts: list[str] = tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         return texts
 
     def _conversation(self, request: Any) -> Conversation:
@@ -188,7 +222,9 @@ def _saved(model: str, revision: str) -> Reducer | None:
     return None if is_stock(model, revision=revision) else saved_reducer(model, revision=revision)
 
 
-def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Reducer | None, dict[str, Any]]:
+def _split(
+    reducer: str | Reducer | None, settings: dict[str, Any]
+) -> tuple[Reducer | None, dict[str, Any]]:
     """The reducer with those of the settings that are its own, and the rest of them."""
     settings = {name: load_yaml(x) if isinstance(x, str) else x for name, x in settings.items()}
     if reducer is None:
@@ -200,15 +236,19 @@ def _split(reducer: str | Reducer | None, settings: dict[str, Any]) -> tuple[Red
 
 
 def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | None) -> None:
-    """Raise ValueError for settings that nobody knows: transformers would pass over them in silence."""
+    """Raise ValueError for settings that nobody knows: transformers would pass over them in
+    silence."""
     known = type(image_processor).valid_kwargs.__annotations__
     unknown = sorted(set(settings) - set(known))
     if unknown:
         own = (
-            "no reducer" if reducer is None else f"{reducer.name}, which has {', '.join(reducer.settings()) or 'none'}"
+            "no reducer"
+            if reducer is None
+            else f"{reducer.name}, which has {', '.join(reducer.settings()) or 'none'}"
         )
         raise ValueError(
-            f"{', '.join(unknown)} is a setting neither of {own}, nor of {type(image_processor).__name__}, "
+            f"{', '.join(unknown)} is a setting neither of {own}, nor of "
+            f"{type(image_processor).__name__}, "
             f"which has {', '.join(sorted(known))}"
         )
 
@@ -217,7 +257,10 @@ def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
     for message in messages:
         for part in message["content"]:
             if part["type"] not in ("text", "image"):
-                raise ValueError(f"pumer reduces images: it cannot run a task with {part['type']}, take another one")
+                raise ValueError(
+                    f"pumer reduces images: it cannot run a task with {part['type']}, take "
+                    "another one"
+                )
             if part["type"] == kind:
                 yield part
 
@@ -225,14 +268,24 @@ def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
 def _plain(messages: Conversation) -> Conversation:
     """The conversation without its images, of which a template only needs the places."""
     return [
-        message | {"content": [{k: v for k, v in part.items() if k != "url"} for part in message["content"]]}
+        message
+        | {
+            "content": [
+                {k: v for k, v in part.items() if k != "url"} for part in message["content"]
+            ]
+        }
         for message in messages
     ]
 
 
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's settings as `generate` takes them; greedy without a word about it, whatever the model's default is."""
-    known = {name: x for name, x in settings.items() if x is not None and hasattr(GenerationConfig(), name)}
+    """A task's settings as `generate` takes them; greedy without a word about it, whatever the
+    model's default is."""
+    known = {
+        name: x
+        for name, x in settings.items()
+        if x is not None and hasattr(GenerationConfig(), name)
+    }
     temperature = known.get("temperature")
     known["do_sample"] = bool(known.get("do_sample", temperature)) and temperature != 0
     if not known["do_sample"]:

@@ -11,7 +11,17 @@ import yaml
 
 from pumer._suggest import did_you_mean
 from pumer._yaml import load_yaml
-from pumer.reducers import Compose, PuMer, Reducer, ToMe, from_dict, get, is_reducer, list_reducers, to_dict
+from pumer.reducers import (
+    Compose,
+    PuMer,
+    Reducer,
+    ToMe,
+    from_dict,
+    get,
+    is_reducer,
+    list_reducers,
+    to_dict,
+)
 
 ReducerSpec = str | os.PathLike[str] | Mapping[str, Any] | type[Reducer] | Reducer
 """All that `read_reducer` takes."""
@@ -33,17 +43,20 @@ PRESETS: dict[str, Reducer] = {
     # No retrieval checkpoint of METER was released: the settings of its other two hard tasks.
     "meter-retrieval": PuMer(prune=0.3, merge=0.5, merge_text=0.2, layers=(0, 1, 2, 3)),
 }
-# Beyond the paper: the CLIP tower, more than half of METER's cost, is reduced too. 2.2 times fewer MACs at 384 pixels.
+# Beyond the paper: the CLIP tower, more than half of METER's cost, is reduced too. 2.2 times fewer
+# MACs at 384 pixels.
 PRESETS["meter-vqav2-tower"] = Compose(tower=ToMe(r=36, depth=11), inside=PRESETS["meter-vqav2"])
 
 
 def read_reducer(spec: ReducerSpec) -> Reducer:
-    """The reducer that is meant, however it is named: by `pumer.apply`, the commands, recipes and studies alike.
+    """The reducer that is meant, however it is named: by `pumer.apply`, the commands, recipes and
+    studies alike.
 
     Args:
-        spec: a reducer; its class; its name, as `pumer list` has it; a preset's name; a YAML or JSON file of settings;
-            a folder that `pumer.save` wrote, or a shipped model's name, for the reducer of that model; or
-            `{"reducer": any of these, setting: value, ...}`, which changes settings.
+        spec: a reducer; its class; its name, as `pumer list` has it; a preset's name; a YAML or
+            JSON file of settings; a folder that `pumer.save` wrote, or a shipped model's name, for
+            the reducer of that model; or `{"reducer": any of these, setting: value, ...}`, which
+            changes settings.
 
     Raises:
         ValueError: if there is no such reducer, or it has no such setting.
@@ -57,7 +70,8 @@ def read_reducer(spec: ReducerSpec) -> Reducer:
     if isinstance(spec, str | os.PathLike):
         return _named(os.fspath(spec))
     raise ValueError(
-        f"expected a reducer such as pumer.PuMer(), its name, or {{'reducer': name, setting: value}}, not {spec!r}"
+        f"expected a reducer such as pumer.PuMer(), its name, or {{'reducer': name, setting: "
+        f"value}}, not {spec!r}"
     )
 
 
@@ -88,7 +102,8 @@ def _named(name: str) -> Reducer:
     except ValueError:
         known = (*PRESETS, *list_reducers(), *shipped_models())
         raise ValueError(
-            f"no reducer is named {name!r}, no preset, no file and no saved model.{did_you_mean(name, known)}\n"
+            f"no reducer is named {name!r}, no preset, no file and no saved "
+            f"model.{did_you_mean(name, known)}\n"
             f"Reducers: {', '.join(list_reducers())}\nPresets: {', '.join(PRESETS)}\n"
             f"Files end in {', '.join(_FILES)}; saved models have a pumer.json"
         ) from None
@@ -104,9 +119,13 @@ def _read_file(file: Path) -> Reducer:
     try:
         settings = load_yaml(file.read_text(encoding="utf-8"))  # JSON is YAML too
     except OSError:
-        raise ValueError(f"there is no file {file}, which would hold a reducer's settings") from None
+        raise ValueError(
+            f"there is no file {file}, which would hold a reducer's settings"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} holds no reducer, which has `reducer: NAME` and its settings: {error}") from error
+        raise ValueError(
+            f"{file} holds no reducer, which has `reducer: NAME` and its settings: {error}"
+        ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no reducer, which has `reducer: NAME` and its settings")
     try:
@@ -116,14 +135,22 @@ def _read_file(file: Path) -> Reducer:
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a path, or the name of a shipped one; raises ValueError if there is neither."""
+    """The folder of a model: a path, or the name of a shipped one; raises ValueError if there is
+    neither."""
     for folder in (Path(model), SHIPPED / model):
         if (folder / "config.json").is_file():
             return folder
     names = shipped_models()
-    has_none = " It has no config.json." if Path(model).is_dir() else " It is a file." if Path(model).exists() else ""
+    has_none = (
+        " It has no config.json."
+        if Path(model).is_dir()
+        else " It is a file."
+        if Path(model).exists()
+        else ""
+    )
     raise ValueError(
-        f"{model} is no model folder.{has_none or did_you_mean(str(model), names)} Shipped models are "
+        f"{model} is no model folder.{has_none or did_you_mean(str(model), names)} Shipped models "
+        "are "
         f"{', '.join(names)}"
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pumer._files import replacing
 from pumer.adapters import Step
-from pumer.adapters.prompt import PromptStep
+from pumer.adapters.decoder.prompt import PromptStep
 from pumer.api import trace
 
 VERSION = 1
@@ -64,8 +64,8 @@ class TokenMap:
         words: the text tokens; in a prompt one stands for all placeholders of an image.
         layers: one map per reducing layer.
         decoder: whether this is a decoder's prompt, of which tokens leave after a layer.
-        raster: whether patches are those of one grid; where an image is cut into crops, patch numbers are the order in
-            the prompt, and rows and columns mean nothing.
+        raster: whether patches are those of one grid; where an image is cut into crops, patch
+            numbers are the order in the prompt, and rows and columns mean nothing.
     """
 
     rows: int
@@ -76,7 +76,8 @@ class TokenMap:
     raster: bool = True
 
     def to_json(self) -> str:
-        """The map as JSON. Patches are numbered along rows: number n is in row n // columns, column n % columns."""
+        """The map as JSON. Patches are numbered along rows: number n is in row n // columns, column
+        n % columns."""
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
 
     @staticmethod
@@ -84,7 +85,10 @@ class TokenMap:
         """Read what `to_json` wrote; raises ValueError for another version."""
         data = json.loads(text)
         if data.pop("version", None) != VERSION:
-            raise ValueError(f"this token map is not of version {VERSION}, the one that this pumer reads: draw it anew")
+            raise ValueError(
+                f"this token map is not of version {VERSION}, the one that this pumer reads: draw "
+                "it anew"
+            )
         layers = tuple(
             LayerMap(
                 layer["layer"],
@@ -100,8 +104,11 @@ class TokenMap:
         return TokenMap(data["rows"], data["columns"], tuple(data["words"]), layers, **more)
 
     def _repr_html_(self) -> str:
-        """Its panels in a notebook, on plain grey: a map does not hold the image, `draw` takes it."""
-        return _embedded(draw(self, Image.new("RGB", (self.columns, self.rows), _GREY)), "token map")
+        """Its panels in a notebook, on plain grey: a map does not hold the image, `draw` takes
+        it."""
+        return _embedded(
+            draw(self, Image.new("RGB", (self.columns, self.rows), _GREY)), "token map"
+        )
 
 
 def token_map(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]) -> TokenMap:
@@ -113,28 +120,37 @@ def token_map(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[st
         words: the text's tokens, as many as `input_ids` has.
 
     Raises:
-        ValueError: for a larger batch, for several images, and for a model that nothing reduces or that has reduced
-            nothing.
+        ValueError: for a larger batch, for several images, and for a model that nothing reduces or
+            that has reduced nothing.
     """
     maps = token_maps(model, inputs, words)
     if len(maps) > 1:
-        raise ValueError(f"{len(maps)} images went through the model: token_maps gives a map of each")
+        raise ValueError(
+            f"{len(maps)} images went through the model: token_maps gives a map of each"
+        )
     return maps[0]
 
 
 @torch.inference_mode()
-def token_maps(model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]) -> tuple[TokenMap, ...]:
+def token_maps(
+    model: nn.Module, inputs: Mapping[str, Tensor], words: Sequence[str]
+) -> tuple[TokenMap, ...]:
     """A `token_map` of every image of a prompt; arguments and errors are the same."""
     if len(inputs["input_ids"]) != 1:
         raise ValueError("a token map is of one image and one text: pass a batch of one")
     if len(words) != inputs["input_ids"].shape[1]:
-        raise ValueError(f"there are {len(words)} words for {inputs['input_ids'].shape[1]} tokens: give one for each")
+        raise ValueError(
+            f"there are {len(words)} words for {inputs['input_ids'].shape[1]} tokens: give one "
+            "for each"
+        )
     with trace(model) as steps:
         model(**inputs)
     if steps and steps[0].prompt is not None:
         return _prompt_maps(steps, words)
     if not steps or steps[0].patch_BN is None or steps[0].grid is None:
-        raise ValueError("nothing was reduced, so there is nothing to show: apply a reducer that reduces")
+        raise ValueError(
+            "nothing was reduced, so there is nothing to show: apply a reducer that reduces"
+        )
     if len({step.layer for step in steps}) < len(steps):
         raise ValueError("two images went through the model: a token map is of one")
     return (_encoder_map(steps, words),)
@@ -177,9 +193,14 @@ def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap,
 
 
 def _prompt_layer(
-    step: Step, patches: Sequence[int], chips: Sequence[Sequence[int]], words: Sequence[str], placeholders: set[str]
+    step: Step,
+    patches: Sequence[int],
+    chips: Sequence[Sequence[int]],
+    words: Sequence[str],
+    placeholders: set[str],
 ) -> LayerMap:
-    """What one reduction left of an image, whose patches stand at these places, and of the words."""
+    """What one reduction left of an image, whose patches stand at these places, and of the
+    words."""
     slots = step.prompt.slot_BS[0].tolist()
     image = _groups({number: slots[place] for number, place in enumerate(patches)})
     # A placeholder's chip stays: the panel above says what is left of it.
@@ -230,12 +251,14 @@ def _layer_map(layer: int, slots: list[int], patches: list[int], text: int) -> L
 def draw(shown: TokenMap, picture: Image.Image, title: str = "") -> Image.Image:
     """Draw a token map: the picture as the model got it, then one panel per reduction.
 
-    Kept patches are clear, merged ones are tinted (same colour, same group), dropped ones are dark. Below each panel
-    stand the text tokens, merged ones joined and tinted.
+    Kept patches are clear, merged ones are tinted (same colour, same group), dropped ones are dark.
+    Below each panel stand the text tokens, merged ones joined and tinted.
     """
     cell = max(_WIDTH // shown.columns, 6)
     size = (cell * shown.columns, cell * shown.rows)
-    base = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if picture.width < size[0] else None)
+    base = picture.convert("RGB").resize(
+        size, Image.Resampling.NEAREST if picture.width < size[0] else None
+    )
     if not shown.raster:  # it is not known where in the image a patch lies
         base = Image.new("RGB", size, _GREY)
     panels = [_panel(base, "as it goes in", [(i,) for i in range(len(shown.words))], shown.words)]
@@ -243,10 +266,14 @@ def draw(shown: TokenMap, picture: Image.Image, title: str = "") -> Image.Image:
         within = "" if shown.decoder else "attention of "
         name = "before layer 0" if layer.layer < 0 else f"after {within}layer {layer.layer}"
         caption = f"{name}: {layer.image_tokens} image, {len(layer.text)} text tokens"
-        panels.append(_panel(_paint(base, layer, shown.columns, cell), caption, layer.text, shown.words))
+        panels.append(
+            _panel(_paint(base, layer, shown.columns, cell), caption, layer.text, shown.words)
+        )
     height = max(panel.height for panel in panels)
     top = 34 if title else _GAP
-    sheet = Image.new("RGB", (sum(p.width + _GAP for p in panels) + _GAP, top + height + _GAP), _PAPER)
+    sheet = Image.new(
+        "RGB", (sum(p.width + _GAP for p in panels) + _GAP, top + height + _GAP), _PAPER
+    )
     if title:
         ImageDraw.Draw(sheet).text((_GAP, 9), title, _INK, _font(15))
     x = _GAP
@@ -262,11 +289,17 @@ def gallery(items: Sequence[tuple[Image.Image, str]], path: str | Path, heading:
     for image, caption in items:
         # The caption stands in the picture already; this is for those who cannot see it.
         figures.append(f"<figure>{_embedded(image, caption)}</figure>")
-    style = "body{font:16px sans-serif;margin:2em;color:#1c2026}img{max-width:100%}figure{margin:0 0 2em}"
+    style = (
+        "body{font:16px sans-serif;margin:2em;color:#1c2026}img{max-width:100%}figure{margin:0 0 "
+        "2em}"
+    )
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(heading)}</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{html.escape(heading)}</title>"
         f"<style>{style}</style><h1>{html.escape(heading)}</h1>"
-        "<p>Clear: kept. Tinted: merged, one colour for each group. Dark: dropped.</p>" + "".join(figures) + "</html>\n"
+        "<p>Clear: kept. Tinted: merged, one colour for each group. Dark: dropped.</p>"
+        + "".join(figures)
+        + "</html>\n"
     )
     with replacing(path) as file:
         file.write(page)
@@ -309,7 +342,9 @@ def _paint(base: Image.Image, layer: LayerMap, columns: int, cell: int) -> Image
     return picture
 
 
-def _panel(picture: Image.Image, caption: str, groups: Sequence[Sequence[int]], words: Sequence[str]) -> Image.Image:
+def _panel(
+    picture: Image.Image, caption: str, groups: Sequence[Sequence[int]], words: Sequence[str]
+) -> Image.Image:
     font, small = _font(13), _font(12)
     width = max(picture.width, round(font.getlength(caption)) + 4)
     lines = _text_lines(groups, words, width, small)
@@ -326,7 +361,9 @@ def _panel(picture: Image.Image, caption: str, groups: Sequence[Sequence[int]], 
     return panel
 
 
-def _text_lines(groups: Any, words: Sequence[str], width: int, font: Any) -> list[list[tuple[str, Any, int]]]:
+def _text_lines(
+    groups: Any, words: Sequence[str], width: int, font: Any
+) -> list[list[tuple[str, Any, int]]]:
     lines: list[list[tuple[str, Any, int]]] = [[]]
     used = merged = 0
     for group in groups:

@@ -1,4 +1,5 @@
-"""`Adapter`: what is known about one model family. `Patch`: everything it changed on one instance."""
+"""`Adapter`: what is known about one model family. `Patch`: everything it changed on one
+instance."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PARTS = "reducer_parts"
 
 
 class _Absent:
-    """Stands for an attribute that was not there. A class, because copy.deepcopy does not make another one of it."""
+    """Stands for an attribute that was not there. A class, because copy.deepcopy does not make
+    another one of it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Patch:
         adapter: the family's adapter.
         attention: attention kernel, "sdpa" or "eager".
         trim: cut padded text and images to the longest of the batch at the model's entry.
-        parts: what a learned reducer has trained, by layer; a submodule of the model as long as the patch is in force.
+        parts: what a learned reducer has trained, by layer; a submodule of the model as long as the
+            patch is in force.
         renumber: count the positions of the tokens that are left anew, layer by layer.
     """
 
@@ -74,16 +77,19 @@ class Patch:
     decided: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
     """What `Learned.budget_loss` takes, of every pass of the last forward in training."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
-    """(text, image) tokens before the first layer and after every one of the last forward: evidence that the reduction
-    is active."""
+    """(text, image) tokens before the first layer and after every one of the last forward: evidence
+    that the reduction is active."""
     entry: tuple[int, int, Grid | None] | None = None
-    """(text, image, grid) of the last forward before anything was reduced; None if there was no forward."""
+    """(text, image, grid) of the last forward before anything was reduced; None if there was no
+    forward."""
     planned: list[tuple[int, int]] | None = None
     """What `lengths` had to be, where a prompt of several images does not follow from `entry`."""
     kept: Tensor | None = None
-    """Places [B,K] of the tokens that were left after the last layer of the last forward, -1 for empty slots."""
+    """Places [B,K] of the tokens that were left after the last layer of the last forward, -1 for
+    empty slots."""
     tower: list[int] = field(default_factory=list)
-    """Image tokens before the first layer of the vision tower and after every one, of the last forward."""
+    """Image tokens before the first layer of the vision tower and after every one, of the last
+    forward."""
     steps: list[Step] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
     _changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
@@ -93,7 +99,8 @@ class Patch:
     def __repr__(self) -> str:
         """Without what was changed, which is the model once for every change."""
         return (
-            f"Patch({self.reducer!r}, family={self.adapter.family!r}, attention={self.attention!r}, trim={self.trim})"
+            f"Patch({self.reducer!r}, family={self.adapter.family!r}, "
+            f"attention={self.attention!r}, trim={self.trim})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +112,8 @@ class Patch:
         return None if self.parts is None else self.parts[str(layer)]
 
     def budget_loss(self) -> Tensor | None:
-        """The price of what a learned reducer decided in the last forward in training; None if it decided nothing."""
+        """The price of what a learned reducer decided in the last forward in training; None if it
+        decided nothing."""
         learned = self.reducer.learned
         if learned is None or not self.decided:
             return None
@@ -122,12 +130,19 @@ class Patch:
         self._changes.append((owner, name, vars(owner).get(name, _Absent), value))
         setattr(owner, name, value)
 
-    def replace(self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any) -> None:
+    def replace(
+        self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any
+    ) -> None:
         """Give one module instance another `name(module, *bound, *args)`."""
         self._methods.append(rebind(module, name, method, *bound))
 
     def wrap(
-        self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any, adds: Sequence[str] = ()
+        self,
+        module: nn.Module,
+        name: str,
+        method: Callable[..., Any],
+        *bound: Any,
+        adds: Sequence[str] = (),
     ) -> None:
         """The same with the method that was there: `name(module, stock, *bound, *args)`.
 
@@ -159,11 +174,13 @@ class Patch:
 
 
 class Adapter:
-    """Knowledge of one model family: where the layers are, how to shorten what has a token axis, what it costs."""
+    """Knowledge of one model family: where the layers are, how to shorten what has a token axis,
+    what it costs."""
 
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
-    """Names of the model classes it knows; names, so that the family need not be imported to look."""
+    """Names of the model classes it knows; names, so that the family need not be imported to
+    look."""
     modules: ClassVar[Mapping[str, str]] = {}
     """The module of every class that transformers does not have."""
     crosses: ClassVar[bool] = False
@@ -188,11 +205,13 @@ class Adapter:
         return 0
 
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """(pictures, tokens of each in the vision tower) where `image` tokens come out of it unreduced."""
+        """(pictures, tokens of each in the vision tower) where `image` tokens come out of it
+        unreduced."""
         return 1, image
 
     def tower_exit(self, model: nn.Module, image: int, left: int) -> int:
-        """Image tokens that come out of a vision tower that leaves `left` tokens of each picture."""
+        """Image tokens that come out of a vision tower that leaves `left` tokens of each
+        picture."""
         pictures, entered = self.tower_entry(model, image)
         return image - pictures * (entered - left)
 
@@ -215,8 +234,11 @@ class Adapter:
         """The reducer as this family takes it, where a setting means something else in each."""
         return reducer
 
-    def encoder_facts(self, model: nn.Module, needs: frozenset[str], image: int, place: str) -> Encoder | None:
-        """What a reducer that needs it is told of a vision encoder, without content; for counting what it costs."""
+    def encoder_facts(
+        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+    ) -> Encoder | None:
+        """What a reducer that needs it is told of a vision encoder, without content; for counting
+        what it costs."""
         return None
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
@@ -233,7 +255,8 @@ class Adapter:
         return side, side
 
     def passes(self, model: nn.Module) -> int:
-        """How often one example goes through the layers: the number of pictures where each is a pass of its own."""
+        """How often one example goes through the layers: the number of pictures where each is a
+        pass of its own."""
         return config_of(model).num_images if is_a(model, self.separate) else 1
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
@@ -244,7 +267,8 @@ class Adapter:
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
     ) -> list[tuple[int, int]]:
-        """Multiply-accumulates of every layer's (attention, MLP), of one pass; arguments as for `macs`."""
+        """Multiply-accumulates of every layer's (attention, MLP), of one pass; arguments as for
+        `macs`."""
         raise NotImplementedError
 
     def macs(
@@ -255,15 +279,18 @@ class Adapter:
         tower: Sequence[int] = (),
         after_layer: bool = False,
     ) -> dict[str, int]:
-        """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are twice that.
+        """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are
+        twice that.
 
         What a reducer itself computes is not in here.
 
         Args:
             lengths: (text, image) tokens before the first layer and after every one.
-            entry: (text, image) tokens that were embedded, if something is reduced before the first layer.
+            entry: (text, image) tokens that were embedded, if something is reduced before the first
+                layer.
             tower: image tokens before the first layer of the vision tower and after every one.
-            after_layer: whether tokens leave after the layers, in place of between their attention and MLP.
+            after_layer: whether tokens leave after the layers, in place of between their attention
+                and MLP.
         """
         raise NotImplementedError
 
@@ -302,7 +329,12 @@ def adapter_of(model: Any) -> Adapter | None:
     if exact is not None:
         return exact
     return next(
-        (adapter for parent in type(model).__mro__ for adapter in adapters() if parent.__name__ in adapter.classes),
+        (
+            adapter
+            for parent in type(model).__mro__
+            for adapter in adapters()
+            if parent.__name__ in adapter.classes
+        ),
         None,
     )
 
@@ -318,13 +350,20 @@ def config_of(model: nn.Module) -> Any:
 
 
 def head_macs(model: nn.Module, trunk: nn.Module) -> int:
-    """Multiply-accumulates of one state's way through the linear layers outside the trunk and the reducer."""
+    """Multiply-accumulates of one state's way through the linear layers outside the trunk and the
+    reducer."""
     inside = {*trunk.modules(), *getattr(model, PARTS, nn.Module()).modules()}
-    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module not in inside
+    ]
     return sum(head.in_features * head.out_features for head in heads)
 
 
-def inside(lengths: Sequence[tuple[int, int]], after_layer: bool) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def inside(
+    lengths: Sequence[tuple[int, int]], after_layer: bool
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(text, image) tokens of every layer's attention and of its MLP."""
     return [(before, before if after_layer else after) for before, after in pairwise(lengths)]
 
@@ -348,7 +387,8 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
-    """Where a reducer chooses: outside the user's autocast, which would round its float32 products to half precision.
+    """Where a reducer chooses: outside the user's autocast, which would round its float32 products
+    to half precision.
 
     Trained parts stay under it, as their weights expect.
     """

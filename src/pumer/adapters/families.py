@@ -11,7 +11,8 @@ from pumer._suggest import did_you_mean
 from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
 
 MERGES_IMAGES = ("ColQwen2ForRetrieval",)
-"""Classes that contain a supported model, and hand it image features among the words' embeddings."""
+"""Classes that contain a supported model, and hand it image features among the words'
+embeddings."""
 WRAPPED = ("base_model", "module", "_orig_mod")
 """Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
 
@@ -30,7 +31,8 @@ def find(model: nn.Module) -> Adapter:
     raise ValueError(
         f"{name} cannot be reduced.{_hint(model, name)}\n"
         f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
-        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: docs/add-a-model.md"
+        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: "
+        "docs/add-a-model.md"
     )
 
 
@@ -38,7 +40,10 @@ def _hint(model: Any, name: str) -> str:
     """What to do in place of giving a model of an unsupported class."""
     inner = _inside(model)
     if is_a(model, MERGES_IMAGES):
-        return f" It merges images into the prompt itself, so that the {inner} inside cannot be reduced either."
+        return (
+            f" It merges images into the prompt itself, so that the {inner} inside cannot be "
+            "reduced either."
+        )
     if inner:
         return f" It contains a {inner}: pass that module instead."
     if isinstance(model, str):
@@ -55,7 +60,8 @@ def _inside(model: Any) -> str | None:
 
 
 def supported(model: nn.Module) -> nn.Module:
-    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where there is none."""
+    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where
+    there is none."""
     return next((module for module in unwrapped(model) if is_supported(module)), model)
 
 
@@ -67,5 +73,7 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         name = next((name for name in names if name in model._modules), None)
         if name is None:
             return
-        names = (*WRAPPED, "model") if name == "base_model" else WRAPPED  # PEFT's models hold a tuner that holds it
+        names = (
+            (*WRAPPED, "model") if name == "base_model" else WRAPPED
+        )  # PEFT's models hold a tuner that holds it
         model = model._modules[name]  # type: ignore[assignment]

@@ -1,9 +1,10 @@
 """Other methods for one instance of a module, undone exactly.
 
 They are real bound methods, so that accelerate, torch.export and dynamo find what they look for: a
-`__func__`, a `__code__`, a signature. Others may wrap them while they are in force, as torch.compile,
-autocast and offloading do. Such a wrapper stays when they are taken off, and what it wraps then does
-what the stock method does. Copies, pickles and replicas of the module get methods of their own.
+`__func__`, a `__code__`, a signature. Others may wrap them while they are in force, as
+torch.compile, autocast and offloading do. Such a wrapper stays when they are taken off, and what it
+wraps then does what the stock method does. Copies, pickles and replicas of the module get methods
+of their own.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ class Method:
     def stock(self, module: nn.Module) -> Any:
         """The method as it is without this one."""
         # No bound method: dynamo would read it as the instance's own, which may be what wraps this.
-        return partial(getattr(type(module), self.name), module) if self.before is None else self.before
+        return (
+            partial(getattr(type(module), self.name), module)
+            if self.before is None
+            else self.before
+        )
 
     def put(self, module: nn.Module, key: int) -> None:
         """Set it on the instance."""
@@ -144,11 +149,14 @@ def rebind(
 
 
 def _wrapped(module: nn.Module, attribute: str) -> int | None:
-    """The last method that was taken off this attribute while somebody had it wrapped; None if there is none."""
+    """The last method that was taken off this attribute while somebody had it wrapped; None if
+    there is none."""
     if attribute not in vars(module):
         return None
     methods = reversed(vars(module)[METHODS].items())
-    return next((key for key, old in methods if old.attribute == attribute and old.function is None), None)
+    return next(
+        (key for key, old in methods if old.attribute == attribute and old.function is None), None
+    )
 
 
 def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Signature:
@@ -192,7 +200,8 @@ def _replicate(module: nn.Module) -> nn.Module:
     attributes = vars(replica)
     attributes |= {name: moved(value) for name, value in attributes.items()}
     attributes[METHODS] = {
-        key: replace(method, before=moved(method.before)) for key, method in attributes[METHODS].items()
+        key: replace(method, before=moved(method.before))
+        for key, method in attributes[METHODS].items()
     }
     return replica
 

@@ -1,6 +1,7 @@
 """Models on disk: our own folders, and the checkpoints that were published.
 
-Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file never runs.
+Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file
+never runs.
 """
 
 from pumer.hub.folders import is_stock, load, load_stock, model_class

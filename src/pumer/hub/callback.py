@@ -16,7 +16,8 @@ from pumer.hub.saving import follow, write_beside
 class PumerCallback(TrainerCallback):
     """Write what reduces a model into every checkpoint of transformers' Trainer, for `pumer.load`.
 
-    A model that was applied last needs none, as its own `save_pretrained` does so. One that something
+    A model that was applied last needs none, as its own `save_pretrained` does so. One that
+    something
     has wrapped since, PEFT for example, does: `Trainer(..., callbacks=[PumerCallback()])`. From the
     beginning of the training the wrapper's `save_pretrained` and `push_to_hub` do so too.
     """

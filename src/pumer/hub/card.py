@@ -74,7 +74,8 @@ _PATTERN = re.compile(
 
 
 def write_card(folder: Path, model: Any, reducer: Reducer, name: str | None = None) -> None:
-    """Write the card of a model into its folder; one that somebody has written or edited is left alone.
+    """Write the card of a model into its folder; one that somebody has written or edited is left
+    alone.
 
     Args:
         folder: of the model, written already.
@@ -119,13 +120,18 @@ def _is_automatic(content: str) -> bool:
     if lines and all(line in empty or _AUTOMATIC in line for line in lines):
         return True
     filled = _PATTERN.search(text)
-    if filled is None or filled["without"].removesuffix(_LEARNED) not in (_WITHOUT, _OURS, _ADAPTER):
+    if filled is None or filled["without"].removesuffix(_LEARNED) not in (
+        _WITHOUT,
+        _OURS,
+        _ADAPTER,
+    ):
         return False
     return _TEXT.format(**filled.groupdict()).strip() == "\n".join(lines).strip()
 
 
 def _names_path(tag: str) -> bool:
-    """Whether it is the tag that PEFT makes of a base model's path on this machine, which helps nobody else."""
+    """Whether it is the tag that PEFT makes of a base model's path on this machine, which helps
+    nobody else."""
     start, _, base = tag.partition(":adapter:")
     return start == "base_model" and not is_hub_name(base)
 

@@ -40,11 +40,14 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path, hint: str) -> dict[str, Any]:
-    """A model folder's config.json; raises ValueError for one that asks for more layers than any model has."""
+    """A model folder's config.json; raises ValueError for one that asks for more layers than any
+    model has."""
     config = read_json(folder / "config.json", hint)
     for name, value in _numbers(config):
         if ("layer" in name or "depth" in name) and value > MAX_LAYERS:
-            raise ValueError(f"{folder / 'config.json'} is damaged, its {name} is {value}: get it again")
+            raise ValueError(
+                f"{folder / 'config.json'} is damaged, its {name} is {value}: get it again"
+            )
     return config
 
 
@@ -69,7 +72,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise ValueError(f"{directory} has neither model.safetensors nor pytorch_model.bin: download one of them")
+        raise ValueError(
+            f"{directory} has neither model.safetensors nor pytorch_model.bin: download one of them"
+        )
     with _named(file):
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -81,13 +86,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of a PyTorch Lightning checkpoint, and what the model was made with, as far as the file says.
+    """Weights of a PyTorch Lightning checkpoint, and what the model was made with, as far as the
+    file says.
 
     Raises:
         ValueError: if the file is missing or damaged, or holds something else, such as code.
     """
     if not file.is_file():
-        raise ValueError(f"there is no {file}: give a checkpoint's folder, or an original .ckpt file")
+        raise ValueError(
+            f"there is no {file}: give a checkpoint's folder, or an original .ckpt file"
+        )
     with _named(file):
         stand_ins: list[Any] = []
         if zipfile.is_zipfile(file):
@@ -100,7 +108,10 @@ def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{file} is no Lightning checkpoint, it has no state_dict: for other files give their folder")
+        raise ValueError(
+            f"{file} is no Lightning checkpoint, it has no state_dict: for other files give their "
+            "folder"
+        )
     made_with = content.get("hyper_parameters")
     config = made_with.get("config") if isinstance(made_with, dict) else None
     state = _check(content["state_dict"], file, "its state_dict should be weights alone")
@@ -108,7 +119,8 @@ def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class _StandIn:
-    """In place of Lightning's own classes, which its checkpoints mention for their callbacks: does nothing."""
+    """In place of Lightning's own classes, which its checkpoints mention for their callbacks: does
+    nothing."""
 
     def __new__(cls, *args: Any) -> _StandIn:
         return super().__new__(cls)
@@ -124,14 +136,17 @@ def _named(file: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is damaged, or holds pickled code, which is never run: get it again, or as safetensors ({error})"
+            f"{file} is damaged, or holds pickled code, which is never run: get it again, or as "
+            f"safetensors ({error})"
         ) from error
     except Exception as error:  # a cut-off file fails in as many ways as there are places to cut
         raise ValueError(f"{file} is damaged, get it again: {error}") from error
 
 
 def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in state.values()
+    ):
         raise ValueError(f"{file} holds something else than named weights: {hint}")
     return dict(state)
 
@@ -139,7 +154,8 @@ def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
 # --- answers ---
 
 ANSWERS = ("vqa2_label2ans.json", "vqa2_ans2label.json", "vqa_dict.json")
-"""Names of answer vocabularies: PuMer's list and object, and ViLT's. The projects number the answers differently."""
+"""Names of answer vocabularies: PuMer's list and object, and ViLT's. The projects number the
+answers differently."""
 
 
 def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] | None:
@@ -150,12 +166,15 @@ def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] |
     """
     found = {file: read_answers(file) for name in names if (file := directory / name).exists()}
     if len({tuple(answers) for answers in found.values()}) > 1:
-        raise ValueError(f"{' and '.join(map(str, found))} number the answers differently: delete the wrong one")
+        raise ValueError(
+            f"{' and '.join(map(str, found))} number the answers differently: delete the wrong one"
+        )
     return next(iter(found.values()), None)
 
 
 def read_answers(file: Path) -> list[str]:
-    """Answers in the order of their numbers: from a list, or an object answer -> number or number -> answer.
+    """Answers in the order of their numbers: from a list, or an object answer -> number or number
+    -> answer.
 
     Raises:
         ValueError: if the file is damaged, or the numbers are not 0, 1, 2, ...
@@ -172,7 +191,8 @@ def read_answers(file: Path) -> list[str]:
     valid = isinstance(content, list) and all(isinstance(answer, str) for answer in content)
     if not valid or len(set(content)) != len(content) or not content:
         raise ValueError(
-            f"{file} should be a list of answers, or an object of answers and their numbers from 0, each once: "
+            f"{file} should be a list of answers, or an object of answers and their numbers from "
+            "0, each once: "
             "get it again, or delete it"
         )
     return content
@@ -182,4 +202,6 @@ def write_answers(directory: Path, answers: list[str]) -> None:
     """Write an answer vocabulary as PuMer does, both ways."""
     by_answer = {answer: number for number, answer in enumerate(answers)}
     (directory / "vqa2_label2ans.json").write_text(json.dumps(answers), encoding="utf-8")
-    (directory / "vqa2_ans2label.json").write_text(json.dumps(by_answer, indent=2), encoding="utf-8")
+    (directory / "vqa2_ans2label.json").write_text(
+        json.dumps(by_answer, indent=2), encoding="utf-8"
+    )

@@ -15,14 +15,7 @@ from pumer._suggest import did_you_mean
 from pumer.adapters.base import adapters
 from pumer.api import apply
 from pumer.hub.files import read_config, read_json, some
-from pumer.hub.reduction import (
-    LEARNED,
-    SETTINGS,
-    is_part,
-    load_parts,
-    read_settings,
-    reducer_in,
-)
+from pumer.hub.reduction import LEARNED, SETTINGS, is_part, load_parts, read_settings, reducer_in
 from pumer.hub.sources import ADAPTER, CONFIG, Source, find_source, is_hub_name, split_hub
 
 
@@ -34,20 +27,22 @@ def load(
 ) -> Any:
     """Read a saved model, from a folder or the Hub: in eval mode, with the same reduction in force.
 
-    What `save` wrote, or a reduced model's own `save_pretrained` or `push_to_hub`. A folder of PEFT's
+    What `save` wrote, or a reduced model's own `save_pretrained` or `push_to_hub`. A folder of
+    PEFT's
     gives a PeftModel: its base model, the adapter, then the reduction.
 
     Args:
-        path: the folder, the name of a model that comes with the package (`pumer list`), or an owner's
-            and a model's name on the Hub.
+        path: the folder, the name of a model that comes with the package (`pumer list`), or an
+            owner's and a model's name on the Hub.
         dtype: of the weights; as they were saved if not given.
         device: where the model goes; the CPU if neither this nor `device_map` is given.
-        arguments: of `from_pretrained`: `revision`, `token`, `cache_dir` and the like, by which pumer's
-            own files are fetched too, and `device_map`, `quantization_config`, `attn_implementation` ...
+        arguments: of `from_pretrained`: `revision`, `token`, `cache_dir` and the like, by which
+            pumer's own files are fetched too, and `device_map`, `quantization_config`,
+            `attn_implementation` ...
 
     Raises:
-        ValueError: if there is no such model, or a file is missing or damaged or was written by a newer
-            pumer, or if `from_pretrained` does not take an argument.
+        ValueError: if there is no such model, or a file is missing or damaged or was written by a
+            newer pumer, or if `from_pretrained` does not take an argument.
     """
     if device is not None and arguments.get("device_map") is not None:
         raise ValueError("device and device_map both say where the model goes: give one of them")
@@ -80,31 +75,40 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
             )
     except ImportError:  # of what an argument needs, which it names
         raise
-    except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
+    except (
+        Exception
+    ) as error:  # whatever safetensors, torch and transformers make of a damaged file
         options = [name for name, value in arguments.items() if value and name != "dtype"]
         mend = f", or leave out {' and '.join(options)}" if options else ""
-        raise ValueError(f"the model in {source.name} cannot be read, save it again{mend}: {error}") from error
+        raise ValueError(
+            f"the model in {source.name} cannot be read, save it again{mend}: {error}"
+        ) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"the weights in {source.name} lack {some(info['missing_keys'])}, which the {cls.__name__} of its "
+            f"the weights in {source.name} lack {some(info['missing_keys'])}, which the "
+            f"{cls.__name__} of its "
             "config.json has: restore its config.json, or save the model again"
         )
     # What a learned reducer has trained stays among the weights that the Trainer goes on from.
     unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
     if unexpected:
         raise ValueError(
-            f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of its "
+            f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of "
+            "its "
             "config.json has not: restore its config.json, or save the model again"
         )
     return model
 
 
 def _read_adapter(source: Source, hub: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    """A model of PEFT: the base model that an adapter names, with the adapter; neither is trained."""
+    """A model of PEFT: the base model that an adapter names, with the adapter; neither is
+    trained."""
     try:
         from peft import PeftModel
     except ImportError:
-        raise ValueError(f"{source.name} holds an adapter of PEFT: install peft to load it") from None
+        raise ValueError(
+            f"{source.name} holds an adapter of PEFT: install peft to load it"
+        ) from None
     base = base_of(source, (CONFIG,), hub)
     model = _read_model(base, arguments)
     try:
@@ -129,7 +133,9 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
     config = read_json(source.folder / ADAPTER, "save the model again")
     base = config.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{ADAPTER} in {source.name} names no base model: set its base_model_name_or_path")
+        raise ValueError(
+            f"{ADAPTER} in {source.name} names no base model: set its base_model_name_or_path"
+        )
     # The base is in a repository of its own, with revisions of its own.
     how = {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
     if config.get("revision"):
@@ -137,7 +143,9 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
     try:
         return find_source(base, files, **how)
     except ValueError as error:
-        raise ValueError(f"the base model of the adapter in {source.name} is missing: {error}") from error
+        raise ValueError(
+            f"the base model of the adapter in {source.name} is missing: {error}"
+        ) from error
 
 
 @contextmanager
@@ -152,11 +160,13 @@ def _quiet() -> Iterator[None]:
 
 
 _ENCODERS = ("vilt", "meter")
-"""Model types that choose from labels, and that no processor of transformers alone is enough for."""
+"""Model types that choose from labels, and that no processor of transformers alone is enough
+for."""
 
 
 def is_stock(model: str, **hub: Any) -> bool:
-    """Whether it is a folder or a name on the Hub without pumer's settings: as transformers writes models."""
+    """Whether it is a folder or a name on the Hub without pumer's settings: as transformers writes
+    models."""
     if (Path(model) / CONFIG).is_file():
         return not (Path(model) / SETTINGS).is_file()
     if not is_hub_name(model):
@@ -167,8 +177,11 @@ def is_stock(model: str, **hub: Any) -> bool:
         return True
 
 
-def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """A stock decoder in eval mode, from a folder that transformers wrote or a name on the Hub; nothing reduces it.
+def load_stock(
+    source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Any:
+    """A stock decoder in eval mode, from a folder that transformers wrote or a name on the Hub;
+    nothing reduces it.
 
     Args:
         source: folder or name.
@@ -184,15 +197,19 @@ def load_stock(source: str, dtype: torch.dtype | None = None, device: str | torc
         kind = read_config(Path(source), "save the model again").get("model_type")
         if kind in _ENCODERS:
             raise ValueError(
-                f"{source} is a {kind} as transformers saved it, without the image transform of pumer: turn it into a "
+                f"{source} is a {kind} as transformers saved it, without the image transform of "
+                "pumer: turn it into a "
                 f"model folder with `pumer convert {source} FOLDER`"
             )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype or "auto", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         reason = str(error).partition("Model type should be one of")[0].strip().rstrip(".")
         raise ValueError(
-            f"{source} cannot be read as a model that answers questions about images: {reason}. `pumer list` names "
+            f"{source} cannot be read as a model that answers questions about images: {reason}. "
+            "`pumer list` names "
             "the models that can be reduced"
         ) from None
     return model.to(device or "cpu").eval()
@@ -204,11 +221,15 @@ def model_class(name: str) -> Any:
 
     kind = getattr(transformers, name, None)
     if kind is None:
-        path = next((adapter.modules[name] for adapter in adapters() if name in adapter.modules), None)
+        path = next(
+            (adapter.modules[name] for adapter in adapters() if name in adapter.modules), None
+        )
         kind = None if path is None else getattr(importlib.import_module(path), name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         names = {name for adapter in adapters() for name in adapter.classes}
-        raise ValueError(f"neither transformers nor pumer has a model class {name!r}.{did_you_mean(name, names)}")
+        raise ValueError(
+            f"neither transformers nor pumer has a model class {name!r}.{did_you_mean(name, names)}"
+        )
     return kind
 
 
@@ -220,6 +241,7 @@ def class_in(config: dict[str, Any], where: Path) -> Any:
         return model_class(str(name))
     except ValueError:
         raise ValueError(
-            f"config.json in {where} names the model class {names!r}, which neither transformers nor pumer has: read "
+            f"config.json in {where} names the model class {names!r}, which neither transformers "
+            "nor pumer has: read "
             "it with its own class, then call pumer.apply"
         ) from None

@@ -1,4 +1,5 @@
-"""Checkpoints that were published: with PuMer, with the original ViLT and METER, and as transformers' ViLT."""
+"""Checkpoints that were published: with PuMer, with the original ViLT and METER, and as
+transformers' ViLT."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from pumer.reducers import PuMer
 _FAMILIES = ("vilt", "meter")
 _HINTS = {
     "pos_embed is": " (give the grid of position embeddings as pos_grid in config.json)",
-    "positional_embedding is": " (image_size in config.json is that of the weights; give another one to load_official)",
+    "positional_embedding is": (
+        " (image_size in config.json is that of the weights; give another one to load_official)"
+    ),
 }
 _STOCK = "encoder.layer.0.attention.attention.query.weight"
 
@@ -59,72 +62,111 @@ class Official:
 
 
 def load_official(
-    source: str | Path, image_size: int | None = None, *, answers: str | Path | None = None, kind: str | None = None
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    answers: str | Path | None = None,
+    kind: str | None = None,
 ) -> Any:
-    """A published ViLT or METER checkpoint as a model, with the published reduction in force where it has one.
+    """A published ViLT or METER checkpoint as a model, with the published reduction in force where
+    it has one.
 
     Three kinds are told by the names of their weights:
 
-    - of PuMer: a folder with `config.json` and `model.safetensors` (or `pytorch_model.bin`). To get the published
-      results pad text to the length that the checkpoint was trained with: the published code counts padded text.
-      METER models have `update="sequential"`, and those without reduction still the published softmax.
-    - of the original ViLT and METER: a Lightning `.ckpt` file. Nothing is reduced; METER has `update="parallel"`.
+    - of PuMer: a folder with `config.json` and `model.safetensors` (or `pytorch_model.bin`). To get
+      the published results pad text to the length that the checkpoint was trained with: the
+      published code counts padded text. METER models have `update="sequential"`, and those without
+      reduction still the published softmax.
+    - of the original ViLT and METER: a Lightning `.ckpt` file. Nothing is reduced; METER has
+      `update="parallel"`.
     - of transformers' ViLT: a folder that `from_pretrained` reads. Nothing is reduced.
 
-    Which task it is, is told by the head. Visual entailment and METER have classes of ours. Inputs have transformers'
-    names. Weights without a place in the model (ViLT's head for image-text matching, parts of the original METER that
-    nothing uses) are named in a warning.
+    Which task it is, is told by the head. Visual entailment and METER have classes of ours. Inputs
+    have transformers' names. Weights without a place in the model (ViLT's head for image-text
+    matching, parts of the original METER that nothing uses) are named in a warning.
 
     Args:
-        source: the folder or file. Sizes that the published code has fixed may be given in its `config.json`, as
-            `pos_grid` ([12, 12]); those that weights show are read off them.
-        image_size: side of the pictures in pixels, if it is to be another one; METER's grid of positions is resized.
-        answers: file with the answers of question answering in their order: `vqa2_label2ans.json` or
-            `vqa2_ans2label.json` of PuMer, `vqa_dict.json` of ViLT; taken from beside the weights if not given.
-        kind: name of another class of the family, which then gets a new head: a start from pretraining.
+        source: the folder or file. Sizes that the published code has fixed may be given in its
+            `config.json`, as `pos_grid` ([12, 12]); those that weights show are read off them.
+        image_size: side of the pictures in pixels, if it is to be another one; METER's grid of
+            positions is resized.
+        answers: file with the answers of question answering in their order: `vqa2_label2ans.json`
+            or `vqa2_ans2label.json` of PuMer, `vqa_dict.json` of ViLT; taken from beside the
+            weights if not given.
+        kind: name of another class of the family, which then gets a new head: a start from
+            pretraining.
 
     Raises:
-        ValueError: if a file is missing or damaged or holds pickled code, if weights are missing or have wrong
-            shapes, and for learned pruning by other predictors than those of the states.
+        ValueError: if a file is missing or damaged or holds pickled code, if weights are missing or
+            have wrong shapes, and for learned pruning by other predictors than those of the states.
     """
     read = read_official(source, image_size, answers=answers, kind=kind)
     if read.unknown:
-        _warn(f"config.json in {source} has settings that are unknown and ignored: {', '.join(read.unknown)}")
+        _warn(
+            f"config.json in {source} has settings that are unknown and ignored: "
+            f"{', '.join(read.unknown)}"
+        )
     if read.left_out:
-        _warn(f"weights in {source} that have no place in the model are left out: {some(read.left_out)}")
+        _warn(
+            f"weights in {source} that have no place in the model are left out: "
+            f"{some(read.left_out)}"
+        )
     return read.model
 
 
 def read_official(
-    source: str | Path, image_size: int | None = None, *, answers: str | Path | None = None, kind: str | None = None
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    answers: str | Path | None = None,
+    kind: str | None = None,
 ) -> Official:
     """What `load_official` gives, and what was found on the way in place of its warnings."""
     given = None if answers is None else read_answers(Path(answers))
     read = _read(Path(source), image_size, given, kind)
     if given and not read.answers:
-        raise ValueError(f"answers are for question answering, {source} is a {type(read.model).__name__}")
+        raise ValueError(
+            f"answers are for question answering, {source} is a {type(read.model).__name__}"
+        )
     return read
 
 
-def _read(source: Path, image_size: int | None, answers: list[str] | None, kind: str | None) -> Official:
+def _read(
+    source: Path, image_size: int | None, answers: list[str] | None, kind: str | None
+) -> Official:
     if source.suffix == ".ckpt":
         from pumer.models.lightning import settings_of, to_published
 
         state, made_with = read_lightning(source)
-        # The originals number answers their own way: of the vocabularies beside the file only theirs can be meant.
+        # The originals number answers their own way: of the vocabularies beside the file only
+        # theirs can be meant.
         beside = answers or find_answers(source.parent, ["vqa_dict.json"])
-        return _build(to_published(state), settings_of(made_with), source, "original", image_size, beside, kind)
+        return _build(
+            to_published(state),
+            settings_of(made_with),
+            source,
+            "original",
+            image_size,
+            beside,
+            kind,
+        )
     if source.is_file():
-        raise ValueError(f"{source} is no .ckpt file: give a checkpoint's folder, or an original .ckpt file")
+        raise ValueError(
+            f"{source} is no .ckpt file: give a checkpoint's folder, or an original .ckpt file"
+        )
     if kind is not None:
         model_class(kind)
     if (source / SETTINGS).exists():
         raise ValueError(f"{source} was written by pumer.save: read it with pumer.load")
-    settings = read_config(source, "a published checkpoint has one, unless it is an original .ckpt file")
+    settings = read_config(
+        source, "a published checkpoint has one, unless it is an original .ckpt file"
+    )
     state = read_weights(source)
     if any(name.endswith(_STOCK) for name in state):
         return _read_stock(settings, source, image_size, answers, kind)
-    return _build(state, settings, source, "pumer", image_size, answers or find_answers(source), kind)
+    return _build(
+        state, settings, source, "pumer", image_size, answers or find_answers(source), kind
+    )
 
 
 def _build(
@@ -147,8 +189,16 @@ def _build(
     cls = model_class(layout.classes[head])
     with torch.device("meta"):
         expected = cls(config).state_dict()
-    needed = {name: x for name, x in layout.from_ours(expected, head).items() if name != layout.position_ids}
-    new = set() if head == found else {name for name in needed if name.startswith(f"{head}.")} - set(fitted)
+    needed = {
+        name: x
+        for name, x in layout.from_ours(expected, head).items()
+        if name != layout.position_ids
+    }
+    new = (
+        set()
+        if head == found
+        else {name for name in needed if name.startswith(f"{head}.")} - set(fitted)
+    )
     _check_weights({name: x for name, x in needed.items() if name not in new}, fitted, source)
     if image_size is not None:
         fitted = published.resize(fitted, config, image_size)
@@ -184,51 +234,77 @@ def _build(
 
 
 def _read_stock(
-    settings: dict[str, Any], source: Path, image_size: int | None, answers: list[str] | None, kind: str | None
+    settings: dict[str, Any],
+    source: Path,
+    image_size: int | None,
+    answers: list[str] | None,
+    kind: str | None,
 ) -> Official:
     from pumer.models.vilt.published import resize
 
     if kind is not None:
-        raise ValueError(f"{source} is in transformers' own layout: {kind}.from_pretrained gives it a new head")
+        raise ValueError(
+            f"{source} is in transformers' own layout: {kind}.from_pretrained gives it a new head"
+        )
     cls = class_in(settings, source)
     try:
         model, info = cls.from_pretrained(
-            source, dtype=torch.float32, local_files_only=True, weights_only=True, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            local_files_only=True,
+            weights_only=True,
+            output_loading_info=True,
         )
-    except Exception as error:  # whatever safetensors, torch and transformers make of a damaged file
+    except (
+        Exception
+    ) as error:  # whatever safetensors, torch and transformers make of a damaged file
         raise ValueError(f"the model in {source} cannot be read: {error}") from error
     if info["missing_keys"]:
-        raise ValueError(f"the weights in {source} do not fit, missing: {some(info['missing_keys'])}")
+        raise ValueError(
+            f"the weights in {source} do not fit, missing: {some(info['missing_keys'])}"
+        )
     if image_size is not None:
         resize({}, model.config, image_size)
     if answers is not None:
         if len(answers) != model.config.num_labels:
-            raise ValueError(f"the vocabulary has {len(answers)} answers, the model {model.config.num_labels}")
+            raise ValueError(
+                f"the vocabulary has {len(answers)} answers, the model {model.config.num_labels}"
+            )
         set_label_names(model.config, answers)
-    named = set(model.config.id2label.values()) != {f"LABEL_{number}" for number in range(model.config.num_labels)}
-    return Official(model, "transformers", answers=named, left_out=tuple(sorted(info["unexpected_keys"])))
+    named = set(model.config.id2label.values()) != {
+        f"LABEL_{number}" for number in range(model.config.num_labels)
+    }
+    return Official(
+        model, "transformers", answers=named, left_out=tuple(sorted(info["unexpected_keys"]))
+    )
 
 
 def save_official(model: Any, directory: str | Path) -> None:
-    """Write a model in PuMer's published layout: `config.json`, `model.safetensors` and the answers' vocabulary.
+    """Write a model in PuMer's published layout: `config.json`, `model.safetensors` and the
+    answers' vocabulary.
 
-    The folder appears complete or not at all, and `load_official` gives the same model back. What the published code
-    does not know, it ignores: it would compute with its own reducer and softmax where PuMer's are not `official`, and
-    update METER's streams in its own order; a warning says so.
+    The folder appears complete or not at all, and `load_official` gives the same model back. What
+    the published code
+    does not know, it ignores: it would compute with its own reducer and softmax where PuMer's are
+    not `official`, and update METER's streams in its own order; a warning says so.
 
     Args:
         model: a ViLT or METER model with one of the published heads, unreduced or reduced by PuMer.
         directory: a folder that does not exist yet, or is empty.
 
     Raises:
-        ValueError: if the published layout has no place for the model or its reducer, or the folder holds files.
+        ValueError: if the published layout has no place for the model or its reducer, or the folder
+        holds files.
     """
     from safetensors.torch import save_file
 
     name, patch = type(model).__name__, active(model)
     reducer = None if patch is None else patch.reducer
     if reducer is not None and not isinstance(reducer, PuMer):
-        raise ValueError(f"the published layout has no place for {reducer.name}: pumer.remove it, or use pumer.save")
+        raise ValueError(
+            f"the published layout has no place for {reducer.name}: pumer.remove it, or use "
+            "pumer.save"
+        )
     family = next((family for family in _FAMILIES if name.lower().startswith(family)), None)
     if family is None:
         raise ValueError(f"the published layout has no place for {name}, only for ViLT and METER")
@@ -239,16 +315,21 @@ def save_official(model: Any, directory: str | Path) -> None:
     weights = published.LAYOUT.from_ours(model.state_dict(), head)
     if other := [name for name in OURS if name in settings]:
         _warn(
-            f"the published code ignores {' and '.join(other)} in config.json, and computes otherwise than this model: "
+            f"the published code ignores {' and '.join(other)} in config.json, and computes "
+            "otherwise than this model: "
             "it was trained or reduced in another way"
         )
     with new_folder(directory) as folder:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         # Clones, for safetensors takes no weights that share memory.
-        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+        whole = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
+        }
         save_file(whole, folder / "model.safetensors", {"format": "pt"})
         answers = list(model.config.id2label.values())
-        if head == "vqa_classifier" and answers != [f"LABEL_{number}" for number in range(len(answers))]:
+        if head == "vqa_classifier" and answers != [
+            f"LABEL_{number}" for number in range(len(answers))
+        ]:
             write_answers(folder, answers)
 
 
@@ -268,7 +349,9 @@ def _family(state: Iterable[str], source: Path) -> Any:
     raise ValueError(f"the weights in {source} are neither ViLT's nor METER's: {some(state)}")
 
 
-def _check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: Path) -> None:
+def _check_weights(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: Path
+) -> None:
     problems = []
     if missing := set(expected) - set(state):
         problems.append(f"missing: {some(missing)}")
@@ -280,7 +363,9 @@ def _check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], 
     if wrong:
         problems.append(f"wrong shapes: {some(wrong)}")
     if problems:
-        hint = next((hint for name, hint in _HINTS.items() if any(name in line for line in wrong)), "")
+        hint = next(
+            (hint for name, hint in _HINTS.items() if any(name in line for line in wrong)), ""
+        )
         raise ValueError(f"the weights in {source} do not fit, {'; '.join(problems)}{hint}")
 
 

@@ -1,4 +1,5 @@
-"""`pumer.json`, a model's active reducer on disk, and `reducer.safetensors`, what a learned one has trained."""
+"""`pumer.json`, a model's active reducer on disk, and `reducer.safetensors`, what a learned one has
+trained."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class _Saved:
     renumber: bool = False  # written where it is true: older folders have none
 
 
-def write_reduction(folder: Path, patch: Patch | None, parts: Mapping[str, Tensor] | None = None) -> None:
+def write_reduction(
+    folder: Path, patch: Patch | None, parts: Mapping[str, Tensor] | None = None
+) -> None:
     """Write what a model's reducer is, and what it has trained, beside the model's weights.
 
     Args:
@@ -61,22 +64,31 @@ def write_reduction(folder: Path, patch: Patch | None, parts: Mapping[str, Tenso
     if parts:
         with replacing(folder / LEARNED, "wb") as file:
             # Clones, for safetensors takes no weights that share memory.
-            save_file({name: x.detach().cpu().contiguous().clone() for name, x in parts.items()}, file.name)
+            save_file(
+                {name: x.detach().cpu().contiguous().clone() for name, x in parts.items()},
+                file.name,
+            )
     else:
-        (folder / LEARNED).unlink(missing_ok=True)  # of another reducer, in a folder that is written again
+        (folder / LEARNED).unlink(
+            missing_ok=True
+        )  # of another reducer, in a folder that is written again
     with replacing(folder / SETTINGS) as file:
         file.write(json.dumps(settings, indent=2) + "\n")
 
 
-def trained_parts(patch: Patch | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def trained_parts(
+    patch: Patch | None, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The weights of a learned reducer; empty for any other.
 
-    They are taken from `state`, the model's, if it holds them: those of a model that is sharded over
-    devices are whole only there.
+    They are taken from `state`, the model's, if it holds them: those of a model that is sharded
+    over devices are whole only there.
     """
     if patch is None or patch.parts is None:
         return {}
-    gathered = {name.partition(_PREFIX)[2]: x for name, x in (state or {}).items() if _PREFIX in name}
+    gathered = {
+        name.partition(_PREFIX)[2]: x for name, x in (state or {}).items() if _PREFIX in name
+    }
     return gathered or dict(patch.parts.state_dict())
 
 
@@ -91,14 +103,18 @@ def is_part(name: str) -> bool:
 
 
 def saved_reducer(path: str | Path, **hub: Any) -> Reducer | None:
-    """The reducer that a folder was saved with; None if nothing reduced the model. Raises ValueError like `load`."""
+    """The reducer that a folder was saved with; None if nothing reduced the model. Raises
+    ValueError like `load`."""
     source = find_source(path, [SETTINGS], **hub)
     return reducer_in(read_settings(source), source.folder / SETTINGS)
 
 
 def read_settings(source: Source) -> dict[str, Any]:
     """What `pumer.json` holds; raises ValueError if it is not there or damaged."""
-    hint = "for published checkpoints use pumer.load_official, for other models from_pretrained and pumer.apply"
+    hint = (
+        "for published checkpoints use pumer.load_official, for other models from_pretrained and "
+        "pumer.apply"
+    )
     if "revision" in source.hub and not source.has(SETTINGS):
         raise ValueError(f"{source.name} on the Hub has no {SETTINGS}, which pumer writes: {hint}")
     return read_json(source.folder / SETTINGS, f"pumer.save writes it; {hint}")
@@ -111,7 +127,8 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
         raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
     if version > FORMAT:
         raise ValueError(
-            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer {__version__}, "
+            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is "
+            f"pumer {__version__}, "
             f"which reads format {FORMAT}: upgrade pumer"
         )
     needed = {field.name for field in fields(_Saved) if field.default is MISSING}
@@ -128,15 +145,19 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
 
 
 def load_parts(model: Any, path: Path) -> None:
-    """Give a learned reducer in force the weights that `save` wrote; raises ValueError if they are not its own."""
+    """Give a learned reducer in force the weights that `save` wrote; raises ValueError if they are
+    not its own."""
     patch = active(model)
     if patch is None or patch.parts is None:
         return
     if not (path / LEARNED).is_file():
         raise ValueError(
-            f"{path} lacks {LEARNED}, the weights of its reducer {patch.reducer.name}: save the model again"
+            f"{path} lacks {LEARNED}, the weights of its reducer {patch.reducer.name}: save the "
+            "model again"
         )
     try:
         patch.parts.load_state_dict(load_file(path / LEARNED))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path / LEARNED} does not fit the reducer, save the model again: {error}") from error
+        raise ValueError(
+            f"{path / LEARNED} does not fit the reducer, save the model again: {error}"
+        ) from error

@@ -24,10 +24,11 @@ from pumer.hub.reduction import trained_parts, without_parts, write_reduction
 
 
 def save(model: Any, path: str | Path, **arguments: Any) -> None:
-    """Write a model with the reduction in force: what `save_pretrained` writes, `pumer.json` and a model card.
+    """Write a model with the reduction in force: what `save_pretrained` writes, `pumer.json` and a
+    model card.
 
-    The folder appears complete or not at all. A model that nothing reduces may be saved too, and one of PEFT, of which
-    the folder gets the adapter.
+    The folder appears complete or not at all. A model that nothing reduces may be saved too, and
+    one of PEFT, of which the folder gets the adapter.
 
     Args:
         model: any Hugging Face model.
@@ -38,7 +39,9 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
         ValueError: if the folder holds files already, or the model is none of Hugging Face's.
     """
     if not hasattr(model, "save_pretrained"):
-        raise ValueError(f"{type(model).__name__} is not a Hugging Face model: save the one inside it")
+        raise ValueError(
+            f"{type(model).__name__} is not a Hugging Face model: save the one inside it"
+        )
     patch = active(model)
     state = arguments.pop("state_dict", None)
     parts = trained_parts(patch, state)
@@ -64,14 +67,19 @@ def _follows(module: nn.Module) -> bool:
     return any(method.function is _save_pretrained for method in methods)
 
 
-def _save_pretrained(module: nn.Module, stock: Callable[..., Any], patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(
+    module: nn.Module, stock: Callable[..., Any], patch: Patch, *args: Any, **kwargs: Any
+) -> Any:
     """`save_pretrained` of transformers and PEFT, then pumer's own files.
 
-    The weights stay as they are given, with those of a learned reducer: the Trainer resumes from them.
+    The weights stay as they are given, with those of a learned reducer: the Trainer resumes from
+    them.
     """
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     call = {**call.pop("kwargs", {}), **call}
-    parts = trained_parts(patch, call.get("state_dict"))  # before they are written: that empties the dict
+    parts = trained_parts(
+        patch, call.get("state_dict")
+    )  # before they are written: that empties the dict
     result = stock(*args, **kwargs)
     on_this_rank = getattr(module, "should_save_on_this_rank", bool)
     if on_this_rank(call.get("is_main_process", True)):

@@ -1,4 +1,5 @@
-"""Where a model is: a folder, the name of a shipped model, or one on the Hub, whose small files are fetched."""
+"""Where a model is: a folder, the name of a shipped model, or one on the Hub, whose small files are
+fetched."""
 
 from __future__ import annotations
 
@@ -72,12 +73,17 @@ def find_source(name: str | Path, files: Sequence[str], **hub: Any) -> Source:
     # A pattern's star also stands for slashes.
     deeper = f"{subfolder}/*/*" if subfolder else "*/*"
     try:
-        snapshot = Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=deeper, **how))
+        snapshot = Path(
+            snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=deeper, **how)
+        )
     except (OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise ValueError(
             f"there is no folder {name}, and the Hub does not give a model of that name: {reason}\n"
-            "Check the name and the revision; a private or gated model needs `token`, or `hf auth login`"
+            "Check the name and the revision; a private or gated model needs `token`, or `hf auth "
+            "login`"
         ) from error
     # Later files come from the same commit, wherever the branch has moved meanwhile.
     return Source(str(name), snapshot / subfolder, {**hub, "revision": snapshot.name})

@@ -1,4 +1,5 @@
-"""The original ViLT's and METER's own checkpoints: their names of weights, as the published PuMer code has them.
+"""The original ViLT's and METER's own checkpoints: their names of weights, as the published PuMer
+code has them.
 
 ViLT: Kim et al., ICML 2021 (dandelin/ViLT). METER: Dou et al., CVPR 2022 (zdou0830/METER).
 """
@@ -13,14 +14,22 @@ from torch import Tensor
 _VILT = ("text_embeddings.", "token_type_embeddings.", "transformer.", "pooler.")
 _METER = ("text_transformer.", "token_type_embeddings.", "cross_modal_", "vit_model.visual.")
 _UNUSED = "text_transformer.pooler."
-_SETTINGS = ("num_heads", "num_top_layer", "drop_rate", "pos_grid", "text_encoder", "image_encoder", "fusion")
+_SETTINGS = (
+    "num_heads",
+    "num_top_layer",
+    "drop_rate",
+    "pos_grid",
+    "text_encoder",
+    "image_encoder",
+    "fusion",
+)
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of an original checkpoint under the published names.
 
-    Those that the original models have and never use keep their own: the text encoder's pooler, and what CLIP has
-    for texts.
+    Those that the original models have and never use keep their own: the text encoder's pooler, and
+    what CLIP has for texts.
 
     Raises:
         ValueError: if they are neither ViLT's nor METER's.
@@ -28,12 +37,16 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(name.startswith("cross_modal_text_layers.") for name in state):
         return {_of_meter(name): tensor for name, tensor in state.items()}
     if any(name.startswith("transformer.blocks.") for name in state):
-        return {f"vilt.{name}" if name.startswith(_VILT) else name: tensor for name, tensor in state.items()}
+        return {
+            f"vilt.{name}" if name.startswith(_VILT) else name: tensor
+            for name, tensor in state.items()
+        }
     raise ValueError("the weights are neither the original ViLT's nor METER's")
 
 
 def settings_of(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that a checkpoint of PuMer would have, from what an original model was made with."""
+    """The config.json that a checkpoint of PuMer would have, from what an original model was made
+    with."""
     known = {name: made_with[name] for name in _SETTINGS if name in made_with}
     return {**known, "official": False, "update": "parallel"}
 

@@ -1,4 +1,5 @@
-"""New, small LLaVAs: a tokenizer that can write answers, and a start from a ViLT where no CLIP of their size exists."""
+"""New, small LLaVAs: a tokenizer that can write answers, and a start from a ViLT where no CLIP of
+their size exists."""
 
 from __future__ import annotations
 
@@ -16,16 +17,27 @@ IMAGE = "<image>"
 """The placeholder of an image in a prompt."""
 
 
-def writing_tokenizer(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer of an encoder changed, in place, into that of a decoder that answers questions about images.
+def writing_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of an encoder changed, in place, into that of a decoder that answers questions
+    about images.
 
-    A prompt is the image, the question and the separator, which also ends an answer; nothing else is put around texts.
-    Answers that it has no tokens for get one each.
+    A prompt is the image, the question and the separator, which also ends an answer; nothing else
+    is put around texts. Answers that it has no tokens for get one each.
     """
-    lost = [text for text in answers if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text]
+    lost = [
+        text
+        for text in answers
+        if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text
+    ]
     tokenizer.add_tokens([AddedToken(text, single_word=True) for text in lost])
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE], "eos_token": tokenizer.sep_token})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [IMAGE], "eos_token": tokenizer.sep_token}
+    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
     tokenizer.padding_side = "left"
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # `generate` takes no token types
     tokenizer.chat_template = (
@@ -37,7 +49,10 @@ def writing_tokenizer(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]
 
 
 def new_llava(
-    kind: Any, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vilt: PreTrainedModel | None = None
+    kind: Any,
+    settings: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    vilt: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """A LLaVA with the vocabulary of its tokenizer.
 
@@ -45,7 +60,8 @@ def new_llava(
         kind: its class.
         settings: of the configuration; what the tokenizer says is filled in.
         tokenizer: see `writing_tokenizer`.
-        vilt: a ViLT of as wide blocks, of which the tower takes the first, and the language model the words.
+        vilt: a ViLT of as wide blocks, of which the tower takes the first, and the language model
+            the words.
 
     Raises:
         ValueError: if the ViLT does not fit, see `start_tower`.
@@ -59,7 +75,8 @@ def new_llava(
     text = settings.get("text_config", {}) | vocabulary
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     model = kind(kind.config_class(**settings | {"text_config": text, "image_token_id": image}))
-    # LLaVA takes features before that norm; a weight without gradient would stop training on several processes.
+    # LLaVA takes features before that norm; a weight without gradient would stop training on
+    # several processes.
     model.base_model.vision_tower.post_layernorm.requires_grad_(False)
     return model if vilt is None else _start(model, vilt)
 
@@ -68,13 +85,20 @@ def new_llava(
 def _start(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
     trunk = model.base_model
     start_tower(trunk.vision_tower, vilt)
-    words, table = vilt.base_model.embeddings.text_embeddings, trunk.language_model.embed_tokens.weight
-    known = words.LayerNorm(words.word_embeddings.weight)  # a decoder has no norm behind its embeddings
+    words, table = (
+        vilt.base_model.embeddings.text_embeddings,
+        trunk.language_model.embed_tokens.weight,
+    )
+    known = words.LayerNorm(
+        words.word_embeddings.weight
+    )  # a decoder has no norm behind its embeddings
     if known.shape[1] != table.shape[1]:
         raise ValueError("the language model cannot start from this ViLT: hidden_size differ")
     table[: len(known)] = known[: len(table)]
     table[len(known) :].normal_(std=float(known.std()))
     # Image tokens as large as words, so that no layer drowns out one of the two.
-    features = torch.cat(model.get_image_features(plain_pictures(model.config.vision_config)).pooler_output)
+    features = torch.cat(
+        model.get_image_features(plain_pictures(model.config.vision_config)).pooler_output
+    )
     trunk.multi_modal_projector.linear_2.weight *= known.std() / features.std()
     return model

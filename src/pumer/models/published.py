@@ -1,4 +1,5 @@
-"""Checkpoints in the layout of the published PuMer code (csarron/PuMer): what its ViLT and METER have in common."""
+"""Checkpoints in the layout of the published PuMer code (csarron/PuMer): what its ViLT and METER
+have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from transformers import PreTrainedConfig
 
 from pumer.reducers import DynamicViT
 
-TASKS = {"nlvr2_classifier": ("False", "True"), "ve_classifier": ("contradiction", "neutral", "entailment")}
+TASKS = {
+    "nlvr2_classifier": ("False", "True"),
+    "ve_classifier": ("contradiction", "neutral", "entailment"),
+}
 """The classes of the heads that have always the same, in the published order."""
 TYPES = "token_type_embeddings.weight"
 REDUCTION = {
@@ -25,7 +29,8 @@ REDUCTION = {
 }
 """Published settings of the reducer, and all names they go by."""
 OURS = ("official", "update")
-"""Settings that only we write: is the reducer PuMer's published code, is METER's fusion the published one?"""
+"""Settings that only we write: is the reducer PuMer's published code, is METER's fusion the
+published one?"""
 
 # What the published configuration has besides: of training, or fixed by the shapes of the weights.
 _WITHOUT_EFFECT = [
@@ -64,7 +69,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Layout:
-    """What weights are called in the published code, and here; `#` is the first number in a name, a layer's.
+    """What weights are called in the published code, and here; `#` is the first number in a name, a
+    layer's.
 
     Args:
         model: the name in front of all weights but the heads'.
@@ -91,7 +97,8 @@ class Layout:
         return [head for head in self.classes if head.endswith("_classifier")]
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under our names; those that have no place here (ViLT's `itm_score`) keep their own.
+        """Weights under our names; those that have no place here (ViLT's `itm_score`) keep their
+        own.
 
         Args:
             state: weights under the published names, of any task.
@@ -123,7 +130,8 @@ class Layout:
         if any(name.startswith("classifier.") for name in state):
             if head not in self.classifiers:
                 raise ValueError(
-                    f"head says what the classifier is, one of {', '.join(self.classifiers)}, not {head!r}"
+                    f"head says what the classifier is, one of {', '.join(self.classifiers)}, not "
+                    f"{head!r}"
                 )
             names["classifier."] = f"{head}."
         queries = {parts[0]: (old, parts) for old, parts in self.joint.items()}
@@ -132,7 +140,9 @@ class Layout:
         for name, tensor in state.items():
             if new := _beginning(name, queries):
                 old, parts = queries[new]
-                renamed[_rename(name, new, old)] = torch.cat([state[_rename(name, new, part)] for part in parts])
+                renamed[_rename(name, new, old)] = torch.cat(
+                    [state[_rename(name, new, part)] for part in parts]
+                )
             elif not _beginning(name, others):
                 new = _beginning(name, names)
                 renamed[_rename(name, new, names[new]) if new else name] = tensor
@@ -142,7 +152,8 @@ class Layout:
         return renamed
 
     def find_head(self, state: Mapping[str, Tensor]) -> str:
-        """The published name of a checkpoint's head, a key of `classes`; raises ValueError if there is none."""
+        """The published name of a checkpoint's head, a key of `classes`; raises ValueError if there
+        is none."""
         for head in self.classes:
             if any(name.startswith(f"{head}.") for name in state):
                 return head
@@ -153,13 +164,18 @@ class Layout:
         for head, name in self.classes.items():
             if name == kind:
                 return head
-        raise ValueError(f"the published layout has no place for {kind}, only for {', '.join(self.classes.values())}")
+        raise ValueError(
+            f"the published layout has no place for {kind}, only for "
+            f"{', '.join(self.classes.values())}"
+        )
 
     def with_head(self, state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-        """Weights as a start for another task, as the published code has it: the old heads are gone.
+        """Weights as a start for another task, as the published code has it: the old heads are
+        gone.
 
-        The second picture of `nlvr2_classifier` is of the kind that the first one is, and `rank_output` says what
-        `itm_score` says for yes, where the checkpoint has it; other new heads are for the caller to make.
+        The second picture of `nlvr2_classifier` is of the kind that the first one is, and
+        `rank_output` says what `itm_score` says for yes, where the checkpoint has it; other new
+        heads are for the caller to make.
         """
         old = [f"{name}." for name in self.classes if name != head]
         kept = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(old))}
@@ -184,15 +200,19 @@ def _rename(name: str, old: str, new: str) -> str:
 
 
 def check_support(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a checkpoint with learned pruning by other predictors than those of the states."""
+    """Raise ValueError for a checkpoint with learned pruning by other predictors than those of the
+    states."""
     method = settings.get("prune_method", "mlp_states")
     if settings.get("prune_layers") and method != "mlp_states":
         raise ValueError(
-            f"the checkpoint prunes by {method!r} (prune_method in config.json), load_official supports mlp_states"
+            f"the checkpoint prunes by {method!r} (prune_method in config.json), load_official "
+            "supports mlp_states"
         )
 
 
-def learned_pruning(settings: Mapping[str, Any], layer_of: Callable[[int], int]) -> DynamicViT | None:
+def learned_pruning(
+    settings: Mapping[str, Any], layer_of: Callable[[int], int]
+) -> DynamicViT | None:
     """The learned pruning that a published config.json asks for, None without any.
 
     Args:
@@ -206,7 +226,10 @@ def learned_pruning(settings: Mapping[str, Any], layer_of: Callable[[int], int])
     if not numbers:
         return None
     if not (isinstance(numbers, list) and all(isinstance(layer, int) for layer in numbers)):
-        raise ValueError(f"prune_layers in config.json is a list of numbers, for example [2, 4, 6], not {numbers!r}")
+        raise ValueError(
+            "prune_layers in config.json is a list of numbers, for example [2, 4, 6], not "
+            f"{numbers!r}"
+        )
     keep = settings.get("keep_ratio", 1)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise ValueError(f"keep_ratio in config.json is a number, not {keep!r}")
@@ -223,9 +246,16 @@ def predictors(state: Mapping[str, Tensor], layer_of: Callable[[int], int]) -> d
 
 
 def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """Names in a published config.json that mean nothing to us, `known` being those of one model alone."""
-    reduction = ["prune_layers", "reduce_layers", *(name for names in REDUCTION.values() for name in names)]
-    return sorted(set(settings) - {"num_heads", "drop_rate", *OURS, *reduction, *_WITHOUT_EFFECT, *known})
+    """Names in a published config.json that mean nothing to us, `known` being those of one model
+    alone."""
+    reduction = [
+        "prune_layers",
+        "reduce_layers",
+        *(name for names in REDUCTION.values() for name in names),
+    ]
+    return sorted(
+        set(settings) - {"num_heads", "drop_rate", *OURS, *reduction, *_WITHOUT_EFFECT, *known}
+    )
 
 
 def reduction(settings: Mapping[str, Any]) -> tuple[float, float, float, list[int] | None]:
@@ -234,17 +264,27 @@ def reduction(settings: Mapping[str, Any]) -> tuple[float, float, float, list[in
     Raises:
         ValueError: for settings that contradict each other, or are no numbers.
     """
-    prune, merge, merge_text = (number(settings, name, 0) for name in ("prune_r", "merge_r", "merge_text"))
+    prune, merge, merge_text = (
+        number(settings, name, 0) for name in ("prune_r", "merge_r", "merge_text")
+    )
     layers = settings.get("reduce_layers")
     if layers is None and prune > 0:
-        raise ValueError("config.json has prune_r but no reduce_layers: name them, for example [2, 5, 8]")
-    if layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
-        raise ValueError(f"reduce_layers in config.json is a list of numbers, for example [2, 5, 8], not {layers!r}")
+        raise ValueError(
+            "config.json has prune_r but no reduce_layers: name them, for example [2, 5, 8]"
+        )
+    if layers is not None and not (
+        isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    ):
+        raise ValueError(
+            "reduce_layers in config.json is a list of numbers, for example [2, 5, 8], not "
+            f"{layers!r}"
+        )
     return prune, merge, merge_text, layers
 
 
 def is_official(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is one for the published code; all are but those that we have written of other models."""
+    """Whether a checkpoint is one for the published code; all are but those that we have written of
+    other models."""
     official = settings.get("official", True)
     if not isinstance(official, bool):
         raise ValueError(f"official in config.json is true or false, not {official!r}")
@@ -252,10 +292,13 @@ def is_official(settings: Mapping[str, Any]) -> bool:
 
 
 def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A setting of the reducer under any of its names; raises ValueError if they contradict each other."""
+    """A setting of the reducer under any of its names; raises ValueError if they contradict each
+    other."""
     given = {alias: settings[alias] for alias in REDUCTION[name] if settings.get(alias) is not None}
     if len(set(map(str, given.values()))) > 1:
-        raise ValueError(f"{' and '.join(REDUCTION[name])} in config.json contradict each other: {given}")
+        raise ValueError(
+            f"{' and '.join(REDUCTION[name])} in config.json contradict each other: {given}"
+        )
     return next(iter(given.values()), default)
 
 
@@ -284,29 +327,40 @@ def heads(settings: Mapping[str, Any], name: str, default: int, width: int) -> i
 
 
 def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
-    """The shape of a weight; raises ValueError if it is missing or has another number of dimensions."""
+    """The shape of a weight; raises ValueError if it is missing or has another number of
+    dimensions."""
     if name not in state or state[name].ndim != dimensions:
         found = f"has shape {list(state[name].shape)}" if name in state else "is missing"
-        raise ValueError(f"{name} {found}: these are not the weights of a published {name.split('.')[0]} checkpoint")
+        raise ValueError(
+            f"{name} {found}: these are not the weights of a published {name.split('.')[0]} "
+            "checkpoint"
+        )
     return state[name].shape
 
 
 def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
     """Number of layers, where the names of their weights begin with `layers` and a number.
 
-    `least` is what config.json says: a checkpoint that lacks whole layers must not pass for a shallower one.
+    `least` is what config.json says: a checkpoint that lacks whole layers must not pass for a
+    shallower one.
     """
-    found = [int(name.removeprefix(layers).split(".")[0]) for name in state if name.startswith(layers)]
+    found = [
+        int(name.removeprefix(layers).split(".")[0]) for name in state if name.startswith(layers)
+    ]
     return max([least, *(layer + 1 for layer in found)])
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
     """Raise ValueError if pictures of this size, in pixels, have no whole number of patches."""
     if image_size < 1 or image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is no multiple of the patches' {patch_size} pixels")
+        raise ValueError(
+            f"image_size {image_size} is no multiple of the patches' {patch_size} pixels"
+        )
 
 
-def set_labels(config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None) -> None:
+def set_labels(
+    config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None
+) -> None:
     """Give a configuration the classes of a head and their names, and the number of pictures.
 
     Args:
@@ -330,7 +384,10 @@ def set_labels(config: Any, head: str, state: Mapping[str, Tensor], pooled: int,
     if head == "nlvr2_classifier":
         config.num_images = 2 if new else shape(state, f"{head}.0.weight", 2)[1] // pooled
     if names is not None and len(names) != count and head == "vqa_classifier":
-        raise ValueError(f"the vocabulary has {len(names)} answers, the weights {count}: give the one they belong to")
+        raise ValueError(
+            f"the vocabulary has {len(names)} answers, the weights {count}: give the one they "
+            "belong to"
+        )
     if names is not None and len(names) == count:
         set_label_names(config, names)
 
@@ -347,5 +404,6 @@ def check_labels(config: PreTrainedConfig, head: str) -> None:
     found = tuple(config.id2label[number] for number in sorted(config.id2label))
     if names is not None and sorted(found) == sorted(names) and found != names:
         raise ValueError(
-            f"the published layout has the classes in the order {', '.join(names)}, not {', '.join(found)}"
+            f"the published layout has the classes in the order {', '.join(names)}, not "
+            f"{', '.join(found)}"
         )

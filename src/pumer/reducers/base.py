@@ -22,14 +22,16 @@ Grid = tuple[int, int]
 MAX_LAYERS = 10_000
 """More layers than any model has; settings beyond it would only fill the memory."""
 EMBEDDINGS = -1
-"""The place before the first layer, where `layers` may ask a reducer that needs no attention to act."""
+"""The place before the first layer, where `layers` may ask a reducer that needs no attention to
+act."""
 
 
 @dataclass(frozen=True)
 class Encoder:
     """What a vision encoder knows of its image tokens; only what the reducer `needs`, else None.
 
-    Every tensor is over the image tokens of a row alone, in their order, structure tokens left out, padding last.
+    Every tensor is over the image tokens of a row alone, in their order, structure tokens left out,
+    padding last.
 
     Args:
         features_BND: the encoder's output, before the projector.
@@ -68,15 +70,18 @@ class Encoder:
 class Context:
     """What the text attends to besides the tokens that a reducer is shown.
 
-    A cached prefix, other turns, separators and structure tokens are keys of the model's own softmax, so they are keys
+    A cached prefix, other turns, separators and structure tokens are keys of the model's own
+    softmax, so they are keys
     of ours: what is kept then does not depend on how a prompt is cut into calls.
 
     Args:
         keys_BHMC: their keys, as many heads as the keys of `Tokens`.
         valid_BM: bool, false for padding, and for what nobody may attend to.
-        place_BM: int64, their places in the numbering of `Tokens.place_BN`; None where all tokens see each other.
+        place_BM: int64, their places in the numbering of `Tokens.place_BN`; None where all tokens
+            see each other.
         window: a token sees only places later than its own less this number; None for all.
-        softcap: logits are `softcap * tanh(logits / softcap)`, as in Gemma 2; None leaves them as they are.
+        softcap: logits are `softcap * tanh(logits / softcap)`, as in Gemma 2; None leaves them as
+            they are.
     """
 
     keys_BHMC: Tensor
@@ -108,35 +113,42 @@ class Tokens:
     In each modality the structure token ([CLS]) comes first, then real tokens, then padding.
 
     Args:
-        mask_BN: attention mask, bool (or float where a published checkpoint works with fractional ones).
-        text: number of text tokens, padding included; the rest is the image. 0 where there is no text.
+        mask_BN: attention mask, bool (or float where a published checkpoint works with fractional
+            ones).
+        text: number of text tokens, padding included; the rest is the image. 0 where there is no
+            text.
         sizes_BN: how many source tokens each token stands for, float32.
         layer: number of the layer, `EMBEDDINGS` before the first.
         prefix: structure tokens at the head of each modality, never candidates.
-        grid: rows and columns of patches, if the image tokens are still all the patches of such a grid.
-        patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are none.
+        grid: rows and columns of patches, if the image tokens are still all the patches of such a
+            grid.
+        patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are
+            none.
         states_BND: hidden states.
         queries_BHNC, keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
-        normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model, float32:
-            attention is the exponential of a logit less this. None where the layer's kernel does not say.
+        normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,
+            float32: attention is the exponential of a logit less this. None where the layer's
+            kernel does not say.
         attention_BHNN: attention probabilities, only for a reducer that `needs` them.
-        cross: whether the text attends to the image by itself, as in co-attention: the queries are those of the text
-            alone, the keys of the image those it was asked by, and `attention_BHNN` is [B,H,T,I], a softmax over the
-            image. The keys of the text are those of its self-attention.
-        place_BN: where attention is causal, the place of every token in the sequence: it is seen by itself and by those
-            that come later. Real tokens of a modality stand in this order.
-            None where all tokens see each other.
+        cross: whether the text attends to the image by itself, as in co-attention: the queries are
+            those of the text alone, the keys of the image those it was asked by, and
+            `attention_BHNN` is [B,H,T,I], a softmax over the image. The keys of the text are those
+            of its self-attention.
+        place_BN: where attention is causal, the place of every token in the sequence: it is seen by
+            itself and by those that come later. Real tokens of a modality stand in this order. None
+            where all tokens see each other.
         context: what the text attends to besides these tokens, in a language model; None elsewhere.
-        question_BT: bool, the words that are the question: those that the caller names, or those behind
-            the first image, or all where there are none; None for all. What images are rated by, where a
-            method reads words.
+        question_BT: bool, the words that are the question: those that the caller names, or those
+            behind the first image, or all where there are none; None for all. What images are rated
+            by, where a method reads words.
         embeddings: what entered the first layer; None where it is not known, and for reducers
             that do not ask.
         encoder: what the vision encoder knows, between it and a language model; None elsewhere.
-        entered_BI: bool, mask of the image tokens, structure tokens left out, that entered the first
-            layer; None where none have gone since.
+        entered_BI: bool, mask of the image tokens, structure tokens left out, that entered the
+            first layer; None where none have gone since.
         part: what a learned reducer has trained for this layer.
-        gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None before the first.
+        gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None
+            before the first.
         progress: of that training, 0 to 1.
     """
 
@@ -177,11 +189,14 @@ class Tokens:
     def mean_keys_BNC(self) -> Tensor:
         """Keys averaged over the heads: what ToMe and PuMer measure similarity on."""
         if self.keys_BHNC is None:
-            raise ValueError("there are no keys before the first layer: give `layers` numbers from 0")
+            raise ValueError(
+                "there are no keys before the first layer: give `layers` numbers from 0"
+            )
         return self.keys_BHNC.mean(1)
 
     def with_structure(self, text: Plan | None, image: Plan) -> Plan:
-        """The plan for the whole axis: structure tokens stay, the rest of each modality follows its own plan.
+        """The plan for the whole axis: structure tokens stay, the rest of each modality follows its
+        own plan.
 
         `text` is None where text is left alone.
         """
@@ -200,8 +215,10 @@ class ModelShape:
 
     Args:
         depth: number of layers.
-        last: the last layer that a reducer can act in; a decoder has nothing to save after its last layer.
-        image: image tokens of an image of the configured size, structure tokens left out; 0 if not known.
+        last: the last layer that a reducer can act in; a decoder has nothing to save after its last
+            layer.
+        image: image tokens of an image of the configured size, structure tokens left out; 0 if not
+            known.
         proportional: whether attention can count a merged token as often as its size says.
         encoder: whether a vision tower feeds a language model, so that `Tokens.encoder` is there.
         tower: of the vision tower; None where there is none that can be reduced.
@@ -219,8 +236,8 @@ class ModelShape:
 class Reducer:
     """A method of token reduction: its fields are the settings, `plan` is the method.
 
-    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model. A setting whose
-    default depends on the model is None until `resolve` fits it to one.
+    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model.
+    A setting whose default depends on the model is None until `resolve` fits it to one.
     """
 
     name: ClassVar[str]
@@ -231,17 +248,20 @@ class Reducer:
     was saved before, and digests of it, stay as they are."""
 
     def resolve(self, model: ModelShape) -> Self:
-        """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls it."""
+        """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls
+        it."""
         return self
 
     @property
     def needs_attention(self) -> bool:
-        """Whether `plan` reads `Tokens.attention_BHNN`, which costs the fused attention of that layer."""
+        """Whether `plan` reads `Tokens.attention_BHNN`, which costs the fused attention of that
+        layer."""
         return False
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the fields of `Encoder` that `plan` reads: the adapter gets these and no others."""
+        """Names of the fields of `Encoder` that `plan` reads: the adapter gets these and no
+        others."""
         return frozenset()
 
     @property
@@ -251,17 +271,20 @@ class Reducer:
 
     @property
     def weighs_by_size(self) -> bool:
-        """Whether attention is to count a merged token as often as its size says (adds log size to the logits)."""
+        """Whether attention is to count a merged token as often as its size says (adds log size to
+        the logits)."""
         return False
 
     @property
     def published(self) -> bool:
-        """Whether this reproduces published code, with its softmax and its counting of padded text."""
+        """Whether this reproduces published code, with its softmax and its counting of padded
+        text."""
         return False
 
     @property
     def leaves_gaps(self) -> bool:
-        """Whether slots may stay empty although every token is real, because the data decide how many are filled."""
+        """Whether slots may stay empty although every token is real, because the data decide how
+        many are filled."""
         return False
 
     @property
@@ -271,15 +294,16 @@ class Reducer:
 
     @property
     def per_crop(self) -> bool:
-        """Whether each crop of an image has a budget of its own, as in the published code for LLaVA-NeXT."""
+        """Whether each crop of an image has a budget of its own, as in the published code for
+        LLaVA-NeXT."""
         return False
 
     @property
     def before_projector(self) -> bool:
         """Whether features are merged before the projector, which then projects what is left.
 
-        `plan` then reads nothing but masks and `Tokens.encoder`. Where a projector does not take every
-        token by itself they are merged after it.
+        `plan` then reads nothing but masks and `Tokens.encoder`. Where a projector does not take
+        every token by itself they are merged after it.
         """
         return False
 
@@ -299,7 +323,8 @@ class Reducer:
             if layer == EMBEDDINGS:  # layers that are fitted to a model are counted from 0
                 return False
             raise ValueError(
-                f"the layers of {self.name} depend on the model: give `layers`, or let pumer.apply choose them"
+                f"the layers of {self.name} depend on the model: give `layers`, or let "
+                "pumer.apply choose them"
             )
         return layer in self.layers
 
@@ -308,15 +333,24 @@ class Reducer:
         """The layers that reduce, counted from 0; a field that is None until it is resolved."""
         raise NotImplementedError
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        """Length of the text and of the image axis after this layer, both with their `prefix` structure tokens.
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        """Length of the text and of the image axis after this layer, both with their `prefix`
+        structure tokens.
 
         `grid` is the (rows, columns) of patches, for methods that go by place.
         """
         raise NotImplementedError
 
     def lengths_from(
-        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+        self,
+        entered: int,
+        text: int,
+        image: int,
+        layer: int,
+        prefix: int = 1,
+        grid: Grid | None = None,
     ) -> tuple[int, int]:
         """`lengths` where a later layer's budget depends on the image tokens there were at first.
 
@@ -341,7 +375,8 @@ class Reducer:
         if "layer" in names:
             (layer,) = beyond
             raise ValueError(
-                f"{self.name} has layer={layer + self.layer_offset}, but the model has layers 0 to {depth - 1}: "
+                f"{self.name} has layer={layer + self.layer_offset}, but the model has layers 0 "
+                f"to {depth - 1}: "
                 f"give layer {self.layer_offset} to {depth - 1 + self.layer_offset}"
             )
         raise ValueError(
@@ -367,7 +402,10 @@ def check_ratios(**ratios: float) -> None:
 
 
 def check_layers(layers: tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    """Layers as a sorted tuple without repeats; raises ValueError for anything but whole numbers from -1."""
+    """Layers as a sorted tuple without repeats; raises ValueError for anything but whole numbers
+    from -1."""
     if any(not isinstance(layer, int) or not EMBEDDINGS <= layer < MAX_LAYERS for layer in layers):
-        raise ValueError(f"layers are whole numbers from 0 (-1: before the first layer), not {layers!r}")
+        raise ValueError(
+            f"layers are whole numbers from 0 (-1: before the first layer), not {layers!r}"
+        )
     return tuple(sorted(set(layers)))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines, determinantal
-from pumer.reducers.matching import unit_vectors
+from pumer.reducers.ops.greedy import cosines, determinantal
+from pumer.reducers.ops.matching import unit_vectors
+from pumer.reducers.ops.saliency import question_words
 from pumer.reducers.registry import register
-from pumer.reducers.scores import question_words
 from pumer.reducers.selector import Selector, candidates, image_states
 
 WORDS_AT_ONCE = 1024
@@ -35,7 +35,8 @@ class CDPruner(Selector):
     takes the text tower that LLaVA left behind. Each crop of an image has a budget of its own.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         theta: weight of relevance against diversity in (0, 1); None, the published default, takes
             relevance as it is.
         inverted: count the least similar tokens as the most relevant, as published for the towers

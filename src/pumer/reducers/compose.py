@@ -1,4 +1,5 @@
-"""Several reducers in one model: one inside the vision tower and one after it, or one after another."""
+"""Several reducers in one model: one inside the vision tower and one after it, or one after
+another."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from pumer.reducers.tome import ToMe
 class Compose(Reducer):
     """One reducer inside the vision tower, another one after it, as one.
 
-    What stays of the tower's tokens, and how many patches each stands for, is what the second one starts from. In all
+    What stays of the tower's tokens, and how many patches each stands for, is what the second one
+    starts from. In all
     else this is the second one: its layers, its lengths, its plans.
 
     Args:
-        tower: acts in the layers of the vision tower. There is no text there, so methods guided by it cannot.
+        tower: acts in the layers of the vision tower. There is no text there, so methods guided by
+            it cannot.
         inside: acts in the layers where text and image meet; None for nothing there.
     """
 
@@ -40,12 +43,19 @@ class Compose(Reducer):
             if reducer.in_tower is not None:
                 raise ValueError(f"{place} is itself a composition: give a single reducer")
         if isinstance(self.tower, PuMer):
-            raise ValueError("PuMer is guided by the text, and a vision tower has none: give `tower` ToMe, for example")
+            raise ValueError(
+                "PuMer is guided by the text, and a vision tower has none: give `tower` ToMe, for "
+                "example"
+            )
         if self.tower.learned is not None:
-            raise ValueError(f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for example")
+            raise ValueError(
+                f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for "
+                "example"
+            )
         if self.tower.weighs_by_size and self.inside.learned is not None:
             raise ValueError(
-                f"{self.inside.name} is trained by an attention that knows no sizes: give {self.tower.name} "
+                f"{self.inside.name} is trained by an attention that knows no sizes: give "
+                f"{self.tower.name} "
                 "proportional=False"
             )
 
@@ -104,11 +114,19 @@ class Compose(Reducer):
     def reduces_at(self, layer: int) -> bool:
         return self.inside.reduces_at(layer)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return self.inside.lengths(text, image, layer, prefix, grid)
 
     def lengths_from(
-        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+        self,
+        entered: int,
+        text: int,
+        image: int,
+        layer: int,
+        prefix: int = 1,
+        grid: Grid | None = None,
     ) -> tuple[int, int]:
         return self.inside.lengths_from(entered, text, image, layer, prefix, grid)
 
@@ -125,7 +143,8 @@ class Compose(Reducer):
 @register
 @dataclass(frozen=True)
 class Chain(Reducer):
-    """Reducers that act at different places of one token axis, such as before the language model and inside it.
+    """Reducers that act at different places of one token axis, such as before the language model
+    and inside it.
 
     Each sees what those before it have left.
 
@@ -140,16 +159,33 @@ class Chain(Reducer):
         if not self.reducers or any(not isinstance(reducer, Reducer) for reducer in self.reducers):
             raise ValueError(f"give a tuple of reducers, not {self.reducers!r}")
         if any(reducer.in_tower is not None for reducer in self.reducers):
-            raise ValueError("what acts inside the vision tower goes around a chain: Compose(tower, Chain(...))")
+            raise ValueError(
+                "what acts inside the vision tower goes around a chain: Compose(tower, Chain(...))"
+            )
         layers = [layer for reducer in self.reducers for layer in reducer.layers or ()]
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
-            raise ValueError(f"more than one reducer acts in layers {twice}: give them layers of their own")
+            raise ValueError(
+                f"more than one reducer acts in layers {twice}: give them layers of their own"
+            )
         learned = [reducer.name for reducer in self.reducers if reducer.learned is not None]
         if learned:
-            raise ValueError(f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself")
-        if len({reducer.after_layer for reducer in self.reducers if max(reducer.layers or (0,)) >= 0}) > 1:
-            raise ValueError("some of these act inside layers and some after them: chain those that do the same")
+            raise ValueError(
+                f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself"
+            )
+        if (
+            len(
+                {
+                    reducer.after_layer
+                    for reducer in self.reducers
+                    if max(reducer.layers or (0,)) >= 0
+                }
+            )
+            > 1
+        ):
+            raise ValueError(
+                "some of these act inside layers and some after them: chain those that do the same"
+            )
 
     def resolve(self, model: ModelShape) -> Self:
         return replace(self, reducers=tuple(reducer.resolve(model) for reducer in self.reducers))
@@ -196,15 +232,29 @@ class Chain(Reducer):
     def leaves_gaps(self) -> bool:
         return any(reducer.leaves_gaps for reducer in self.reducers)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        reducer = self._acting(layer)
-        return (text, image) if reducer is None else reducer.lengths(text, image, layer, prefix, grid)
-
-    def lengths_from(
-        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
     ) -> tuple[int, int]:
         reducer = self._acting(layer)
-        return (text, image) if reducer is None else reducer.lengths_from(entered, text, image, layer, prefix, grid)
+        return (
+            (text, image) if reducer is None else reducer.lengths(text, image, layer, prefix, grid)
+        )
+
+    def lengths_from(
+        self,
+        entered: int,
+        text: int,
+        image: int,
+        layer: int,
+        prefix: int = 1,
+        grid: Grid | None = None,
+    ) -> tuple[int, int]:
+        reducer = self._acting(layer)
+        return (
+            (text, image)
+            if reducer is None
+            else reducer.lengths_from(entered, text, image, layer, prefix, grid)
+        )
 
     def plan(self, tokens: Tokens) -> Plan:
         reducer = self._acting(tokens.layer)

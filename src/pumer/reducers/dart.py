@@ -1,7 +1,7 @@
 """DART: keep what is least like a few pivots; duplication matters more than importance.
 
-Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025,
-arXiv 2502.11494.
+Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters
+More", EMNLP 2025, arXiv 2502.11494.
 
 Shape suffixes: B batch, N tokens, T text tokens, I image tokens, P pivots, D channels.
 """
@@ -14,33 +14,36 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens, check_layers
-from pumer.reducers.matching import rank, unit_vectors
+from pumer.reducers.ops.matching import rank, unit_vectors
+from pumer.reducers.ops.saliency import question_words
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
-from pumer.reducers.scores import question_words
 from pumer.reducers.selector import Selector, candidates, image_states
 
 
 @register
 @dataclass(frozen=True)
 class DART(Selector):
-    """Keep the image tokens with the largest keys as pivots, and around these and text pivots the least similar tokens.
+    """Keep the image tokens with the largest keys as pivots, and around these and text pivots the
+    least similar tokens.
 
     Text pivots are words of the question, as `scores.question_words` has it: those after the image,
-    unless the caller names others. Pivots choose one after the other, each the same number of tokens; image
-    pivots first, each kind by falling size. The budget is kept exactly: it counts the image pivots
-    and spends what the division leaves over on the first pivots. A row without any pivot, because
-    it has no text, takes one image token as pivot.
+    unless the caller names others. Pivots choose one after the other, each the same number of
+    tokens; image pivots first, each kind by falling size. The budget is kept exactly: it counts the
+    image pivots and spends what the division leaves over on the first pivots. A row without any
+    pivot, because it has no text, takes one image token as pivot.
 
     The published code adds the image pivots to the budget and drops what the division leaves over,
     goes through the pivots in the order of a Python set of their places, and compares states after
     the model's final norm. Here tokens are compared as they come out of the layer.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         pivots: image tokens and text tokens that are pivots, (image, text).
-        layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1. Before the first layer
-            (-1), where there are no keys, the size of the embeddings stands for theirs.
+        layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1.
+            Before the first layer (-1), where there are no keys, the size of the embeddings stands
+            for theirs.
     """
 
     name = "dart"
@@ -52,7 +55,10 @@ class DART(Selector):
         check_layers([self.layer])
         whole = all(isinstance(count, int) for count in self.pivots)
         if len(self.pivots) != 2 or not whole or min(self.pivots) < 0 or sum(self.pivots) == 0:
-            raise ValueError(f"pivots are the numbers of image and of text tokens that are pivots, not {self.pivots}")
+            raise ValueError(
+                "pivots are the numbers of image and of text tokens that are pivots, not "
+                f"{self.pivots}"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -89,7 +95,9 @@ class DART(Selector):
         return take_unlike(similarity_BPI, quota_BP, chosen_BI, valid_BI)
 
 
-def take_unlike(similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, valid_BI: Tensor) -> Tensor:
+def take_unlike(
+    similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, valid_BI: Tensor
+) -> Tensor:
     """The chosen tokens and, pivot after pivot, its quota of those least like it: bool [B,I]."""
     for pivot in range(quota_BP.shape[1]):
         free_BI = valid_BI & ~chosen_BI
@@ -98,14 +106,20 @@ def take_unlike(similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, val
     return chosen_BI
 
 
-def _largest(size_BN: Tensor, valid_BN: Tensor, count: int, real_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The `count` largest tokens [B,P] in falling order, and which of these there are, given how many are wanted."""
-    index_BP = size_BN.masked_fill(~valid_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+def _largest(
+    size_BN: Tensor, valid_BN: Tensor, count: int, real_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The `count` largest tokens [B,P] in falling order, and which of these there are, given how
+    many are wanted."""
+    index_BP = size_BN.masked_fill(~valid_BN, -torch.inf).argsort(
+        dim=1, descending=True, stable=True
+    )[:, :count]
     return index_BP, torch.arange(index_BP.shape[1], device=size_BN.device) < real_B[:, None]
 
 
 def _size(tokens: Tokens) -> Tensor:
-    """Sum of magnitudes of every token's key, all heads together, or of its embedding, float32 [B,N]."""
+    """Sum of magnitudes of every token's key, all heads together, or of its embedding, float32
+    [B,N]."""
     if tokens.keys_BHNC is not None:
         return tokens.keys_BHNC.float().abs().sum((1, 3))
     assert tokens.states_BND is not None

@@ -1,7 +1,7 @@
 """DyMU: merging by a threshold, so that a simple picture is left with fewer tokens than a busy one.
 
-Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv 2504.17040. This is its
-dynamic merging; its virtual unmerging, in the language model, is not here.
+Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv
+2504.17040. This is its dynamic merging; its virtual unmerging, in the language model, is not here.
 
 Shape suffixes: B batch, N tokens, S sources.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
-from pumer.reducers.budget import check_keep, halves, portion, smaller
-from pumer.reducers.matching import UNALIKE, absorb, partners, rank
+from pumer.reducers.ops.budget import check_keep, halves, portion, smaller
+from pumer.reducers.ops.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -38,7 +38,9 @@ class _Merging(Reducer):
     def leaves_gaps(self) -> bool:
         return True
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return text, image  # it may be that nothing is alike
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -48,7 +50,8 @@ class _Merging(Reducer):
             return Plan.identity(tokens.mask_BN)
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
         similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.prefix)
-        # Of an odd number without [CLS] there is one source more than pairs: the least alike one stays.
+        # Of an odd number without [CLS] there is one source more than pairs: the least alike one
+        # stays.
         paired_BS = rank(similarity_BS) < self._most(valid_BN.sum(1, keepdim=True))
         merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
         image = absorb(merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.prefix)
@@ -65,13 +68,14 @@ class _Merging(Reducer):
 @register
 @dataclass(frozen=True)
 class DyMU(_Merging):
-    """In every layer merge each image token at an even place into its best match, if that is alike enough.
+    """In every layer merge each image token at an even place into its best match, if that is alike
+    enough.
 
     For vision towers; attention counts a merged token as often as its size says.
 
     Args:
-        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs` finds them. None:
-            0.85 in every layer.
+        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs`
+            finds them. None: 0.85 in every layer.
         cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
             those that arrive there (float), or a whole number (int). None: half of them, all that
             one layer can merge.
@@ -89,10 +93,16 @@ class DyMU(_Merging):
             return
         if any(not isinstance(threshold, (int, float)) for threshold in self.thresholds):
             raise ValueError(f"thresholds are numbers, one for each layer, not {self.thresholds}")
-        object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
+        object.__setattr__(
+            self, "thresholds", tuple(float(threshold) for threshold in self.thresholds)
+        )
 
     def resolve(self, model: ModelShape) -> Self:
-        return self if self.thresholds is not None else replace(self, thresholds=(_UNCALIBRATED,) * (model.last + 1))
+        return (
+            self
+            if self.thresholds is not None
+            else replace(self, thresholds=(_UNCALIBRATED,) * (model.last + 1))
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,7 +123,8 @@ class DyMU(_Merging):
 
 @dataclass(frozen=True)
 class Cutoffs(_Merging):
-    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per picture on average, and note the cut.
+    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per picture on average,
+    and note the cut.
 
     Put it on a model, run typical pictures through, then read `thresholds`.
 
@@ -147,5 +158,8 @@ class Cutoffs(_Merging):
     def thresholds(self) -> tuple[float, ...]:
         """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no picture was seen."""
         if not self.noted or (self.depth is not None and set(self.noted) != set(self.layers)):
-            raise ValueError("there is nothing to average: run pictures through the model with this reducer first")
+            raise ValueError(
+                "there is nothing to average: run pictures through the model with this reducer "
+                "first"
+            )
         return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in sorted(self.noted))

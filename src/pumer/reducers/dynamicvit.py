@@ -1,7 +1,7 @@
 """DynamicViT: prune image tokens by what a small trained predictor says of each.
 
-Rao, Zhao, Liu, Lu, Zhou, Hsieh, "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
-NeurIPS 2021; and the port of it to ViLT and METER in the published PuMer code.
+Rao, Zhao, Liu, Lu, Zhou, Hsieh, "DynamicViT: Efficient Vision Transformers with Dynamic Token
+Sparsification", NeurIPS 2021; and the port of it to ViLT and METER in the published PuMer code.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
-from pumer.reducers.budget import Count, stage, stage_layers
 from pumer.reducers.learned import Gate, Learned, decide, mean_of
-from pumer.reducers.matching import rank
+from pumer.reducers.ops.budget import Count, stage, stage_layers
+from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -24,19 +24,23 @@ from pumer.reducers.registry import register
 @register
 @dataclass(frozen=True)
 class DynamicViT(Learned):
-    """Keep the image tokens that a trained predictor rates highest, a fixed share of them, after some layers.
+    """Keep the image tokens that a trained predictor rates highest, a fixed share of them, after
+    some layers.
 
-    After the s-th of these layers `int(n * keep**s)` of the n image tokens stay that entered the first layer.
+    After the s-th of these layers `int(n * keep**s)` of the n image tokens stay that entered the
+    first layer.
 
     Args:
         keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
-        layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5, 8 of 12. None:
-            these, and layers as deep in any other model.
-        weight: of the loss that holds the share of kept tokens to `keep`. The paper's other two losses are left to the
-            training: a teacher's is there if one is given, the one on the tokens' states is not.
-        official: the port in the published PuMer code: predictors without the half that sees the whole picture, a
-            count that includes [CLS], tokens in the order of their scores, and the published softmax, which padding has
-            a say in; not while training, so that with padding the two differ in the third digit of a logit.
+        layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5,
+            8 of 12. None: these, and layers as deep in any other model.
+        weight: of the loss that holds the share of kept tokens to `keep`. The paper's other two
+            losses are left to the training: a teacher's is there if one is given, the one on the
+            tokens' states is not.
+        official: the port in the published PuMer code: predictors without the half that sees the
+            whole picture, a count that includes [CLS], tokens in the order of their scores, and the
+            published softmax, which padding has a say in; not while training, so that with padding
+            the two differ in the third digit of a logit.
     """
 
     name = "dynamicvit"
@@ -56,7 +60,11 @@ class DynamicViT(Learned):
 
     def resolve(self, model: ModelShape) -> Self:
         stages = min(3, model.last + 1)
-        return self if self.layers is not None else replace(self, layers=stage_layers(stages, model.depth, model.last))
+        return (
+            self
+            if self.layers is not None
+            else replace(self, layers=stage_layers(stages, model.depth, model.last))
+        )
 
     @property
     def published(self) -> bool:
@@ -68,10 +76,15 @@ class DynamicViT(Learned):
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
         assert self.layers is not None
-        return nn.ModuleDict({str(layer): Predictor(width, whole=not self.official) for layer in self.layers})
+        return nn.ModuleDict(
+            {str(layer): Predictor(width, whole=not self.official) for layer in self.layers}
+        )
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        """As after the first stage; what is left of a later one depends on what entered: see `lengths_from`."""
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        """As after the first stage; what is left of a later one depends on what entered: see
+        `lengths_from`."""
         if not self.reduces_at(layer):
             return text, image
         structure = min(prefix, image)
@@ -79,12 +92,20 @@ class DynamicViT(Learned):
         return text, structure + self._kept(patches, patches, 1)
 
     def lengths_from(
-        self, entered: int, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+        self,
+        entered: int,
+        text: int,
+        image: int,
+        layer: int,
+        prefix: int = 1,
+        grid: Grid | None = None,
     ) -> tuple[int, int]:
         if not self.reduces_at(layer):
             return text, image
         structure = min(prefix, image)
-        return text, structure + self._kept(max(entered - prefix, 0), image - structure, self._stage(layer))
+        return text, structure + self._kept(
+            max(entered - prefix, 0), image - structure, self._stage(layer)
+        )
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
@@ -96,7 +117,9 @@ class DynamicViT(Learned):
         if self.official:
             index_BK = score_BN.topk(most, dim=1).indices
             # The published mask is of ones whatever was kept.
-            kept = Plan.select(index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1])
+            kept = Plan.select(
+                index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1]
+            )
             return tokens.with_structure(None, kept)
         kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), number)
         keep_BN = valid_BN & (rank(score_BN) < kept_B[:, None])
@@ -110,9 +133,15 @@ class DynamicViT(Learned):
         image_BN = decide(self._logits(tokens), self.draw_at(tokens.progress)) * before[:, first:]
         return Gate(torch.cat([before[:, :first], image_BN], dim=1), mean_of(image_BN, valid_BN))
 
-    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
-        """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ... (equation 14)."""
-        stages = [(kept_B - self.keep**number).square().mean() for number, kept_B in enumerate(spent, start=1)]
+    def budget_loss(
+        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ...
+        (equation 14)."""
+        stages = [
+            (kept_B - self.keep**number).square().mean()
+            for number, kept_B in enumerate(spent, start=1)
+        ]
         return self.weight * torch.stack(stages).mean()
 
     def _logits(self, tokens: Tokens) -> Tensor:
@@ -144,7 +173,8 @@ class Predictor(nn.Module):
 
     Args:
         width: channels of a token.
-        whole: let half of the channels be the mean over the tokens that are still there, as in DynamicViT.
+        whole: let half of the channels be the mean over the tokens that are still there, as in
+            DynamicViT.
     """
 
     def __init__(self, width: int, whole: bool) -> None:
@@ -168,7 +198,9 @@ class Predictor(nn.Module):
         if self.whole:
             own, shared = embedded.chunk(2, dim=-1)
             weights = there_BN[..., None].to(shared.dtype)
-            mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1)
+            mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(
+                1
+            )
             embedded = torch.cat([own, mean.expand_as(own)], dim=-1)
         rated: Tensor = self.layers[3:](embedded)
         return rated

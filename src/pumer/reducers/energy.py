@@ -1,7 +1,8 @@
 """E-AdaPrune: as many tokens as the image's spectrum asks for, chosen by any method.
 
 He and Chen, "Energy-Driven Adaptive Visual Token Pruning" (E-AdaPrune), 2026, arXiv 2603.05950.
-Reconstructed from its abstract and from what others built after it: which features, and the bounds, are our choice.
+Reconstructed from its abstract and from what others built after it: which features, and the bounds,
+are our choice.
 
 Shape suffixes: B batch, I image tokens, R singular values.
 """
@@ -16,25 +17,26 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
-from pumer.reducers.budget import check_keep, kept
 from pumer.reducers.divprune import DivPrune
+from pumer.reducers.ops.budget import check_keep, kept
+from pumer.reducers.ops.spectral import directions_for, energies
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register, to_dict
 from pumer.reducers.selector import Selector, candidates, image_states
-from pumer.reducers.spectral import directions_for, energies
 
 
 @register
 @dataclass(frozen=True)
 class Energy(Reducer):
-    """Keep as many image tokens as directions are needed to hold a share of the spectral energy of their states.
+    """Keep as many image tokens as directions are needed to hold a share of the spectral energy of
+    their states.
 
     On CUDA the eigen-decomposition makes the host wait once.
 
     Args:
         selector: which tokens; its own `keep` is not asked.
-        tau: share of the energy (squared singular values) to hold. `matched` finds the one that keeps a given number on
-            average.
+        tau: share of the energy (squared singular values) to hold. `matched` finds the one that
+            keeps a given number on average.
         least, most: bounds of the number: shares of the image's tokens, or whole numbers.
     """
 
@@ -46,9 +48,14 @@ class Energy(Reducer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector):
-            raise ValueError(f"selector can keep any number of image tokens, as DivPrune() can, not {self.selector!r}")
+            raise ValueError(
+                "selector can keep any number of image tokens, as DivPrune() can, not "
+                f"{self.selector!r}"
+            )
         if len(self.selector.layers or ()) != 1:
-            raise ValueError(f"{self.selector.name} acts in several layers: one budget is for one reduction")
+            raise ValueError(
+                f"{self.selector.name} acts in several layers: one budget is for one reduction"
+            )
         if not 0 < self.tau < 1:
             raise ValueError(f"tau is a share between 0 and 1, not {self.tau}")
         check_keep(least=self.least, most=self.most)
@@ -76,8 +83,14 @@ class Energy(Reducer):
     def leaves_gaps(self) -> bool:
         return True
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        return (text, prefix + kept(self.most, image - prefix)) if self.reduces_at(layer) else (text, image)
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        return (
+            (text, prefix + kept(self.most, image - prefix))
+            if self.reduces_at(layer)
+            else (text, image)
+        )
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
@@ -90,20 +103,25 @@ class Energy(Reducer):
     def count(self, energy_BR: Tensor, count_B: Tensor) -> Tensor:
         """How many tokens of each image stay, int64 [B], given its energies and how many it has."""
         wanted_B = directions_for(self.tau, energy_BR)
-        return torch.minimum(torch.maximum(wanted_B, kept(self.least, count_B)), kept(self.most, count_B))
+        return torch.minimum(
+            torch.maximum(wanted_B, kept(self.least, count_B)), kept(self.most, count_B)
+        )
 
     def matched(self, spectra: Sequence[tuple[Tensor, Tensor]], keep: float | int) -> Energy:
-        """This with the `tau` that keeps, on average over these images, as many tokens as a fixed `keep` would.
+        """This with the `tau` that keeps, on average over these images, as many tokens as a fixed
+        `keep` would.
 
-        What it then keeps compares with the same selector at the fixed budget (the paper's protocol).
+        What it then keeps compares with the same selector at the fixed budget (the paper's
+        protocol).
 
         Args:
-            spectra: of every batch of a calibration set the energies [B,R] and the image tokens [B]; `Spectra` collects
-                them.
+            spectra: of every batch of a calibration set the energies [B,R] and the image tokens
+                [B]; `Spectra` collects them.
             keep: the fixed budget.
 
         Raises:
-            ValueError: if no image is given, or no `tau` comes within one token of it: the bounds are in the way.
+            ValueError: if no image is given, or no `tau` comes within one token of it: the bounds
+            are in the way.
         """
         if not spectra:
             raise ValueError("give the spectra of some images")
@@ -120,7 +138,9 @@ class Energy(Reducer):
             few, many = (middle, many) if excess(1 - 10**-middle) < 0 else (few, middle)
         tau = min(1 - 10**-few, 1 - 10**-many, key=lambda tau: abs(excess(tau)))
         if abs(excess(tau)) > 1:
-            raise ValueError(f"no tau keeps {float(target):.1f} tokens on average: widen least and most")
+            raise ValueError(
+                f"no tau keeps {float(target):.1f} tokens on average: widen least and most"
+            )
         return replace(self, tau=tau)
 
     def settings(self) -> dict[str, Any]:
@@ -142,7 +162,9 @@ class Spectra(Reducer):
     layers: tuple[int, ...] = (-1,)
     noted: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:

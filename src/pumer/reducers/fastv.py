@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
+from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
-from pumer.reducers.scores import last_text_attention
 from pumer.reducers.selector import Selector, best, candidates
 
 
@@ -21,8 +21,10 @@ class FastV(Selector):
     """Keep the image tokens that the last token of the prompt attends to most (mean over heads).
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
-        layer: the first layer that runs without the others; the attention is that of the layer before.
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
+        layer: the first layer that runs without the others; the attention is that of the layer
+            before.
     """
 
     name = "fastv"
@@ -33,7 +35,10 @@ class FastV(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer < 1:
-            raise ValueError(f"FastV reads the attention of the layer before, so layer is at least 1, not {self.layer}")
+            raise ValueError(
+                "FastV reads the attention of the layer before, so layer is at least 1, not "
+                f"{self.layer}"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, Tokens
-from pumer.reducers.budget import portion
-from pumer.reducers.matching import rank, rank_in_groups
+from pumer.reducers.ops.budget import portion
+from pumer.reducers.ops.matching import rank, rank_in_groups
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, encoded
@@ -28,10 +28,12 @@ VARIANCE = "variance"
 @register
 @dataclass(frozen=True)
 class FoPru(Selector):
-    """Keep the image tokens that the vision encoder attends to most, or the rows with the most of it.
+    """Keep the image tokens that the vision encoder attends to most, or the rows with the most of
+    it.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such
             as a line of text, stays in one piece.
         saliency: "received" attention (mean over heads and queries), that of the "class" token, or
@@ -54,7 +56,10 @@ class FoPru(Selector):
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self._whole_rows and isinstance(self.keep, int):
-            raise ValueError(f"whole rows are a share of the rows: give keep=0.25, say, not {self.keep}, or fill=True")
+            raise ValueError(
+                f"whole rows are a share of the rows: give keep=0.25, say, not {self.keep}, or "
+                "fill=True"
+            )
 
     @property
     def _whole_rows(self) -> bool:
@@ -70,7 +75,9 @@ class FoPru(Selector):
     def leaves_gaps(self) -> bool:
         return self._whole_rows  # pictures of one batch differ in the length of their rows
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if not (self._whole_rows and self.reduces_at(layer)):
             return super().lengths(text, image, layer, prefix, grid)
         side = round((image - prefix) ** 0.5)
@@ -102,15 +109,19 @@ class FoPru(Selector):
         return torch.where(given_varies_B[:, None], given_BI, received_BI)
 
     def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Place of every token's row among the rows, its own place when these stand in that order, and how many rows
-        each picture has."""
+        """Place of every token's row among the rows, its own place when these stand in that order,
+        and how many rows each picture has."""
         if tokens.grid is None or tokens.patch_BN is None:
-            raise ValueError('rows need all patches of the picture in a grid: take strategy="rank" here')
+            raise ValueError(
+                'rows need all patches of the picture in a grid: take strategy="rank" here'
+            )
         rows, columns = tokens.grid
         valid_BI, score_BI = candidates(tokens), self._saliency(tokens)
         row_BI = torch.where(valid_BI, tokens.patch_BN[:, -valid_BI.shape[1] :] // columns, rows)
         size_BR, total_BR = (
-            torch.zeros(len(row_BI), rows + 1, device=row_BI.device).scatter_add(1, row_BI, value)[:, :rows]
+            torch.zeros(len(row_BI), rows + 1, device=row_BI.device).scatter_add(1, row_BI, value)[
+                :, :rows
+            ]
             for value in (valid_BI.float(), score_BI)
         )
         mean_BR = (total_BR / size_BR.clamp_min(1)).masked_fill(size_BR == 0, -torch.inf)

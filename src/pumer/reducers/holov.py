@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines
-from pumer.reducers.matching import rank, rank_in_groups
+from pumer.reducers.ops.greedy import cosines
+from pumer.reducers.ops.matching import rank, rank_in_groups
 from pumer.reducers.registry import register
 from pumer.reducers.selector import (
     SALIENCY,
@@ -43,7 +43,8 @@ class HoloV(Selector):
     rows of zeros, and here the most attended of all tokens that are left fill the budget.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         chunks: how many, in raster order; what does not divide goes to the first of them. "auto" is
             the published number for Qwen2.5-VL, int(1024 / 576 * tokens / kept tokens).
         saliency: attention of the "class" token, or that "received" from all.

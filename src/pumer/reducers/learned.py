@@ -1,7 +1,9 @@
-"""What reducers with trained parts share: decisions that gradients can pass while training, and their price.
+"""What reducers with trained parts share: decisions that gradients can pass while training, and
+their price.
 
-While training every token stays, and attention leaves out those that are decided against; so a decision can be
-learned. Afterwards the tokens really go. Training therefore costs as much as without reduction, and a little more.
+While training every token stays, and attention leaves out those that are decided against; so a
+decision can be learned. Afterwards the tokens really go. Training therefore costs as much as
+without reduction, and a little more.
 
 Shape suffixes: B batch, N tokens, H heads, D channels.
 """
@@ -22,7 +24,8 @@ class Gate:
     """What a learned reducer decides while training.
 
     Args:
-        token_BN: 1 for tokens that stay, 0 for others; its gradient is that of the soft decision (straight-through).
+        token_BN: 1 for tokens that stay, 0 for others; its gradient is that of the soft decision
+            (straight-through).
         spent: what `Learned.budget_loss` wants to know of this layer, per sample.
     """
 
@@ -36,7 +39,8 @@ class Draw:
 
     Args:
         temperature: of the soft decisions, whose gradients the drawn ones have.
-        noise: share of the Gumbel noise; without any the likelier decision is drawn, as it is afterwards.
+        noise: share of the Gumbel noise; without any the likelier decision is drawn, as it is
+            afterwards.
     """
 
     temperature: float = 1.0
@@ -77,10 +81,13 @@ class Learned(Reducer):
         raise NotImplementedError
 
     def gate(self, tokens: Tokens) -> Gate:
-        """The decisions in one layer while training; `tokens.gate_BN` has those of the layers before."""
+        """The decisions in one layer while training; `tokens.gate_BN` has those of the layers
+        before."""
         raise NotImplementedError
 
-    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
+    def budget_loss(
+        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+    ) -> Tensor:
         """What is to be paid for keeping more, or fewer, tokens than wanted.
 
         Args:
@@ -94,8 +101,8 @@ class Learned(Reducer):
 def decide(logits: Tensor, draw: Draw | None) -> Tensor:
     """Keep (1) or not (0) from logits [..., (keep, drop)].
 
-    While training one is drawn by the straight-through Gumbel trick (Jang et al., ICLR 2017); the likelier one is taken
-    where nothing is drawn.
+    While training one is drawn by the straight-through Gumbel trick (Jang et al., ICLR 2017); the
+    likelier one is taken where nothing is drawn.
     """
     if draw is None:
         return (logits[..., 0] > logits[..., 1]).float()
@@ -105,7 +112,8 @@ def decide(logits: Tensor, draw: Draw | None) -> Tensor:
 
 
 def keep_surest(keep_BN: Tensor, logits: Tensor, there_BN: Tensor) -> Tensor:
-    """The decisions, but where they leave none of the tokens that are there, the surest of these stays.
+    """The decisions, but where they leave none of the tokens that are there, the surest of these
+    stays.
 
     Args:
         keep_BN: what `decide` made of the logits.
@@ -128,7 +136,8 @@ def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 def start_open(last: nn.Linear, bias: float) -> None:
-    """Let decisions, each of two logits in turn, begin as keeping: the logits start about `bias` apart."""
+    """Let decisions, each of two logits in turn, begin as keeping: the logits start about `bias`
+    apart."""
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.copy_(torch.tensor([bias, 0.0]).repeat(last.out_features // 2))

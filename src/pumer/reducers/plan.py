@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.reducers.blocks import row_blocks
+from pumer.reducers.ops.blocks import row_blocks
 
 DROPPED = -1
 
@@ -23,13 +23,15 @@ class Plan:
 
     Args:
         slot_BN: int64, the slot of every source token, `DROPPED` (-1) if it goes nowhere.
-        weight_BN: float32, the share with which a source enters its slot. The shares of a slot sum to one,
-            except where a published method adds instead of averaging.
-        mask_BK: the attention mask of the slots: bool, true where a slot holds something; float where a
-            published method works with fractional masks.
-        index_BK: for plans that only select, the source of every slot; `reduce` then gathers, bit for bit.
-        shares_BKN: for plans where a source enters several slots, every slot's share of every source:
-            `reduce` is the product with it. `slot_BN` then says which slot stands for the source.
+        weight_BN: float32, the share with which a source enters its slot. The shares of a slot sum
+            to one, except where a published method adds instead of averaging.
+        mask_BK: the attention mask of the slots: bool, true where a slot holds something; float
+            where a published method works with fractional masks.
+        index_BK: for plans that only select, the source of every slot; `reduce` then gathers, bit
+            for bit.
+        shares_BKN: for plans where a source enters several slots, every slot's share of every
+            source: `reduce` is the product with it. `slot_BN` then says which slot stands for the
+            source.
     """
 
     slot_BN: Tensor
@@ -60,22 +62,28 @@ class Plan:
 
     @staticmethod
     def keep(keep_BN: Tensor, slots: int) -> Plan:
-        """Keep the marked tokens in their order: of more than `slots` marks in a row the first ones count."""
+        """Keep the marked tokens in their order: of more than `slots` marks in a row the first ones
+        count."""
         place_BN = keep_BN.long().cumsum(1) - 1
         keep_BN = keep_BN & (place_BN < slots)
         slot_BN = torch.where(keep_BN, place_BN, DROPPED)
         positions = torch.arange(keep_BN.shape[1], device=keep_BN.device).expand(keep_BN.shape)
-        index_BK = torch.zeros(keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64)
+        index_BK = torch.zeros(
+            keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64
+        )
         index_BK = index_BK.scatter(1, torch.where(keep_BN, slot_BN, slots), positions)[:, :slots]
         mask_BK = torch.arange(slots, device=keep_BN.device) < keep_BN.sum(1, keepdim=True)
         return Plan(slot_BN, _ones(slot_BN.shape, slot_BN.device), mask_BK, index_BK)
 
     @staticmethod
     def merge(slot_BN: Tensor, mask_BK: Tensor, sizes_BN: Tensor) -> Plan:
-        """Average the tokens that share a slot, weighted by how many source tokens each stands for."""
+        """Average the tokens that share a slot, weighted by how many source tokens each stands
+        for."""
         slots = mask_BK.shape[1]
         target = torch.where(slot_BN < 0, slots, slot_BN)
-        total_BK = torch.zeros(slot_BN.shape[0], slots + 1, device=slot_BN.device, dtype=sizes_BN.dtype)
+        total_BK = torch.zeros(
+            slot_BN.shape[0], slots + 1, device=slot_BN.device, dtype=sizes_BN.dtype
+        )
         total_BK = total_BK.scatter_add(1, target, sizes_BN)
         return Plan(slot_BN, sizes_BN / total_BK.gather(1, target).clamp_min(1e-12), mask_BK)
 
@@ -122,21 +130,24 @@ class Plan:
         return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept, shares)
 
     def averaging(self) -> Plan:
-        """The same groups, with equal shares that sum to one: of members that are equal it gives one of them."""
+        """The same groups, with equal shares that sum to one: of members that are equal it gives
+        one of them."""
         ones_BN = torch.ones_like(self.weight_BN)
         total_BK = self.total(ones_BN)
         weight_BN = ones_BN / total_BK.gather(1, self.slot_BN.clamp_min(0)).clamp_min(1)
         return Plan(self.slot_BN, weight_BN, self.mask_BK)
 
     def head(self, tokens: int, slots: int) -> Plan:
-        """The part for the first source tokens, where these and no others go into the first slots."""
+        """The part for the first source tokens, where these and no others go into the first
+        slots."""
         index = None if self.index_BK is None else self.index_BK[:, :slots]
         shares = None if self.shares_BKN is None else self.shares_BKN[:, :slots, :tokens]
         slot_BN, weight_BN = self.slot_BN[:, :tokens], self.weight_BN[:, :tokens]
         return Plan(slot_BN, weight_BN, self.mask_BK[:, :slots], index, shares)
 
     def tail(self, first: int) -> Plan:
-        """The part behind the first source tokens, where these and no others go into as many slots, the first ones."""
+        """The part behind the first source tokens, where these and no others go into as many slots,
+        the first ones."""
         index = None if self.index_BK is None else self.index_BK[:, first:] - first
         shares = None if self.shares_BKN is None else self.shares_BKN[:, first:, first:]
         slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - first)[:, first:]
@@ -156,13 +167,16 @@ class Plan:
         )
 
     def cut(self, text: int, lengths: tuple[int, int]) -> Plan:
-        """Without the slots at the end of the text and of the image, the first `text` slots being the text's.
+        """Without the slots at the end of the text and of the image, the first `text` slots being
+        the text's.
 
         `lengths` is how many of each stay; those that go must be empty.
         """
         numbers = torch.arange(self.slots, device=self.mask_BK.device)
         kept = torch.cat([numbers[: lengths[0]], numbers[text : text + lengths[1]]])
-        slot_BN = torch.where(self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN)
+        slot_BN = torch.where(
+            self.slot_BN >= text, self.slot_BN - (text - lengths[0]), self.slot_BN
+        )
         index_BK = None if self.index_BK is None else self.index_BK[:, kept]
         shares_BKN = None if self.shares_BKN is None else self.shares_BKN[:, kept]
         return Plan(slot_BN, self.weight_BN, self.mask_BK[:, kept], index_BK, shares_BKN)
@@ -200,15 +214,17 @@ class Plan:
         return matrix.scatter(1, target[:, None], self.weight_BN[:, None].to(dtype))[:, :-1]
 
     def reduce(self, x_BND: Tensor) -> Tensor:
-        """Shorten a tensor of any [B,N] or [B,N,D]: gather, or the weighted sum of each slot's members.
+        """Shorten a tensor of any [B,N] or [B,N,D]: gather, or the weighted sum of each slot's
+        members.
 
-        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half precision. On CPUs in
-        float32 a sum in place is as exact, and there ten times as fast.
-        The matrix is made in blocks of rows, which are no larger than the tensor, or 4 MiB.
+        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half
+        precision. On CPUs in float32 a sum in place is as exact, and there ten times as fast. The
+        matrix is made in blocks of rows, which are no larger than the tensor, or 4 MiB.
 
-        A sample's values never reach another sample, and those of a dropped token or of padding nothing at all. A NaN
-        or inf in a token that stays is in its slot alone where tokens are gathered or summed in place; the matrix
-        product spreads it over the sample, as 0 * NaN is NaN.
+        A sample's values never reach another sample, and those of a dropped token or of padding
+        nothing at all. A NaN or inf in a token that stays is in its slot alone where tokens are
+        gathered or summed in place; the matrix product spreads it over the sample, as 0 * NaN is
+        NaN.
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
@@ -228,7 +244,9 @@ class Plan:
         """Which sources enter a slot that holds something, bool [B,N]."""
         if self.shares_BKN is not None:
             return ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
-        if self.mask_BK.dtype != torch.bool or not self.slots:  # the published code counts what is masked
+        if (
+            self.mask_BK.dtype != torch.bool or not self.slots
+        ):  # the published code counts what is masked
             return self.slot_BN >= 0
         return (self.slot_BN >= 0) & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
 
@@ -242,15 +260,19 @@ class Plan:
         return total.view(batch, slots + 1, *x_BND.shape[2:])[:, :slots]
 
     def expand(self, y_BKD: Tensor) -> Tensor:
-        """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one zeros."""
+        """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one
+        zeros."""
         dropped = self.slot_BN < 0
         values = tokens_at(y_BKD, self.slot_BN.clamp_min(0))
         return values.masked_fill(dropped[..., None] if y_BKD.ndim == 3 else dropped, 0)
 
     def total(self, sizes_BN: Tensor) -> Tensor:
-        """Number of source tokens in every slot [B,K], when the tokens themselves stand for `sizes_BN` ones."""
+        """Number of source tokens in every slot [B,K], when the tokens themselves stand for
+        `sizes_BN` ones."""
         target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
-        total = torch.zeros(target.shape[0], self.slots + 1, device=target.device, dtype=sizes_BN.dtype)
+        total = torch.zeros(
+            target.shape[0], self.slots + 1, device=target.device, dtype=sizes_BN.dtype
+        )
         return total.scatter_add(1, target, sizes_BN)[:, :-1]
 
     def sources(self) -> Tensor:
@@ -262,7 +284,8 @@ class Plan:
 def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """The tokens with these numbers, of any [B,N] or [B,N,D].
 
-    As one selection from all samples' tokens, which copies whole rows: `gather` takes six times as long on a CPU.
+    As one selection from all samples' tokens, which copies whole rows: `gather` takes six times as
+    long on a CPU.
     """
     batch, count = x_BND.shape[:2]
     first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]

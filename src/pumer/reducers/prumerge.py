@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.budget import Count, check_keep, smaller
-from pumer.reducers.greedy import cosines
+from pumer.reducers.ops.budget import Count, check_keep, smaller
+from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import Plan, tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, check_saliency, encoded
 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
-"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what they
-receive in the layer of the features, which no published code does."""
+"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what
+they receive in the layer of the features, which no published code does."""
 
 
 @register
 @dataclass(frozen=True)
 class PruMerge(Selector):
-    """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into these.
+    """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into
+    these.
 
     Attention and keys are those of the tower's last layer, all heads taken as one. To every kept
     token its neighbours are added, whose keys are most like its own, kept ones among them, each
@@ -37,7 +38,8 @@ class PruMerge(Selector):
 
     As published, but for the order (here that of the image, there of attention), for images without
     an outlier, where the published code fails and here the most attended token counts as one, and
-    for images that are kept whole, where it puts a token of zeros at the end and here there is none.
+    for images that are kept whole, where it puts a token of zeros at the end and here there is
+    none.
 
     Args:
         keep: None keeps as many as there are outliers, each image its own number, and the extra
@@ -130,7 +132,9 @@ class PruMerge(Selector):
         place_I = torch.arange(valid_BI.shape[1], device=valid_BI.device)
         cosine_BKI = tokens_at(cosines(encoded(tokens, "last_keys_BNC")), keeping.index_BK)
         other_BKI = valid_BI[:, None] & (place_I != keeping.index_BK[..., None])
-        order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(dim=2, descending=True, stable=True)
+        order_BKI = cosine_BKI.masked_fill(~other_BKI, -torch.inf).argsort(
+            dim=2, descending=True, stable=True
+        )
         near_BKI = torch.zeros_like(other_BKI).scatter(2, order_BKI[..., : self.neighbours], True)
         near_BKI = near_BKI & other_BKI & keeping.mask_BK[..., None]
 

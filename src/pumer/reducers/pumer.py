@@ -1,6 +1,7 @@
 """PuMer: text-informed pruning and modality-aware merging.
 
-Cao, Paranjape, Hajishirzi, "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", ACL 2023.
+Cao, Paranjape, Hajishirzi, "PuMer: Pruning and Merging Tokens for Efficient Vision Language
+Models", ACL 2023.
 """
 
 from __future__ import annotations
@@ -11,35 +12,45 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers import published
+from pumer.reducers import official as published
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens, check_layers, check_ratios
-from pumer.reducers.budget import Count, halves, portion, prune_then_merge, smaller, stage_layers
-from pumer.reducers.matching import bipartite, rank
+from pumer.reducers.ops.budget import (
+    Count,
+    halves,
+    portion,
+    prune_then_merge,
+    smaller,
+    stage_layers,
+)
+from pumer.reducers.ops.matching import bipartite, rank
+from pumer.reducers.ops.saliency import SCORES, text_saliency
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
-from pumer.reducers.scores import SCORES, text_saliency
 
 
 @register
 @dataclass(frozen=True)
 class PuMer(Reducer):
-    """Prune image tokens the text does not attend to, then merge alike image tokens and alike text tokens.
+    """Prune image tokens the text does not attend to, then merge alike image tokens and alike text
+    tokens.
 
-    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not counted, rounded half
-    to even; one image token always stays. In a decoder, whose prompt has no [CLS], the first and the last token of the
-    text stay: all others look at the first, and the answer comes out of the last.
+    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not
+    counted, rounded half to even; one image token always stays. In a decoder, whose prompt has no
+    [CLS], the first and the last token of the text stay: all others look at the first, and the
+    answer comes out of the last.
 
     Args:
         prune: share of the image tokens to prune, the ones the text attends to least.
         merge: share of the image tokens (before pruning) to merge away.
         merge_text: share of the text tokens to merge away.
-        layers: layers that reduce, counted from 0, between their attention and their MLP; in a decoder after both.
-            None: after one, two and three quarters of the model's layers, the paper's (2, 5, 8) of 12. "all": every
-            layer, only with `official`.
+        layers: layers that reduce, counted from 0, between their attention and their MLP; in a
+            decoder after both. None: after one, two and three quarters of the model's layers, the
+            paper's (2, 5, 8) of 12. "all": every layer, only with `official`.
         score: how the text scores an image token, one of `scores.SCORES`.
-        official: reproduce the published code bug for bug instead (see `published`); for released checkpoints.
-            True: as the model at hand has it; "meter": as in METER's fusion layers. It needs `layers`. In ViLT
-            `merge` >= 1 with `prune` 0 is a count, for matching text and image together.
+        official: reproduce the published code bug for bug instead (see `published`); for released
+            checkpoints. True: as the model at hand has it; "meter": as in METER's fusion layers. It
+            needs `layers`. In ViLT `merge` >= 1 with `prune` 0 is a count, for matching text and
+            image together.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
     """
 
@@ -56,17 +67,30 @@ class PuMer(Reducer):
         if self.official not in (False, True, "meter"):
             raise ValueError(f"official is False, True or 'meter', not {self.official!r}")
         counted = self.official and self.prune == 0 and self.merge >= 1
-        check_ratios(prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text)
+        check_ratios(
+            prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text
+        )
         if self.prune + self.merge >= 1 and not self.official:
-            raise ValueError(f"prune {self.prune} + merge {self.merge} leaves no image token: give less than 1 in all")
+            raise ValueError(
+                f"prune {self.prune} + merge {self.merge} leaves no image token: give less than 1 "
+                "in all"
+            )
         if self.layers is None and self.official:
-            raise ValueError("official=True needs `layers`: for example (2, 5, 8), or 'all' for every layer")
+            raise ValueError(
+                "official=True needs `layers`: for example (2, 5, 8), or 'all' for every layer"
+            )
         if isinstance(self.layers, str) and not (self.layers == "all" and self.official):
-            raise ValueError(f"layers are numbers such as (2, 5, 8), or 'all' with official=True, not {self.layers!r}")
+            raise ValueError(
+                "layers are numbers such as (2, 5, 8), or 'all' with official=True, not "
+                f"{self.layers!r}"
+            )
         if self.score not in SCORES:
             raise ValueError(f"score is one of {', '.join(SCORES)}, not {self.score!r}")
         if self.style not in published.STYLES or (self.style != "tome" and not self.official):
-            raise ValueError(f"style is one of {', '.join(published.STYLES)}, and only 'tome' without official=True")
+            raise ValueError(
+                f"style is one of {', '.join(published.STYLES)}, and only 'tome' without "
+                "official=True"
+            )
         if isinstance(self.layers, (tuple, list)):
             object.__setattr__(self, "layers", check_layers(self.layers))
             if min(self.layers, default=0) < 0:
@@ -83,7 +107,11 @@ class PuMer(Reducer):
     def resolve(self, model: ModelShape) -> Self:
         # A decoder may be too shallow for three reductions.
         stages = min(3, model.last + 1)
-        return self if self.layers is not None else replace(self, layers=stage_layers(stages, model.depth, model.last))
+        return (
+            self
+            if self.layers is not None
+            else replace(self, layers=stage_layers(stages, model.depth, model.last))
+        )
 
     def reduces_at(self, layer: int) -> bool:
         return layer >= 0 if self.layers == "all" else super().reduces_at(layer)
@@ -101,13 +129,17 @@ class PuMer(Reducer):
     def settings(self) -> dict[str, Any]:
         return super().settings() | ({"layers": None} if self.layers == "all" else {})
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if not self.reduces_at(layer):
             return text, image
         if self.official == "meter":
             return published.lengths_meter(text, image, self.prune, self.merge, self.merge_text)
         if self.official:
-            return published.lengths(text, image, self.prune, self.merge, self.merge_text, self.style)
+            return published.lengths(
+                text, image, self.prune, self.merge, self.merge_text, self.style
+            )
         head = min(prefix, image)
         kept, merged = prune_then_merge(image - head, self.prune, self.merge)
         mergeable = max(text - (prefix or 2), 0)
@@ -117,10 +149,14 @@ class PuMer(Reducer):
         if self.official == "meter":
             return published.plan_meter(tokens, self.prune, self.merge, self.merge_text)
         if self.official:
-            return published.plan(tokens, self.prune, self.merge, self.merge_text, self.score, self.style)
+            return published.plan(
+                tokens, self.prune, self.merge, self.merge_text, self.score, self.style
+            )
         prefix, keys_BNC = tokens.prefix, tokens.mean_keys_BNC
         image = slice(tokens.text + prefix, keys_BNC.shape[1])
-        text_slots, image_slots = self.lengths(tokens.text, image.stop - tokens.text, tokens.layer, prefix)
+        text_slots, image_slots = self.lengths(
+            tokens.text, image.stop - tokens.text, tokens.layer, prefix
+        )
         slots = max(image_slots - prefix, 0)
 
         # Text-informed image pruning: the least attended go, the others keep their order.
@@ -128,18 +164,25 @@ class PuMer(Reducer):
         kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
         reduction = Plan.identity(valid_BI)
         if self.prune:
-            saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(~valid_BI, -torch.inf)
+            saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(
+                ~valid_BI, -torch.inf
+            )
             most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
             reduction = Plan.keep(valid_BI & (rank(saliency) < kept[:, None]), most_kept)
 
         # Modality-aware merging: image tokens among themselves, text tokens among themselves.
         if self.merge:
-            keys_BIC, sizes_BI = reduction.reduce(keys_BNC[:, image]), reduction.reduce(tokens.sizes_BN[:, image])
+            keys_BIC, sizes_BI = (
+                reduction.reduce(keys_BNC[:, image]),
+                reduction.reduce(tokens.sizes_BN[:, image]),
+            )
             merging = bipartite(keys_BIC, reduction.mask_BK, merged, slots, sizes_BI)
             reduction = reduction.then(merging)
         text = None
         if self.merge_text:
-            text = (self._merge_text if prefix else self._merge_between)(tokens, keys_BNC, text_slots)
+            text = (self._merge_text if prefix else self._merge_between)(
+                tokens, keys_BNC, text_slots
+            )
         return tokens.with_structure(text, reduction)
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
@@ -147,20 +190,26 @@ class PuMer(Reducer):
         slots = max(slots - tokens.prefix, 0)
         return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots)
 
-    def _merge(self, tokens: Tokens, keys_BNC: Tensor, text: slice, valid_BT: Tensor, slots: int) -> Plan:
+    def _merge(
+        self, tokens: Tokens, keys_BNC: Tensor, text: slice, valid_BT: Tensor, slots: int
+    ) -> Plan:
         merged_B = self._merged_text(valid_BT.sum(1))
         return bipartite(keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
 
     def _merge_between(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
-        """Merges text between its first and its last real token, which stay and enclose the others."""
+        """Merges text between its first and its last real token, which stay and enclose the
+        others."""
         valid_BT = tokens.valid_BN[:, : tokens.text]
         first = Plan.identity(valid_BT[:, :1])
         if slots < 3:
             return Plan.identity(valid_BT)
         count_B1 = valid_BT.sum(1, keepdim=True)
         places = torch.arange(1, tokens.text, device=valid_BT.device)
-        between = self._merge(tokens, keys_BNC, slice(1, tokens.text), places < count_B1 - 1, slots - 2)
-        # The last token follows right behind what is left between: a shorter row has no gap before it.
+        between = self._merge(
+            tokens, keys_BNC, slice(1, tokens.text), places < count_B1 - 1, slots - 2
+        )
+        # The last token follows right behind what is left between: a shorter row has no gap before
+        # it.
         last_BT = places == count_B1 - 1
         filled_B1 = between.mask_BK.sum(1, keepdim=True)
         behind = Plan(

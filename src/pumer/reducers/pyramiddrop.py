@@ -1,7 +1,7 @@
 """PyramidDrop: fewer image tokens from stage to stage of the language model.
 
-Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
-2025, arXiv 2410.17247.
+Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual
+Redundancy Reduction", CVPR 2025, arXiv 2410.17247.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import ModelShape, Tokens, check_layers
-from pumer.reducers.budget import Count, check_keep, kept, smaller, stage_layers
+from pumer.reducers.ops.budget import Count, check_keep, kept, smaller, stage_layers
+from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
-from pumer.reducers.scores import last_text_attention
 from pumer.reducers.selector import Selector, best, candidates
 
 
 @register
 @dataclass(frozen=True)
 class PyramidDrop(Selector):
-    """At the end of every stage keep the image tokens that the last token of the text attends to most.
+    """At the end of every stage keep the image tokens that the last token of the text attends to
+    most.
 
-    The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23. Attention is that of the
-    layer that it acts after, where the published code asks the next one.
+    The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23.
+    Attention is that of the layer that it acts after, where the published code asks the next one.
 
     Shares are of the image's number before the first stage, rounded down: of 575 tokens 287, 143
     and 71 are left. A later stage takes that number to be the smallest one that leaves what it
@@ -36,9 +37,11 @@ class PyramidDrop(Selector):
 
     Args:
         keep: what is left after each stage, shares of the image's own number or whole numbers;
-            never rising. One share alone (float) is the paper's lambda: what each stage leaves of what it finds.
-        layers: the layers after which it acts, counted from 0, one for each number. None: the ends of stages
-            of equal length but for the last, which nothing follows; with one share, of three.
+            never rising. One share alone (float) is the paper's lambda: what each stage leaves of
+            what it finds.
+        layers: the layers after which it acts, counted from 0, one for each number. None: the ends
+            of stages of equal length but for the last, which nothing follows; with one share, of
+            three.
     """
 
     name = "pyramiddrop"
@@ -54,8 +57,12 @@ class PyramidDrop(Selector):
             object.__setattr__(self, "keep", shares)
         check_stages(self.keep, self.layers)
         assert isinstance(self.keep, tuple)
-        if len({type(keep) for keep in self.keep}) > 1 or any(a < b for a, b in pairwise(self.keep)):
-            raise ValueError(f"keep is all shares or all whole numbers, never rising, not {self.keep}")
+        if len({type(keep) for keep in self.keep}) > 1 or any(
+            a < b for a, b in pairwise(self.keep)
+        ):
+            raise ValueError(
+                f"keep is all shares or all whole numbers, never rising, not {self.keep}"
+            )
 
     def resolve(self, model: ModelShape) -> Self:
         if self.layers is not None:
@@ -92,14 +99,17 @@ def _share(count: Count, before: float, keep: float) -> Count:
 
 
 def check_stages(keep: float | tuple[float | int, ...], layers: tuple[int, ...] | None) -> None:
-    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from 0 and rise.
+    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from
+    0 and rise.
 
     Layers that are open, None, fit any number of budgets.
     """
     if not isinstance(keep, tuple):
         raise ValueError(f"keep is one number for each layer, such as (0.5, 0.25), not {keep!r}")
     if layers is not None and (len(keep) != len(layers) or layers != check_layers(layers)):
-        raise ValueError(f"give one number to keep for each layer, in order, not {keep} for layers {layers}")
+        raise ValueError(
+            f"give one number to keep for each layer, in order, not {keep} for layers {layers}"
+        )
     check_keep(**{f"keep[{stage}]": number for stage, number in enumerate(keep)})
     if min(layers or (0,)) < 0:
         raise ValueError("attention scores the tokens, so it cannot act before layer 0")

@@ -25,10 +25,13 @@ def register(reducer: R) -> R:
 
 
 def get(name: str) -> type[Reducer]:
-    """The reducer class of that name, ours or a plugin's; raises ValueError listing the known ones."""
+    """The reducer class of that name, ours or a plugin's; raises ValueError listing the known
+    ones."""
     if not is_reducer(name):
         names = list_reducers()
-        raise ValueError(f"no reducer is named {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}")
+        raise ValueError(
+            f"no reducer is named {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}"
+        )
     return _REDUCERS[name]
 
 
@@ -56,13 +59,16 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
     """A reducer as plain data: its name and settings, less `Reducer.added` at the default."""
     usual = {field.name: field.default for field in dataclasses.fields(reducer)}
     settings = {
-        name: value for name, value in reducer.settings().items() if name not in reducer.added or value != usual[name]
+        name: value
+        for name, value in reducer.settings().items()
+        if name not in reducer.added or value != usual[name]
     }
     return {"reducer": reducer.name, **settings}
 
 
 def from_dict(data: dict[str, Any]) -> Reducer:
-    """The reducer that `to_dict` described; raises ValueError for unknown names, settings and types."""
+    """The reducer that `to_dict` described; raises ValueError for unknown names, settings and
+    types."""
     settings = {key: _read(value) for key, value in data.items()}
     kind = get(str(settings.pop("reducer", None)))
     settings = kind.upgraded(settings)
@@ -70,7 +76,8 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     if unknown := sorted(set(settings) - set(known)):
         hint = did_you_mean(unknown[0], known)
         raise ValueError(
-            f"{kind.name} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known) or 'no settings'}"
+            f"{kind.name} has no setting {', '.join(unknown)}.{hint} It has "
+            f"{', '.join(known) or 'no settings'}"
         )
     settings = check_settings(kind, settings, f"reducer {kind.name}")
     try:

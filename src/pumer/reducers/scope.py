@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines, coverage
+from pumer.reducers.ops.greedy import cosines, coverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import (
     SALIENCY,
@@ -38,7 +38,8 @@ class SCOPE(Selector):
     is given where the encoder says nothing of it. Each crop of an image has a budget of its own.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         saliency: attention of the "class" token, or that "received" from all.
         alpha: power of the saliency; 0 leaves coverage alone.
         combine: "multiply" coverage and saliency; or "add" `alpha` times the saliency, a variant in

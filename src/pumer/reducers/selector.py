@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
-from pumer.reducers.budget import Count, check_keep, kept
-from pumer.reducers.matching import rank
+from pumer.reducers.ops.budget import Count, check_keep, kept
+from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 
 SALIENCY = {"class": "class_attention_BN", "received": "received_BN"}
-"""What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no [CLS], what it receives
-from all."""
+"""What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no
+[CLS], what it receives from all."""
 
 
 @dataclass(frozen=True)
 class Selector(Reducer):
-    """Leave a given number of image tokens; acts between vision tower and language model unless it says otherwise.
+    """Leave a given number of image tokens; acts between vision tower and language model unless it
+    says otherwise.
 
     Args:
-        keep: how many image tokens stay: a share of the image's own number (float), or a whole number (int). Images
-            that have fewer stay whole.
+        keep: how many image tokens stay: a share of the image's own number (float), or a whole
+            number (int). Images that have fewer stay whole.
     """
 
     keep: float | int = 0.25
@@ -44,8 +45,14 @@ class Selector(Reducer):
         """How many of `count` image tokens stay in this layer."""
         return kept(self.keep, count)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
-        return (text, prefix + self.budget(image - prefix, layer)) if self.reduces_at(layer) else (text, image)
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
+        return (
+            (text, prefix + self.budget(image - prefix, layer))
+            if self.reduces_at(layer)
+            else (text, image)
+        )
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
@@ -56,11 +63,13 @@ class Selector(Reducer):
         return tokens.with_structure(None, image)
 
     def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
-        """The plan for the image tokens, structure tokens left out, that fills `kept_B` of `most` slots."""
+        """The plan for the image tokens, structure tokens left out, that fills `kept_B` of `most`
+        slots."""
         return Plan.keep(self.chosen(tokens, kept_B, most), most)
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        """Which image tokens stay, bool [B,I]: `kept_B` in every row, at most `most`, none of them padding."""
+        """Which image tokens stay, bool [B,I]: `kept_B` in every row, at most `most`, none of them
+        padding."""
         raise NotImplementedError
 
 
@@ -86,11 +95,14 @@ def encoded(tokens: Tokens, name: str) -> Tensor:
     value = None if tokens.encoder is None else getattr(tokens.encoder, name)
     if value is None:
         raise ValueError(
-            f"the method needs the vision encoder's {name}, which this model or place does not give: "
+            f"the method needs the vision encoder's {name}, which this model or place does not "
+            "give: "
             'where there is no [CLS], saliency="received" may do'
         )
     value, valid = value.float(), candidates(tokens)
-    return torch.where((valid if value.ndim == 2 else valid[..., None]) & value.isfinite(), value, 0.0)
+    return torch.where(
+        (valid if value.ndim == 2 else valid[..., None]) & value.isfinite(), value, 0.0
+    )
 
 
 def check_saliency(saliency: str) -> None:

@@ -1,7 +1,7 @@
 """Honest baselines: what any method has to beat.
 
-Random and uniform selection do not look at the tokens; pooling looks only at where they are; no vision shows what the
-text alone is worth.
+Random and uniform selection do not look at the tokens; pooling looks only at where they are; no
+vision shows what the text alone is worth.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens, check_layers, check_ratios
-from pumer.reducers.budget import remaining
-from pumer.reducers.matching import rank
+from pumer.reducers.ops.budget import remaining
+from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -29,7 +29,9 @@ class Unreduced(Reducer):
     def layers(self) -> tuple[int, ...]:
         return ()
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -47,7 +49,9 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if layer not in self.layers:
             return text, image
         structure = min(prefix, image)
@@ -57,7 +61,9 @@ class _Selection(Reducer):
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
         kept_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
         keep_BN = valid_BN & self._chosen(valid_BN, kept_B1, tokens.layer)
-        return tokens.with_structure(None, Plan.keep(keep_BN, remaining(self.prune, valid_BN.shape[1])))
+        return tokens.with_structure(
+            None, Plan.keep(keep_BN, remaining(self.prune, valid_BN.shape[1]))
+        )
 
     def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
         raise NotImplementedError
@@ -78,7 +84,8 @@ class Random(_Selection):
     seed: int = 0
 
     def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
-        # A hash of the place instead of a generator: no state, and the row of a batch gets what it gets alone.
+        # A hash of the place instead of a generator: no state, and the row of a batch gets what it
+        # gets alone.
         place = torch.arange(valid_BN.shape[1], device=valid_BN.device)
         hashed = (place + 1) * 0x9E3779B1 + (self.seed * 64 + layer + 2) * 0x85EBCA6B
         for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -128,19 +135,24 @@ class Pool(Reducer):
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if layer != self.layer:
             return text, image
         structure = min(prefix, image)
         patches = image - structure
         side = round(patches**0.5)
         rows, columns = grid or (side, side)
-        # No more windows than patches hold one: a batch of small pictures may be cut short of its grid.
+        # No more windows than patches hold one: a batch of small pictures may be cut short of its
+        # grid.
         return text, structure + min(self._windows(rows, columns), patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:
-            raise ValueError("pooling needs all patches of the picture: let it be the first to reduce")
+            raise ValueError(
+                "pooling needs all patches of the picture: let it be the first to reduce"
+            )
         rows, columns = tokens.grid
         windows = self._windows(rows, columns)
         across = -(-columns // self.window)
@@ -149,8 +161,11 @@ class Pool(Reducer):
         window_BN = patch_BN // columns // self.window * across + patch_BN % columns // self.window
         window_BN = torch.where(valid_BN, window_BN, windows)
 
-        # A window that holds no real patch gets no slot, so that a padded picture is pooled as it would be alone.
-        used_BW = torch.zeros(valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64)
+        # A window that holds no real patch gets no slot, so that a padded picture is pooled as it
+        # would be alone.
+        used_BW = torch.zeros(
+            valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64
+        )
         used_BW = used_BW.scatter(1, window_BN, torch.ones_like(window_BN))[:, :windows]
         slot_BW = torch.nn.functional.pad(used_BW.cumsum(1) - 1, (0, 1), value=-1)
         slots = min(windows, valid_BN.shape[1])
@@ -174,11 +189,15 @@ class NoVision(Reducer):
     def layers(self) -> tuple[int, ...]:
         return (EMBEDDINGS,)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         return (text, 0) if layer == EMBEDDINGS else (text, image)
 
     def plan(self, tokens: Tokens) -> Plan:
         count = tokens.mask_BN.shape[1]
-        index_BK = torch.arange(tokens.text, device=tokens.mask_BN.device).expand(len(tokens.mask_BN), -1)
+        index_BK = torch.arange(tokens.text, device=tokens.mask_BN.device).expand(
+            len(tokens.mask_BN), -1
+        )
         text = Plan.select(index_BK, torch.ones_like(index_BK, dtype=torch.bool), count)
         return replace(text, mask_BK=tokens.mask_BN[:, : tokens.text])

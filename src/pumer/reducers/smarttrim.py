@@ -1,10 +1,12 @@
-"""SmartTrim: trained trimmers decide per sample which tokens and which attention heads an example needs.
+"""SmartTrim: trained trimmers decide per sample which tokens and which attention heads an example
+needs.
 
-Wang, Chen, Zhou, Zhu, et al., "SmartTrim: Adaptive Tokens and Attention Pruning for Efficient Vision-Language Models",
-LREC-COLING 2024. Its code was never published. From the paper are: light trimmers in every layer that see the other
-modality's summary, for tokens and for heads; a loss on the cost; self-distillation; a curriculum. How they are built is
-reconstructed: the shape of the trimmers, the straight-through Gumbel decisions and their fading noise, the form of the
-loss, and that tokens leave between attention and MLP.
+Wang, Chen, Zhou, Zhu, et al., "SmartTrim: Adaptive Tokens and Attention Pruning for Efficient
+Vision-Language Models", LREC-COLING 2024. Its code was never published. From the paper are: light
+trimmers in every layer that see the other modality's summary, for tokens and for heads; a loss on
+the cost; self-distillation; a curriculum. How they are built is reconstructed: the shape of the
+trimmers, the straight-through Gumbel decisions and their fading noise, the form of the loss, and
+that tokens leave between attention and MLP.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
 _ATTENTION = 1 / 3
-"""Share of attention in the cost of a layer: four products of the width with itself, next to the MLP's eight."""
+"""Share of attention in the cost of a layer: four products of the width with itself, next to the
+MLP's eight."""
 _OPEN = 0.9
 """Share of the tokens that are left after all layers when training begins."""
 
@@ -31,14 +34,17 @@ _OPEN = 0.9
 @register
 @dataclass(frozen=True)
 class SmartTrim(Learned):
-    """Drop the tokens of either modality, and silence the heads, that trained trimmers find needless in this sample.
+    """Drop the tokens of either modality, and silence the heads, that trained trimmers find
+    needless in this sample.
 
-    How many stay is decided sample by sample; a batch is as long as its longest. Silenced heads save nothing: they are
-    computed and multiplied by zero, as every sample of a batch silences others.
+    How many stay is decided sample by sample; a batch is as long as its longest. Silenced heads
+    save nothing: they are computed and multiplied by zero, as every sample of a batch silences
+    others.
 
     Args:
-        target: share of the cost of the layers that trim, to be used on average once trained. A layer costs a
-            third of the tokens that enter it, times the share of its heads, and two thirds of those that leave it.
+        target: share of the cost of the layers that trim, to be used on average once trained. A
+            layer costs a third of the tokens that enter it, times the share of its heads, and two
+            thirds of those that leave it.
         layers: layers that trim, counted from 0. None: all of the model's.
         text: trim text tokens too.
         heads: trim attention heads too.
@@ -58,9 +64,13 @@ class SmartTrim(Learned):
 
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
-            raise ValueError(f"target is a share of the cost above 0 and up to 1, not {self.target}")
+            raise ValueError(
+                f"target is a share of the cost above 0 and up to 1, not {self.target}"
+            )
         if not 0 <= self.curriculum <= 1:
-            raise ValueError(f"curriculum is a share of the training, 0 to 1, not {self.curriculum}")
+            raise ValueError(
+                f"curriculum is a share of the training, 0 to 1, not {self.curriculum}"
+            )
         if self.layers is None:
             return
         object.__setattr__(self, "layers", check_layers(self.layers))
@@ -68,7 +78,9 @@ class SmartTrim(Learned):
             raise ValueError("SmartTrim trims in layers, which are counted from 0")
 
     def resolve(self, model: ModelShape) -> Self:
-        return self if self.layers is not None else replace(self, layers=tuple(range(model.last + 1)))
+        return (
+            self if self.layers is not None else replace(self, layers=tuple(range(model.last + 1)))
+        )
 
     @property
     def leaves_gaps(self) -> bool:
@@ -83,7 +95,9 @@ class SmartTrim(Learned):
         return True
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
-        attentions = ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+        attentions = (
+            ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+        )
         assert self.layers is not None
         each = _OPEN ** (1 / max(len(self.layers), 1))
         apart = math.log(each / (1 - each))
@@ -97,13 +111,18 @@ class SmartTrim(Learned):
             layers[str(layer)] = nn.ModuleDict(trimmers)
         return nn.ModuleDict(layers)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         """The most that may stay: everything."""
         return text, image
 
     def plan(self, tokens: Tokens) -> Plan:
         keep_BN = self._keep(tokens, None).bool() & tokens.valid_BN
-        text, image = keep_BN[:, tokens.prefix : tokens.text], keep_BN[:, tokens.text + tokens.prefix :]
+        text, image = (
+            keep_BN[:, tokens.prefix : tokens.text],
+            keep_BN[:, tokens.text + tokens.prefix :],
+        )
         return tokens.with_structure(
             Plan.keep(text, text.shape[1]) if self.text else None, Plan.keep(image, image.shape[1])
         )
@@ -114,7 +133,9 @@ class SmartTrim(Learned):
         shares = [mean_of(gate_BN, tokens.valid_BN) for gate_BN in (before_BN, after_BN)]
         return Gate(after_BN, torch.stack(shares, dim=-1))
 
-    def budget_loss(self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()) -> Tensor:
+    def budget_loss(
+        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Distance of the batch's mean cost from the target, which goes down in the curriculum.
 
         Args:
@@ -124,15 +145,18 @@ class SmartTrim(Learned):
         """
         shares = torch.stack(list(spent), dim=1)
         kept_heads = torch.stack(list(heads), dim=1).mean(1) if heads else 1.0
-        cost_B = _ATTENTION * shares[..., 0].mean(1) * kept_heads + (1 - _ATTENTION) * shares[..., 1].mean(1)
+        cost_B = _ATTENTION * shares[..., 0].mean(1) * kept_heads + (1 - _ATTENTION) * shares[
+            ..., 1
+        ].mean(1)
         done = min(progress / self.curriculum, 1.0) if self.curriculum else 1.0
         return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
 
     def draw_at(self, progress: float) -> Draw:
-        """At random while the target goes down, then less and less, until the cost is that of the later decisions.
+        """At random while the target goes down, then less and less, until the cost is that of the
+        later decisions.
 
-        Noise that faded from the start would do the trimmers' work the wrong way round: as each layer drops a little by
-        chance, less of it alone leaves more tokens, while fewer are wanted.
+        Noise that faded from the start would do the trimmers' work the wrong way round: as each
+        layer drops a little by chance, less of it alone leaves more tokens, while fewer are wanted.
         """
         noise = min(1.0, (1 - progress) / max(1 - self.curriculum, 1e-9))
         return Draw(self.temperature * (1 - 0.5 * progress), noise)
@@ -144,11 +168,16 @@ class SmartTrim(Learned):
         states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN > 0
         kept = []
-        for name, start, stop, other in (("text", 0, text, text), ("image", text, states.shape[1], 0)):
+        for name, start, stop, other in (
+            ("text", 0, text, text),
+            ("image", text, states.shape[1], 0),
+        ):
             head = states.new_ones(len(states), min(prefix, stop - start), dtype=torch.float32)
             if name in tokens.part:
                 # An image that was dropped whole says nothing of the text.
-                summary = states[:, other] if other < states.shape[1] else torch.zeros_like(states[:, 0])
+                summary = (
+                    states[:, other] if other < states.shape[1] else torch.zeros_like(states[:, 0])
+                )
                 logits = tokens.part[name](states[:, start + prefix : stop], summary)
                 decided = decide(logits, draw)
                 if name == "image":
@@ -182,7 +211,8 @@ class TokenTrimmer(nn.Module):
 
 
 class HeadTrimmer(nn.Module):
-    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those who are asked.
+    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those
+    who are asked.
 
     Args:
         width: channels of a token.
@@ -204,5 +234,7 @@ class HeadTrimmer(nn.Module):
         heard_BH = decide(logits, draw)
         # One head is always heard: the surest one.
         surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
-        silent_BH = (1 - heard_BH).detach()  # what is added has no gradient, so that every decision keeps its own
+        silent_BH = (
+            1 - heard_BH
+        ).detach()  # what is added has no gradient, so that every decision keeps its own
         return heard_BH + silent_BH * torch.zeros_like(heard_BH).scatter(1, surest, 1.0)

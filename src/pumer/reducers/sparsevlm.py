@@ -1,7 +1,7 @@
 """SparseVLM: words that speak of the image rate its tokens; the best dropped ones are recycled.
 
-Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, arXiv
-2410.04417.
+Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
+Inference", ICML 2025, arXiv 2410.04417.
 
 Shape suffixes: B batch, N tokens, T text tokens, I image tokens, R some of these, M recycled ones,
 D channels.
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
-from pumer.reducers.blocks import row_blocks
-from pumer.reducers.budget import Count, kept, smaller, spread
-from pumer.reducers.clustering import density_peaks
-from pumer.reducers.matching import unit_vectors
+from pumer.reducers.ops.blocks import row_blocks
+from pumer.reducers.ops.budget import Count, kept, smaller, spread
+from pumer.reducers.ops.clustering import density_peaks
+from pumer.reducers.ops.matching import unit_vectors
+from pumer.reducers.ops.saliency import UNSEEN, question_words, text_saliency
 from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
-from pumer.reducers.scores import UNSEEN, question_words, text_saliency
 from pumer.reducers.selector import best, candidates, image_states
 
 MERGES = ("mean", "sum", "rating")
@@ -38,7 +38,8 @@ PUBLISHED_DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 @register
 @dataclass(frozen=True)
 class SparseVLM(Reducer):
-    """Keep the image tokens that the raters among the words attend to most; cluster the best of the others.
+    """Keep the image tokens that the raters among the words attend to most; cluster the best of the
+    others.
 
     Raters are the words of the question (those after the image, unless the caller names others)
     that image tokens are more like than the average word, as they enter the language model. Where
@@ -47,11 +48,12 @@ class SparseVLM(Reducer):
     published code puts clusters behind the kept tokens.
 
     Args:
-        keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares of those that arrive
-            there. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128, (66, 30, 17) for 64. None: the
-            first of these for an image of 576 tokens, and the same shares for any other.
-        layers: the layers after which it acts, counted from 0, one for each number. None: the published (2, 6, 15) of
-            32, and layers as deep in any other model.
+        keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares
+            of those that arrive there. Published: (300, 200, 110) for 192 on average, (303, 110,
+            36) for 128, (66, 30, 17) for 64. None: the first of these for an image of 576 tokens,
+            and the same shares for any other.
+        layers: the layers after which it acts, counted from 0, one for each number. None: the
+            published (2, 6, 15) of 32, and layers as deep in any other model.
         recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
         merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the
             formula of the paper.
@@ -91,7 +93,9 @@ class SparseVLM(Reducer):
     def reads_embeddings(self) -> bool:
         return True
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if not self.reduces_at(layer):
             return text, image
         chosen, recycled = self._budget(image - prefix, layer)
@@ -102,7 +106,9 @@ class SparseVLM(Reducer):
         assert self.keep is not None
         assert self.layers is not None
         chosen = kept(self.keep[self.layers.index(layer)], count)
-        return chosen, smaller((count - chosen) * 3 // 10 + 1, count - chosen) if self.recycle else count * 0
+        return chosen, smaller(
+            (count - chosen) * 3 // 10 + 1, count - chosen
+        ) if self.recycle else count * 0
 
     @staticmethod
     def _clusters(recycled: Count) -> Count:

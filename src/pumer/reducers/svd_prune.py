@@ -1,7 +1,9 @@
 """SVD-Prune: keep the tokens that span the image's main directions.
 
-Apedo et al., "SVD-Prune: Training-Free Token Pruning For Efficient VLMs", 2026, arXiv 2604.11530. Reconstructed from
-its abstract and from what others built after it: the share of energy and the mass budget are theirs.
+Apedo et al., "SVD-Prune: Training-Free Token Pruning For Efficient VLMs", 2026, arXiv 2604.11530.
+Reconstructed from
+its abstract and from what others built after it: the share of energy and the mass budget are
+theirs.
 
 Shape suffixes: B batch, I image tokens, D channels.
 """
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import ModelShape, Tokens
-from pumer.reducers.matching import unit_vectors
+from pumer.reducers.ops.matching import unit_vectors
+from pumer.reducers.ops.spectral import leverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
-from pumer.reducers.spectral import leverage
 
 FEATURES = ("encoder", "states")
 
@@ -26,19 +28,24 @@ FEATURES = ("encoder", "states")
 @register
 @dataclass(frozen=True)
 class SVDPrune(Selector):
-    """Keep the image tokens of the highest statistical leverage on the directions that hold most of the energy.
+    """Keep the image tokens of the highest statistical leverage on the directions that hold most of
+    the energy.
 
     On CUDA the eigen-decomposition makes the host wait once.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         energy: share of the spectral energy (squared singular values) that the directions hold.
-        mass: keep only the fewest tokens whose leverage adds up to this share, and no more than `keep`; None keeps as
-            many as `keep` says.
-        features: "encoder", its output before the projector, or the "states" that the language model is given. None:
-            the encoder's, and the states where there is none, as in joint encoders.
-        center: subtract the image's mean feature first. Without it the strongest direction is close to that mean.
-        normalize: scale every feature to length 1 first, so that tokens of large norm count no more than others.
+        mass: keep only the fewest tokens whose leverage adds up to this share, and no more than
+            `keep`; None keeps as many as `keep` says.
+        features: "encoder", its output before the projector, or the "states" that the language
+            model is given. None: the encoder's, and the states where there is none, as in joint
+            encoders.
+        center: subtract the image's mean feature first. Without it the strongest direction is close
+            to that mean.
+        normalize: scale every feature to length 1 first, so that tokens of large norm count no more
+            than others.
     """
 
     name = "svd-prune"
@@ -57,7 +64,11 @@ class SVDPrune(Selector):
             raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
 
     def resolve(self, model: ModelShape) -> Self:
-        return self if self.features else replace(self, features="encoder" if model.encoder else "states")
+        return (
+            self
+            if self.features
+            else replace(self, features="encoder" if model.encoder else "states")
+        )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from pumer.reducers.base import MAX_LAYERS, Grid, ModelShape, Reducer, Tokens, check_layers
-from pumer.reducers.budget import halves, merge_schedule, smaller
-from pumer.reducers.matching import bipartite
+from pumer.reducers.ops.budget import halves, merge_schedule, smaller
+from pumer.reducers.ops.matching import bipartite
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 
@@ -24,16 +24,17 @@ _PAPER = 12
 class ToMe(Reducer):
     """Merge the most similar image tokens of every layer, whatever the text says.
 
-    Groups, averages and sizes are those of the published code. The order of the tokens stays that of
-    the image, where the published one puts the destinations last.
+    Groups, averages and sizes are those of the published code. The order of the tokens stays that
+    of the image, where the published one puts the destinations last.
 
     Args:
-        r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with one number per
-            layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
-        depth: number of layers that the schedule spans, the first ones; None: all of the model's (12, the paper's,
-            where no model is known).
-        proportional: let attention count a merged token as often as its size says (the paper's proportional
-            attention; meant for use without training). None: wherever the model's attention can.
+        r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with
+            one number per layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
+        depth: number of layers that the schedule spans, the first ones; None: all of the model's
+            (12, the paper's, where no model is known).
+        proportional: let attention count a merged token as often as its size says (the paper's
+            proportional attention; meant for use without training). None: wherever the model's
+            attention can.
     """
 
     name = "tome"
@@ -43,10 +44,19 @@ class ToMe(Reducer):
 
     def __post_init__(self) -> None:
         numbers = (self.r,) if isinstance(self.r, int) else self.r
-        if isinstance(numbers, str) or any(not isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"r is a number of tokens to merge away per layer, or a list of them, not {self.r!r}")
-        if self.depth is not None and not (isinstance(self.depth, int) and 0 <= self.depth <= MAX_LAYERS):
-            raise ValueError(f"depth is a number of layers from 0 to {MAX_LAYERS}, not {self.depth!r}")
+        if isinstance(numbers, str) or any(
+            not isinstance(number, int | float) for number in numbers
+        ):
+            raise ValueError(
+                "r is a number of tokens to merge away per layer, or a list of them, not "
+                f"{self.r!r}"
+            )
+        if self.depth is not None and not (
+            isinstance(self.depth, int) and 0 <= self.depth <= MAX_LAYERS
+        ):
+            raise ValueError(
+                f"depth is a number of layers from 0 to {MAX_LAYERS}, not {self.depth!r}"
+            )
         if any(step < 0 for step in self.schedule):
             raise ValueError(f"ToMe merges away a number of tokens from 0, not {self.r}")
 
@@ -70,7 +80,9 @@ class ToMe(Reducer):
     def weighs_by_size(self) -> bool:
         return bool(self.proportional)
 
-    def lengths(self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None) -> tuple[int, int]:
+    def lengths(
+        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
+    ) -> tuple[int, int]:
         if layer not in self.layers:
             return text, image
         return text, image - smaller(self.schedule[layer], halves(max(image - prefix, 0)))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.budget import portion
-from pumer.reducers.greedy import cosines
+from pumer.reducers.ops.budget import portion
+from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import DROPPED, Plan
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
@@ -24,18 +24,20 @@ from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_
 @register
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """Keep the image tokens that the encoder attends to most; merge the others into a few of theirs.
+    """Keep the image tokens that the encoder attends to most; merge the others into a few of
+    theirs.
 
     What is merged into a token is averaged and then added to it, as published: it comes out about
-    twice as long as it was. As published, features before the projector are merged and then projected
-    where the projector takes every token by itself (`before_projector`); elsewhere what it gives is
-    merged. Each crop of an image has a budget of its own. In the published code the encoder's [CLS] is
-    among the dominant tokens, which here is not handed to the language model: published counts less
-    one for it are these. The contextual tokens keep their place among the others, where the published
-    code puts them behind.
+    twice as long as it was. As published, features before the projector are merged and then
+    projected where the projector takes every token by itself (`before_projector`); elsewhere what
+    it gives is merged. Each crop of an image has a budget of its own. In the published code the
+    encoder's [CLS] is among the dominant tokens, which here is not handed to the language model:
+    published counts less one for it are these. The contextual tokens keep their place among the
+    others, where the published code puts them behind.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         contextual: how many of the kept tokens others are merged into: a share of them (float), or
             a whole number (int). Published: 10 of 64, 20 of 128, 30 of 192.
         saliency: attention of the "class" token, or that "received" from all.
@@ -51,7 +53,8 @@ class VisionZip(Selector):
         whole = isinstance(self.contextual, int) and self.contextual >= 0
         if not (whole or 0 <= self.contextual <= 1):
             raise ValueError(
-                f"contextual is a share in [0, 1] or a whole number of tokens such as 10, not {self.contextual}"
+                "contextual is a share in [0, 1] or a whole number of tokens such as 10, not "
+                f"{self.contextual}"
             )
 
     @property

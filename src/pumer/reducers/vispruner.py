@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pumer.reducers.base import Tokens
-from pumer.reducers.greedy import cosines
-from pumer.reducers.matching import rank
+from pumer.reducers.ops.greedy import cosines
+from pumer.reducers.ops.matching import rank
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
 
@@ -32,7 +32,8 @@ class FasterVLM(Selector):
     Each crop of an image has a budget of its own.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         saliency: attention of the "class" token, or that "received" from all.
     """
 
@@ -65,7 +66,8 @@ class VisPruner(FasterVLM):
     round takes more than half.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number (int).
+        keep: image tokens that stay: a share of the image's own number (float), or a whole number
+            (int).
         important: share of the kept tokens that are chosen by attention, rounded down. Published:
             0.5, at 64 tokens 0.75.
         saliency: what attention rates a token, one of `SALIENCY`.
@@ -102,8 +104,11 @@ class VisPruner(FasterVLM):
         return important_BI | diverse_BI.scatter_add(1, list_BL, stays_BL).bool()
 
 
-def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wanted_B: Tensor, most: int) -> Tensor:
-    """The list after its first `left_B` tokens have been thinned out to `wanted_B`, which stand in front.
+def _without_duplicates(
+    cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wanted_B: Tensor, most: int
+) -> Tensor:
+    """The list after its first `left_B` tokens have been thinned out to `wanted_B`, which stand in
+    front.
 
     Up to eight at a time are removed, those at even places that are most like one at an odd place.
     The survivors at even places, by falling similarity, and then the odd ones make up the next
@@ -128,8 +133,12 @@ def _without_duplicates(cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wan
         goes = rank(alike.masked_fill(~real_BL[:, ::2], -torch.inf)) < removed_B[:, None]
         key_BL = torch.empty_like(list_BL, dtype=cosine_BII.dtype)
         key_BL[:, ::2] = (-alike).masked_fill(goes | ~real_BL[:, ::2], torch.inf)
-        key_BL[:, 1::2] = torch.full_like(key_BL[:, 1::2], 2.0).masked_fill(~real_BL[:, 1::2], torch.inf)
+        key_BL[:, 1::2] = torch.full_like(key_BL[:, 1::2], 2.0).masked_fill(
+            ~real_BL[:, 1::2], torch.inf
+        )
         moving = (removed_B > 0)[:, None]
-        list_BL = torch.where(moving, list_BL.gather(1, key_BL.argsort(dim=1, stable=True)), list_BL)
+        list_BL = torch.where(
+            moving, list_BL.gather(1, key_BL.argsort(dim=1, stable=True)), list_BL
+        )
         left_B = left_B - removed_B
     return list_BL

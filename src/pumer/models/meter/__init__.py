@@ -1,4 +1,5 @@
-"""METER (Dou et al., CVPR 2022), which transformers lacks; importing this registers it with the Auto classes."""
+"""METER (Dou et al., CVPR 2022), which transformers lacks; importing this registers it with the
+Auto classes."""
 
 from transformers import (
     AutoConfig,

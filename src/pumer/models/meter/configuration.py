@@ -13,13 +13,15 @@ class MeterConfig(PreTrainedConfig):
     Args:
         text_config: of the RoBERTa encoder.
         vision_config: of the CLIP vision tower. METER leaves out the last of CLIP's twelve layers.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
+            layer_norm_eps,
             hidden_dropout_prob, attention_probs_dropout_prob: of the fusion layers.
-        modality_type_vocab_size: kinds of tokens: text, image, and a second image where there are two.
+        modality_type_vocab_size: kinds of tokens: text, image, and a second image where there are
+            two.
         num_images: pictures per example in `MeterForImagesAndTextClassification`.
-        update: what the image half of a fusion layer reads of the text. "parallel": what came into the layer, as in
-            the original METER; "sequential": what the text half has made of it, as in the published PuMer code.
-            Weights trained one way give other results the other way.
+        update: what the image half of a fusion layer reads of the text. "parallel": what came into
+            the layer, as in the original METER; "sequential": what the text half has made of it, as
+            in the published PuMer code. Weights trained one way give other results the other way.
         initializer_range: standard deviation of new weights.
     """
 
@@ -47,14 +49,30 @@ class MeterConfig(PreTrainedConfig):
         if update not in ("parallel", "sequential"):
             raise ValueError(f"update is 'parallel' or 'sequential', not {update!r}")
         if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {hidden_size} is no multiple of num_attention_heads "
+                f"{num_attention_heads}"
+            )
         if text_config is None:
-            text_config = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+            text_config = {
+                "vocab_size": 50265,
+                "max_position_embeddings": 514,
+                "type_vocab_size": 1,
+            }
             text_config["layer_norm_eps"] = 1e-5
         if vision_config is None:
-            vision_config = {"image_size": 384, "patch_size": 16, "num_hidden_layers": 11, "layer_norm_eps": 1e-5}
-        self.text_config = RobertaConfig(**text_config) if isinstance(text_config, dict) else text_config
-        self.vision_config = CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
+            vision_config = {
+                "image_size": 384,
+                "patch_size": 16,
+                "num_hidden_layers": 11,
+                "layer_norm_eps": 1e-5,
+            }
+        self.text_config = (
+            RobertaConfig(**text_config) if isinstance(text_config, dict) else text_config
+        )
+        self.vision_config = (
+            CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
+        )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -97,5 +115,6 @@ class MeterConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest text, special tokens included: RoBERTa leaves out the positions up to its padding token's."""
+        """The longest text, special tokens included: RoBERTa leaves out the positions up to its
+        padding token's."""
         return self.text_config.max_position_embeddings - self.text_config.pad_token_id - 1

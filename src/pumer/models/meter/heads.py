@@ -26,7 +26,8 @@ class MeterRetrievalOutput(ModelOutput):
     Args:
         logits: [B,1], for ranking.
         itm_logits: [B,2], for saying no (0) or yes (1).
-        hidden_states: [B,T+I,D] each, before the first fusion layer and after every one, if asked for.
+        hidden_states: [B,T+I,D] each, before the first fusion layer and after every one, if asked
+            for.
     """
 
     logits: Tensor | None = None
@@ -36,7 +37,9 @@ class MeterRetrievalOutput(ModelOutput):
 
 def _classifier(config: MeterConfig, width: int) -> nn.Sequential:
     inner = 2 * config.hidden_size
-    return nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_labels))
+    return nn.Sequential(
+        nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_labels)
+    )
 
 
 class MeterForQuestionAnswering(MeterPreTrainedModel):
@@ -51,22 +54,27 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
         """Logits [B,A], and the loss if `labels` [B,A], scores of the answers, are given.
 
-        The loss is the mean binary cross-entropy times the number of answers, as that of transformers' ViLT. Other
-        inputs are those of `MeterModel`.
+        The loss is the mean binary cross-entropy times the number of answers, as that of
+        transformers' ViLT. Other inputs are those of `MeterModel`.
         """
         output = self.meter(**inputs)
         logits = self.classifier(output.pooler_output)
         loss = None
         if labels is not None:
             loss = functional.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.joint_hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.joint_hidden_states
+        )
 
 
 class MeterForVisualEntailment(MeterPreTrainedModel):
-    """METER with the classes contradiction, neutral and entailment, unless `config.id2label` names others."""
+    """METER with the classes contradiction, neutral and entailment, unless `config.id2label` names
+    others."""
 
     def __init__(self, config: MeterConfig) -> None:
-        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # nobody has named them
+        if all(
+            str(name).startswith("LABEL_") for name in config.id2label.values()
+        ):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: number for number, label in enumerate(LABELS)}
         super().__init__(config)
@@ -75,20 +83,25 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
         self.post_init()
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
-        """Logits [B,3], and the cross-entropy if `labels` int64 [B] are given; other inputs as for `MeterModel`."""
+        """Logits [B,3], and the cross-entropy if `labels` int64 [B] are given; other inputs as for
+        `MeterModel`."""
         output = self.meter(**inputs)
         logits = self.classifier(output.pooler_output)
         loss = None if labels is None else functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.joint_hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.joint_hidden_states
+        )
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
-    """METER with a classifier over a sentence and several pictures, each seen in a pass of its own (NLVR2)."""
+    """METER with a classifier over a sentence and several pictures, each seen in a pass of its own
+    (NLVR2)."""
 
     def __init__(self, config: MeterConfig) -> None:
         if config.modality_type_vocab_size <= config.num_images:
             raise ValueError(
-                f"{config.num_images} images need modality_type_vocab_size {config.num_images + 1}, "
+                f"{config.num_images} images need modality_type_vocab_size "
+                f"{config.num_images + 1}, "
                 f"not {config.modality_type_vocab_size}"
             )
         super().__init__(config)
@@ -109,12 +122,21 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits [B,L], and the cross-entropy if `labels` int64 [B] are given.
 
-        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`. No hidden states come out.
+        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`. No hidden states
+        come out.
         """
-        if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != self.config.num_images:
+        if (
+            pixel_values is None
+            or pixel_values.ndim != 5
+            or pixel_values.shape[1] != self.config.num_images
+        ):
             found = None if pixel_values is None else list(pixel_values.shape)
-            raise ValueError(f"pixel_values is [batch, {self.config.num_images}, 3, height, width], not {found}")
-        text, mask = self.meter.encode_text(input_ids, attention_mask, token_type_ids, inputs_embeds)
+            raise ValueError(
+                f"pixel_values is [batch, {self.config.num_images}, 3, height, width], not {found}"
+            )
+        text, mask = self.meter.encode_text(
+            input_ids, attention_mask, token_type_ids, inputs_embeds
+        )
         image = self.meter.encode_image(pixel_values.flatten(0, 1), pixel_mask)
         pooled: list[Any] = [
             self.meter.fuse(text, mask, picture, image_token_type_idx=number).pooler_output
@@ -149,7 +171,9 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
 
     def score(self, pooled: Tensor) -> MeterRetrievalOutput:
         """Scores from the pooled states [B,2D] of pairs."""
-        return MeterRetrievalOutput(logits=self.rank_output(pooled), itm_logits=self.itm_score(pooled))
+        return MeterRetrievalOutput(
+            logits=self.rank_output(pooled), itm_logits=self.itm_score(pooled)
+        )
 
 
 class MeterForMaskedLM(MeterPreTrainedModel):
@@ -169,11 +193,16 @@ class MeterForMaskedLM(MeterPreTrainedModel):
         self.decoder = new_embeddings
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> MaskedLMOutput:
-        """Logits [B,T,V], and the cross-entropy if `labels` int64 [B,T] are given, -100 where none is asked for.
+        """Logits [B,T,V], and the cross-entropy if `labels` int64 [B,T] are given, -100 where none
+        is asked for.
 
         Other inputs are those of `MeterModel`.
         """
         output = self.meter(**inputs)
         logits = self.decoder(self.transform(output.text_states))
-        loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = (
+            None
+            if labels is None
+            else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        )
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.joint_hidden_states)

@@ -1,7 +1,7 @@
 """METER: RoBERTa and a CLIP vision tower, fused by layers of co-attention.
 
-Dou et al., "An Empirical Study of Training End-to-End Vision-and-Language Transformers", CVPR 2022. The towers and the
-parts of the fusion layers are transformers' own.
+Dou et al., "An Empirical Study of Training End-to-End Vision-and-Language Transformers", CVPR 2022.
+The towers and the parts of the fusion layers are transformers' own.
 
 Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 """
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, RobertaModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput, BertPooler
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertIntermediate,
+    BertOutput,
+    BertPooler,
+)
 from transformers.utils import ModelOutput
 
 from pumer.models.meter.configuration import MeterConfig
@@ -30,7 +35,8 @@ class MeterModelOutput(ModelOutput):
         text_states: [B,T,D] after the last fusion layer.
         image_states: [B,I,D], with [CLS] first.
         pooler_output: [B,2D], the pooled [CLS] of the text and of the image.
-        text_hidden_states, image_hidden_states: states before the first fusion layer and after every one, if asked for.
+        text_hidden_states, image_hidden_states: states before the first fusion layer and after
+            every one, if asked for.
     """
 
     text_states: Tensor | None = None
@@ -49,7 +55,8 @@ class MeterModelOutput(ModelOutput):
 
 
 class MeterCrossLayer(nn.Module):
-    """One half of a fusion layer: self-attention, attention to the other modality, feed-forward; norms come last."""
+    """One half of a fusion layer: self-attention, attention to the other modality, feed-forward;
+    norms come last."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -58,7 +65,9 @@ class MeterCrossLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, states: Tensor, other: Tensor, mask: Tensor | None, other_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, states: Tensor, other: Tensor, mask: Tensor | None, other_mask: Tensor | None
+    ) -> Tensor:
         """States [B,N,D] that have looked at themselves and at `other` [B,M,D]."""
         states = self.attention(states, mask)[0]
         states = self.crossattention(states, None, other, other_mask)[0]
@@ -75,9 +84,14 @@ class MeterFusionLayer(GradientCheckpointingLayer):
         self.sequential = config.update == "sequential"
 
     def forward(
-        self, text_BTD: Tensor, image_BID: Tensor, text_mask: Tensor | None, cross_mask: Tensor | None
+        self,
+        text_BTD: Tensor,
+        image_BID: Tensor,
+        text_mask: Tensor | None,
+        cross_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Text and image states after the layer; the masks hide padded text from text and from image."""
+        """Text and image states after the layer; the masks hide padded text from text and from
+        image."""
         new_text = self.text(text_BTD, image_BID, text_mask, None)
         read = new_text if self.sequential else text_BTD
         return new_text, self.image(image_BID, read, None, cross_mask)
@@ -99,8 +113,8 @@ class MeterPreTrainedModel(PreTrainedModel):
 class MeterModel(MeterPreTrainedModel):
     """METER without a head.
 
-    The forward is in three parts, so that whoever scores many pairs runs each tower once per text and per image:
-    `encode_text`, `encode_image`, `fuse`.
+    The forward is in three parts, so that whoever scores many pairs runs each tower once per text
+    and per image: `encode_text`, `encode_image`, `fuse`.
     """
 
     def __init__(self, config: MeterConfig) -> None:
@@ -110,7 +124,9 @@ class MeterModel(MeterPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.hidden_size)
         self.image_projection = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
         self.modality_embeddings = nn.Embedding(config.modality_type_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([MeterFusionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [MeterFusionLayer(config) for _ in range(config.num_hidden_layers)]
+        )
         self.text_pooler = BertPooler(config)
         self.image_pooler = BertPooler(config)
         self.post_init()
@@ -140,8 +156,8 @@ class MeterModel(MeterPreTrainedModel):
             input_ids: int64 [B,T].
             attention_mask: [B,T], 1 at real tokens; all are if not given.
             token_type_ids: [B,T]; RoBERTa knows one type, 0.
-            pixel_values: [B,3,H,W], or [B/K,3,H,W] with `texts_per_image` K. All pictures have one size; if it is not
-                the configured one, the grid of positions is resized.
+            pixel_values: [B,3,H,W], or [B/K,3,H,W] with `texts_per_image` K. All pictures have one
+                size; if it is not the configured one, the grid of positions is resized.
             pixel_mask: [B,H,W], where given all ones: METER knows no padded pictures.
             inputs_embeds: [B,T,D] in place of `input_ids`.
             image_token_type_idx: 1, or 2 for the second picture of a pair.
@@ -153,7 +169,9 @@ class MeterModel(MeterPreTrainedModel):
         """
         text, mask = self.encode_text(input_ids, attention_mask, token_type_ids, inputs_embeds)
         image = self.encode_image(pixel_values, pixel_mask)
-        return self.fuse(text, mask, image, image_token_type_idx, texts_per_image, output_hidden_states)
+        return self.fuse(
+            text, mask, image, image_token_type_idx, texts_per_image, output_hidden_states
+        )
 
     def encode_text(
         self,
@@ -193,15 +211,21 @@ class MeterModel(MeterPreTrainedModel):
         texts_per_image: int = 1,
         output_hidden_states: bool | None = None,
     ) -> MeterModelOutput:
-        """The fusion layers and poolers, on what the two encoders gave; arguments as those of `forward`."""
+        """The fusion layers and poolers, on what the two encoders gave; arguments as those of
+        `forward`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         image_BID = repeat_images(image_BID, text_BTD, texts_per_image)
         text = add_modality(self, text_BTD, 0)
         image = add_modality(self, image_BID, image_token_type_idx)
-        text_mask = create_bidirectional_mask(config=self.config, inputs_embeds=text, attention_mask=mask_BT)
+        text_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=text, attention_mask=mask_BT
+        )
         cross_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=image, attention_mask=mask_BT, encoder_hidden_states=text
+            config=self.config,
+            inputs_embeds=image,
+            attention_mask=mask_BT,
+            encoder_hidden_states=text,
         )
         texts, images = [text], [image]
         for layer in self.layers:
@@ -219,17 +243,22 @@ class MeterModel(MeterPreTrainedModel):
 
 def add_modality(meter: MeterModel, states_BND: Tensor, modality: int) -> Tensor:
     """States and the embedding of what they are of: 0 for text, from 1 on for images."""
-    # The module is called, in place of reading its weight, which offload hooks bring in for a call alone.
-    return states_BND + meter.modality_embeddings(torch.full((1,), modality, device=states_BND.device))
+    # The module is called, in place of reading its weight, which offload hooks bring in for a call
+    # alone.
+    return states_BND + meter.modality_embeddings(
+        torch.full((1,), modality, device=states_BND.device)
+    )
 
 
 def check_pictures(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None:
-    """Raise ValueError without pictures, and RuntimeError for padded ones, the latter without waiting for a GPU."""
+    """Raise ValueError without pictures, and RuntimeError for padded ones, the latter without
+    waiting for a GPU."""
     if pixel_values is None:
         raise ValueError("give pixel_values: METER needs a picture")
     if pixel_mask is not None:
         torch._assert_async(
-            pixel_mask.bool().all(), "METER takes pictures of one size: use an image transform that makes them square"
+            pixel_mask.bool().all(),
+            "METER takes pictures of one size: use an image transform that makes them square",
         )
 
 
@@ -237,7 +266,9 @@ def repeat_images(image_BID: Any, text_BTD: Tensor, texts_per_image: int) -> Any
     """Image states with one row per text; raises ValueError if the numbers do not fit."""
     if len(text_BTD) != len(image_BID) * texts_per_image:
         each = f" and texts_per_image {texts_per_image}" if texts_per_image != 1 else ""
-        raise ValueError(f"{len(text_BTD)} texts and {len(image_BID)} images{each}: the batch sizes must agree")
+        raise ValueError(
+            f"{len(text_BTD)} texts and {len(image_BID)} images{each}: the batch sizes must agree"
+        )
     if texts_per_image == 1:
         return image_BID
     return image_BID[torch.arange(len(text_BTD), device=text_BTD.device) // texts_per_image]

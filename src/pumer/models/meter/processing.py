@@ -30,7 +30,9 @@ class MeterImageProcessor(CLIPImageProcessorPil):
     size = {"height": 224, "width": 224}  # noqa: RUF012  # as all of them have it
     do_center_crop = False
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any
+    ) -> np.ndarray:
         shorter = SizeDict(shortest_edge=min(size.height, size.width))
         resized = super().resize(image, shorter, resample, **kwargs)
         _, height, width = resized.shape
@@ -40,8 +42,10 @@ class MeterImageProcessor(CLIPImageProcessorPil):
 
 
 def square_images(size: int) -> CLIPImageProcessorPil:
-    """CLIP's image processor as PuMer has it: pictures are stretched to `size` x `size` pixels, nothing is cut off.
+    """CLIP's image processor as PuMer has it: pictures are stretched to `size` x `size` pixels,
+    nothing is cut off.
 
-    Bicubic, CLIP's mean and standard deviation. It needs Pillow alone, where transformers' default needs torchvision.
+    Bicubic, CLIP's mean and standard deviation. It needs Pillow alone, where transformers' default
+    needs torchvision.
     """
     return CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False)

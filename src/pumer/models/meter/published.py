@@ -1,7 +1,7 @@
 """METER checkpoints in the layout of the published PuMer code: names of weights, and settings.
 
-The names are those of the original METER, with `meter.` in front of all but the heads and without the `visual.` of the
-vision tower; see `pumer.models.lightning`.
+The names are those of the original METER, with `meter.` in front of all but the heads and without
+the `visual.` of the vision tower; see `pumer.models.lightning`.
 """
 
 from __future__ import annotations
@@ -92,14 +92,19 @@ def unknown_settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def model_config(
-    settings: Mapping[str, Any], state: Mapping[str, Tensor], head: str | None = None, answers: list[str] | None = None
+    settings: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    head: str | None = None,
+    answers: list[str] | None = None,
 ) -> MeterConfig:
     """The configuration of a published checkpoint.
 
-    Sizes are read off the weights. What does not show there is as in the published code: RoBERTa-base, CLIP-ViT-B/16
-    and six fusion layers, unless config.json says otherwise: `num_heads`, `num_top_layer`, `drop_rate`, `image_size`,
-    and in the objects `text_encoder` (layers, heads, act, layer_norm_eps, pad_token_id), `image_encoder` (blocks,
-    heads, act, layer_norm_eps) and `fusion` (act, layer_norm_eps), which only tests and our own checkpoints have.
+    Sizes are read off the weights. What does not show there is as in the published code:
+    RoBERTa-base, CLIP-ViT-B/16 and six fusion layers, unless config.json says otherwise:
+    `num_heads`, `num_top_layer`, `drop_rate`, `image_size`, and in the objects `text_encoder`
+    (layers, heads, act, layer_norm_eps, pad_token_id), `image_encoder` (blocks, heads, act,
+    layer_norm_eps) and `fusion` (act, layer_norm_eps), which only tests and our own checkpoints
+    have.
 
     Args:
         settings: config.json.
@@ -110,18 +115,24 @@ def model_config(
     Raises:
         ValueError: for weights without the sizes, and for settings that METER cannot have.
     """
-    text, vision, fusion = (_part(settings, name) for name in ("text_encoder", "image_encoder", "fusion"))
+    text, vision, fusion = (
+        _part(settings, name) for name in ("text_encoder", "image_encoder", "fusion")
+    )
     vocabulary, text_width = shape(state, f"{_TEXT}embeddings.word_embeddings.weight", 2)
     filters = shape(state, f"{_VISION}conv1.weight", 4)
     if filters[2] != filters[3]:
-        raise ValueError(f"METER has square patches, the weights have {filters[2]} x {filters[3]} pixels")
+        raise ValueError(
+            f"METER has square patches, the weights have {filters[2]} x {filters[3]} pixels"
+        )
     width = shape(state, "meter.token_type_embeddings.weight", 2)[1]
     positions = shape(state, _POSITIONS, 2)[0]
     drop_rate = settings.get("drop_rate", 0.1)
     text_config = RobertaConfig(
         vocab_size=vocabulary,
         hidden_size=text_width,
-        num_hidden_layers=published.depth(state, f"{_TEXT}encoder.layer.", published.whole(text, "layers", 0)),
+        num_hidden_layers=published.depth(
+            state, f"{_TEXT}encoder.layer.", published.whole(text, "layers", 0)
+        ),
         num_attention_heads=published.heads(text, "heads", 12, text_width),
         intermediate_size=shape(state, f"{_TEXT}encoder.layer.0.intermediate.dense.weight", 2)[0],
         max_position_embeddings=shape(state, f"{_TEXT}embeddings.position_embeddings.weight", 2)[0],
@@ -138,7 +149,9 @@ def model_config(
         num_attention_heads=published.heads(vision, "heads", 12, filters[0]),
         intermediate_size=shape(state, f"{_VISION}transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         num_channels=filters[1],
-        image_size=published.whole(settings, "image_size", round((positions - 1) ** 0.5) * filters[2]),
+        image_size=published.whole(
+            settings, "image_size", round((positions - 1) ** 0.5) * filters[2]
+        ),
         patch_size=filters[2],
         hidden_act=vision.get("act", "quick_gelu"),
         layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
@@ -147,7 +160,9 @@ def model_config(
         text_config=text_config,
         vision_config=vision_config,
         hidden_size=width,
-        num_hidden_layers=published.depth(state, _FUSION, published.whole(settings, "num_top_layer", 0)),
+        num_hidden_layers=published.depth(
+            state, _FUSION, published.whole(settings, "num_top_layer", 0)
+        ),
         num_attention_heads=published.heads(settings, "num_heads", 12, width),
         intermediate_size=shape(state, f"{_FUSION}0.intermediate.dense.weight", 2)[0],
         hidden_act=fusion.get("act", "gelu"),
@@ -161,7 +176,9 @@ def model_config(
     return config
 
 
-def resize(state: Mapping[str, Tensor], config: MeterConfig, image_size: int) -> Mapping[str, Tensor]:
+def resize(
+    state: Mapping[str, Tensor], config: MeterConfig, image_size: int
+) -> Mapping[str, Tensor]:
     """The weights for pictures of another size, which the configuration is told.
 
     Raises:
@@ -169,21 +186,25 @@ def resize(state: Mapping[str, Tensor], config: MeterConfig, image_size: int) ->
     """
     published.check_image_size(image_size, config.patch_size)
     config.vision_config.image_size = image_size
-    return {**state, _POSITIONS: resize_positions(state[_POSITIONS], image_size // config.patch_size)}
+    return {
+        **state,
+        _POSITIONS: resize_positions(state[_POSITIONS], image_size // config.patch_size),
+    }
 
 
 def pruned_layer(number: int) -> int:
-    """The layer after which a number in `prune_layers` prunes: it counts twice per fusion layer, from 2."""
+    """The layer after which a number in `prune_layers` prunes: it counts twice per fusion layer,
+    from 2."""
     return number // 2 - 1
 
 
 def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
     """The token reduction that a published config.json asks for, `official="meter"`.
 
-    `reduce_layers` there counts twice per fusion layer, and odd numbers never come up; the scores are always mean
-    heads and the merging is always ToMe's, whatever `sim_method` and `merge_style` say. Without any reduction, and
-    without pruning, it is one that reduces nothing and has the published softmax. None only for what was never meant
-    for the published code.
+    `reduce_layers` there counts twice per fusion layer, and odd numbers never come up; the scores
+    are always mean heads and the merging is always ToMe's, whatever `sim_method` and `merge_style`
+    say. Without any reduction, and without pruning, it is one that reduces nothing and has the
+    published softmax. None only for what was never meant for the published code.
 
     Raises:
         ValueError: for settings that contradict each other or do not exist.
@@ -209,7 +230,9 @@ def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
     config = model.config
     text, vision = config.text_config, config.vision_config
     if config.hidden_dropout_prob != config.attention_probs_dropout_prob:
-        raise ValueError("the published METER has one dropout for states and attention: make the two equal")
+        raise ValueError(
+            "the published METER has one dropout for states and attention: make the two equal"
+        )
     if reducer is not None and reducer.score != "mean_head":
         raise ValueError(f"the published METER scores by mean_head, not by {reducer.score}")
     settings = {

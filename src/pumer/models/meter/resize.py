@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def resize_positions(table_ND: Tensor, side: int) -> Tensor:
-    """The vision tower's position embeddings [1+S*S,D] for a grid of `side` x `side` patches, [CLS] first.
+    """The vision tower's position embeddings [1+S*S,D] for a grid of `side` x `side` patches, [CLS]
+    first.
 
     Bicubic, as in the original METER.
     """

@@ -10,7 +10,8 @@ from pumer.models.vilt.start import start_tower
 
 @torch.no_grad()
 def start_meter(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
-    """Copy a trained ViLT's word embeddings, and its first blocks into the vision tower, of a new METER model.
+    """Copy a trained ViLT's word embeddings, and its first blocks into the vision tower, of a new
+    METER model.
 
     Raises ValueError if vocabularies differ; for the tower see `start_tower`.
     """
@@ -22,7 +23,11 @@ def start_meter(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedMode
     embeddings.word_embeddings.weight.copy_(words.word_embeddings.weight)
     embeddings.LayerNorm.load_state_dict(words.LayerNorm.state_dict())
     first = text.config.pad_token_id + 1  # RoBERTa counts positions from there
-    count = min(len(words.position_embeddings.weight), len(embeddings.position_embeddings.weight) - first)
-    embeddings.position_embeddings.weight[first : first + count] = words.position_embeddings.weight[:count]
+    count = min(
+        len(words.position_embeddings.weight), len(embeddings.position_embeddings.weight) - first
+    )
+    embeddings.position_embeddings.weight[first : first + count] = words.position_embeddings.weight[
+        :count
+    ]
     embeddings.token_type_embeddings.weight[0] = words.token_type_embeddings.weight[0]
     return model

@@ -1,7 +1,7 @@
 """Visual entailment with ViLT: does the picture contradict a sentence, leave it open, or entail it?
 
-transformers has no class for it. Xie et al., "Visual Entailment: A Novel Task for Fine-Grained Image Understanding",
-2019; the head is the one of the published PuMer checkpoints.
+transformers has no class for it. Xie et al., "Visual Entailment: A Novel Task for Fine-Grained
+Image Understanding", 2019; the head is the one of the published PuMer checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class ViltForVisualEntailment(ViltPreTrainedModel):
     """
 
     def __init__(self, config: ViltConfig) -> None:
-        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # nobody has named them
+        if all(
+            str(name).startswith("LABEL_") for name in config.id2label.values()
+        ):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: number for number, label in enumerate(LABELS)}
         super().__init__(config)
@@ -78,5 +80,8 @@ class ViltForVisualEntailment(ViltPreTrainedModel):
         if not return_dict:
             return (*(() if loss is None else (loss,)), logits, *outputs[2:])
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

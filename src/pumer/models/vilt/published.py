@@ -65,12 +65,15 @@ def unknown_settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def model_config(
-    settings: Mapping[str, Any], state: Mapping[str, Tensor], head: str | None = None, answers: list[str] | None = None
+    settings: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    head: str | None = None,
+    answers: list[str] | None = None,
 ) -> ViltConfig:
     """The transformers configuration of a published checkpoint.
 
-    Sizes are read off the weights. The number of heads and the grid of positions do not show there: they are taken
-    from `num_heads` (12) and `pos_grid` ([12, 12]).
+    Sizes are read off the weights. The number of heads and the grid of positions do not show there:
+    they are taken from `num_heads` (12) and `pos_grid` ([12, 12]).
 
     Args:
         settings: config.json.
@@ -79,15 +82,26 @@ def model_config(
         answers: of question answering, in order.
 
     Raises:
-        ValueError: for weights without the sizes, and for settings that transformers' ViLT cannot have.
+        ValueError: for weights without the sizes, and for settings that transformers' ViLT cannot
+        have.
     """
     vocabulary, width = shape(state, "vilt.text_embeddings.word_embeddings.weight", 2)
     patch = shape(state, "vilt.transformer.patch_embed.proj.weight", 4)
     grid = settings.get("pos_grid", [12, 12])
-    if not isinstance(grid, list) or len(grid) != 2 or grid[0] != grid[1] or not isinstance(grid[0], int):
-        raise ValueError(f"pos_grid in config.json is two equal numbers, for example [12, 12], not {grid!r}")
+    if (
+        not isinstance(grid, list)
+        or len(grid) != 2
+        or grid[0] != grid[1]
+        or not isinstance(grid[0], int)
+    ):
+        raise ValueError(
+            f"pos_grid in config.json is two equal numbers, for example [12, 12], not {grid!r}"
+        )
     if patch[2] != patch[3]:
-        raise ValueError(f"transformers' ViLT has square patches, the weights have {patch[2]} x {patch[3]} pixels")
+        raise ValueError(
+            f"transformers' ViLT has square patches, the weights have {patch[2]} x {patch[3]} "
+            "pixels"
+        )
     config = ViltConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -96,7 +110,9 @@ def model_config(
         ),
         num_attention_heads=published.heads(settings, "num_heads", 12, width),
         intermediate_size=shape(state, "vilt.transformer.blocks.0.mlp.fc1.weight", 2)[0],
-        max_position_embeddings=shape(state, "vilt.text_embeddings.position_embeddings.weight", 2)[0],
+        max_position_embeddings=shape(state, "vilt.text_embeddings.position_embeddings.weight", 2)[
+            0
+        ],
         type_vocab_size=shape(state, "vilt.text_embeddings.token_type_embeddings.weight", 2)[0],
         modality_type_vocab_size=shape(state, "vilt.token_type_embeddings.weight", 2)[0],
         num_channels=patch[1],
@@ -107,7 +123,9 @@ def model_config(
     return config
 
 
-def resize(state: Mapping[str, Tensor], config: ViltConfig, image_size: int) -> Mapping[str, Tensor]:
+def resize(
+    state: Mapping[str, Tensor], config: ViltConfig, image_size: int
+) -> Mapping[str, Tensor]:
     """The weights as they are: ViLT's grid of positions is resized to every picture at run time.
 
     Raises:
@@ -125,8 +143,8 @@ def pruned_layer(number: int) -> int:
 def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
     """The token reduction that a published config.json asks for, `official=True`.
 
-    Without any, it is one that reduces nothing and has the published softmax. None only for what was never meant
-    for the published code.
+    Without any, it is one that reduces nothing and has the published softmax. None only for what
+    was never meant for the published code.
 
     Raises:
         ValueError: for settings that contradict each other or do not exist.
@@ -161,7 +179,10 @@ def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
     config, default = model.config, ViltConfig()
     for name in _FIXED:
         if getattr(config, name) != getattr(default, name):
-            raise ValueError(f"the published ViLT has {name} {getattr(default, name)!r}, not {getattr(config, name)!r}")
+            raise ValueError(
+                f"the published ViLT has {name} {getattr(default, name)!r}, not "
+                f"{getattr(config, name)!r}"
+            )
     side = config.image_size // config.patch_size
     settings = {
         "hidden_size": config.hidden_size,

@@ -1,7 +1,7 @@
 """The same ViLT on another grid of patches.
 
-Beyer et al., "FlexiViT: One Model for All Patch Sizes", CVPR 2023: a transformer trained on few, large patches is a
-cheap start for one on many small ones.
+Beyer et al., "FlexiViT: One Model for All Patch Sizes", CVPR 2023: a transformer trained on few,
+large patches is a cheap start for one on many small ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     if config.image_size % patch_size:
-        raise ValueError(f"pictures of {config.image_size} px have no whole number of patches of {patch_size} px")
+        raise ValueError(
+            f"pictures of {config.image_size} px have no whole number of patches of {patch_size} px"
+        )
     config.patch_size = patch_size
     resized = type(model)(config)
     state = model.state_dict()
@@ -39,7 +41,8 @@ def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
 
 
 def _resize_filter(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """The filter that gives a patch of `size` px what the old one gave the same patch enlarged (or shrunk)."""
+    """The filter that gives a patch of `size` px what the old one gave the same patch enlarged (or
+    shrunk)."""
     old = weight.shape[-1]
     basis = torch.eye(size * size, dtype=weight.dtype).view(size * size, 1, size, size)
     enlarge = nn.functional.interpolate(basis, size=(old, old), mode="bilinear").flatten(1)

@@ -1,4 +1,5 @@
-"""A start for new, small models: what is near and alike should not have to be learned before what it is."""
+"""A start for new, small models: what is near and alike should not have to be learned before what
+it is."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def start_local(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every token of a new ViLT model attend to what is near it and looks like it, before any training.
+    """Let every token of a new ViLT model attend to what is near it and looks like it, before any
+    training.
 
-    Image positions become two-dimensional sines and cosines (transformers starts them at zero, where neighbours know
-    nothing of each other), and keys start as queries, so that attention is similarity (Trockman and Kolter, "Mimetic
-    Initialization of Self-Attention Layers", ICML 2023). Without this, small models take long to see shapes.
+    Image positions become two-dimensional sines and cosines (transformers starts them at zero,
+    where neighbours know nothing of each other), and keys start as queries, so that attention is
+    similarity (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
+    Without this, small models take long to see shapes.
     """
     table = model.base_model.embeddings.position_embeddings
     quarter, side = table.shape[2] // 4, round((table.shape[1] - 1) ** 0.5)
@@ -32,16 +35,25 @@ def start_local(model: PreTrainedModel) -> PreTrainedModel:
 def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
     """Copy a trained ViLT's patch embeddings and first blocks into a new CLIP vision tower.
 
-    A ViLT block and a CLIP layer are the same but for the activation: give the tower that of the ViLT.
+    A ViLT block and a CLIP layer are the same but for the activation: give the tower that of the
+    ViLT.
 
     Raises ValueError if widths or patches differ, or the tower has more layers than the ViLT.
     """
     source, old, new = vilt.base_model, vilt.config, vision.config
-    same = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size", "hidden_act")
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "hidden_act",
+    )
     different = [name for name in same if getattr(old, name) != getattr(new, name)]
     if different or len(vision.encoder.layers) > len(source.encoder.layer):
         raise ValueError(
-            f"the vision tower cannot start from this ViLT: {', '.join(different) or 'num_hidden_layers'} differ"
+            "the vision tower cannot start from this ViLT: "
+            f"{', '.join(different) or 'num_hidden_layers'} differ"
         )
     projection = source.embeddings.patch_embeddings.projection
     kind = source.embeddings.token_type_embeddings.weight[1]
@@ -67,7 +79,8 @@ def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
 
 
 def plain_pictures(config: Any) -> Tensor:
-    """Pictures whose patches have one colour each [8,3,H,W], for the usual spread of what a tower makes of them."""
+    """Pictures whose patches have one colour each [8,3,H,W], for the usual spread of what a tower
+    makes of them."""
     side = config.image_size // config.patch_size
     colours = torch.rand(8, config.num_channels, side, side)
     return 2 * nn.functional.interpolate(colours, scale_factor=config.patch_size) - 1

@@ -1,0 +1,1 @@
+"""Vision-language models that decode: tokens are reduced before and inside the language model."""

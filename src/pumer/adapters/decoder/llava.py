@@ -1,0 +1,238 @@
+"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision (Liu et al., 2024; Li et al., 2024) as transformers has
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pumer.adapters.base import Patch, config_of, is_a, register
+from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, plain, tower_layers
+from pumer.adapters.decoder.prompt import Picture
+from pumer.adapters.decoder.vision_capture import Captured, VisionCapture, vision_features
+from pumer.adapters.encoder import clip as tower
+from pumer.reducers.base import Encoder, Grid
+
+TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
+"""Vision towers that are known."""
+Assemble = Callable[..., tuple[list[Tensor], Any]]
+
+
+@register
+class LlavaAdapter(DecoderAdapter):
+    """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP
+    one, which has none.
+
+    Pixtral's, which takes pictures of any size and marks the ends of their rows in the prompt, is
+    not supported.
+    """
+
+    family = "LLaVA 1.5"
+    classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
+    projects_tokens = True
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        vision = self.vision(model)
+        if not is_a(vision, TOWERS):
+            raise ValueError(
+                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, "
+                "of which it is not "
+                f"known where its patches come to lie: supported are {', '.join(TOWERS)}"
+            )
+        super().patch(model, patch)
+
+    def tower_class(self, model: nn.Module) -> bool:
+        return is_a(self.vision(model), ("CLIPVisionModel",))
+
+    def tower_depth(self, model: nn.Module) -> int:
+        if not self.tower_class(model):
+            return 0
+        return feature_depth(self.vision(model), config_of(model).vision_feature_layer)
+
+    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        vision = config_of(model).vision_config
+        return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
+
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
+        if patch.reducer.in_tower is not None:
+            grid, depth = self.default_grid(model), self.tower_depth(model)
+            patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
+
+    def tower_attention(self, model: nn.Module) -> Any:
+        vision: Any = self.vision(model)
+        return tower_layers(vision)[
+            feature_depth(vision, config_of(model).vision_feature_layer) - 1
+        ].self_attn
+
+    def last_attention(self, model: nn.Module) -> Any:
+        return tower_layers(self.vision(model))[-1].self_attn
+
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        cls, full = self.tower_class(trunk), _takes_all(trunk, captured)
+        # Where not all are taken a tower's first token is dropped, whether that is [CLS] or a
+        # patch.
+        return vision_features(captured, cls or not full, cls and full)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        tokens = len(output.pooler_output[0])
+        first_is_class = self.tower_class(trunk) and _takes_all(trunk, captured)
+        structure = torch.arange(tokens) == 0 if first_is_class else None
+        rows, columns = grid = self.default_grid(trunk)
+        whole = rows * columns == tokens - int(first_is_class)
+        facts = self.image_facts(trunk, captured)
+        return plain(output.pooler_output, grid if whole else None, facts, structure)
+
+
+class _Packed(LlavaAdapter):
+    """Images are put together from a small picture of the whole and crops, with a newline token at
+    every row's end."""
+
+    on_host = ("image_sizes",)
+    projects_tokens = (
+        False  # it does, but parts of crops are cut off behind it, and of what was merged there
+    )
+
+    def tower_depth(self, model: nn.Module) -> int:
+        # Crops lose tokens when they are put together; merged ones would lose parts of themselves.
+        return 0
+
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
+        patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
+
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        return vision_features(captured, self.tower_class(trunk))
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        shapes, assemble = captured.packed
+        # Newlines among nothing: the model's own way of putting images together says where they
+        # come.
+        blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
+        marks, _ = assemble(blank, image_newline=torch.ones(1))
+        known = {
+            name: _assembled(value, shapes, assemble)
+            for name, value in self.image_facts(trunk, captured).items()
+        }
+        crops = _crops(shapes, assemble)
+        made = []
+        for number, mark in enumerate(marks):
+            structure = mark[:, 0] > 0.5
+            patch_NI = (~structure).nonzero().T
+            encoder = {
+                name: value[number][patch_NI.to(value[number].device)]
+                for name, value in known.items()
+            }
+            grid = self.default_grid(trunk) if shapes[number][0] == 1 else None
+            crop_I = crops[number][~structure] if shapes[number][0] > 1 else None
+            made.append(
+                Picture(
+                    len(mark),
+                    structure,
+                    grid,
+                    Encoder(**encoder) if encoder else None,
+                    crop_I=crop_I,
+                )
+            )
+        return made
+
+
+@register
+class LlavaNextAdapter(_Packed):
+    """LLaVA-NeXT."""
+
+    family = "LLaVA-NeXT"
+    classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+
+
+@register
+class LlavaOnevisionAdapter(_Packed):
+    """LLaVA-OneVision, whose SigLIP tower has no [CLS]; videos are left as they are."""
+
+    family = "LLaVA-OneVision"
+    classes: ClassVar[tuple[str, ...]] = (
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevisionModel",
+    )
+
+
+def _reduced_tower(
+    vision: Any,
+    stock: Callable[..., Any],
+    patch: Patch,
+    capture: VisionCapture,
+    grid: Grid,
+    depth: int,
+    pixel_values: Tensor,
+    interpolate_pos_encoding: bool = False,
+    **kwargs: Any,
+) -> BaseModelOutputWithPooling:
+    """In place of `CLIPVisionModel.forward`: tokens are merged on the way, and all of a group have
+    the same states.
+
+    So what follows the tower finds as many tokens as ever; the language model then gets one of each
+    group. Layers behind the `depth` ones that the features come from are not run. Where it is
+    called by itself, it is the stock one.
+    """
+    captured = capture.current
+    if captured is None:
+        return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+    embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    spread: list[Tensor | None] = []
+    for states, axis in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
+        spread.append(axis.expand(states))
+        captured.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
+    spread += [None] * (len(vision.encoder.layers) - depth)
+    return BaseModelOutputWithPooling(
+        hidden_states=tuple(spread)
+    )  # what else it gives nobody reads here
+
+
+def _pack(
+    trunk: Any,
+    stock: Callable[..., Any],
+    capture: VisionCapture,
+    image_features: Sequence[Tensor],
+    image_sizes: Tensor,
+    **kwargs: Any,
+) -> Any:
+    """In place of `pack_image_features`: the same, and how it was done noted."""
+    captured = capture.current
+    again = {name: value for name, value in kwargs.items() if name != "image_newline"}
+    shapes = [tuple(features.shape) for features in image_features]
+    if captured is not None:
+        captured.packed = shapes, partial(stock, image_sizes=image_sizes.cpu(), **again)
+    return stock(image_features, image_sizes, **kwargs)
+
+
+def _takes_all(trunk: Any, captured: Captured) -> bool:
+    """Whether the tower's first token is handed on, too."""
+    strategy = (
+        captured.inputs.get("vision_feature_select_strategy")
+        or trunk.config.vision_feature_select_strategy
+    )
+    return bool(strategy == "full")
+
+
+def _crops(shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor]:
+    """The crop that every token of every image comes from, or mostly does where features were
+    scaled: int64 [N]."""
+    most = max(shape[0] for shape in shapes)
+    marks = [torch.eye(most)[: shape[0], None].repeat(1, shape[1], 1) for shape in shapes]
+    packed, _ = assemble(marks, image_newline=torch.zeros(most))
+    return [share_NC.argmax(1) for share_NC in packed]
+
+
+def _assembled(
+    value: Tensor, shapes: Sequence[tuple[int, ...]], assemble: Assemble
+) -> list[Tensor]:
+    """What is known of the tokens of all crops, in the order of every image's tokens: a list of [N]
+    or [N,C]."""
+    wide = value[..., None] if value.ndim == 2 else value
+    parts = list(torch.split(wide, [shape[0] for shape in shapes]))
+    packed, _ = assemble(parts, image_newline=wide.new_zeros(wide.shape[-1]))
+    return [part[..., 0] if value.ndim == 2 else part for part in packed]

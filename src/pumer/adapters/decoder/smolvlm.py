@@ -1,0 +1,71 @@
+"""SmolVLM and Idefics3 (Laurençon et al., 2024; Marafioti et al., 2025) as transformers has
+them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pumer.adapters.base import config_of, register
+from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
+from pumer.adapters.decoder.prompt import Picture
+from pumer.adapters.decoder.vision import Tiles
+from pumer.adapters.decoder.vision_capture import Captured, vision_features
+from pumer.reducers.base import Grid
+
+
+@register
+class SmolVLMAdapter(DecoderAdapter):
+    """An image is a grid of crops and a picture of the whole at the end, with tokens before each
+    that say which."""
+
+    family = "SmolVLM"
+    classes: ClassVar[tuple[str, ...]] = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
+    around = (2, 1)
+
+    def language(self, model: nn.Module) -> Any:
+        return self.trunk(model).text_model
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).connector.modality_projection
+
+    def tower_attention(self, model: nn.Module) -> Any:
+        return tower_layers(self.trunk(model).vision_model)[-1].self_attn
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).vision_model
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        return int(config_of(model).scale_factor ** 2)
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        rows, columns = super().default_grid(model)
+        factor = config_of(model).scale_factor
+        return rows // factor, columns // factor
+
+    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        rows, columns = self.default_grid(trunk)
+        return pooled(vision_features(captured), rows * columns)
+
+    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+        # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
+        rows, columns = grid = self.default_grid(trunk)
+        crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
+        return plain(crops, grid, self.image_facts(trunk, captured))
+
+    def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
+        rows, columns = self.default_grid(trunk)
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ValueError("give input_ids: only they say which crops are of one image")
+        return Tiles.of(image_BS, rows * columns, features, ids.to(image_BS.device))
+
+
+@register
+class Idefics3Adapter(SmolVLMAdapter):
+    """The same in its older form."""
+
+    family = "Idefics3"
+    classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration", "Idefics3Model")
+    merger = "inputs_merger"

@@ -1,0 +1,1 @@
+"""Joint encoders: tokens are reduced between attention and MLP of a layer."""

@@ -1,0 +1,105 @@
+"""Attention kernels, and what a reducer needs from them. The only file that names a backend.
+
+Shape suffixes: B batch, H heads, N tokens, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.official import masked_softmax
+
+BACKENDS = ("sdpa", "eager")
+
+
+def attend(
+    queries_BHNC: Tensor,
+    keys_BHNC: Tensor,
+    values_BHNC: Tensor,
+    bias_B11N: Tensor | None,
+    backend: str,
+    dropout: float = 0.0,
+    probabilities: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention -> context [B,H,N,C], and the probabilities [B,H,N,N] if asked
+    for.
+
+    Args:
+        bias_B11N: bool (true: may be seen) or added to the logits.
+        backend: "sdpa" (fused) or "eager"; asking for probabilities costs the fused kernel.
+    """
+    if keys_BHNC.shape[2] == 0:
+        # Whoever attends to nothing gets nothing. Fused kernels spread one sample's NaN to all
+        # here.
+        nothing = queries_BHNC.new_zeros(*queries_BHNC.shape[:3], 0) if probabilities else None
+        return torch.zeros_like(queries_BHNC), nothing
+    if backend == "sdpa" and not probabilities:
+        context = torch.nn.functional.scaled_dot_product_attention(
+            queries_BHNC, keys_BHNC, values_BHNC, attn_mask=bias_B11N, dropout_p=dropout
+        )
+        return context, None
+    logits = queries_BHNC @ keys_BHNC.transpose(-1, -2) / queries_BHNC.shape[-1] ** 0.5
+    if bias_B11N is not None:
+        logits = (
+            logits.masked_fill(~bias_B11N, -torch.inf)
+            if bias_B11N.dtype == torch.bool
+            else logits + bias_B11N
+        )
+    attention = torch.nn.functional.dropout(logits.softmax(-1), dropout)
+    return attention @ values_BHNC, attention
+
+
+def attend_published(
+    queries_BHNC: Tensor,
+    keys_BHNC: Tensor,
+    values_BHNC: Tensor,
+    mask_BN: Tensor,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention with the published PuMer code's masked softmax -> context [B,H,N,C], probabilities
+    [B,H,N,N]."""
+    logits = queries_BHNC @ keys_BHNC.transpose(-1, -2) / queries_BHNC.shape[-1] ** 0.5
+    attention = torch.nn.functional.dropout(masked_softmax(logits, mask_BN), dropout)
+    return attention @ values_BHNC, attention
+
+
+def attend_gated(
+    queries_BHNC: Tensor,
+    keys_BHNC: Tensor,
+    values_BHNC: Tensor,
+    mask_BN: Tensor,
+    gate_BN: Tensor,
+    own: bool,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention that leaves out keys by gates of 0 and 1 through which gradients pass -> context,
+    probabilities.
+
+    DynamicViT's (equation 11): the probabilities are those among the keys that are left.
+
+    Args:
+        mask_BN: bool, the real keys.
+        gate_BN: 1 for keys that may be seen.
+        own: whether the keys are the queries' own tokens, each of which sees itself whatever its
+            gate.
+    """
+    logits = queries_BHNC @ keys_BHNC.transpose(-1, -2) / queries_BHNC.shape[-1] ** 0.5
+    attention = logits.masked_fill(~mask_BN.bool()[:, None, None], -torch.inf).softmax(-1)
+    gates = gate_BN[:, None, None]
+    if own:
+        eye = torch.eye(gate_BN.shape[1], device=gate_BN.device)
+        gates = eye + (1 - eye) * gates
+    attention = attention * gates.to(attention.dtype)
+    attention = attention / attention.sum(-1, keepdim=True).clamp_min(1e-6)
+    attention = torch.nn.functional.dropout(attention, dropout)
+    return attention.to(values_BHNC.dtype) @ values_BHNC, attention
+
+
+def visibility(mask_BN: Tensor, sizes_BN: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What attention is told of the keys, [B,1,1,N]: the mask, plus the log of the sizes where they
+    are to count."""
+    if sizes_BN is None:
+        return mask_BN[:, None, None]
+    weights = sizes_BN.clamp_min(1e-6).log().to(dtype)
+    return weights.masked_fill(~mask_BN, -torch.inf)[:, None, None]

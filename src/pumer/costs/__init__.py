@@ -1,0 +1,1 @@
+"""What a model and its reducer cost: tokens, multiply-accumulates, caches."""

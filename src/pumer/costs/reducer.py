@@ -1,0 +1,140 @@
+"""What a method itself computes: the price of choosing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pumer.reducers.base import EMBEDDINGS, Encoder, Grid, Reducer, Tokens
+
+
+@dataclass(frozen=True)
+class Own:
+    """What choosing and reducing takes, for one example.
+
+    Args:
+        macs: multiply-accumulates of its matrix products.
+        traffic: bytes that its operators read and write, which is what they take time for.
+        operators: how many of them are started, for one example or many.
+    """
+
+    macs: int = 0
+    traffic: int = 0
+    operators: int = 0
+
+    def __add__(self, other: Own) -> Own:
+        return Own(
+            self.macs + other.macs, self.traffic + other.traffic, self.operators + other.operators
+        )
+
+    def __rmul__(self, times: int) -> Own:
+        return Own(times * self.macs, times * self.traffic, times * self.operators)
+
+
+NOTHING = Own()
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are started inside the with block, but for those that only look at
+    a tensor anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.traffic = self.started = 0
+
+    def __torch_dispatch__(
+        self,
+        operator: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if not operator.is_view and operator is not torch.ops.aten._unsafe_view.default:
+            self.started += 1
+            self.traffic += sum(
+                x.nbytes for x in tree_leaves((args, kwargs, made)) if isinstance(x, Tensor)
+            )
+        return made
+
+
+def own_costs(
+    reducer: Reducer,
+    shape: tuple[int, int],
+    entry: tuple[int, int],
+    lengths: Sequence[tuple[int, int]],
+    grid: Grid | None,
+    place: str,
+    cross: bool = False,
+    parts: nn.ModuleDict | None = None,
+    encoder: Encoder | None = None,
+    prefix: int = 1,
+) -> dict[int, Own]:
+    """What planning and applying the plan takes, before the first layer and in every one.
+
+    Counted by letting the reducer run on tokens without content, so that it holds for every method.
+    A CPU is counted as it is; for anything else tensors that have shapes and no data do.
+
+    Args:
+        reducer: the method.
+        shape: (heads, channels of a head).
+        entry: (text, image) tokens before anything is reduced.
+        lengths: those before the first layer and after every one.
+        grid: rows and columns of patches.
+        place: device for the tokens, "cpu" or "meta".
+        cross: as in `Tokens`.
+        parts: what a learned reducer has trained, by layer.
+        encoder: what it is told of a vision encoder, without content.
+        prefix: structure tokens at the head of each modality.
+    """
+    heads, channels = shape
+    costs = {}
+    for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
+        if not reducer.reduces_at(layer):
+            costs[layer] = NOTHING
+            continue
+        count = text + image
+        seen = (text, image) if cross else (count, count)
+        states = torch.ones(1, count, heads * channels, device=place)
+        heads_apart = (
+            None if layer == EMBEDDINGS else states.view(1, count, heads, channels).transpose(1, 2)
+        )
+        mask = torch.ones(
+            1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool
+        )
+        tokens = Tokens(
+            mask_BN=mask,
+            text=text,
+            sizes_BN=torch.ones(1, count, device=place),
+            layer=layer,
+            prefix=prefix,
+            grid=grid,
+            patch_BN=(torch.arange(count, device=place) - text - prefix).clamp_min(-1)[None],
+            states_BND=states,
+            queries_BHNC=heads_apart,
+            keys_BHNC=heads_apart,
+            attention_BHNN=torch.ones(1, heads, *seen, device=place)
+            if reducer.needs_attention
+            else None,
+            cross=cross,
+            encoder=encoder if layer == EMBEDDINGS else None,
+            entered_BI=torch.ones(
+                1, max(lengths[0][1] - prefix, 0), dtype=torch.bool, device=place
+            ),
+            part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval()
+            if parts is not None
+            else None,
+        )
+        with FlopCounterMode(display=False) as flops, _Operators() as operators, torch.no_grad():
+            reducer.plan(tokens).reduce(states)
+        costs[layer] = Own(flops.get_total_flops() // 2, operators.traffic, operators.started)
+        grid = None
+    return costs

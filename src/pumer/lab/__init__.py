@@ -1,0 +1,2 @@
+"""What trains or measures: data, tasks, training, benches, studies and the commands. The core never
+imports it."""

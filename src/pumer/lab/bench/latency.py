@@ -1,0 +1,185 @@
+"""A latency model of this machine: the time of a forward from its lengths, fitted to a few forwards
+that were timed.
+
+Multiply-accumulates alone miss what a forward costs besides: starting its operators, reading and
+writing every token once more for norms and activations, the softmax, what a reducer reads and
+writes. Each of these is a term here, an amount of work that follows from the planned lengths, and
+the fit finds what one unit of it costs on this machine. No unit of work can cost less than nothing,
+so the fit is least squares with non-negative coefficients. It holds for batches of the size it was
+fitted to: twice the examples can take more than twice the time, where their states no longer fit a
+cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from pumer.adapters import find
+from pumer.api import active
+from pumer.costs.report import TOWERS, Report, report
+from pumer.lab.bench.run import FUSED, forward, variants
+from pumer.lab.bench.timing import alternate
+from pumer.reducers import Compose, PuMer, Random, Reducer, ToMe
+
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Seconds per unit of each term of `work`, for batches of one size; made by `calibrate`.
+
+    Args:
+        costs: seconds per unit, by term; terms that no calibration forward had do not appear.
+    """
+
+    costs: Mapping[str, float]
+
+    def seconds(self, planned: Report) -> float:
+        """Predicted seconds of one forward with these lengths.
+
+        Raises ValueError for a vision tower if none was in the calibration.
+        """
+        done = work(planned)
+        unknown = sorted(name for name, amount in done.items() if amount and name not in self.costs)
+        if unknown:
+            raise ValueError(
+                f"nothing timed had a cost for {', '.join(unknown)}: calibrate on this model"
+            )
+        return sum(self.costs[name] * amount for name, amount in done.items() if amount)
+
+
+def work(planned: Report) -> dict[str, float]:
+    """Amounts of work of one forward, by term, per example: multiply-accumulates, tokens, pairs
+    that attend, bytes.
+
+    Args:
+        planned: lengths of the model with its reducer, and what that takes.
+    """
+    passes, parts = planned.passes, planned.parts
+    counts, tower = [sum(pair) for pair in planned.lengths], planned.tower[:-1]
+    return {
+        "forward": 1.0,  # and whatever else no reducer changes
+        "towers": sum(parts.get(part, 0) for part in TOWERS),
+        "tower tokens": passes * sum(tower),
+        "tower pairs": passes * sum(n * n for n in tower),
+        "products": parts["attention"] + parts["mlp"],
+        "tokens": passes * sum(counts[1:]),
+        "pairs": passes * sum(n * n for n in counts[:-1]),
+        "reducer": parts["reducer"],
+        "reducer operators": planned.own.operators,
+        "reducer traffic": planned.own.traffic,
+    }
+
+
+def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> LatencyModel:
+    """The non-negative costs that come closest to the measured times, by relative error.
+
+    Args:
+        amounts: `work` of every timed forward.
+        seconds: what each took.
+    """
+    from scipy.optimize import nnls  # of the extra tune: `pumer tune --help` works without it
+
+    terms = [name for name in amounts[0] if any(one[name] for one in amounts)]
+    matrix = (
+        np.array([[one[name] for name in terms] for one in amounts]) / np.array(seconds)[:, None]
+    )
+    scale = matrix.max(0)
+    found = nnls(matrix / scale, np.ones(len(seconds)))[0] / scale
+    return LatencyModel(dict(zip(terms, found.tolist(), strict=True)))
+
+
+def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:
+    """Reducers whose forwards tell the terms apart: other lengths in other layers, with cheap and
+    costly reducers."""
+    adapter = find(model)
+    depth, tower = adapter.depth(model), adapter.tower_depth(model)
+    early, middle, late, every = 0, depth // 3, 2 * depth // 3, tuple(range(depth - 1))
+    inside: list[Reducer] = [
+        Random(prune=0.4),
+        Random(prune=0.8),
+        Random(prune=0.5, layers=(middle,)),
+        PuMer(prune=0.1, merge=0.0, merge_text=0.0, layers=tuple(sorted({early, middle, late}))),
+        PuMer(prune=0.0, merge=0.05, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.1, merge_text=0.2, layers=every),
+        PuMer(prune=0.05, merge=0.1, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.2, merge_text=0.0, layers=every),
+        PuMer(prune=0.0, merge=0.3, merge_text=0.0, layers=(early,)),
+        PuMer(prune=0.2, merge=0.4, merge_text=0.0, layers=(early,)),
+        PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=tuple(sorted({middle, late}))),
+        PuMer(prune=0.3, merge=0.4, merge_text=0.0, layers=(late,)),
+    ]
+    if tower:
+        patches = adapter.default_lengths(model)[1] - 1
+        for share in (0.3, 0.7):
+            each = max(1, int(share * patches / tower))
+            inside.append(
+                Compose(ToMe(r=each, depth=tower), PuMer(0.1, 0.2, 0.0, layers=(middle,)))
+            )
+    return {f"{number} {reducer.name}": reducer for number, reducer in enumerate(inside)}
+
+
+def measure(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    reducers: Mapping[str, Reducer],
+    runs: int = 5,
+) -> tuple[Seconds, dict[str, Report]]:
+    """Time a model unreduced and with each reducer; seconds and planned lengths of each, by name.
+
+    Each takes turns with the unreduced model alone: how fast that is also depends on what ran
+    before it, as memory is left behind. The median share of the unreduced time, times its median
+    over all.
+
+    Args:
+        model: a supported model that nothing reduces.
+        inputs: a batch.
+        reducers: to time, by name; the unreduced model goes under `bench.run.FUSED`.
+        runs: timed rounds of each.
+    """
+    device = next(model.parameters()).device
+    nets = {
+        name: net
+        for name, net in variants(model, dict(reducers)).items()
+        if name in (FUSED, *reducers)
+    }
+    calls = {name: forward(net, dict(inputs)) for name, net in nets.items()}
+    shares, unreduced = {FUSED: 1.0}, list[float]()
+    for name in reducers:
+        timings = alternate({other: calls[other] for other in (FUSED, name)}, runs, 1, device)
+        base = timings[FUSED].seconds
+        shares[name] = statistics.median(
+            one / other for one, other in zip(timings[name].seconds, base, strict=True)
+        )
+        unreduced += base
+    seconds = {name: share * statistics.median(unreduced) for name, share in shares.items()}
+    return seconds, {name: planned(net, nets[FUSED]) for name, net in nets.items()}
+
+
+def planned(net: nn.Module, ran: nn.Module) -> Report:
+    """Report of a model for texts and images as long as those of the last forward of `ran`, reduced
+    or not."""
+    patch = active(ran)
+    assert patch is not None
+    assert patch.entry is not None
+    text, image, _ = patch.entry
+    usual = find(ran).default_lengths(ran)[1]
+    return report(net, text, None if image == usual else image)
+
+
+def calibrate(model: nn.Module, inputs: Mapping[str, Tensor], runs: int = 5) -> LatencyModel:
+    """Time a few forwards of a model and fit its latency model; on an idle machine a matter of
+    seconds.
+
+    Args:
+        model: a supported model that nothing reduces, on its device.
+        inputs: a batch as it will be used.
+        runs: timed rounds of each.
+    """
+    seconds, reports = measure(model, inputs, calibration_reducers(model), runs)
+    return fit([work(reports[name]) for name in seconds], list(seconds.values()))

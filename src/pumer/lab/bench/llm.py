@@ -1,0 +1,250 @@
+"""Models that write an answer, stock and reduced side by side: prefill, further tokens, the whole,
+cache and memory.
+
+Stock transformers runs fused attention here by itself, so there is no third kind of variant; what
+the adapter costs alone is seen with the reducer "none".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters import find
+from pumer.adapters.base import config_of
+from pumer.adapters.decoder import kv_cache
+from pumer.api import active
+from pumer.costs.report import last_forward_macs
+from pumer.lab.bench import llm_models, records
+from pumer.lab.bench.llm_overhead import Shares, prefill_shares
+from pumer.lab.bench.llm_results import AnswerBench, AnswerRow
+from pumer.lab.bench.memory import peak_activations, weight_bytes
+from pumer.lab.bench.run import (
+    STOCK,
+    Device,
+    Dtype,
+    ReducerSpec,
+    name_reducers,
+    twin,
+    using_threads,
+)
+from pumer.lab.bench.timing import Timing, alternate, wait
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+def bench_llm(
+    model: str = "llava-1.5-7b-shape",
+    reducers: Sequence[ReducerSpec] | None = None,
+    layers: int | None = 4,
+    tower_layers: int | None = 4,
+    batch: int = 1,
+    text: int = 64,
+    new_tokens: int = 16,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
+    threads: int | None = None,
+    runs: int = 5,
+    warmup: int = 1,
+    memory: bool = True,
+    overhead: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> AnswerBench:
+    """Measure a stock vision-language model and each reducer: times of an answer, cache, memory,
+    overhead.
+
+    Args:
+        model: a name in `bench.llm_models.SHAPES`.
+        reducers: reducers' names, `{"reducer": name, setting: value}`, or reducers; if not given
+            one before the language model, one early in it and PuMer.
+        layers: of the language model, 2 or more; the true number if None.
+        tower_layers: of the vision tower, 2 or more; the true number if None.
+        batch: prompts at a time, each with one picture.
+        text: text tokens of a prompt.
+        new_tokens: of the answer, decoded greedily.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights and activations.
+        attention: kernel of the language model and of the vision tower.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed answers of each variant.
+        warmup: answers before those, at least one.
+        memory: measure peak activation memory, in a prefill of its own.
+        overhead: measure what vision tower and choosing cost, in prefills of their own.
+        progress: called after every round of answers.
+
+    Returns:
+        The rows; where this machine lacks the device asked for, rows that say "not measured".
+
+    Raises:
+        ValueError: for unknown names and settings that do not fit.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"an answer has 1 token or more, not {new_tokens}")
+    config = llm_models.configure(model, layers, tower_layers)
+    named = name_reducers(llm_models.default_reducers(config) if reducers is None else reducers)
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    settings: dict[str, Any] = {
+        "model": model,
+        "layers": layers or "all",
+        "tower_layers": tower_layers or "all",
+        "batch": batch,
+        "text": text,
+        "new_tokens": new_tokens,
+        "device": place,
+        "dtype": dtype,
+        "attention": attention,
+        "runs": runs,
+    }
+    with using_threads(threads):
+        if place == "cuda" and not torch.cuda.is_available():
+            missing = (
+                AnswerRow(name, note="not measured, no CUDA device") for name in (STOCK, *named)
+            )
+            result = AnswerBench(settings, records.environment(), tuple(missing))
+        else:
+            net = llm_models.build(config, place, getattr(torch, dtype), attention)
+            data = llm_models.inputs(net, batch, text)
+            nets = {STOCK: net, **{name: twin(net, reducer) for name, reducer in named.items()}}
+            answers = {name: Answer(one, data, new_tokens, place) for name, one in nets.items()}
+            wholes = alternate(answers, runs, max(warmup, 1), place, progress)
+            watched = answers if memory else {}
+            peaks = {
+                name: peak_activations(answer.prefill, place) for name, answer in watched.items()
+            }
+            shares = {
+                name: prefill_shares(nets[name], answers[name].prefill, place)
+                for name in (named if overhead else ())
+            }
+            rows = _rows(nets, answers, wholes, peaks, shares)
+            result = AnswerBench(settings, records.environment(place), rows, weight_bytes(net))
+    return result
+
+
+class Answer:
+    """A prompt's answer of a fixed length, decoded greedily, as a call without arguments.
+
+    Args:
+        net: the model.
+        data: prompts of one length.
+        tokens: of the answer.
+        device: where the model computes.
+    """
+
+    def __init__(self, net: nn.Module, data: dict[str, Tensor], tokens: int, device: str) -> None:
+        self.net, self.data, self.tokens, self.device = net, data, tokens, device
+        self.prefills: list[float] = []
+        """Seconds up to the first token, of every call."""
+        self.cache_bytes = 0
+        """Of keys and values after the last prefill."""
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """The answers, int64 [B,tokens]."""
+        start = time.perf_counter()
+        output = self.prefill()
+        made = [output.logits[:, -1].argmax(-1, keepdim=True)]
+        wait(self.device)
+        self.prefills.append(time.perf_counter() - start)
+        self.cache_bytes = sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in kv_cache.find(output).layers
+        )
+        while len(made) < self.tokens:
+            # The prompts are of one length, so that nothing is to be masked.
+            output = self.net(
+                input_ids=made[-1],
+                use_cache=True,
+                **{kv_cache.argument(self.net): kv_cache.find(output)},
+            )
+            made.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(made, 1)
+
+    @torch.inference_mode()
+    def prefill(self) -> Any:
+        """The model's output for the prompts, with the logits of the first token of the answer
+        alone."""
+        return self.net(**self.data, use_cache=True, logits_to_keep=1)
+
+
+def _rows(
+    nets: dict[str, nn.Module],
+    answers: dict[str, Answer],
+    wholes: dict[str, Timing],
+    peaks: dict[str, int],
+    shares: dict[str, Shares],
+) -> tuple[AnswerRow, ...]:
+    first = {
+        name: Timing(tuple(answers[name].prefills[-len(whole.seconds) :]))
+        for name, whole in wholes.items()
+    }
+    further = {
+        name: _further(whole, first[name], answers[name].tokens - 1)
+        for name, whole in wholes.items()
+        if answers[name].tokens > 1
+    }
+    costs = {name: forward_costs(net, answers[name].data) for name, net in nets.items()}
+    rows = []
+    for name, whole in wholes.items():
+        (macs, planned), cached = costs[name], answers[name].cache_bytes
+        share = shares.get(name)
+        x_prefill, ratio = first[STOCK].median / first[name].median, costs[STOCK][0] / macs
+        rows.append(
+            AnswerRow(
+                variant=name,
+                prefill=first[name],
+                decode=further.get(name),
+                whole=whole,
+                x_prefill=x_prefill,
+                x_decode=further[STOCK].median / further[name].median if further else None,
+                x_whole=wholes[STOCK].median / whole.median,
+                macs=macs,
+                flops_ratio=ratio,
+                flops_share=None if name == STOCK else x_prefill / ratio,
+                cache_bytes=cached,
+                planned_bytes=planned,
+                cache_share=cached / answers[STOCK].cache_bytes,
+                peak_bytes=peaks.get(name),
+                memory_share=peaks[name] / peaks[STOCK] if peaks else None,
+                tower=share.tower if share else None,
+                selection=share.selection if share else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _further(whole: Timing, first: Timing, tokens: int) -> Timing:
+    """Seconds of each of so many tokens after the first."""
+    pairs = zip(whole.seconds, first.seconds, strict=True)
+    return Timing(tuple((seconds - before) / tokens for seconds, before in pairs))
+
+
+def forward_costs(net: nn.Module, data: dict[str, Tensor]) -> tuple[int, int]:
+    """Multiply-accumulates of a prompt, and bytes of keys and values that the batch has to leave,
+    of the last forward.
+
+    Unlike in `pumer.report`, the tokens that a family puts between the parts of a picture are
+    counted.
+    """
+    adapter, patch, config = find(net), active(net), config_of(net)
+    ids = data["input_ids"]
+    image = int((ids[0] == config.image_token_id).sum())
+    entry = ids.shape[1] - image, image
+    lengths, own = [entry] * (adapter.depth(net) + 1), 0
+    if patch is not None:
+        assert patch.entry is not None
+        assert patch.planned is not None
+        seen = patch.entry[:2]
+        own = last_forward_macs(net) - sum(adapter.macs(net, patch.planned, seen).values())
+        rest = ids.shape[1] - sum(seen)
+        lengths = [(text + rest, left) for text, left in patch.planned]
+    heads = config.get_text_config().num_key_value_heads
+    _, channels = adapter.attention_shape(net)
+    width = next(net.parameters()).element_size()
+    kept = sum(sum(pair) for pair in lengths[:-1])
+    return sum(adapter.macs(net, lengths, entry).values()) + own, len(
+        ids
+    ) * kept * 2 * heads * channels * width

@@ -1,0 +1,153 @@
+"""Models to measure: true in architecture, random in weights, and inputs as the processor makes
+them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
+
+from pumer._suggest import did_you_mean
+from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
+
+CONFIGS: dict[str, ViltConfig | MeterConfig] = {
+    "vilt-b32": ViltConfig(num_labels=3129),
+    "vilt-tiny": ViltConfig(
+        hidden_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=96,
+        patch_size=16,
+        vocab_size=100,
+        num_labels=10,
+    ),
+    "meter-base": MeterConfig(num_labels=3129),
+    "meter-tiny": MeterConfig(
+        text_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 100,
+            "max_position_embeddings": 42,
+            "type_vocab_size": 1,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 11,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 96,
+            "patch_size": 8,
+        },
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=10,
+    ),
+}
+"""ViLT-B/32 and METER-CLIP16-RoBERTa at 384 pixels for VQAv2; and of each a model to try things out
+with, of which no time means anything."""
+_REDUCERS = {"vilt": ("vilt-vqav2",), "meter": ("meter-vqav2", "meter-vqav2-tower")}
+
+
+def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
+    """A model by name, in eval mode; what it costs depends on its shapes alone, so its weights are
+    random.
+
+    Raises ValueError listing the known names.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = _config(name)
+        kind = (
+            MeterForQuestionAnswering
+            if isinstance(config, MeterConfig)
+            else ViltForQuestionAnswering
+        )
+        return kind(config).eval()
+
+
+def image_size(name: str) -> int:
+    """Side in pixels of the pictures that a model is configured for; raises ValueError listing the
+    known names."""
+    return _config(name).image_size
+
+
+def default_reducers(name: str) -> tuple[str, ...]:
+    """Presets made for a model; raises ValueError listing the known names."""
+    return _REDUCERS[_config(name).model_type]
+
+
+def stock_note(name: str) -> str:
+    """What stands for stock transformers where they lack the model; raises ValueError listing the
+    known names."""
+    return (
+        "our own METER, unreduced: transformers has none"
+        if isinstance(_config(name), MeterConfig)
+        else ""
+    )
+
+
+def _config(name: str) -> ViltConfig | MeterConfig:
+    if name not in CONFIGS:
+        raise ValueError(
+            f"no model to measure is named {name!r}.{did_you_mean(name, CONFIGS)} There are "
+            f"{', '.join(CONFIGS)}; "
+            "`pumer bench llm` has decoders, `pumer bench model` takes a saved model"
+        )
+    return CONFIGS[name]
+
+
+def inputs(
+    model: PreTrainedModel,
+    batch: int = 8,
+    size: int | None = None,
+    text: int = 40,
+    real: tuple[int, int] = (8, 16),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """A batch as the model's processor gives it for square pictures and questions padded to a fixed
+    length.
+
+    Args:
+        model: for which.
+        batch: examples.
+        size: side of the pictures in pixels; the configured one if not given.
+        text: text tokens, padding included.
+        real: fewest and most real ones; where the batch has two texts or more, one of each is in
+            it.
+        seed: of the data.
+
+    Raises:
+        ValueError: for lengths that do not fit each other or the model.
+    """
+    config = model.config
+    size = config.image_size if size is None else size
+    few, many = real
+    if not 1 <= few <= many <= text <= config.max_position_embeddings:
+        raise ValueError(
+            f"{few} to {many} real tokens padded to {text}: give 1 <= fewest <= most <= padded "
+            "length "
+            f"<= {config.max_position_embeddings}"
+        )
+    if batch < 1 or size < config.patch_size:
+        raise ValueError(
+            f"{batch} pictures of {size} px: give one or more, of {config.patch_size} px or more"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(few, many + 1, (batch,), generator=generator)
+    lengths[-1], lengths[0] = few, many
+    mask = (torch.arange(text) < lengths[:, None]).long()
+    padding = config.pad_token_id or 0
+    ids = torch.randint(padding + 1, config.vocab_size, (batch, text), generator=generator)
+    made = {
+        "input_ids": torch.where(mask.bool(), ids, padding),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(model.dtype),
+        "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
+    }
+    if config.model_type == "vilt":  # RoBERTa's tokenizer gives none
+        made["token_type_ids"] = torch.zeros_like(ids)
+    return {name: tensor.to(model.device) for name, tensor in made.items()}

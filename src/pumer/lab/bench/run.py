@@ -1,0 +1,230 @@
+"""Stock, fused and reduced models side by side.
+
+Three kinds of variant: stock transformers; the same model with fused kernels and trimmed padding
+but nothing reduced ("fused"); and each reducer on top of that. Only against the second one is token
+reduction itself measured. Where transformers lacks a model, as METER, ours stands for it and the
+row says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pumer.api import active, apply
+from pumer.costs.report import last_forward_macs, report
+from pumer.lab.bench import models, records
+from pumer.lab.bench.memory import peak_activations, weight_bytes
+from pumer.lab.bench.overhead import overhead_share
+from pumer.lab.bench.results import Bench, Row
+from pumer.lab.bench.timing import Timing, alternate
+from pumer.presets import ReducerSpec, read_reducer
+from pumer.reducers import Reducer, Unreduced
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+STOCK, FUSED = "stock", "fused"
+
+
+def bench(
+    model: str = "vilt-b32",
+    reducers: Sequence[ReducerSpec] | None = None,
+    batch: int = 8,
+    image_size: int | None = None,
+    text: int = 40,
+    real_text: tuple[int, int] = (8, 16),
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    compiled: bool = False,
+    threads: int | None = None,
+    runs: int = 9,
+    warmup: int = 2,
+    memory: bool = True,
+    overhead: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> Bench:
+    """Measure stock transformers, the fused but unreduced model, and each reducer: speed, memory
+    and overhead.
+
+    Args:
+        model: a name in `bench.models.CONFIGS`.
+        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers; the
+            model's own presets for VQAv2 if not given.
+        batch: examples at a time.
+        image_size: side of the square pictures in pixels; the model's own if not given.
+        text: text tokens, padding included.
+        real_text: fewest and most real text tokens of an example.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights and activations.
+        compiled: measure under torch.compile, where padding is not trimmed and the overhead is not
+            told apart.
+        threads: CPU threads; torch's own choice if not given.
+        runs: timed forwards of each variant.
+        warmup: forwards before those, at least one.
+        memory: measure peak activation memory; not of compiled code on a CPU, where no operator can
+            be watched.
+        overhead: measure what choosing and reducing tokens costs, in forwards of their own.
+        progress: called after every round of forwards.
+
+    Returns:
+        The rows; where this machine lacks the device asked for, rows that say "not measured".
+
+    Raises:
+        ValueError: for unknown names and settings that do not fit.
+    """
+    named = name_reducers(models.default_reducers(model) if reducers is None else reducers)
+    size = models.image_size(model) if image_size is None else image_size
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    settings: dict[str, Any] = {
+        "model": model,
+        "batch": batch,
+        "image_size": size,
+        "text": text,
+        "real_text": "-".join(map(str, real_text)),
+        "device": place,
+        "dtype": dtype,
+        "mode": "compiled" if compiled else "eager",
+        "runs": runs,
+    }
+    with using_threads(threads):
+        if place == "cuda" and not torch.cuda.is_available():
+            missing = (
+                Row(name, note="not measured, no CUDA device") for name in (STOCK, FUSED, *named)
+            )
+            result = Bench(settings, records.environment(), tuple(missing))
+        else:
+            net = models.build(model).to(place, getattr(torch, dtype))
+            data = models.inputs(net, batch, size, text, real_text)
+            nets = variants(net, named)
+            calls = {
+                name: forward(torch.compile(one) if compiled else one, data)
+                for name, one in nets.items()
+            }
+            timings = alternate(calls, runs, max(warmup, 1), place, progress)
+            # At once: what is run below to watch it may have other lengths.
+            macs = _macs(nets, data)
+            watched = calls if memory and not (compiled and place == "cpu") else {}
+            peaks = {name: peak_activations(call, place) for name, call in watched.items()}
+            shares = {
+                name: overhead_share(nets[name], calls[name], place)
+                for name in (named if overhead and not compiled else ())
+            }
+            rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
+            result = Bench(settings, records.environment(place), rows, weight_bytes(net))
+    return result
+
+
+def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
+    """Reducers under the names they get in a table; raises ValueError for unknown ones and for the
+    same one twice."""
+    named: dict[str, Reducer] = {}
+    for spec in specs:
+        reducer = read_reducer(spec)
+        if isinstance(spec, str):
+            name = spec
+        else:
+            settings = spec if isinstance(spec, Mapping) else reducer.settings()
+            given = {key: value for key, value in settings.items() if key != "reducer"}
+            name = f"{reducer.name}({', '.join(f'{key}={value}' for key, value in given.items())})"
+        if name in (STOCK, FUSED, *named):
+            raise ValueError(f"{name} is measured already: name every reducer once")
+        named[name] = reducer
+    return named
+
+
+def variants(net: nn.Module, reducers: dict[str, Reducer]) -> dict[str, nn.Module]:
+    """The model as it is, fused, and with each reducer; all share one set of weights."""
+    twins = {FUSED: Unreduced(), **reducers}
+    return {STOCK: net, **{name: twin(net, reducer) for name, reducer in twins.items()}}
+
+
+def twin(net: nn.Module, reducer: Reducer) -> nn.Module:
+    """The same model reduced, the weights shared."""
+    weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    return apply(copy.deepcopy(net, weights), reducer)
+
+
+def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], Any]:
+    """A forward without gradients, as a call without arguments."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return net(**data)
+
+    return call
+
+
+def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The first rows of a batch; raises ValueError where inputs are no rows, one per example."""
+    batch = len(inputs["input_ids"])
+    odd = [name for name, value in inputs.items() if torch.is_tensor(value) and len(value) != batch]
+    if odd:
+        raise ValueError(
+            f"{' and '.join(odd)} of this model {'are' if odd[1:] else 'is'} not a row per "
+            "example, as other models "
+            "have it, so that a part of a batch cannot be measured"
+        )
+    return {
+        name: value[:rows] if torch.is_tensor(value) else value for name, value in inputs.items()
+    }
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the with block; its own choice if None."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]:
+    """MACs per example of the forwards that were just timed."""
+    patch = active(nets[FUSED])
+    assert patch is not None
+    assert patch.entry is not None
+    # Stock ViLT cuts padded pictures to the longest of the batch too, but no stock model ever cuts
+    # the text.
+    stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
+    return {
+        STOCK: stock,
+        **{name: last_forward_macs(one) for name, one in nets.items() if name != STOCK},
+    }
+
+
+def _rows(
+    batch: int,
+    macs: dict[str, int],
+    timings: dict[str, Timing],
+    peaks: dict[str, int],
+    shares: dict[str, float],
+    notes: dict[str, str],
+) -> tuple[Row, ...]:
+    rows = []
+    for name, timing in timings.items():
+        x_fused, ratio = timings[FUSED].median / timing.median, macs[FUSED] / macs[name]
+        rows.append(
+            Row(
+                variant=name,
+                timing=timing,
+                per_second=batch / timing.median,
+                x_stock=timings[STOCK].median / timing.median,
+                x_fused=x_fused,
+                macs=macs[name],
+                flops_ratio=ratio,
+                flops_share=None if name in (STOCK, FUSED) else x_fused / ratio,
+                peak_bytes=peaks.get(name),
+                memory_share=peaks[name] / peaks[STOCK] if peaks else None,
+                overhead=shares.get(name),
+                note=notes.get(name, ""),
+            )
+        )
+    return tuple(rows)

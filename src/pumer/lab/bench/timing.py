@@ -1,0 +1,89 @@
+"""Times of several variants of the same thing, measured so that they can be compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every run of one variant, in the order they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the runs, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def p20(self) -> float:
+        """20th percentile, in seconds."""
+        return self._percentile(0.2)
+
+    @property
+    def p80(self) -> float:
+        """80th percentile, in seconds."""
+        return self._percentile(0.8)
+
+    def _percentile(self, share: float) -> float:
+        place = share * (len(self.seconds) - 1)
+        low, ordered = int(place), sorted(self.seconds)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], Any]],
+    runs: int = 9,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time variants in turns in one process, so that whatever else the machine does meets all of
+    them.
+
+    Every other round goes backwards, so that none always runs after the same one. On CUDA the
+    device is waited for before and after every call.
+
+    Args:
+        variants: name -> the call to time.
+        runs: timed calls of each.
+        warmup: calls of each before those.
+        device: where the calls compute.
+        progress: called after every round.
+    """
+    if runs < 1 or warmup < 0:
+        raise ValueError(
+            f"a measurement takes 1 run or more and 0 warm-up rounds or more, not {runs} and "
+            f"{warmup}"
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + runs):
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            took = clock(variants[name], device)
+            if number >= warmup:
+                seconds[name].append(took)
+        progress()
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def clock(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Seconds that one call takes."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device | str) -> None:
+    """Wait for what a CUDA device still has to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

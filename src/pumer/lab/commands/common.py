@@ -1,0 +1,69 @@
+"""What several commands need: a model folder opened, a task built, a reducer read from the command
+line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import pumer
+from pumer._terminal import console
+from pumer.hub import is_stock, load, load_stock
+from pumer.hub.sources import CONFIG, PROCESSING, find_source
+from pumer.lab.bench.run import Device
+from pumer.lab.tasks import build
+from pumer.lab.tasks.base import Collator
+from pumer.lab.tasks.processors import saved_collator
+from pumer.lab.tasks.prompts import vocabulary
+from pumer.presets import read_reducer
+
+ReducerSettings = str | dict[str, Any] | None
+
+
+def pick_device(device: Device) -> str:
+    """The device that is meant; raises ValueError for CUDA where there is none."""
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError(
+            "there is no CUDA device here, or this torch cannot use it: leave --device out"
+        )
+    return device if device != "auto" else "cuda" if there else "cpu"
+
+
+def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
+    """A saved model with its own reduction in force, or with another one where `reducer` is given.
+
+    Decoders may also be as transformers saved them, or have a name on the Hub.
+    """
+    place = pick_device(device)
+    # Shipped in half precision, which CPUs are slow at.
+    dtype = torch.float32 if place == "cpu" else None
+    if is_stock(model):
+        net = load_stock(model, dtype, place)
+    else:
+        net = load(model, dtype or torch.float32, place)
+    if reducer is not None:
+        pumer.apply(net, read_reducer(reducer))
+    return net.eval()
+
+
+def print_metrics(title: str, values: Mapping[str, float]) -> None:
+    """A table of metrics on the console."""
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.2f}")
+    console().print(table)
+
+
+def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:
+    """A task with the labels, and the tokenizer and image transform or the processor, of a
+    model."""
+    settings = {"name": task} if isinstance(task, str) else task
+    source = model if is_stock(model) else str(find_source(model, (CONFIG, *PROCESSING)).folder)
+    return saved_collator(source, net, build(settings, vocabulary(net)))

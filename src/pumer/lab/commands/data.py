@@ -1,0 +1,185 @@
+"""Check data, and make it: pictures with questions, and tokenizers."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pumer._files import check_space, replacing
+from pumer._options import Count, OutputFile, OutputFolder
+from pumer._terminal import console, visible
+
+
+def check(
+    task: str,
+    root: str,
+    images: str | None = None,
+    decode: bool = False,
+    missing: OutputFile | None = None,
+) -> None:
+    """Count what is there of a task's official files and images, against what was published.
+
+    Ends with 1 if anything of a split that is there is missing or wrong, or no split is there.
+
+    Args:
+        task: vqav2, nlvr2, snli-ve or retrieval.
+        root: folder of the official files.
+        images: folder, LMDB file or Parquet files of the images; below `root` if not given.
+        decode: open every image, which takes minutes, and name those that cannot be decoded.
+        missing: file to write with the names of all images that are missing or cannot be decoded,
+            one a line.
+    """
+    from rich.table import Table
+
+    from pumer.lab.tasks.base import first
+    from pumer.lab.tasks.check import check_files
+
+    screen = console()
+    checks = check_files(task, root, images, decode, progress=True)
+    table = Table(title=f"{task} in {root}")
+    for column in (
+        "split",
+        "found",
+        "published",
+        "images missing",
+        *(["undecodable"] if decode else []),
+    ):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in checks:
+        names = split.counts or split.published
+        counts = [
+            f"{split.counts[name]:,} {name}" if split.counts else f"no {name}" for name in names
+        ]
+        published = [
+            f"{split.published[name]:,}" if name in split.published else "?" for name in names
+        ]
+        images_wrong = [
+            f"{len(keys):,}" if split.counts else "-" for keys in (split.missing, split.broken)
+        ]
+        cells = ["\n".join(counts), "\n".join(published), *images_wrong]
+        table.add_row(split.name, *cells[: len(table.columns) - 1])
+    screen.print(table)
+    for split in checks:
+        notes = [split.problem] if split.problem else []
+        if split.missing:
+            notes.append(
+                f"{first(split.missing, split.counts['images'], 'images')} are not in {split.store}"
+            )
+        for note in notes + list(split.broken.values())[:5]:
+            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+    if missing:
+        with replacing(missing) as file:
+            file.writelines(
+                f"{key}\n"
+                for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
+            )
+    problems = []
+    wrong = [split.name for split in checks if split.problem and not split.absent]
+    if wrong:
+        problems.append(f"the files of {', '.join(wrong)} cannot be read")
+    lacking = [split.name for split in checks if split.missing or split.broken]
+    if lacking:
+        problems.append(f"images of {', '.join(lacking)} are missing or broken")
+    if all(split.absent for split in checks):
+        problems.append(f"no split of {task} is in {root}")
+    if problems:
+        print(
+            visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."),
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def scenes(
+    out: OutputFolder,
+    task: Literal["vqav2", "nlvr2", "snli-ve", "retrieval"] = "vqav2",
+    split: str = "val2014",
+    pictures: Count = 1000,
+    per_picture: Count = 4,
+    splits: dict[str, int] | None = None,
+    dataset: Literal["flickr30k", "coco"] = "flickr30k",
+    seed: int = 2,
+    image_size: Count = 96,
+) -> None:
+    """Write generated pictures with questions, sentences or captions in a task's official files.
+
+    Args:
+        out: folder to write; new or empty, or for vqav2 one with other splits that were written so.
+        task: whose files.
+        split: vqav2: name of the split in the files' names.
+        pictures: number of pictures; but for vqav2 of the first split, the others having a tenth of
+            it.
+        per_picture: vqav2: questions about each.
+        splits: but for vqav2: number of pictures of each split, instead of all official ones.
+        dataset: retrieval: whose files.
+        seed: the shipped models were trained with 1; any other gives unseen pictures.
+        image_size: side in pixels.
+    """
+    from pumer.lab.scenes import set_files as scene_set_files
+    from pumer.lab.scenes.files import write_vqav2
+
+    check_space(out, 3 * image_size**2 * (sum(splits.values()) if splits else pictures))
+    if task == "vqav2":
+        write_vqav2(
+            out,
+            seed=seed,
+            pictures=pictures,
+            per_picture=per_picture,
+            split=split,
+            image_size=image_size,
+        )
+        print(f"{pictures:,} images with {pictures * per_picture:,} questions, {split}, in {out}")
+        print(_next(task, out, split))
+        return
+    names = scene_set_files.SPLITS[dataset if task == "retrieval" else task]
+    counts = splits or {
+        name: pictures if name == names[0] else max(1, pictures // 10) for name in names
+    }
+    if task == "nlvr2":
+        scene_set_files.write_nlvr2(out, seed, counts, image_size)
+    elif task == "snli-ve":
+        scene_set_files.write_snli_ve(out, seed, counts, image_size)
+    else:
+        scene_set_files.write_karpathy(out, seed, counts, dataset, image_size)
+    splits_written = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"{task} in {out}, images by split: {splits_written}")
+    print(_next(task, out, names[0]))
+
+
+def _next(task: str, out: str, split: str) -> str:
+    return (
+        f"pumer data check {task} {out}\npumer eval --model FOLDER --task {task} --task.root "
+        f"{out} --split {split}"
+    )
+
+
+def tokenizer(
+    out: OutputFolder,
+    questions: Count = 20000,
+    sentences: list[str] | None = None,
+    vocab_size: Count = 800,
+) -> None:
+    """Train a lower-case WordPiece tokenizer on scene questions and on sentences of your own.
+
+    Args:
+        out: folder to write.
+        questions: number of scene questions to learn from.
+        sentences: Parquet files with a column `sentence` or `caption` to learn from as well.
+        vocab_size: at most so many pieces.
+    """
+    from pumer.lab.data.parquet import read_texts
+    from pumer.lab.data.text import train_tokenizer
+    from pumer.lab.scenes.tasks import Scenes
+
+    own = [text for path in sentences or [] for text in read_texts(Path(path))]
+    asked = Scenes(questions=questions, per_picture=4, image_size=32).examples("train")
+    texts = [example.text for example in asked[:]] + own
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(texts, vocab_size).save_pretrained(folder)
+        for written in Path(
+            folder
+        ).iterdir():  # each whole, beside the files of a model that may be there
+            with replacing(Path(out, written.name), "wb") as file:
+                file.write(written.read_bytes())

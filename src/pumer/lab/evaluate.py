@@ -1,0 +1,225 @@
+"""Model x task x reducer: predictions sample by sample, a metric with its interval, a prediction
+file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from pumer._files import replacing
+from pumer.lab.data.images import BrokenImageError, open_image
+from pumer.lab.tasks.base import Collator, Example, Task
+from pumer.lab.tasks.prompts import MAX_ANSWER, WritingCollator
+
+NOT_NUMBERS = (
+    "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
+    "overflow in half "
+    "precision; get the model again, or use float32"
+)
+_NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of an evaluation.
+
+    `predictions` by example id; `broken` the examples whose images could not be read, by id, with
+    the reason; `seconds` spent in the model alone, for `examples` of them.
+    """
+
+    predictions: dict[Any, Any]
+    metric: dict[str, float]
+    seconds: float
+    examples: int
+    broken: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def per_second(self) -> float:
+        """Examples per second of model time."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+
+def predict(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Predict every example; the metric is left empty.
+
+    Args:
+        model: reduced or not, on its device.
+        examples: of a task's split.
+        collator: that task's, with the model's transforms.
+        skip_broken: leave examples with unreadable images out and report them, instead of failing
+            at the first.
+        progress: show a bar.
+
+    Raises:
+        BrokenImageError: for an unreadable image, unless `skip_broken`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    predictions: dict[Any, Any] = {}
+    broken: dict[Any, str] = {}
+    seconds = 0.0
+    steps = -(-len(examples) // batch_size)
+    for chunk in track(
+        _chunks(examples, batch_size), "predicting", total=steps, disable=not progress
+    ):
+        if skip_broken:
+            chunk = _readable(chunk, broken)
+        if not chunk:
+            continue
+        batch = collator(chunk)
+        inputs = paired(model, model_inputs(batch, device), batch.get("texts_per_image", 1))
+        start = time.perf_counter()
+        answers = answer(model, inputs, collator, len(chunk))
+        seconds += time.perf_counter() - start
+        predictions |= zip((example.id for example in chunk), answers, strict=True)
+    return Result(predictions, {}, seconds, len(predictions), broken)
+
+
+def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int) -> list[Any]:
+    """Predictions for `count` examples: the labels with the highest scores, or what a model that
+    writes has written.
+
+    Args:
+        model: reduced or not, in eval mode.
+        inputs: what its forward takes of a collated batch, on its device.
+        collator: that made the batch.
+
+    Raises:
+        ValueError: for outputs that are NaN, of which the largest means nothing.
+    """
+    with torch.inference_mode():
+        if isinstance(collator, WritingCollator):
+            written = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=MAX_ANSWER,
+                logits_processor=LogitsProcessorList([_Numbers()]),
+            )
+            return collator.read(written[:, inputs["input_ids"].shape[1] :])
+        logits = model(**inputs).logits.float().cpu()
+    if nan := int(logits.isnan().flatten(1).any(1).sum()):
+        raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(logits)} inputs"))
+    # Of texts that are ranked: from one score each to a row per image.
+    return collator.task.decode(collator.in_task_order(logits.reshape(count, -1)))
+
+
+class _Numbers(LogitsProcessor):
+    """Passes the logits of the next tokens on; raises ValueError for NaN."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if nan := int(scores.isnan().any(1).sum()):
+            raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(scores)} prompts"))
+        return scores
+
+
+def model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a model's forward takes of a collated batch, without what it learns from."""
+    return {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
+
+
+def paired(model: Any, inputs: dict[str, Tensor], texts_per_image: int) -> dict[str, Any]:
+    """Inputs with an image for every text; models that can repeat images after their vision tower
+    do it themselves."""
+    if texts_per_image == 1:
+        return inputs
+    if "texts_per_image" in inspect.signature(type(model.base_model).forward).parameters:
+        return {**inputs, "texts_per_image": texts_per_image}
+    images = {
+        name: inputs[name].repeat_interleave(texts_per_image, 0)
+        for name in ("pixel_values", "pixel_mask")
+    }
+    return {**inputs, **images}
+
+
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Result:
+    """Predict and score every example of a labelled split; `constant` in the metric is that of
+    `constant_accuracy`."""
+    result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
+    examples = [
+        replace(example, images=()) for example in examples
+    ]  # once, as they may be made on the fly
+    constant = constant_accuracy(collator.task, examples)
+    metric = collator.task.metric(result.predictions, examples) | {"constant": constant}
+    return Result(result.predictions, metric, result.seconds, result.examples)
+
+
+def constant_accuracy(task: Task, examples: Sequence[Example]) -> float:
+    """What the best answer that is always the same would score on these examples, in percent.
+
+    Any answer of the data counts, not only those that a model knows. Where texts are ranked no
+    answer can be the same; there it is what drawing one by lot scores.
+    """
+    if any(example.negatives for example in examples):
+        return round(
+            100 * sum(1 / (1 + len(example.negatives)) for example in examples) / len(examples), 2
+        )
+    scores: defaultdict[Any, float] = defaultdict(float)
+    for example in examples:
+        for label, score in task.answer_scores(example).items():
+            scores[label] += score
+    return round(100 * max(scores.values(), default=0.0) / len(examples), 2)
+
+
+def take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
+    """The examples with these numbers, made together where a task can do that."""
+    many = getattr(examples, "__getitems__", None)
+    return many(list(numbers)) if many else [examples[number] for number in numbers]
+
+
+def write_samples(
+    path: str | Path, result: Result, examples: Sequence[Example], collator: Collator
+) -> None:
+    """Write one JSON line per example: id, text, prediction, score where a label is known; all or
+    nothing."""
+    with replacing(path) as file:
+        for example in examples:
+            if example.id not in result.predictions:
+                continue
+            prediction = result.predictions[example.id]
+            row = {"id": example.id, "text": example.text, "prediction": prediction}
+            if example.target is not None:
+                row["score"] = collator.task.score(prediction, example)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), size):
+        yield take(examples, range(start, min(start + size, len(examples))))
+
+
+def _readable(chunk: Sequence[Example], broken: dict[Any, str]) -> list[Example]:
+    readable = []
+    for example in chunk:
+        try:
+            for image in example.images:
+                open_image(image, name=f"the image of example {example.id}")
+            readable.append(example)
+        except BrokenImageError as error:
+            broken[example.id] = str(error)
+    return readable

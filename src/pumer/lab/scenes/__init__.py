@@ -1,0 +1,2 @@
+"""The generated world: drawing, questions, statements and captions, their files, and the tasks on
+them."""

@@ -1,0 +1,192 @@
+"""Hypotheses about one picture, which it entails, contradicts or leaves open, as in visual
+entailment (SNLI-VE).
+
+A picture shows all there is, so that only a hypothesis about something that is not there is open:
+of a picture without a star, "the star is red" is neither true nor false (Strawson, "On Referring",
+1950). A hypothesis is neutral where the picture has no such thing, or not the number that the
+hypothesis speaks of; a contradiction where it has it, but other than said. Nothing is said of "the
+star" where there are several. There are no hypotheses that presuppose nothing ("there are two
+stars"), as none could be neutral.
+
+Three hypotheses go with three pictures, each picture entailing one, contradicting one and leaving
+one open, each
+hypothesis being entailed by one picture, contradicted by one and left open by one: neither words
+alone nor a picture alone say anything about the label.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pumer.lab.scenes.drawing import COLOURS, SHAPES, SIZES
+from pumer.lab.scenes.views import (
+    APART,
+    HALVES,
+    MIDDLE,
+    NUMBERS,
+    WAYS,
+    Description,
+    View,
+    article,
+    level,
+    many,
+    pick,
+    weighted,
+    words,
+)
+
+KINDS = {
+    "colour": 0.24,
+    "shape": 0.16,
+    "size": 0.18,
+    "count": 0.1,
+    "position": 0.16,
+    "relation": 0.16,
+}
+LABELS = ("contradiction", "neutral", "entailment")
+
+
+@dataclass(frozen=True)
+class SceneHypothesis:
+    """A sentence and what each of three pictures says of it, as places in LABELS; `kind` is a key
+    of KINDS."""
+
+    sentence: str
+    labels: tuple[int, ...]
+    kind: str
+
+
+def suppose(
+    seen: Sequence[View], dice: random.Random, kinds: Mapping[str, float] = KINDS
+) -> tuple[SceneHypothesis, ...] | None:
+    """Three hypotheses about three pictures, each of a kind drawn by weight.
+
+    Of another kind where the pictures allow none of that kind, and None where they allow none at
+    all.
+    """
+    one_way = pick(dice, (1, 2))
+    for turn in (
+        one_way,
+        3 - one_way,
+    ):  # the two ways to give each picture and each hypothesis all labels
+        found = []
+        for first in range(3):
+            order = (
+                first,
+                (first + turn) % 3,
+                (first + 2 * turn) % 3,
+            )  # contradicts, leaves open, entails
+            said = _suppose([seen[picture] for picture in order], dice, kinds)
+            if said is None:
+                break
+            found.append(
+                SceneHypothesis(
+                    said[1], tuple(order.index(picture) for picture in range(3)), said[0]
+                )
+            )
+        else:
+            return tuple(found)
+    return None
+
+
+def _suppose(
+    order: Sequence[View], dice: random.Random, kinds: Mapping[str, float]
+) -> tuple[str, str] | None:
+    """Kind and sentence for a picture that contradicts, one that leaves open and one that
+    entails."""
+    left = dict(kinds)
+    while left:
+        kind = list(left)[weighted(dice, list(left.values()))]
+        cases = list(_CASES[kind](*order))
+        if cases:
+            wording, parts = pick(dice, cases)
+            return kind, pick(dice, _WORDINGS[wording]).format(**parts)
+        del left[kind]
+    return None
+
+
+_WORDINGS = {
+    "colour": ("{the} is {value}", "the color of {the} is {value}"),
+    "shape": ("{the} is {value}", "{the} has the shape of {value}"),
+    "size": ("{the} is {value}", "{the} is a {value} one"),
+    "count": ("{the} are {value}",),
+    "same": ("{the} have the same {trait}", "{the} are of the same {trait}"),
+    "left": ("{the} is left of {other}", "{the} is to the left of {other}"),
+    "right": ("{the} is right of {other}", "{the} is to the right of {other}"),
+    "above": ("{the} is above {other}", "{the} is higher up than {other}"),
+    "below": ("{the} is below {other}", "{the} is lower down than {other}"),
+    "half": ("{the} is in the {half} half", "{the} is in the {half} half of the picture"),
+}
+_TRAITS = {"colour": COLOURS, "shape": tuple(map(article, SHAPES)), "size": SIZES}
+_LEVELS = {"colour": ("s", "zs"), "shape": ("c", "zc"), "size": ("s", "c", "cs"),
+           "count": ("s", "c", "cs"),
+           "position": ("s", "c", "cs", "zc", "zs"), "relation": ("s", "c", "cs", "zc",
+                        "zs")}  # fmt: skip
+
+# A case: the key of a wording and what goes into it
+_Case = tuple[str, dict[str, str]]
+
+
+def _subjects(no: View, yes: View, levels: Sequence[str]) -> Iterator[tuple[Description, int, int]]:
+    """What both pictures have exactly one of, with its place in each."""
+    for description, places in yes.fits.items():
+        if len(places) == 1 == no.count(description) and level(description) in levels:
+            yield description, no.fits[description][0], places[0]
+
+
+def _trait(kind: str) -> Callable[[View, View, View], Iterator[_Case]]:
+    def cases(no: View, open_: View, yes: View) -> Iterator[_Case]:
+        for description, _, _ in _subjects(no, yes, _LEVELS[kind]):
+            value = yes.values(description, kind)
+            if value != no.values(description, kind) and not open_.count(description):
+                yield kind, {"the": "the " + words(description), "value": _TRAITS[kind][value[0]]}
+
+    return cases
+
+
+def _counted(no: View, open_: View, yes: View) -> Iterator[_Case]:
+    for description, places in yes.fits.items():
+        number = len(places)
+        if (
+            not 2 <= number < len(NUMBERS)
+            or no.count(description) != number
+            or open_.count(description) == number
+        ):
+            continue
+        if level(description) not in _LEVELS["count"]:
+            continue
+        the = f"the {NUMBERS[number]} {many(description)}"
+        for trait, values in (("colour", COLOURS), ("size", SIZES)):
+            if trait == "colour" and description[1] >= 0:
+                continue
+            said, denied = set(yes.values(description, trait)), set(no.values(description, trait))
+            if len(said) == 1 and said != denied:
+                yield "count", {"the": the, "value": values[said.pop()]}
+                if len(denied) > 1:
+                    yield "same", {"the": the, "trait": {"colour": "color"}.get(trait, trait)}
+
+
+def _position(no: View, open_: View, yes: View) -> Iterator[_Case]:
+    for description, a, b in _subjects(no, yes, _LEVELS["position"]):
+        if not open_.count(description):
+            for way in WAYS:
+                if no.towards[way][a] < -MIDDLE and yes.towards[way][b] > MIDDLE:
+                    yield "half", {"the": "the " + words(description), "half": HALVES[way]}
+
+
+def _relation(no: View, open_: View, yes: View) -> Iterator[_Case]:
+    subjects = list(_subjects(no, yes, _LEVELS["relation"]))
+    for what, a, b in subjects:
+        for other, c, d in subjects:
+            if open_.count(what) and open_.count(other):
+                continue
+            for way in WAYS:
+                wrong, right = no.towards[way], yes.towards[way]
+                if wrong[c] - wrong[a] >= APART and right[b] - right[d] >= APART:
+                    yield way, {"the": "the " + words(what), "other": "the " + words(other)}
+
+
+_CASES: dict[str, Callable[[View, View, View], Iterator[_Case]]] = {
+    **{kind: _trait(kind) for kind in _TRAITS}, "count": _counted, "position": _position,
+    "relation": _relation
+}  # fmt: skip

@@ -1,0 +1,261 @@
+"""NLVR2, visual entailment and retrieval on generated pictures, made on the fly.
+
+The same pictures and sentences as official files come from `pumer data scenes`; the metrics are the
+official tasks'.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from pumer.lab.data.images import ImageSource
+from pumer.lab.scenes import hypotheses as scene_hypotheses
+from pumer.lab.scenes import statements as scene_statements
+from pumer.lab.scenes.captions import describe, mistake
+from pumer.lab.scenes.drawing import Scenes, draw
+from pumer.lab.scenes.hypotheses import suppose
+from pumer.lab.scenes.sets import draw_sets
+from pumer.lab.scenes.statements import PAIRS, state
+from pumer.lab.scenes.tasks import SEEDS, MadeExamples
+from pumer.lab.scenes.views import dice_of, pick, views
+from pumer.lab.tasks.base import Example, Task
+from pumer.lab.tasks.nlvr2 import NLVR2
+from pumer.lab.tasks.retrieval import Pool, Retrieval
+from pumer.lab.tasks.snli_ve import SNLIVE
+
+_OTHERS = 8  # pictures that lend each other their captions
+_OTHER_SIZE = 32  # side of pictures of which only the captions are wanted
+
+
+@dataclass(frozen=True)
+class SceneTask(Task):
+    """What the tasks share; examples are deterministic by seed and number.
+
+    Args:
+        questions: examples in a split.
+        image_size: side in pixels.
+        seed: added to the split's own seed.
+    """
+
+    official: ClassVar[Task]
+    """The task whose metric and files these are."""
+    questions: int = 5000
+    image_size: int = 96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.questions < 1:
+            raise ValueError("questions is a whole number from 1")
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.official.labels
+
+    @abstractmethod
+    def make(self, split: str, indices: list[int]) -> list[Example]:
+        """The examples with these numbers, their pictures drawn together."""
+
+    def examples(self, split: str) -> Sequence[Example]:
+        self._seed(split)
+        return MadeExamples(partial(self.make, split), self.questions)
+
+    def score(self, prediction: Any, example: Example) -> float:
+        return self.official.score(prediction, example)
+
+    def decode(self, logits: Tensor) -> list[Any]:
+        return self.official.decode(logits)
+
+    def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+        """What the official task reports, and accuracy per kind of sentence, in percent."""
+        kinds: dict[str, list[float]] = {}
+        for score, example in zip(scores, examples, strict=True):
+            kinds.setdefault(example.meta["kind"], []).append(score)
+        found = {
+            kind: round(100 * sum(values) / len(values), 2)
+            for kind, values in sorted(kinds.items())
+        }
+        return self.official.details(scores, examples) | found
+
+    def write_predictions(
+        self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
+    ) -> None:
+        self.official.write_predictions(path, predictions, examples)
+
+    def _seed(self, split: str) -> int:
+        if split not in SEEDS:
+            raise ValueError(f"scenes have the splits {', '.join(SEEDS)}, not {split!r}")
+        return SEEDS[split] + 10 * self.seed
+
+
+@dataclass(frozen=True)
+class ScenesNLVR2(SceneTask):
+    """Scenes-NLVR2: is a sentence true of two pictures? See `pumer.lab.scenes.statements`.
+
+    Four examples in turn share a sentence and four pictures, which are drawn anew for each if
+    examples are asked for in a random order.
+
+    Args:
+        kinds: weight of every kind of sentence; the benchmark's own if not given.
+    """
+
+    name: ClassVar[str] = "scenes-nlvr2"
+    loss_kind: ClassVar[Literal["soft", "class", "rank"]] = "class"
+    image_count: ClassVar[int] = 2
+    official: ClassVar[Task] = NLVR2(root="")
+    kinds: Mapping[str, float] | None = None
+
+    def make(self, split: str, indices: list[int]) -> list[Example]:
+        say = partial(state, kinds=self.kinds or scene_statements.KINDS)
+        wanted = [divmod(index, len(PAIRS)) for index in indices]
+        scenes, sets = draw_sets(
+            self._seed(split), [n for n, _ in wanted], 4, say, image_size=self.image_size
+        )
+        images = _images(scenes)
+        examples = []
+        for number, pair in wanted:
+            rows, statement = sets[number].rows, sets[number].said
+            examples.append(
+                Example(
+                    id=f"{split}-{number}-{pair}-0",
+                    text=statement.sentence,
+                    images=tuple(images[rows[place]] for place in PAIRS[pair]),
+                    target=int(statement.labels[pair]),
+                    cluster=number,
+                    meta={"kind": statement.kind, "group": (split, number)},
+                )
+            )
+        return examples
+
+
+@dataclass(frozen=True)
+class ScenesVE(SceneTask):
+    """Scenes-VE: does a picture contradict a hypothesis, leave it open, or entail it?
+    `pumer.lab.scenes.hypotheses` says what that means.
+
+    Nine examples in turn share three pictures and three hypotheses; the pictures are drawn anew for
+    each if examples are asked for in a random order.
+
+    Args:
+        kinds: weight of every kind of hypothesis; the benchmark's own if not given.
+    """
+
+    name: ClassVar[str] = "scenes-ve"
+    loss_kind: ClassVar[Literal["soft", "class", "rank"]] = "class"
+    official: ClassVar[Task] = SNLIVE(root="")
+    kinds: Mapping[str, float] | None = None
+
+    def make(self, split: str, indices: list[int]) -> list[Example]:
+        say = partial(suppose, kinds=self.kinds or scene_hypotheses.KINDS)
+        wanted = [divmod(index, 9) for index in indices]
+        scenes, sets = draw_sets(
+            self._seed(split), [n for n, _ in wanted], 3, say, image_size=self.image_size
+        )
+        images = _images(scenes)
+        examples = []
+        for number, place in wanted:
+            picture, hypothesis = place // 3, sets[number].said[place % 3]
+            label = hypothesis.labels[picture]
+            examples.append(
+                Example(
+                    id=f"{3 * number + picture}.jpg#0r1{self.labels[label][0]}",
+                    text=hypothesis.sentence,
+                    images=(images[sets[number].rows[picture]],),
+                    target=label,
+                    cluster=number,
+                    meta={"kind": hypothesis.kind},
+                )
+            )
+        return examples
+
+
+@dataclass(frozen=True)
+class ScenesRetrieval(SceneTask):
+    """Scenes-retrieval: which caption belongs to a picture, which picture to a caption?
+
+    An example is a picture, a caption of it and others that do not fit it: in turn its own with one
+    thing changed and one of another picture. What is published for retrieval takes `pool` and
+    `pumer.lab.tasks.retrieval.recalls`.
+
+    Args:
+        negatives: captions in an example that do not fit.
+        pictures: in a pool, with five captions each.
+    """
+
+    name: ClassVar[str] = "scenes-retrieval"
+    loss_kind: ClassVar[Literal["soft", "class", "rank"]] = "rank"
+    official: ClassVar[Task] = Retrieval(root="")
+    negatives: int = 7
+    pictures: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives < 0 or self.pictures < 1:
+            raise ValueError("negatives is a whole number from 0, pictures from 1")
+
+    def make(self, split: str, indices: list[int]) -> list[Example]:
+        seed = self._seed(split)
+        scenes = draw(seed, indices, image_size=self.image_size)
+        near = [
+            first + k
+            for first in sorted({i // _OTHERS * _OTHERS for i in indices})
+            for k in range(_OTHERS)
+        ]
+        others = dict(zip(near, views(draw(seed, near, image_size=_OTHER_SIZE)), strict=True))
+        examples = []
+        for index, view, image in zip(indices, views(scenes), _images(scenes), strict=True):
+            dice = dice_of(seed, index)
+            caption = pick(dice, describe(view, dice))
+            wrong: dict[str, None] = {}
+            lender = 0
+            while len(wrong) < self.negatives:
+                if len(wrong) % 2:
+                    lender += 1
+                    other = describe(others[index ^ (lender % (_OTHERS - 1) + 1)], dice, 1)[0]
+                    if other.fits(view):
+                        continue
+                else:
+                    other = mistake(caption, view, dice)
+                wrong[other.text] = None
+            examples.append(
+                Example(
+                    id=index,
+                    text=caption.text,
+                    images=(image,),
+                    target=0,
+                    cluster=index,
+                    meta={"kind": caption.kind},
+                    negatives=tuple(wrong),
+                )
+            )
+        return examples
+
+    def pool(self, split: str) -> Pool:
+        """The first `pictures` of a split and five captions of each."""
+        seed, numbers = self._seed(split), list(range(self.pictures))
+        each = 5
+        scenes = draw(seed, numbers, image_size=self.image_size)
+        captions = [
+            caption.text
+            for number, view in zip(numbers, views(scenes), strict=True)
+            for caption in describe(view, dice_of(seed, number), each)
+        ]
+        return Pool(
+            images=_images(scenes),
+            image_ids=numbers,
+            captions=captions,
+            caption_ids=list(range(len(captions))),
+            image_of=np.arange(len(captions)) // each,
+        )
+
+
+def _images(scenes: Scenes) -> list[ImageSource]:
+    return [Image.fromarray(image) for image in scenes.images.permute(0, 2, 3, 1).numpy()]

@@ -1,0 +1,224 @@
+"""Generated pictures as data sets on disk in the official files of NLVR2, SNLI-VE and Karpathy's
+retrieval splits.
+
+Every writer takes how many pictures each split gets and writes all splits; no picture is in two of
+them. Splits take their numbers of the seed in turn, so that another first split moves the others.
+`out` appears only when everything is written. `progress` shows a bar if stderr is a terminal.
+Pictures are PNG, whatever the official ones are. All writers return `out` and raise ValueError when
+it exists and is not empty, for splits that the data set does not have and for splits without a
+picture.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pumer._files import new_folder
+from pumer.lab.scenes.captions import describe
+from pumer.lab.scenes.drawing import Scenes, draw
+from pumer.lab.scenes.files import batches, save
+from pumer.lab.scenes.hypotheses import LABELS, SceneHypothesis, suppose
+from pumer.lab.scenes.sets import SceneSet, draw_sets
+from pumer.lab.scenes.statements import PAIRS, SceneStatement, state
+from pumer.lab.scenes.views import View, dice_of, views
+
+SPLITS = {
+    "nlvr2": ("train", "dev", "test1", "test2"),
+    "snli-ve": ("train", "dev", "test"),
+    "flickr30k": ("train", "val", "test"),
+    "coco": ("train", "restval", "val", "test"),
+}
+_PER_DIRECTORY = 100  # sets of NLVR2's training images
+_SIX = 16  # one picture in so many has six captions in COCO's flavour, as some of COCO's have
+
+
+def write_nlvr2(
+    out: str | os.PathLike[str],
+    seed: int,
+    splits: Mapping[str, int],
+    image_size: int = 96,
+    progress: bool = True,
+) -> Path:
+    """Write `{split}.json`, JSON objects by line, and `images/train/<directory>/`, `dev/`,
+    `test1/`, `test2/`.
+
+    Four pictures make a set, begun ones are made whole: four pairs and one sentence.
+    """
+    with new_folder(out) as folder:
+        for split, sets in _numbers("nlvr2", splits, 4):
+            lines: list[dict[str, Any]] = []
+            for numbers in batches(sets, split, progress):
+                scenes, said = draw_sets(seed, numbers, 4, state, image_size=image_size)
+                for number in numbers:
+                    lines += _nlvr2_set(folder, split, number, seed, scenes, said[number])
+            _write_lines(folder / f"{split}.json", lines)
+    return Path(out)
+
+
+def _nlvr2_set(
+    folder: Path, split: str, number: int, seed: int, scenes: Scenes, made: SceneSet[SceneStatement]
+) -> Iterator[dict[str, Any]]:
+    directory = number // _PER_DIRECTORY
+    place = folder / "images" / "train" / str(directory) if split == "train" else folder / split
+    place.mkdir(parents=True, exist_ok=True)
+    for pair, (sides, label) in enumerate(zip(PAIRS, made.said.labels, strict=True)):
+        for side, picture in enumerate(sides):
+            save(
+                scenes.images[made.rows[picture]], place / f"{split}-{number}-{pair}-img{side}.png"
+            )
+        left, right = (f"scenes:{seed}/{number}/{picture}" for picture in sides)
+        extra = (
+            {"directory": directory}
+            if split == "train"
+            else {"extra_validations": {"1": str(label)}}
+        )
+        yield {
+            "identifier": f"{split}-{number}-{pair}-0",
+            "sentence": made.said.sentence,
+            "label": str(label),
+            "left_url": left,
+            "right_url": right,
+            "writer": "0",
+            "validation": {"0": str(label)},
+            "synset": made.said.kind,
+            "query": f"{made.said.kind}{number}",
+            **extra,
+        }
+
+
+def write_snli_ve(
+    out: str | os.PathLike[str],
+    seed: int,
+    splits: Mapping[str, int],
+    image_size: int = 96,
+    progress: bool = True,
+) -> Path:
+    """Write `snli_ve_{split}.jsonl` and `flickr30k_images/`.
+
+    Three pictures make a set, begun ones are made whole: three hypotheses for each, of all three
+    labels.
+    """
+    with new_folder(out) as folder:
+        (folder / "flickr30k_images").mkdir()
+        for split, sets in _numbers("snli-ve", splits, 3):
+            lines: list[dict[str, Any]] = []
+            for numbers in batches(sets, split, progress):
+                scenes, said = draw_sets(seed, numbers, 3, suppose, image_size=image_size)
+                seen = views(scenes)
+                for number in numbers:
+                    for place, row in enumerate(said[number].rows):
+                        picture = 3 * number + place
+                        save(scenes.images[row], folder / "flickr30k_images" / f"{picture}.png")
+                        lines += _snli_ve_picture(
+                            picture, place, seen[row], seed, said[number].said
+                        )
+            _write_lines(folder / f"snli_ve_{split}.jsonl", lines)
+    return Path(out)
+
+
+def _snli_ve_picture(
+    picture: int, place: int, view: View, seed: int, hypotheses: tuple[SceneHypothesis, ...]
+) -> Iterator[dict[str, Any]]:
+    caption = describe(view, dice_of(seed, picture), 1)[0].text
+    for hypothesis in hypotheses:
+        label = LABELS[hypothesis.labels[place]]
+        line: dict[str, Any] = {
+            "Flickr30K_ID": str(picture),
+            "annotator_labels": [label],
+            "captionID": f"{picture}.jpg#0",
+            "gold_label": label,
+            "pairID": f"{picture}.jpg#0r1{label[0]}",
+        }
+        for name, text in (("sentence1", caption), ("sentence2", hypothesis.sentence)):
+            line |= {
+                name: text,
+                f"{name}_binary_parse": f"( {text} )",
+                f"{name}_parse": f"(ROOT {text})",
+            }
+        yield dict(sorted(line.items()))
+
+
+def write_karpathy(
+    out: str | os.PathLike[str],
+    seed: int,
+    splits: Mapping[str, int],
+    dataset: Literal["flickr30k", "coco"] = "flickr30k",
+    image_size: int = 96,
+    progress: bool = True,
+) -> Path:
+    """Write `dataset_flickr30k.json` with `flickr30k_images/`, or `dataset_coco.json` with
+    `train2014/`, `val2014/`.
+
+    Five captions a picture; in COCO's flavour some have six.
+    """
+    images: list[dict[str, Any]] = []
+    with new_folder(out) as folder:
+        for split, pictures in _numbers(dataset, splits, 1):
+            for numbers in batches(pictures, split, progress):
+                scenes = draw(seed, numbers, image_size=image_size)
+                for number, image, view in zip(numbers, scenes.images, views(scenes), strict=True):
+                    many = 6 if dataset == "coco" and number % _SIX == 0 else 5
+                    captions = [
+                        caption.text for caption in describe(view, dice_of(seed, number), many)
+                    ]
+                    first = images[-1]["sentids"][-1] + 1 if images else 0
+                    images.append(_karpathy_image(number, split, dataset, captions, first))
+                    path = (
+                        folder
+                        / images[-1].get("filepath", "flickr30k_images")
+                        / images[-1]["filename"]
+                    )
+                    path.parent.mkdir(exist_ok=True)
+                    save(image, path)
+        (folder / f"dataset_{dataset}.json").write_text(
+            json.dumps({"dataset": dataset, "images": images})
+        )
+    return Path(out)
+
+
+def _karpathy_image(
+    number: int, split: str, dataset: str, captions: list[str], first: int
+) -> dict[str, Any]:
+    """The entry of an image whose captions are numbered from `first`."""
+    entry: dict[str, Any] = {
+        "split": split,
+        "imgid": number,
+        "filename": f"{number}.png",
+        "sentids": list(range(first, first + len(captions))),
+        "sentences": [
+            {"tokens": re.findall(r"\w+", text), "raw": text, "imgid": number, "sentid": sentid}
+            for sentid, text in enumerate(captions, first)
+        ],
+    }
+    if dataset == "coco":
+        folder = "train2014" if split == "train" else "val2014"
+        entry |= {
+            "filepath": folder,
+            "cocoid": number,
+            "filename": f"COCO_{folder}_{number:012d}.png",
+        }
+    return entry
+
+
+def _numbers(dataset: str, splits: Mapping[str, int], size: int) -> list[tuple[str, range]]:
+    """For each split the numbers of its sets of `size` pictures."""
+    unknown = [split for split in splits if split not in SPLITS[dataset]]
+    if unknown or not splits or min(splits.values()) < 1:
+        raise ValueError(
+            f"the splits {dict(splits)} do not fit; {dataset} has {', '.join(SPLITS[dataset])}, "
+            "each with a picture at "
+            "least."
+        )
+    ends = list(itertools.accumulate(-(-pictures // size) for pictures in splits.values()))
+    return [
+        (split, range(start, end))
+        for split, start, end in zip(splits, [0, *ends], ends, strict=False)
+    ]
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,59 @@
+"""Sets of pictures of `scenes` that belong together because of what is said of them."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+import torch
+
+from pumer.lab.scenes.drawing import Scenes, draw
+from pumer.lab.scenes.views import View, dice_of, views
+
+_ATTEMPTS = 1024  # picture numbers kept for one picture; few sets need two of them
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SceneSet(Generic[T]):
+    """What is `said` of the pictures in `rows` of a batch."""
+
+    rows: range
+    said: T
+
+
+def draw_sets(
+    seed: int,
+    index: Iterable[int],
+    size: int,
+    say: Callable[[Sequence[View], random.Random], T | None],
+    *,
+    image_size: int = 96,
+) -> tuple[Scenes, dict[int, SceneSet[T]]]:
+    """Draw the sets number `index` of `seed`, of `size` pictures each, and say something of each.
+
+    Where `say` finds nothing to say of a set's pictures, others are drawn for it. A set depends on
+    the seed and its number, not on the batch. Returns the pictures, in no particular order, and the
+    sets by number. Raises ValueError as `draw` does.
+    """
+    batches, sets, done = [], {}, 0
+    missing = list(dict.fromkeys(index))
+    for attempt in range(_ATTEMPTS):
+        pictures = [
+            (number * _ATTEMPTS + attempt) * size + k for number in missing for k in range(size)
+        ]
+        scenes = draw(seed, pictures, image_size=image_size)
+        seen = views(scenes)
+        for place, number in enumerate(missing):
+            said = say(seen[place * size : (place + 1) * size], dice_of(seed, number, attempt))
+            if said is not None:
+                sets[number] = SceneSet(range(done + place * size, done + (place + 1) * size), said)
+        batches.append(scenes)
+        done += len(pictures)
+        missing = [number for number in missing if number not in sets]
+        if not missing:
+            break
+    assert not missing, "nothing can be said of any picture"
+    return Scenes(
+        *(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(Scenes))
+    ), sets

@@ -1,0 +1,163 @@
+"""Questions about generated pictures, made on the fly: the built-in benchmark, and endless training
+data.
+
+The same pictures as official VQAv2 files come from `pumer data scenes`; both are read with the same
+metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pumer.lab.scenes import drawing as scene_data
+from pumer.lab.scenes.drawing import draw, patch_offsets, patch_targets
+from pumer.lab.scenes.questions import ANSWERS, KINDS, SceneQuestion, ask, referent_targets
+from pumer.lab.tasks.base import Example, Task
+from pumer.lab.tasks.vqa_answers import write_answers
+
+SEEDS = {"train": 1, "val": 2, "test": 3}
+
+
+@dataclass(frozen=True)
+class Scenes(Task):
+    """Scenes-VQA: pictures of 4 to 10 textured shapes with template questions, deterministic by
+    seed.
+
+    Args:
+        questions: in a split.
+        per_picture: questions about one picture.
+        image_size: side in pixels.
+        patch_size: if given, examples carry dense targets for patches of this size in
+            `meta["patch_labels"]` (`dense_labels`), which only training uses.
+        seed: added to the split's own seed.
+        kinds: weight of every kind of question, for training on what is hard; the benchmark's own
+            if not given.
+    """
+
+    name: ClassVar[str] = "scenes"
+    loss_kind: ClassVar[Literal["soft", "class"]] = "soft"
+    questions: int = 5000
+    per_picture: int = 1
+    image_size: int = 96
+    patch_size: int | None = None
+    seed: int = 0
+    kinds: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.questions < 1 or self.per_picture < 1:
+            raise ValueError("questions and per_picture are whole numbers from 1")
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return ANSWERS
+
+    def examples(self, split: str) -> MadeExamples:
+        if split not in SEEDS:
+            raise ValueError(f"scenes have the splits {', '.join(SEEDS)}, not {split!r}")
+        return MadeExamples(partial(self.make, SEEDS[split] + 10 * self.seed), self.questions)
+
+    def make(self, seed: int, indices: list[int]) -> list[Example]:
+        """The examples of a seed with these numbers, their pictures drawn together."""
+        each = self.per_picture
+        pictures = sorted({index // each for index in indices})
+        scenes = draw(seed, pictures, image_size=self.image_size)
+        questions = ask(scenes, seed, pictures, per_picture=each, kinds=self.kinds or KINDS)
+        row = {picture: number for number, picture in enumerate(pictures)}
+        chosen = [questions[row[index // each] * each + index % each] for index in indices]
+        size = self.patch_size
+        labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
+        images = scenes.images.permute(0, 2, 3, 1).numpy()
+        return [
+            Example(
+                id=index,
+                text=question.question,
+                images=(Image.fromarray(images[question.picture]),),
+                target={ANSWERS.index(question.answer): 1.0},
+                cluster=index // each,
+                meta={"kind": question.kind, "answer": question.answer}
+                | ({} if label is None else {"patch_labels": label}),
+            )
+            for index, question, label in zip(indices, chosen, labels, strict=True)
+        ]
+
+    def score(self, prediction: Any, example: Example) -> float:
+        return float(prediction == example.meta["answer"])
+
+    def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+        """Accuracy per kind of question, in percent."""
+        kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for score, example in zip(scores, examples, strict=True):
+            kinds[example.meta["kind"]].append(score)
+        return {
+            kind: round(100 * sum(values) / len(values), 2)
+            for kind, values in kinds.items()
+            if values
+        }
+
+    def write_predictions(
+        self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
+    ) -> None:
+        write_answers(path, predictions, examples)
+
+
+class MadeExamples(Sequence[Example]):
+    """Examples made when asked for, many at a time where a loader asks for many."""
+
+    def __init__(self, make: Callable[[list[int]], list[Example]], length: int) -> None:
+        self._make, self._length = make, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.__getitems__(list(range(*index.indices(len(self)))))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Example]:
+        """The examples with these numbers, their pictures drawn together."""
+        if any(not 0 <= index < len(self) for index in indices):
+            raise IndexError("example number out of range")
+        return self._make(indices)
+
+
+def dense_labels(
+    scenes: scene_data.Scenes, questions: Sequence[SceneQuestion], patch_size: int
+) -> Tensor:
+    """What every patch shows and what that has to do with the question: int64 [Q, N, 7].
+
+    Class of the colour and of the shape; whether the question is about it (1; 2 for the second
+    object of a comparison); the way to the object's middle, across and down, in pixels; and for the
+    first object of a comparison whether the second lies to the left (1) or right (2) and above (1)
+    or below (2), else 0. With the last two in view, comparing becomes matching a word with a
+    feature, which small models learn long before they learn to compare.
+    """
+    rows = torch.tensor([question.picture for question in questions])
+    colour, shape = patch_targets(scenes, patch_size)
+    compared = [
+        replace(q, referents=q.referents if q.kind == "relation" else ()) for q in questions
+    ]
+    asked = referent_targets(scenes, questions, patch_size).long()
+    second = referent_targets(
+        scenes, [replace(q, referents=q.referents[1:]) for q in compared], patch_size
+    ).long()
+    first = referent_targets(
+        scenes, [replace(q, referents=q.referents[:1]) for q in compared], patch_size
+    ).long()
+    pairs = torch.tensor([q.referents if q.referents else (0, 0) for q in compared])
+    sides = []
+    for centre in (scenes.x[rows], scenes.y[rows]):
+        one, other = centre.gather(1, pairs).unbind(1)
+        sides.append(first * torch.where(other < one, 1, 2)[:, None])
+    known = torch.stack([colour[rows], shape[rows], asked + second], dim=-1)
+    return torch.cat(
+        [known, patch_offsets(scenes, patch_size)[rows], torch.stack(sides, dim=-1)], dim=-1
+    )

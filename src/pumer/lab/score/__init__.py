@@ -1,0 +1,7 @@
+"""Scores of many images with many texts: towers once, layers per pair, streamed to disk, over many
+devices."""
+
+from pumer.lab.score.job import Job
+from pumer.lab.score.run import score_pairs, stream_pairs
+
+__all__ = ["Job", "score_pairs", "stream_pairs"]

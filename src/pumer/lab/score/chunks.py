@@ -1,0 +1,195 @@
+"""A matrix of scores in chunks: which pairs each holds, and how they lie on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pumer._files import LOCK, file_digest, replacing
+
+FORMAT = 1
+"""Version of what a folder of scores holds."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Blocks of images times blocks of texts, numbered from 0, all texts of a block of images
+    first.
+
+    Args:
+        images: rows of the matrix.
+        texts: its columns.
+        chunk_images: rows of a chunk; the last ones may have fewer.
+        chunk_texts: columns of a chunk; the last ones may have fewer.
+
+    Raises:
+        ValueError: if any of them is below 1.
+    """
+
+    images: int
+    texts: int
+    chunk_images: int
+    chunk_texts: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1")
+
+    def __len__(self) -> int:
+        return -(-self.images // self.chunk_images) * -(-self.texts // self.chunk_texts)
+
+    def __getitem__(self, number: int) -> tuple[slice, slice]:
+        """Images and texts of a chunk."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"there are {len(self)} chunks, none is numbered {number}")
+        row, column = divmod(number, -(-self.texts // self.chunk_texts))
+        first, left = row * self.chunk_images, column * self.chunk_texts
+        bottom, right = (
+            min(first + self.chunk_images, self.images),
+            min(left + self.chunk_texts, self.texts),
+        )
+        return slice(first, bottom), slice(left, right)
+
+    def shape(self, number: int) -> tuple[int, int]:
+        """Rows and columns of a chunk."""
+        rows, columns = self[number]
+        return rows.stop - rows.start, columns.stop - columns.start
+
+
+class Matrix:
+    """Scores in a folder: `manifest.json`, a file for each finished chunk, and in the end
+    `scores.npy` alone.
+
+    What is killed at any moment leaves finished chunks and nothing that looks like one, and a file
+    that was cut or changed later is computed again. Any number of processes may write chunks at the
+    same time.
+    """
+
+    def __init__(self, folder: str | Path, chunks: Chunks, fingerprint: dict[str, Any]) -> None:
+        """Start a matrix, or go on with one; raises ValueError if the folder holds anything
+        else."""
+        self.folder, self.chunks = Path(folder), chunks
+        self._parts = self.folder / "chunks"
+        manifest = {"format": FORMAT, **fingerprint}
+        file = self.folder / "manifest.json"
+        if file.is_file():
+            self._compare(file, json.loads(json.dumps(manifest)))
+        elif self.folder.exists() and not {entry.name for entry in self.folder.iterdir()} <= {
+            self._parts.name,
+            LOCK,
+        }:
+            raise ValueError(f"{self.folder} holds files that are no scores: give another folder")
+        self._parts.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            with replacing(file) as stream:
+                stream.write(json.dumps(manifest, indent=2) + "\n")
+        self.damaged = self.file.is_file() and not self._intact()
+        """Whether the file of all scores was there and had changed; it is computed again."""
+        if self.damaged:
+            self.file.unlink(missing_ok=True)  # by another process, if several have started
+        self._tidy()
+
+    def _compare(self, file: Path, manifest: dict[str, Any]) -> None:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            differing = [name for name in manifest if found.get(name) != manifest[name]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): delete {self.folder}, or give another folder"
+            ) from error
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds scores of something else (other {', '.join(differing)}): "
+                "give another folder, "
+                "the same settings, or delete it"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and texts."""
+        return self.chunks.images, self.chunks.texts
+
+    @property
+    def _digest(self) -> Path:
+        """The digest of the whole matrix, as `sha256sum` writes it."""
+        return self.folder / "scores.npy.sha256"
+
+    @property
+    def file(self) -> Path:
+        """The whole matrix, float32 [images, texts] in NumPy's format, there once it is
+        complete."""
+        return self.folder / "scores.npy"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every score is there, in one file."""
+        return self.file.is_file()
+
+    def missing(self) -> list[int]:
+        """The chunks that are not finished."""
+        if self.complete:
+            return []
+        return [number for number in range(len(self.chunks)) if not self._finished(number)]
+
+    def write(self, number: int, scores: Tensor) -> None:
+        """Keep a finished chunk."""
+        assert tuple(scores.shape) == self.chunks.shape(number)
+        with replacing(self._part(number), "wb") as file:
+            file.write(scores.numpy().astype("<f4").tobytes())
+
+    def assemble(self) -> None:
+        """Make one file of all chunks, which are then deleted."""
+        if not self.complete:
+            with replacing(self.file, "wb") as file:
+                whole = np.lib.format.open_memmap(
+                    file.name, mode="w+", dtype="<f4", shape=self.shape
+                )
+                for number in range(len(self.chunks)):
+                    scores = np.fromfile(self._part(number), dtype="<f4")
+                    whole[self.chunks[number]] = scores.reshape(self.chunks.shape(number))
+                whole.flush()
+                with replacing(
+                    self._digest
+                ) as line:  # first, so that there are no scores without it
+                    line.write(f"{file_digest(Path(file.name)).hex()}  {self.file.name}\n")
+        self._tidy()
+
+    def open(self) -> np.ndarray:
+        """The whole matrix, read from disk where it is looked at; writing to it does not change the
+        file."""
+        return np.load(self.file, mmap_mode="c")
+
+    def _part(self, number: int) -> Path:
+        return self._parts / f"{number:08d}.f4"
+
+    def _finished(self, number: int) -> bool:
+        rows, columns = self.chunks.shape(number)
+        part = self._part(number)
+        return part.is_file() and part.stat().st_size == 4 * rows * columns
+
+    def _intact(self) -> bool:
+        """Whether the file of all scores is as long as it should be, and as it was written."""
+        try:
+            scores = np.load(self.file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        if scores.shape != self.shape or scores.dtype != np.dtype("<f4"):
+            return False
+        if not self._digest.is_file():  # of an earlier version
+            return True
+        return self._digest.read_text(encoding="utf-8").split()[:1] == [
+            file_digest(self.file).hex()
+        ]
+
+    def _tidy(self) -> None:
+        """Delete the chunks of a complete matrix: a process may have been killed before it got to
+        that."""
+        if self.complete:
+            shutil.rmtree(self._parts, ignore_errors=True)

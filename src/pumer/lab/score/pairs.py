@@ -1,0 +1,111 @@
+"""What is computed once per image, once per text, and per pair.
+
+METER runs each tower once, and its fusion layers for every pair. ViLT has one encoder for both:
+only the patches are embedded once, and nearly everything is left per pair.
+
+Shape suffixes: B batch, T text tokens, I image tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from pumer.adapters.encoder.vilt import embed_patches
+from pumer.adapters.rebind import rebind
+from pumer.api import active
+from pumer.reducers import Pool
+
+Inputs = dict[str, Tensor]
+
+
+class Pairs(ABC):
+    """A model in its parts; they follow the reducer that is in force when they are called."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @abstractmethod
+    def images(self, pixel_values_B3HW: Tensor) -> list[Any]:
+        """What becomes of each picture before it meets a text."""
+
+    @abstractmethod
+    def texts(self, inputs: Inputs) -> Any:
+        """What becomes of a batch of texts before they meet a picture; `inputs` [B,T] are the
+        tokenizer's."""
+
+    @abstractmethod
+    def score(self, image: Any, texts: Any) -> Tensor:
+        """Scores [B] of one picture with every text of a batch, each as `images` and `texts` gave
+        it."""
+
+
+class MeterPairs(Pairs):
+    """`MeterForImageAndTextRetrieval`."""
+
+    def images(self, pixel_values_B3HW: Tensor) -> list[Any]:
+        encoded = self.model.meter.encode_image(pixel_values_B3HW)
+        return [encoded[row : row + 1] for row in range(len(encoded))]
+
+    def texts(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self.model.meter.encode_text(**inputs)
+
+    def score(self, image: Any, texts: tuple[Tensor, Tensor]) -> Tensor:
+        states_BTD, mask_BT = texts
+        fused = self.model.meter.fuse(states_BTD, mask_BT, image, texts_per_image=len(states_BTD))
+        return self.model.score(fused.pooler_output).logits[:, 0]
+
+
+class ViltPairs(Pairs):
+    """`ViltForImageAndTextRetrieval`; the images are what its forward takes of them.
+
+    Of a picture with more patches than `config.max_image_length` evenly spaced ones are taken, as
+    under a reducer; the stock model draws them at random, so that no two forwards agree.
+    """
+
+    def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
+        patch = active(self.model)
+        if patch is not None and isinstance(patch.reducer, Pool):
+            # It goes by place, which the model is not told of patches that come embedded.
+            return [{"pixel_values": picture} for picture in pixel_values_B3HW.split(1)]
+        embeddings = self.model.vilt.embeddings
+        # In a call of the module, since offload hooks bring in its parameters for a call alone.
+        rebound = rebind(embeddings, "forward", embed_patches)
+        try:
+            states_BID, mask_BI, _, _ = embeddings(pixel_values_B3HW, None)
+        finally:
+            rebound.undo()
+        pairs = zip(states_BID.split(1), mask_BI.split(1), strict=True)
+        return [{"image_embeds": states, "pixel_mask": mask} for states, mask in pairs]
+
+    def texts(self, inputs: Inputs) -> Inputs:
+        return inputs
+
+    def score(self, image: Inputs, texts: Inputs) -> Tensor:
+        count = len(texts["input_ids"])
+        repeated = {name: value.expand(count, *value.shape[1:]) for name, value in image.items()}
+        return self.model(**texts, **repeated).logits[:, 0]
+
+
+_CLASSES: dict[str, type[Pairs]] = {
+    "MeterForImageAndTextRetrieval": MeterPairs,
+    "ViltForImageAndTextRetrieval": ViltPairs,
+}
+
+
+def pairs(model: nn.Module) -> Pairs:
+    """A model in its parts; raises ValueError for classes that score no pairs."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in _CLASSES:
+            return _CLASSES[kind.__name__](model)
+    raise ValueError(
+        f"{type(model).__name__} scores no pairs of image and text; {', '.join(_CLASSES)} do"
+    )
+
+
+def counts_padding(model: nn.Module) -> bool:
+    """Whether padded text changes the scores, as in the published mode."""
+    patch = active(model)
+    return patch is not None and patch.reducer.published

@@ -1,0 +1,147 @@
+"""Work spread over a Ray cluster with Ray Data; the only file that imports ray."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pumer._extras import need
+from pumer.lab.evaluate import Result, predict
+from pumer.lab.tasks.base import Collator, Example
+
+
+def spread(
+    work: Any, numbers: Sequence[int], workers: int | None = None, address: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """`(number, work(number))` for every number, in the order in which they are finished.
+
+    Each worker gets a copy of `work`, once, and puts its `model` on its GPU if it has one. Where
+    the work reads files, every machine of the cluster must see them under the same path. A worker
+    that dies is replaced and its number computed again.
+
+    Args:
+        work: callable with a number, with an attribute `model`; it can be pickled.
+        numbers: each a piece of work of its own.
+        workers: how many; the cluster's GPUs, or 2, if not given.
+        address: of the cluster; one is started on this machine, and stopped again, if not given and
+            none is running.
+
+    Raises:
+        ValueError: without ray, and for less than one worker.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; give at least 1")
+    if not numbers:
+        return
+    ray = _import()
+    with _cluster(ray, workers, address):
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        items = ray.data.from_items(
+            [{"number": number} for number in numbers], override_num_blocks=len(numbers)
+        )
+        done = items.map_batches(
+            _Worker,
+            fn_constructor_args=([ray.put(work)],),  # in a list, a reference travels as one
+            compute=ray.data.ActorPoolStrategy(size=min(workers or gpus or 2, len(numbers))),
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+        for row in done.iter_rows():
+            yield row["number"], pickle.loads(row["result"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """Predicts a batch of examples by its number."""
+
+    model: Any
+    examples: Sequence[Example]
+    collator: Collator
+    batch_size: int
+
+    def __call__(self, number: int) -> Result:
+        start = number * self.batch_size
+        batch = [
+            self.examples[n] for n in range(start, min(start + self.batch_size, len(self.examples)))
+        ]
+        return predict(
+            self.model, batch, self.collator, batch_size=self.batch_size, skip_broken=True
+        )
+
+
+def predict_on_ray(
+    model: Any,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    address: str | None = None,
+) -> Result:
+    """What `evaluate.predict` gives, broken images left out, in the same batches; the rest as for
+    `spread`."""
+    work = _Batches(model, examples, collator, batch_size)
+    numbers = range(-(-len(examples) // batch_size))
+    found = [
+        result
+        for _, result in sorted(spread(work, numbers, workers, address), key=lambda pair: pair[0])
+    ]
+    return Result(
+        predictions={key: value for result in found for key, value in result.predictions.items()},
+        metric={},
+        seconds=sum(result.seconds for result in found),
+        examples=sum(result.examples for result in found),
+        broken={key: reason for result in found for key, reason in result.broken.items()},
+    )
+
+
+class _Worker:
+    """What lives in one process of the cluster."""
+
+    def __init__(self, reference: list[Any]) -> None:
+        import ray
+
+        self.work: Callable[[int], Any] = ray.get(reference[0])
+        if torch.cuda.is_available():
+            self.work.model.to("cuda")  # type: ignore[attr-defined]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        numbers = batch["number"]
+        return {
+            "number": numbers,
+            "result": [pickle.dumps(self.work(int(number))) for number in numbers],
+        }
+
+
+def _import() -> Any:
+    need("the engine ray", "ray", "ray")
+    import ray
+    import ray.data
+
+    return ray
+
+
+@contextmanager
+def _cluster(ray: Any, workers: int | None, address: str | None) -> Iterator[None]:
+    """Join a cluster, or start one; one that runs in this process already is left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Here one processor more than there are workers, as Ray Data has work of its own.
+    local: dict[str, Any] = {"num_cpus": (workers or 2) + 1, "include_dashboard": False}
+    ray.init(
+        address=address, log_to_driver=False, logging_level="warning", **({} if address else local)
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

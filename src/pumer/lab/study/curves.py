@@ -1,0 +1,267 @@
+"""From rows to settings and curves, and what can be said of the difference between two methods.
+
+Every point of a study is scored on the same examples, so that two of them are compared cluster by
+cluster (a cluster is usually a picture), which tells far smaller differences than the intervals of
+either. Two things are left to chance: which examples were drawn, and which seed trained. Both are
+in every interval: the first by the cluster-robust variance of the mean (Liang and Zeger, 1986), the
+second by the variance over the seeds of a setting, pooled over those of its method: one method's
+trainings may scatter ten times as far as another's. Where methods are compared at a speed that was
+measured, so is how well the speeds are known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pumer.lab.study.results import unpack_scores
+
+Axis = Callable[["Setting"], float | None]
+"""A number of a setting, None where it is not known."""
+Known = tuple[float, float]
+"""A variance in squared points, and the degrees of freedom it is known by."""
+_MEDIAN = 0.745
+"""Standard error of the median of normal values, by their 20th to 80th percentile over the root of
+their number."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the accuracy over trainings with other seeds.
+
+    Args:
+        variance: in squared points, of one training.
+        freedom: degrees of freedom that this is known by.
+    """
+
+    variance: float
+    freedom: int
+
+
+Spreads = Mapping[str, Spread]
+"""By method."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The rows of one setting of a method, one per seed, and their means.
+
+    Args:
+        method: its name.
+        label: what tells it from the method's other settings.
+        rows: of the results.
+        speed: the row of the speeds, None if it was not timed.
+        scores: sum of the scores of every cluster, mean over the seeds.
+        counts: examples of every cluster.
+    """
+
+    method: str
+    label: str
+    rows: tuple[dict[str, Any], ...]
+    speed: dict[str, Any] | None
+    scores: np.ndarray
+    counts: np.ndarray
+
+    def mean(self, column: str) -> float:
+        """The mean of a column over the seeds."""
+        return float(np.mean([row[column] for row in self.rows]))
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return float(100 * self.scores.sum() / self.counts.sum())
+
+    @property
+    def speed_up(self) -> float | None:
+        """Against unreduced, measured; None if it was not."""
+        return None if self.speed is None else float(self.speed["x_unreduced"])
+
+    @property
+    def rounds(self) -> int:
+        """How often it was timed."""
+        return 0 if self.speed is None else int(self.speed["runs"])
+
+    @property
+    def speed_up_error(self) -> float:
+        """Standard error of that median over the rounds, which are taken for normal; 0 if there are
+        none."""
+        if self.speed is None:
+            return 0.0
+        return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(self.rounds)
+
+    @property
+    def flops_ratio(self) -> float:
+        """How many times fewer FLOPs than unreduced."""
+        return self.mean("unreduced_gflops") / self.mean("gflops")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of accuracies in points, with its 95 % interval."""
+
+    value: float
+    half_width: float
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two is above, as far as the interval tells."""
+        if abs(self.value) <= self.half_width:
+            return "no telling"
+        return "above" if self.value > 0 else "below"
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} ± {self.half_width:.1f}"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A place on a curve.
+
+    Args:
+        parts: settings and their weights, which sum to one.
+        placing: variances of its accuracy, because it is not known exactly where the settings lie.
+    """
+
+    parts: tuple[tuple[Setting, float], ...]
+    placing: tuple[Known, ...] = ()
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Sum of the scores of every cluster."""
+        return np.sum([weight * setting.scores for setting, weight in self.parts], axis=0)
+
+
+def settings_of(
+    rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()
+) -> list[Setting]:
+    """Results put together over the seeds, in the order in which they appear, with their speeds."""
+    speed = {row["setting"]: row for row in speeds}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["setting"]), []).append(row)
+    made = []
+    for (method, name), group in groups.items():
+        tables = np.stack([unpack_scores(row["scores"]) for row in group])
+        scores, counts = tables[:, 0].mean(0), tables[0, 1]
+        made.append(
+            Setting(method, group[0]["label"], tuple(group), speed.get(name), scores, counts)
+        )
+    return made
+
+
+def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
+    """Of every method, over all its settings; methods of one setting are taken together, and so is
+    all there is where a method has one seed alone. Nothing where all have."""
+    methods: dict[str, list[Setting]] = {}
+    for setting in settings:
+        methods.setdefault(setting.method, []).append(setting)
+    alone = [group[0] for group in methods.values() if len(group) == 1]
+    whole = _spread(itertools.chain(*methods.values()))
+    found = {
+        name: _spread(group if len(group) > 1 else alone) or whole
+        for name, group in methods.items()
+    }
+    return {name: spread for name, spread in found.items() if spread}
+
+
+def half_width(setting: Setting, spreads: Spreads) -> float:
+    """Half of the 95 % interval of a setting's accuracy, in points."""
+    return _half_width(setting.scores, setting.counts, _trained(at(setting).parts, spreads))
+
+
+def difference(one: Mix, other: Mix, spreads: Spreads) -> Difference:
+    """Accuracy of one place on a curve less that of another, in points."""
+    counts = one.parts[0][0].counts
+    apart = one.scores - other.scores
+    known = [*_trained((*one.parts, *other.parts), spreads), *one.placing, *other.placing]
+    return Difference(float(100 * apart.sum() / counts.sum()), _half_width(apart, counts, known))
+
+
+def at(setting: Setting) -> Mix:
+    """A setting as a place on a curve."""
+    return Mix(((setting, 1.0),))
+
+
+def place(
+    curve: Sequence[Setting], axis: Axis, where: float, error: Axis | None = None
+) -> Mix | None:
+    """The place on a curve where `axis` has a value, between the two settings next to it; None
+    beyond its ends.
+
+    `error` is the standard error of a setting's value.
+    """
+    known = [(value, setting) for setting in curve if (value := axis(setting)) is not None]
+    ordered = sorted(known, key=lambda pair: pair[0])
+    for (low, left), (high, right) in pairwise(ordered):
+        if low <= where <= high and low < high:
+            share = (where - low) / (high - low)
+            slope = (right.accuracy - left.accuracy) / (high - low)
+            parts = ((left, 1 - share), (right, share))
+            if error is None:
+                return Mix(parts)
+            # Percentiles of a few rounds tell a spread about half as well as its variance would.
+            placing = (
+                ((slope * part * (error(end) or 0.0)) ** 2, (end.rounds - 1) / 2)
+                for end, part in parts
+            )
+            return Mix(parts, tuple(one for one in placing if one[0]))
+    return None
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Numbers of the points (cost, accuracy) for which no other costs no more and is as accurate or
+    more, by cost."""
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
+        if not front or points[number][1] > points[front[-1]][1]:
+            front.append(number)
+    return front
+
+
+def _spread(settings: Iterable[Setting]) -> Spread | None:
+    groups = [[row["accuracy"] for row in setting.rows] for setting in settings]
+    freedom = sum(len(group) - 1 for group in groups)
+    return (
+        Spread(sum(float(np.var(group)) * len(group) for group in groups) / freedom, freedom)
+        if freedom
+        else None
+    )
+
+
+def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[Known]:
+    """Variances of a weighted sum of accuracies, from the seeds: one for each spread that they are
+    estimated by."""
+    shares: dict[Spread, float] = {}
+    for setting, weight in parts:
+        spread = spreads.get(setting.method)
+        if spread and setting.rows[0]["training"]:
+            shares[spread] = shares.get(spread, 0.0) + weight**2 / len(setting.rows)
+    return [(share * spread.variance, spread.freedom) for spread, share in shares.items()]
+
+
+def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Known]) -> float:
+    """Of the 95 % interval of a mean score, in points.
+
+    Args:
+        scores: sum of every cluster.
+        counts: examples of every cluster.
+        others: variances besides that of the clusters drawn.
+    """
+    from scipy.special import stdtrit  # the quantile of Student's t
+
+    total, clusters = counts.sum(), len(counts)
+    residual = scores - scores.sum() / total * counts
+    drawn = 100**2 * float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
+    variances = [(drawn, max(clusters - 1, 1)), *others]
+    whole = sum(variance for variance, _ in variances)
+    if not whole:
+        return 0.0
+    # Degrees of freedom of a sum of variances (Welch, 1947; Satterthwaite, 1946).
+    freedom = whole**2 / sum(variance**2 / known for variance, known in variances)
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(whole)

@@ -1,0 +1,408 @@
+"""A study from its file to its tables and plots: every point once, whatever happens in between."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+import pumer
+from pumer._extras import need
+from pumer._files import claimed, locked, replacing
+from pumer._rows import append_rows, mend_rows
+from pumer._terminal import visible
+from pumer.costs.report import align
+from pumer.lab.bench.timing import alternate
+from pumer.lab.evaluate import take
+from pumer.lab.study.curves import settings_of
+from pumer.lab.study.measure import Subject, cost, macs, read_subject, score, sized, speed
+from pumer.lab.study.plots import plot
+from pumer.lab.study.points import Point, Study
+from pumer.lab.study.results import (
+    COLUMNS,
+    SPEED_COLUMNS,
+    check_machine,
+    read_rows,
+    read_speeds,
+    row,
+)
+from pumer.lab.study.tables import markdown
+from pumer.lab.study.training import expected_seconds, train_point
+from pumer.lab.tasks.base import Example, Task
+from pumer.lab.train.checks import uncached
+from pumer.reducers import Unreduced, from_dict, to_dict
+
+Only = Literal["plan", "scores", "plots"] | None
+"""Part of the work: only say what there is to do, only train and score, or only draw what there
+is."""
+Say = Callable[[str], None]
+_POLL = 2.0  # seconds between looks at what other processes have left
+_TRIED = 2  # examples that every setting is tried on before anything is trained
+
+
+def run(
+    study: Study,
+    out: str | Path,
+    *,
+    scratch: str | Path = "runs",
+    skip_impossible: bool = False,
+    keep_models: bool = False,
+    only: Only = None,
+    device: str = "cpu",
+    say: Say = print,
+) -> None:
+    """Train and score the points of a study that have no row yet, time its settings, write tables,
+    draw plots.
+
+    It may be killed at any moment: started again, it goes on with the training it was at. Started
+    several times, the processes share the points. Speeds are taken after all trainings, in one
+    process, or later, on a quieter machine: `only` "scores" leaves them out; to take some anew,
+    take their rows out.
+
+    Args:
+        study: what is compared.
+        out: folder for NAME.csv, NAME-speed.csv, NAME.md and the plots.
+        scratch: folder for `study-NAME`, where trainings lie until their points are finished.
+        skip_impossible: leave settings out that the model cannot have, instead of refusing the
+            study.
+        keep_models: keep the models of finished points.
+        only: see `Only`.
+        device: that points are scored and timed on, in float32; a training takes a CUDA device if
+            there is one.
+        say: is told what happens.
+
+    Raises:
+        ValueError: for impossible settings, foreign rows, and trainings that fail, the first two
+            before anything runs; and without matplotlib or scipy.
+    """
+    need("pumer study", "study", "matplotlib", "scipy")
+    out = Path(out)
+    results, speeds = out / f"{study.name}.csv", out / f"{study.name}-speed.csv"
+    if only != "plots":
+        work = _Work(
+            study,
+            results,
+            speeds,
+            Path(scratch) / f"study-{study.name}",
+            skip_impossible,
+            device,
+            say,
+        )
+        if only == "plan":
+            say(work.plan())
+            return
+        work.score(keep_models)
+        if only != "scores":
+            work.time(keep_models)
+    rows, times = read_rows(results, study.name), read_speeds(speeds, study.name)
+    if not rows:
+        raise ValueError(f"{results} has no results yet")
+    # Points are finished in any order; tables and legends keep that of the study.
+    order = {setting: number for number, setting in enumerate(study.order())}
+    rows.sort(
+        key=lambda found: (order.get((found["method"], found["label"]), len(order)), found["seed"])
+    )
+    plots = plot(settings_of(rows, times), out, study.name)
+    with replacing(out / f"{study.name}.md") as text:
+        text.write(markdown(rows, times, study.reference, [path.name for path in plots]))
+    say(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
+
+
+class _Work:
+    """What a study still has to do; all that can be wrong with it shows when it is made."""
+
+    def __init__(
+        self,
+        study: Study,
+        results: Path,
+        speeds: Path,
+        folder: Path,
+        skip_impossible: bool,
+        device: str,
+        say: Say,
+    ) -> None:
+        self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
+        self.device, self.say = torch.device(device), say
+        points, wrong = study.candidates()
+        base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
+        self.examples = _examples(study, base.collator.task)
+        points = _fitting(base, points, self.examples[:_TRIED], wrong)
+        _refuse([] if skip_impossible else wrong)
+        self.timed = self.examples[: study.timed]
+        self.base = base.on(self.timed, study.batch_size)
+        self.macs = _try(study, points, self.examples[:_TRIED], wrong, self.device)
+        _refuse([] if skip_impossible else wrong)
+        for reason in wrong:
+            say(f"left out: {reason}")
+        self.points = [point for point in points if point.setting in self.macs]
+        self.expected = self._expected(self.look())
+        say(
+            f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of "
+            "them done; "
+            f"about {_duration(sum(self.expected.values()))} to go"
+        )
+
+    def look(self) -> list[dict[str, Any]]:
+        """See in the files what is left; returns the results there are."""
+        rows = read_rows(self.results, self.study.name, self.points)
+        check_machine(self.results, rows, self.device, ("gpu",))
+        done = {found["id"] for found in rows}
+        taken = {
+            found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)
+        }
+        self.left = [point for point in self.points if point.id not in done]
+        self.untimed: list[Point] = []
+        self.gone: list[Point] = []
+        for name in [name for name in self.macs if name not in taken]:
+            seeds = [point for point in self.points if point.setting == name]
+            timeable = [
+                point
+                for point in seeds
+                if not _by_weights(point) or point.id not in done or self._model(point).is_dir()
+            ]
+            (self.untimed if timeable else self.gone).append((timeable or seeds)[0])
+        return rows
+
+    def plan(self) -> str:
+        """Every setting, with how many times fewer FLOPs it has than the unreduced model."""
+        settings = {point.setting: point for point in self.points}
+        whole = self.macs[self.points[0].setting]
+        table = [("method", "setting", "x fewer FLOPs", "seeds")]
+        for name, point in settings.items():
+            seeds = sum(other.setting == name for other in self.points)
+            table.append((point.method, point.label, f"{whole / self.macs[name]:.2f}", str(seeds)))
+        return "\n".join(align(table, left=2))
+
+    def score(self, keep_models: bool) -> None:
+        """Train and score what is left, a row for each; other processes may do the same, each at
+        points of its own."""
+        told = False
+        while self.left:
+            for point in _shown(self.left, self.expected):
+                with claimed(self.folder / point.id) as lock:
+                    self.look()  # another process may have finished it meanwhile
+                    if lock is not None and point in self.left:
+                        self._score(point, lock, keep_models)
+            self.look()
+            if self.left:
+                if not told:
+                    self.say(f"other processes are at the last {len(self.left)} points")
+                    told = True
+                time.sleep(_POLL)
+
+    def _score(self, point: Point, lock: IO[str], keep_models: bool) -> None:
+        """Train and score a point that is locked for it."""
+        study = self.study
+        start = time.perf_counter()
+        if point.recipe is not None:
+            recipe = self._sharing(point.recipe)
+            train_point(recipe, self.folder / point.id, study.processes, lock)
+        trained = time.perf_counter() - start
+        if point.recipe is not None:
+            one = read_subject(str(self._model(point)), study.task, device=self.device)
+            one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
+        else:
+            one = read_subject(
+                study.model, study.task, point.reducer, point.image_size, self.device
+            )
+        one = one.on(self.timed, study.batch_size)
+        measured = score(one, self.examples, study.batch_size) | cost(
+            one, self.base, len(self.timed)
+        )
+        measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
+        measured["seconds"] = round(time.perf_counter() - start, 1)
+        with locked(self.folder, wait=math.inf):
+            append_rows(self.results, [row(study, point, COLUMNS, measured, self.device)])
+        self.say(f"{point}: {measured['accuracy']:.1f} %, in {_duration(measured['seconds'])}")
+        if keep_models or (point in self.untimed and _by_weights(point)):
+            for checkpoint in self._model(point).parent.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        else:
+            shutil.rmtree(self.folder / point.id, ignore_errors=True)
+
+    def time(self, keep_models: bool) -> None:
+        """Time every setting that has no speed yet, next to the unreduced model, in this one
+        process."""
+        study = self.study
+        with locked(self.folder, wait=math.inf), _bars() as progress:
+            for file in (self.results, self.speeds):
+                mend_rows(file)
+            self.look()  # again: another process may have timed them meanwhile
+            if self.untimed:
+                check_machine(
+                    self.speeds,
+                    read_speeds(self.speeds, study.name),
+                    self.device,
+                    ("gpu", "cpu", "threads"),
+                )
+            for point in progress.track(self.untimed, description="timing"):
+                if _by_weights(point):
+                    one = read_subject(str(self._model(point)), study.task, device=self.device)
+                else:
+                    one = read_subject(
+                        study.model, study.task, point.reducer, point.image_size, self.device
+                    )
+                one = one.on(self.timed, study.batch_size)
+                measured = speed(one, self.base, len(self.timed), study.runs)
+                append_rows(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
+            if not keep_models:
+                for name in ("teacher", *(point.id for point in self.points)):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            if self.gone:
+                self.say(
+                    f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of "
+                    "their weights, which are "
+                    f"gone. To train them again take their lines out of {self.results}; "
+                    "keep_models keeps the weights"
+                )
+
+    def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The recipe, with one place for all points where the teacher's logits can be kept."""
+        alone = uncached(
+            self.base.model, self.base.collator.task, recipe.get("augment"), recipe.get("grounding")
+        )
+        if alone or not recipe.get("distill"):
+            return recipe
+        return recipe | {"distill": {"cache": str(self.folder / "teacher"), **recipe["distill"]}}
+
+    def _model(self, point: Point) -> Path:
+        return self.folder / point.id / "training" / "model"
+
+    def _expected(self, done: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """About how many seconds what is left takes, by point, and by setting to time.
+
+        From the points that are done, or from one step and one run.
+        """
+        once = alternate({"base": self.base.run}, runs=2, warmup=1, device=self.device)[
+            "base"
+        ].median
+        took: dict[bool, list[float]] = {True: [], False: []}
+        for found in done:
+            took[bool(found["training"])].append(found["seconds"])
+        training: dict[str, float] = {}
+        expected = {}
+        for point in self.left:
+            trained = point.recipe is not None
+            if took[trained]:
+                expected[point.id] = statistics.mean(took[trained])
+                continue
+            if trained and point.method not in training:
+                training[point.method] = expected_seconds(
+                    point, self.base, self.examples, self.study.processes
+                )
+            scored = once * (len(self.examples) / len(self.timed) + 4)
+            expected[point.id] = scored + training.get(point.method, 0.0)
+        return expected | {
+            point.setting: once * (2 * self.study.runs + 8) for point in self.untimed
+        }
+
+
+def _by_weights(point: Point) -> bool:
+    """Whether the speed depends on what was trained, because the data decide how many tokens
+    stay."""
+    return point.recipe is not None and from_dict(point.reducer).leaves_gaps
+
+
+def _examples(study: Study, task: Task) -> list[Example]:
+    """What is scored, in memory but for images that lie in files."""
+    every = task.examples(study.split)
+    count = len(every) if study.examples is None else study.examples
+    if not 0 < count <= len(every):
+        raise ValueError(f"{study.split} has {len(every)} examples, not {count}")
+    return take(every, range(count))
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    """Raise ValueError for impossible settings, if there are any."""
+    if wrong:
+        raise ValueError(
+            "\n".join(
+                [f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]
+            )
+        )
+
+
+def _fitting(
+    base: Subject, points: Sequence[Point], examples: Sequence[Example], wrong: list[str]
+) -> list[Point]:
+    """The points whose reducer and image size fit the model; what is wrong with the others goes
+    into `wrong`.
+
+    No forward is needed for that.
+    """
+    impossible: dict[str, str] = {}
+    patch = getattr(base.model.config, "patch_size", 0)
+    for point in {point.setting: point for point in points}.values():
+        try:
+            with pumer.reduced(base.model, from_dict(point.reducer)):
+                sized(base.collator, point.image_size)(examples)
+            if (point.image_size or patch) < patch:
+                raise ValueError(f"a patch has {patch} pixels a side: give as many or more")
+        except (ValueError, TypeError) as error:
+            impossible[point.setting] = f"{point.method}, {point.label}: {error}"
+    wrong += impossible.values()
+    return [point for point in points if point.setting not in impossible]
+
+
+def _try(
+    study: Study,
+    points: Sequence[Point],
+    examples: Sequence[Example],
+    wrong: list[str],
+    device: torch.device,
+) -> dict[str, int]:
+    """Multiply-accumulates of every setting that fits the model; what is wrong with the others goes
+    into `wrong`."""
+    costs: dict[str, int] = {}
+    for point in {point.setting: point for point in points}.values():
+        try:
+            one = read_subject(study.model, study.task, point.reducer, point.image_size, device)
+            costs[point.setting], _ = macs(one.on(examples, len(examples)), len(examples))
+        except (ValueError, TypeError, RuntimeError) as error:
+            wrong.append(f"{point.method}, {point.label}: {error}")
+    return costs
+
+
+def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
+    """The points, with a bar that tells which it is, of how many, and how long the rest will
+    take."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}{task.fields[left]}", markup=False),
+    )
+    start, expected = time.perf_counter(), 0.0
+    with _bars(*columns) as progress:
+        bar = progress.add_task("", total=len(left), left="")
+        for number, point in enumerate(left):
+            # As far as it was off so far, the expectation will be off again.
+            ratio = (time.perf_counter() - start) / expected if expected else 1.0
+            rest = ratio * sum(seconds[other.id] for other in left[number:])
+            progress.update(
+                bar, description=visible(str(point)), left=f", about {_duration(rest)} left"
+            )
+            yield point
+            expected += seconds[point.id]
+            progress.advance(bar)
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    """Bars that go when they are done; a log gets none of them."""
+    return Progress(*columns, transient=True, disable=not Console().is_terminal)
+
+
+def _duration(seconds: float) -> str:
+    """A duration in words."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,317 @@
+"""What a task is: examples, targets, a metric with its interval, and the file that a test server
+takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pumer.lab.data.images import (
+    BrokenImageError,
+    ImageSource,
+    ImageTransform,
+    open_image,
+    pad_images,
+)
+from pumer.lab.data.text import TextTransform
+
+Blind = Literal["text", "image"] | None
+"""Which of the two alone a model is shown; both if None. See `Collator`."""
+_NO_IMAGE = Image.new("RGB", (32, 32), (127, 127, 127))
+NO_TEXT = "a picture"
+"""What a text says that must not be read."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to predict.
+
+    `images` are read and decoded only when collated. `target` is None where no label is known, else
+    a class number (loss kind "class"), a dict of the scores of some classes, 0 for the others
+    ("soft"; in words where the task has no labels), or the number of the right one of `text` and
+    `negatives` ("rank"). Examples of one `cluster`, usually a picture, are not independent: the
+    bootstrap draws them together. `meta` is what the task's metric needs besides. `negatives` are
+    texts that the images are not about.
+    """
+
+    id: int | str
+    text: str
+    images: Sequence[ImageSource]
+    target: Any
+    cluster: int | str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    negatives: tuple[str, ...] = ()
+
+
+class Task(ABC):
+    """A benchmark; each is a frozen dataclass whose fields say where the data is.
+
+    A prediction is whatever `decode` makes of a model's outputs for one example, by default a
+    label. Metrics are in percent, rounded to two decimals. Methods that take predictions by example
+    id raise ValueError when ids are missing or unknown; those that compare them raise ValueError
+    for examples without labels.
+    """
+
+    name: ClassVar[str]
+    loss_kind: ClassVar[Literal["soft", "class", "rank", "none"]]
+    """"soft": binary cross-entropy against the scores of all labels. "class": cross-entropy.
+    "rank": cross-entropy over the scores of an example's texts. "none": nothing is learned or
+    scored."""
+    image_count: ClassVar[int] = 1
+    """How many images an example has."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Sequence[str]:
+        """What a model's outputs stand for, in their order."""
+
+    @abstractmethod
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split, at random access; raises ValueError for missing or wrong
+        files."""
+
+    @abstractmethod
+    def score(self, prediction: Any, example: Example) -> float:
+        """How right one prediction is, from 0 to 1."""
+
+    @abstractmethod
+    def write_predictions(
+        self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
+    ) -> None:
+        """Write predictions, by example id, in the format of the task's official evaluator, all or
+        nothing."""
+
+    def metric(
+        self, predictions: Mapping[Any, Any], examples: Sequence[Example]
+    ) -> dict[str, float]:
+        """`accuracy` with its 95 % interval `accuracy_low` .. `accuracy_high`, in percent, and more
+        by task.
+
+        `predictions` are by example id; `examples` may be part of a split.
+        """
+        # Read once, as examples may be made on the fly, and without the images, which no score
+        # needs.
+        examples = [replace(example, images=()) for example in examples]
+        check_ids(predictions, examples)
+        scores = [self.score(predictions[example.id], example) for example in examples]
+        mean = sum(scores) / len(scores)
+        low, high = bootstrap_interval(scores, [example.cluster for example in examples])
+        accuracy = {"accuracy": mean, "accuracy_low": low, "accuracy_high": high}
+        accuracy = {name: round(100 * value, 2) for name, value in accuracy.items()}
+        return accuracy | self.details(scores, examples)
+
+    def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+        """What the task reports besides the accuracy, in percent."""
+        return {}
+
+    def answer_scores(self, example: Example) -> Mapping[Any, float]:
+        """The score of every answer to an example that scores at all."""
+        return example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
+
+    def decode(self, logits: Tensor) -> list[Any]:
+        """Predictions of a batch of logits [B, labels]: for each the label with the highest.
+
+        Raises ValueError when there are not as many outputs as labels.
+        """
+        if logits.shape[-1] != len(self.labels):
+            raise ValueError(
+                f"the model has {logits.shape[-1]} outputs, the task {len(self.labels)} labels; "
+                "give the task the labels that the model was trained on."
+            )
+        return [self.labels[index] for index in logits.argmax(-1).tolist()]
+
+    def encode_targets(self, targets: Sequence[Any]) -> Tensor:
+        """Targets of a batch as the loss takes them: float32 [B, labels] ("soft") or int64 [B] (the
+        others)."""
+        if self.loss_kind != "soft":
+            return torch.tensor(targets, dtype=torch.int64)
+        scores = torch.zeros(len(targets), len(self.labels))
+        for row, target in zip(scores, targets, strict=True):
+            for index, score in target.items():
+                row[index] = score
+        return scores
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Make a batch of a task's examples: the data collator of transformers' Trainer.
+
+    Gives the text's `input_ids` and company [B, T], `pixel_values` [B, 3, H, W], `pixel_mask` [B,
+    H, W] and, where every example has a target, `labels`; also what `carried` finds. For tasks with
+    several images B is followed by an axis of that size. Examples with negatives, of which each has
+    as many, give K texts each, the right one first: [B * K, T], next to images that are not
+    repeated, and K as the int `texts_per_image`.
+
+    `blind` measures what can be had without looking, or without reading: with "text" every image is
+    a grey square of always the same size and the text is all there is to see; with "image" every
+    text is "a picture". Questions about images have answers that are likely whatever is seen, and a
+    model shall be judged by how far it gets beyond them. `order` has the number of the model's
+    output for every label of the task, None where they are in one order; see `labels.label_order`.
+    Raises BrokenImageError (a ValueError) for unreadable images, and ValueError for empty texts and
+    for `blind` "image" where texts are what is chosen from.
+    """
+
+    task: Task
+    text: TextTransform
+    image: ImageTransform
+    blind: Blind = None
+    order: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.blind == "image" and self.task.loss_kind == "rank":
+            raise ValueError(
+                f"blind: of equal texts {self.task.name} has none to choose; hide its images, "
+                "which is blind text"
+            )
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = self.texts(examples) | self.pixels(examples)
+        targets = [example.target for example in examples]
+        if None not in targets:
+            batch["labels"] = self.task.encode_targets(targets)
+        return batch | carried(examples)
+
+    def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What the tokenizer gives, and `texts_per_image` where there are several."""
+        texts = [text for example in examples for text in (example.text, *example.negatives)]
+        each = len(texts) // len(examples)
+        assert all(len(example.negatives) == each - 1 for example in examples)
+        if self.blind == "image":
+            texts = [NO_TEXT] * len(texts)
+        tokens: dict[str, Any] = self.text(
+            texts, [example.id for example in examples for _ in range(each)]
+        )
+        return tokens | ({"texts_per_image": each} if each > 1 else {})
+
+    def pixels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`pixel_values` and `pixel_mask`."""
+        padded = dict(
+            zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True)
+        )
+        count = self.task.image_count
+        return (
+            {name: x.unflatten(0, (-1, count)) for name, x in padded.items()}
+            if count > 1
+            else padded
+        )
+
+    def in_task_order(self, logits: Tensor) -> Tensor:
+        """A model's outputs [..., labels] in the order of the task's labels."""
+        return logits if self.order is None else logits[..., list(self.order)]
+
+    def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The images of all examples in a row, as the model takes them."""
+        return [
+            self.image(self._open(image, example))
+            for example in examples
+            for image in example.images
+        ]
+
+    def _open(self, image: ImageSource, example: Example) -> Image.Image:
+        if self.blind == "text":
+            return _NO_IMAGE
+        try:
+            return open_image(image, f"the image of example {example.id}")
+        except BrokenImageError as error:
+            if not hasattr(self.task, "skip"):
+                raise
+            raise BrokenImageError(
+                f'{error} To leave out all that are broken set the task\'s skip to "broken"; '
+                "`pumer data check` with --decode true names them."
+            ) from error
+
+
+def carried(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Tensors to learn from besides the labels, where all examples carry them in their `meta`.
+
+    `patch_labels` [B,P,7] are dense targets, `taught` [B, labels] are a teacher's logits.
+    """
+    return {
+        name: torch.stack([example.meta[name] for example in examples])
+        for name in ("patch_labels", "taught")
+        if all(name in example.meta for example in examples)
+    }
+
+
+def last_argmax(scores: Tensor) -> Tensor:
+    """Number of the highest score of every row, the last of equal ones, int64 [B]; scores are [B,
+    K]."""
+    return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
+
+
+def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> list[Any]:
+    """The ids of the examples, in their order.
+
+    Raises ValueError unless there is exactly one prediction for every example, and an example at
+    all.
+    """
+    ids = [example.id for example in examples]
+    if not ids:
+        raise ValueError("there are no examples; check the split.")
+    missing = [key for key in ids if key not in predictions]
+    unknown = sorted(predictions.keys() - set(ids), key=str)
+    if missing:
+        raise ValueError(
+            f"{first(missing, len(ids), 'examples')} have no prediction; predict them too."
+        )
+    if unknown:
+        raise ValueError(
+            f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the "
+            "right split?"
+        )
+    return ids
+
+
+def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
+    """Raise ValueError unless every prediction is one of the labels."""
+    wrong = [name for name, label in predictions.items() if label not in labels]
+    if wrong:
+        raise ValueError(
+            f"{first(wrong, len(predictions), 'predictions')} are none of {', '.join(labels)}."
+        )
+
+
+def label_score(prediction: str, example: Example, labels: Sequence[str]) -> float:
+    """1 for the label of an example, else 0; raises ValueError for an example without one."""
+    if example.target is None:
+        raise ValueError(f"{example.id} has no label; score a labelled split.")
+    return float(prediction == labels[example.target])
+
+
+def first(ids: Sequence[Any], total: int, what: str) -> str:
+    """How many of how many, and which: "3 of 8 examples (12, 14, 15)"; at most five are named."""
+    return (
+        f"{len(ids)} of {total} {what} "
+        f"({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
+    )
+
+
+def bootstrap_interval(
+    scores: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean score, resampling whole clusters; the same for the same
+    input.
+
+    Questions about one picture stand and fall together, so that resampling single questions would
+    promise more certainty than there is. For two models compare differences of scores: their
+    interval is narrower than either's. Efron and Tibshirani, "An Introduction to the Bootstrap",
+    1993.
+    """
+    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    index = np.array([names[name] for name in clusters])
+    sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = generator.integers(len(names), size=len(names))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,94 @@
+"""What of a task's official files and images is there, against what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pumer.lab import tasks
+from pumer.lab.tasks.files import FileTask, MissingFileError, present, undecodable, wanted
+from pumer.lab.tasks.retrieval import DATASETS, Retrieval
+
+
+@dataclass(frozen=True)
+class SplitCheck:
+    """What was found of a split.
+
+    `published` is empty for a split that nobody published. `counts` are empty where the files
+    cannot be read; `problem` says why, and `absent` whether it is only that they are not there.
+    `missing` are the keys of the images that `store` lacks, `broken` the reasons for those that
+    cannot be decoded, where that was tried.
+    """
+
+    name: str
+    published: Mapping[str, int]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    problem: str = ""
+    absent: bool = False
+    store: str = ""
+    missing: Sequence[str] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that the files name can be read; they may still hold less than was
+        published."""
+        return not (self.problem or self.missing or self.broken)
+
+
+def check_files(
+    name: str,
+    root: str | Path,
+    images: str | Path | None = None,
+    decode: bool = False,
+    progress: bool = False,
+) -> list[SplitCheck]:
+    """Look at every split of a task, published or else there; `decode` also opens every image.
+
+    Raises ValueError for a task that has no official files, a `root` that is no folder, and where
+    `images` is none of what `open_store` takes.
+    """
+    if not Path(root).is_dir():
+        raise ValueError(f"{root} is no folder; give the one with the official files.")
+    found = []
+    for task in _tasks(name, root, images):
+        for split in task.splits():
+            title = f"{task.dataset} {split}" if isinstance(task, Retrieval) else split
+            published = task.published.get(split, {})
+            found.append(_check(task, split, title, published, decode, progress))
+    return found
+
+
+def _tasks(name: str, root: str | Path, images: str | Path | None) -> Iterator[FileTask]:
+    kind = tasks.get(name)
+    if not issubclass(kind, FileTask):
+        known = [known for known in tasks.list_tasks() if issubclass(tasks.get(known), FileTask)]
+        raise ValueError(f"{name} is not read from official files; there are {', '.join(known)}.")
+    if not issubclass(kind, Retrieval):
+        yield kind(root, images=images)
+        return
+    both = [kind(root, images=images, dataset=dataset, restval=False) for dataset in DATASETS]
+    yield from [task for task in both if task.file.is_file()] or both
+
+
+def _check(
+    task: FileTask,
+    split: str,
+    title: str,
+    published: Mapping[str, int],
+    decode: bool,
+    progress: bool,
+) -> SplitCheck:
+    try:
+        rows = task.read(split)
+    except ValueError as error:
+        return SplitCheck(
+            title, published, problem=str(error), absent=isinstance(error, MissingFileError)
+        )
+    store, keys = task.store(split), wanted(task, rows)
+    missing = store.absent(keys)
+    broken = undecodable(store, present(keys, missing), progress) if decode else {}
+    return SplitCheck(
+        title, published, task.count(rows), store=str(store), missing=missing, broken=broken
+    )

@@ -1,0 +1,212 @@
+"""Tasks for models that write: a question becomes a prompt with an image in it, the answer is the
+text behind it.
+
+Shape suffixes: B examples, S tokens, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pumer.lab.data.images import ImageTransform, pad_images
+from pumer.lab.data.text import TextTransform
+from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, carried
+from pumer.lab.tasks.labels import check_fit, label_names, label_order
+from pumer.lab.tasks.vqa_answers import normalize
+
+IGNORED = -100
+"""Label of tokens that are not learned."""
+MAX_ANSWER = 10
+"""Longest answer in tokens."""
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether a model writes its answers, in place of choosing from its labels."""
+    able = getattr(model, "can_generate", None)
+    return able is not None and bool(able())
+
+
+@dataclass(frozen=True)
+class WritingCollator(Collator):
+    """Make a batch of a task's examples for a model that writes its answers, and read these.
+
+    Raises ValueError for tasks that ask for no answers in words.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task.loss_kind not in ("soft", "none"):
+            raise ValueError(
+                f"{self.task.name} is no task for a model that answers questions in words: take "
+                "vqav2 or scenes"
+            )
+
+    def read(self, written_BS: Tensor) -> list[str]:
+        """Answers from what a model wrote behind its prompts, as the official evaluator of VQA
+        normalises them."""
+        return [
+            normalize(text)
+            for text in self.text.tokenizer.batch_decode(written_BS, skip_special_tokens=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCollator(WritingCollator):
+    """Make a batch for a LLaVA with a tokenizer and an image transform of ours, to be answered or
+    to be learned.
+
+    Every example becomes a prompt in the tokenizer's own chat template, its image first; questions
+    longer than the text transform's `max_length` tokens are cut, the template around them is not.
+    Gives `input_ids` and `attention_mask` [B,S], padded on the left, and `pixel_values` [B,3,H,W].
+    Where the answers are to be learned they follow their prompts, with the token that ends them,
+    and `labels` [B,S] are `IGNORED` everywhere else; `patch_labels` then come along where examples
+    carry them. `blind` is as for every task.
+
+    Args:
+        image_token: number of the token that stands for a part of an image.
+        image_tokens: how many of them an image takes.
+        teach: add the answers.
+
+    Raises:
+        ValueError: for tasks that ask for no answers in words, tokenizers without chat template or
+            end token, empty questions, and questions that themselves contain the image token.
+    """
+
+    image_token: int
+    image_tokens: int
+    teach: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text.tokenizer.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template to put questions into: set "
+                "tokenizer.chat_template to the one that "
+                "the model was trained with, and save it again"
+            )
+        if self.text.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no token that ends an answer: set tokenizer.eos_token"
+            )
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        names = [example.id for example in examples]
+        texts = [NO_TEXT if self.blind == "image" else example.text for example in examples]
+        prompts = [
+            self.prompt(text, name)
+            for text, name in zip(self.text.cut(texts, names), names, strict=True)
+        ]
+        answers = [self.answer(example) if self.teach else [] for example in examples]
+        length = max(
+            len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)
+        )
+        shape = len(examples), length
+        ids_BS = torch.full(shape, self.text.tokenizer.pad_token_id)
+        mask_BS, labels_BS = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            start = length - len(prompt) - len(answer)
+            ids_BS[row, start:] = torch.tensor(prompt + answer)
+            mask_BS[row, start:] = 1
+            labels_BS[row, length - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
+        batch = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        batch["pixel_values"], _ = pad_images(self.pictures(examples))
+        return batch | {"labels": labels_BS} | carried(examples) if self.teach else batch
+
+    def prompt(self, question: str, name: Any) -> list[int]:
+        """Tokens of a question about an image; `name` is for errors."""
+        tokenizer = self.text.tokenizer
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        begun = tokenizer.bos_token is not None and text.startswith(
+            tokenizer.bos_token
+        )  # some templates see to that
+        ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        if ids.count(self.image_token) != 1:
+            raise ValueError(
+                f"the prompt of question {name} has {ids.count(self.image_token)} image tokens, "
+                "not 1: a question must "
+                "not contain one, the chat template must put in one"
+            )
+        place = ids.index(self.image_token)
+        return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
+
+    def answer(self, example: Example) -> list[int]:
+        """Tokens of an example's best answer, and the one that ends it."""
+        words = best_answer(self.task, example)
+        ids = self.text.tokenizer(words, add_special_tokens=False)["input_ids"]
+        return [*ids, self.text.tokenizer.eos_token_id]
+
+
+def best_answer(task: Task, example: Example) -> str:
+    """The answer with the highest score.
+
+    Raises ValueError where none is known.
+    """
+    if not example.target:
+        raise ValueError(f"question {example.id} has no answer that could be learned: leave it out")
+    best = max(example.target, key=example.target.get)
+    return best if isinstance(best, str) else task.labels[best]
+
+
+def collator_for(
+    model: Any,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    image: ImageTransform,
+    max_length: int | None = None,
+) -> Collator:
+    """The collator of a task for a model, which chooses its answers or writes them.
+
+    Args:
+        model: with its configuration.
+        task: see `vocabulary`.
+        tokenizer: the model's.
+        image: the model's image transform.
+        max_length: longest text in tokens; as in the model's training if not given.
+
+    Raises:
+        ValueError: for a model that does not fit the task, see `labels.check_fit` and
+            `labels.label_order`; for a model that writes whose prompts nobody knows here, and see
+            `PromptCollator`.
+    """
+    text = model.config.get_text_config() if writes(model) else model.config
+    transform = TextTransform(
+        tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length)
+    )
+    if not writes(model):
+        check_fit(model, task)
+        order = None if task.loss_kind in ("rank", "none") else label_order(model.config, task)
+        return Collator(task, transform, image, order=order)
+    return PromptCollator(
+        task,
+        transform,
+        image,
+        image_token=model.config.image_token_id,
+        image_tokens=image_tokens(model.config),
+    )
+
+
+def vocabulary(model: Any) -> list[str]:
+    """The answers that a model chooses from; none for one that writes them."""
+    return [] if writes(model) else label_names(model.config)
+
+
+def image_tokens(config: Any) -> int:
+    """How many tokens an image takes in a prompt; raises ValueError for families with prompts of
+    another make."""
+    if config.model_type != "llava":
+        raise ValueError(
+            "without a processor prompts are written for LlavaForConditionalGeneration alone, "
+            "not for "
+            f"{config.model_type}: save the model's processor beside it"
+        )
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return int(side**2) + (config.vision_feature_select_strategy == "full")

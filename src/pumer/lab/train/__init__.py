@@ -1,0 +1,2 @@
+"""Training with reducers on: a thin layer over transformers' Trainer, so that everything of its
+comes along."""

@@ -1,0 +1,56 @@
+"""The Trainer's checkpoints after a run that was stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+_NAME = re.compile(r"checkpoint-(\d+)")  # as the Trainer names its own; others are the user's
+_STATES = {
+    "optimizer": ("optimizer*", "global_step*"),  # torch's, FSDP's and DeepSpeed's
+    "scheduler": ("scheduler.pt", "global_step*"),
+}
+
+
+def usable_checkpoints(output: Path) -> bool:
+    """Whether there is a checkpoint to go on from; what a kill left unfinished is deleted."""
+    found = False
+    for checkpoint in _checkpoints(output):
+        try:
+            json.loads(
+                (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
+            )  # written last
+            found = True
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return found
+
+
+def check_last_checkpoint(output: Path) -> None:
+    """Raise ValueError where the checkpoint to go on from lacks what a training goes on with."""
+    checkpoint = _checkpoints(output)[-1]
+    lacking = [
+        name
+        for name, patterns in _STATES.items()
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns)
+    ]
+    if lacking:
+        raise ValueError(
+            f"{checkpoint} lacks the state of its {' and '.join(lacking)}, without which a "
+            "training does not go on as "
+            "it began (trainer.save_only_model leaves it out): delete this checkpoint to go on "
+            "from one before it, or "
+            "start anew with another --output"
+        )
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """The Trainer's own, in the order of their steps."""
+    numbered = {
+        path: match for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    }
+    return sorted(
+        (path for path in numbered if path.is_dir()), key=lambda path: int(numbered[path][1])
+    )

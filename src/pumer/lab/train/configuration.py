@@ -1,0 +1,70 @@
+"""Settings of a model's configuration in a recipe, `model.config`, compared with the fields of its
+class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from pumer._settings import check_settings
+from pumer._suggest import did_you_mean
+
+WHAT = "model.config"
+
+
+def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> dict[str, Any]:
+    """The settings as a configuration class of transformers has them, those of its parts included.
+
+    Args:
+        kind: the class.
+        settings: by name; `text_config` and its like hold the settings of a part.
+        what: names the owner of the settings in errors.
+
+    Raises:
+        ValueError: for settings that the class does not have, or of another type.
+    """
+    parts: dict[str, Any] = getattr(kind, "sub_configs", {})
+    default = kind()
+    known = {
+        name
+        for name in dir(default)
+        if not name.startswith("_") and not callable(getattr(default, name, None))
+    }
+    known |= set(inspect.signature(kind).parameters) - {"kwargs"} | set(parts)
+    if unknown := [name for name in settings if name not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"{what}: {kind.__name__} has no setting {', '.join(unknown)}.{hint}")
+    own = {name: value for name, value in settings.items() if name not in parts}
+    checked = check_settings(kind.__init__, check_settings(kind, own, what), what)
+    for name, value in settings.items():
+        if name in parts and isinstance(value, Mapping):
+            part = _class_of(parts[name], value)
+            checked[name] = (
+                dict(value) if part is None else check_config(part, value, f"{what}.{name}")
+            )
+        elif name in parts:
+            raise ValueError(
+                f"{what}: {name} is {value!r}; expected settings such as {{hidden_size: 64}}"
+            )
+    return {name: checked[name] for name in settings}
+
+
+def _class_of(kind: type, settings: Mapping[str, Any]) -> type | None:
+    """The class of a part; None where any may be meant."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    name = settings.get("model_type")
+    if name is not None:
+        return CONFIG_MAPPING.get(name)
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedConfig) else None
+
+
+def new_model(kind: Any, config: Any) -> Any:
+    """A model of a configuration, or of settings for one; raises ValueError for those that do not
+    fit each other."""
+    try:
+        return kind(kind.config_class(**config) if isinstance(config, Mapping) else config)
+    except Exception as error:  # whatever torch and transformers make of them
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{WHAT} makes no {kind.__name__} ({reason}): change its sizes") from error

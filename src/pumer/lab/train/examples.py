@@ -1,0 +1,109 @@
+"""A task's examples as the Trainer's loader takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from pumer.lab.data.augment import RandAugment
+from pumer.lab.data.images import open_image
+from pumer.lab.evaluate import take
+from pumer.lab.tasks.base import Example, Task
+
+_NAMED = 5
+
+
+class Examples(torch.utils.data.Dataset):
+    """A task's examples as the loader wants them, several at a time where the task can do that.
+
+    With `augment` their pictures are changed in each epoch in another way. It depends on `seed`,
+    epoch and number of the example alone, so that a resumed run, or one with other loaders, sees
+    the same.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0
+    ) -> None:
+        self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
+        self.taught: Tensor | None = None
+        """The teacher's logits of each, if they are known."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Example]:
+        examples = take(self.examples, indices)
+        if self.taught is not None:
+            found = zip(examples, self.taught[indices], strict=True)
+            examples = [
+                replace(example, meta={**example.meta, "taught": taught})
+                for example, taught in found
+            ]
+        return list(map(self._augmented, indices, examples)) if self.augment else examples
+
+    def _augmented(self, index: int, example: Example) -> Example:
+        assert self.augment is not None
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
+        name = f"the image of example {example.id}"
+        images = tuple(
+            self.augment(open_image(image, name=name), generator) for image in example.images
+        )
+        return replace(example, images=images)
+
+
+class Epochs(TrainerCallback):
+    """Tells examples their epoch before a loader's workers take them along; texts to rank are drawn
+    anew for each."""
+
+    def __init__(self, examples: Examples, task: Any, split: str) -> None:
+        self.examples, self.task, self.split = examples, task, split
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.examples.epoch = epoch = int(state.epoch or 0)
+        if epoch and self.task.loss_kind == "rank":
+            self.examples.examples = replace(self.task, seed=self.task.seed + epoch).examples(
+                self.split
+            )
+
+
+def count_without_target(examples: Sequence[Example], task: Task, split: str) -> int:
+    """How many examples a model cannot learn from, as none of their answers is among the task's
+    labels.
+
+    Raises:
+        ValueError: if that are all of them, for examples without a label, and where there is no
+        example.
+    """
+    if not len(examples):
+        raise ValueError(f"{task.name} has no example in {split}: give another split")
+    targets = getattr(examples, "targets", None)
+    if (
+        targets is None or task.loss_kind == "rank"
+    ):  # made on the fly, each with its target; a text of an image's own
+        return 0
+    without = unlabelled = 0
+    for target in targets():
+        unlabelled += target is None
+        without += target == {}
+    if unlabelled:
+        raise ValueError(
+            f"{unlabelled} of {len(examples)} examples of {task.name} {split} have no label: "
+            "train on a labelled split"
+        )
+    if without == len(examples):
+        answers = ", ".join(task.labels[:_NAMED])
+        raise ValueError(
+            f"none of the {without} examples of {task.name} {split} has an answer among the "
+            f"model's {len(task.labels)} "
+            f"({answers}, ...): give --task.answers data for a new list of answers, counted in "
+            "the data"
+        )
+    return without

@@ -1,0 +1,89 @@
+"""Dense targets: what is under each patch, and whether the question means it.
+
+On answers alone a small model stays at the prior for long; a loss at every patch gets it off, as
+patch prediction does in ViLT's own pre-training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from pumer.lab.scenes.drawing import COLOURS, SHAPES
+from pumer.lab.tasks.prompts import IGNORED, image_tokens, writes
+from pumer.lab.train.losses import grounding_loss
+from pumer.reducers.plan import tokens_at
+
+
+@dataclass
+class GroundedOutput(ModelOutput):
+    """Logits [B,L], or [B,S,V] with their loss of a model that writes, and the grounding loss."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    grounding_loss: Tensor | None = None
+
+
+class Grounded(nn.Module):
+    """A ViLT, METER or LLaVA with a linear head on its image tokens, for as long as it is trained
+    on dense targets.
+
+    `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in
+    raster order), and gives the logits and the `grounding_loss`. The reducer in force must not
+    shorten the image.
+
+    In a LLaVA's prompt the image comes before the question and cannot know it. There every patch is
+    judged together
+    with its product with the end of the question: what a later layer's attention can tell of the
+    two.
+
+    Args:
+        layer: number of layers, in METER fusion layers, before the head. Not the last one: what a
+            patch knows only then, no token can read.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        super().__init__()
+        config = model.config.get_text_config() if writes(model) else model.config
+        depth, width = config.num_hidden_layers, config.hidden_size
+        if not 1 <= layer <= depth:
+            raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
+        self.model, self.config, self.layer = model, model.config, layer
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 3, 3, 2)
+        self.asks = nn.Linear(width, width) if writes(model) else None
+        self.head = nn.Linear(width if self.asks is None else 2 * width, sum(self.sizes))
+
+    def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if patch_labels is None:
+            return self.model(**inputs)
+        output = self.model(**inputs, output_hidden_states=True)
+        hidden = output.hidden_states[self.layer]
+        states = (
+            self._of_encoder(hidden, patch_labels)
+            if self.asks is None
+            else self._of_decoder(hidden, inputs)
+        )
+        loss = grounding_loss(self.head(states).split(self.sizes, dim=-1), patch_labels)
+        return GroundedOutput(loss=output.get("loss"), logits=output.logits, grounding_loss=loss)
+
+    def _of_encoder(self, hidden: Tensor, patch_labels: Tensor) -> Tensor:
+        """Image tokens that know the question: [B,P,D]."""
+        states = hidden[:, -patch_labels.shape[1] :]
+        if hasattr(self.model.base_model, "layernorm"):  # METER's layers end with their norms
+            states = self.model.base_model.layernorm(states)
+        return states
+
+    def _of_decoder(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Image tokens next to what they have to do with the question: [B,P,2D]."""
+        assert self.asks is not None
+        hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:])
+        first = (inputs["input_ids"] == self.config.image_token_id).int().argmax(1, keepdim=True)
+        patches = first + torch.arange(image_tokens(self.config), device=hidden.device)
+        last = (inputs["labels"] != IGNORED).int().argmax(1, keepdim=True) - 1
+        image, question = (tokens_at(hidden, at) for at in (patches, last))
+        return torch.cat([image, image * self.asks(question)], dim=-1)

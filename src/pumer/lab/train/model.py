@@ -1,0 +1,307 @@
+"""The model that a training starts from: a new one, a trained one, or a trained one with a new
+head."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import pumer
+from pumer import presets
+from pumer._options import Count
+from pumer.hub import load, load_official, model_class
+from pumer.hub.reduction import LEARNED, load_parts
+from pumer.lab.data.text import load_tokenizer
+from pumer.lab.tasks import Task, VQAv2, build, get
+from pumer.lab.tasks.labels import check_fit, label_names, same_names
+from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.vqav2 import with_new_answers
+from pumer.lab.train.configuration import check_config, new_model
+from pumer.models.llava import new_llava, writing_tokenizer
+from pumer.models.meter.start import start_meter
+from pumer.models.vilt.resize import resize_patches
+from pumer.models.vilt.start import start_local
+
+_LOG = logging.getLogger(__name__)
+_MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
+
+
+@dataclass
+class ModelSettings:
+    """Where the model comes from.
+
+    Args:
+        path: a model to start from: a folder of `pumer.save` or whatever `pumer.load_official`
+            reads; tokenizer and image transform are taken along where they lie in it.
+        kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not
+            given.
+        config: settings of the configuration of a new model; with `path`, those to change.
+        start: a ViLT with blocks of the same width, whose word embeddings and first blocks a new
+            METER or LLaVA starts from.
+        tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does
+            not lie in `path`.
+        image_size: side of the pictures in pixels, if the published checkpoint at `path` is for
+            another.
+        patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has
+            another.
+        max_length: longest text in tokens; where the model takes less, as long as that.
+    """
+
+    path: str | None = None
+    kind: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    tokenizer: str | None = None
+    image_size: Count | None = None
+    patch_size: Count | None = None
+    max_length: Count = 40
+
+
+def prepare(
+    settings: ModelSettings, task: dict[str, Any], train_split: str = "train"
+) -> tuple[PreTrainedModel, Any, Task]:
+    """Model, tokenizer and task, with a new head where the class or the labels are others.
+
+    Args:
+        settings: of the model.
+        task: `name` and settings.
+        train_split: split that new answers are counted in.
+
+    Raises ValueError for settings that do not fit each other.
+    """
+    if settings.path is None and settings.tokenizer is None:
+        raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
+    named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
+    shipped = presets.SHIPPED / named
+    tokenizer = load_tokenizer(shipped if shipped.is_dir() else named)
+    if settings.path is None:
+        net, the_task = _new(settings, task, train_split, tokenizer)
+    else:
+        net, the_task = _trained(settings, task, train_split)
+    if not writes(net):
+        check_fit(net, the_task)
+    padding = getattr(net.config, "text_config", net.config).pad_token_id
+    if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
+        raise ValueError(  # RoBERTa counts its positions by it
+            f"the tokenizer pads with {tokenizer.pad_token_id}, METER's text encoder takes "
+            f"{padding} for padding: give "
+            f"model.config.text_config.pad_token_id {tokenizer.pad_token_id}"
+        )
+    return net, tokenizer, the_task
+
+
+def _new(
+    settings: ModelSettings, task: dict[str, Any], train_split: str, tokenizer: Any
+) -> tuple[PreTrainedModel, Task]:
+    """A new model and the task; the tokenizer of one that writes is made fit for that."""
+    kind = model_class(settings.kind or "ViltForQuestionAnswering")
+    config = check_config(kind.config_class, settings.config)
+    the_task = _build(task, (), train_split)
+    vilt = read_model(settings.start) if settings.start else None
+    if kind.__name__ == "LlavaForConditionalGeneration":
+        return new_llava(kind, config, writing_tokenizer(tokenizer, the_task.labels), vilt), build(
+            task
+        )
+    net = new_model(kind, config | _label_names(the_task))
+    if net.config.model_type == "vilt":
+        start_local(net)
+    elif vilt is not None:
+        start_meter(net, vilt)
+    return net, the_task
+
+
+def _trained(
+    settings: ModelSettings, task: dict[str, Any], train_split: str
+) -> tuple[PreTrainedModel, Task]:
+    """A trained model, with a new head where that is needed, and the task."""
+    # Ranking starts as the matching of a published checkpoint, for which its class of pretraining
+    # has no place.
+    ranks = get(str(task.get("name"))).loss_kind == "rank"
+    start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
+    kind = model_class(settings.kind) if settings.kind else type(start)
+    if writes(start):
+        if kind is not type(start) or settings.config:
+            raise ValueError(
+                f"a {type(start).__name__} is trained on as it is: leave model.kind and "
+                "model.config out"
+            )
+        return start, build(task)
+    if kind.config_class is not type(start.config):
+        raise ValueError(
+            f"model.kind {kind.__name__} cannot start from a {type(start).__name__}: take one "
+            "family"
+        )
+    config = check_config(kind.config_class, settings.config)
+    labels = vocabulary(start)
+    the_task = _build(task, labels if kind is type(start) else (), train_split)
+    same = kind is type(start) and (
+        the_task.loss_kind == "rank" or same_names(labels, the_task.labels)
+    )
+    net = start if same and not config else rebuild(start, kind, the_task, config)
+    if settings.patch_size and settings.patch_size != net.config.patch_size:
+        net = resize_patches(net, settings.patch_size)
+    return net, the_task
+
+
+def longest_text(net: PreTrainedModel, wanted: int) -> int:
+    """Tokens that texts are cut to: as many as wanted, and as a model that chooses its answers has
+    positions for."""
+    return wanted if writes(net) else min(wanted, net.config.max_position_embeddings)
+
+
+def model_path(model: str) -> Path:
+    """The folder of a model, or an original checkpoint's file; raises ValueError if there is
+    neither."""
+    return Path(model) if model.endswith(".ckpt") else presets.model_folder(model)
+
+
+def read_model(
+    path: str, image_size: int | None = None, kind: str | None = None
+) -> PreTrainedModel:
+    """The model of `pumer.save` or of a published checkpoint, unreduced, in float32.
+
+    Args:
+        path: its folder, or an original checkpoint's file.
+        image_size: see `load_official`; for published checkpoints alone.
+        kind: see `load_official`; for published checkpoints alone.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot be read.
+    """
+    source = model_path(path)
+    if (source / "pumer.json").is_file():
+        if image_size:
+            raise ValueError(
+                f"model.image_size is for published checkpoints, {path} is one of pumer.save: "
+                "leave it out"
+            )
+        return pumer.remove(load(source, dtype=torch.float32))
+    return pumer.remove(load_official(source, image_size, kind=kind))
+
+
+def start_parts(net: PreTrainedModel, path: str | None) -> None:
+    """Let a learned reducer in force go on from what lies in the folder that the model starts from,
+    if that fits."""
+    patch = pumer.active(net)
+    if path is None or patch is None or patch.parts is None:
+        return
+    folder = presets.model_folder(path)
+    if not (folder / LEARNED).is_file():
+        return
+    try:
+        load_parts(net, folder)
+    except ValueError:
+        _LOG.warning(
+            "the trained parts in %s are not those of this reducer: it starts with new ones", folder
+        )
+
+
+def rebuild(
+    start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, Any]
+) -> PreTrainedModel:
+    """A model of another class, for other labels or with other settings, with all weights that fit.
+
+    A head is taken over whole, if its shapes and, for a classifier, its labels stay the same; what
+    is new is logged. For several pictures the types of the further ones start as that of the last
+    known, as in ViLT and METER.
+
+    Args:
+        start: the model whose weights are taken.
+        kind: the class, of the same family.
+        task: tells labels and pictures.
+        changes: settings of the configuration, see `check_config`.
+
+    Raises:
+        ValueError: for settings that do not fit each other, and weights of the trunk with other
+        shapes.
+    """
+    config = copy.deepcopy(start.config)
+    keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)
+    names = {} if keeps_labels else _label_names(task)
+    if task.image_count > 1:
+        names["num_images"] = task.image_count
+        names["modality_type_vocab_size"] = max(
+            config.modality_type_vocab_size, task.image_count + 1
+        )
+    _change(config, {**names, **changes})
+    net = new_model(kind, config)
+    new = net.state_dict()
+    old = {
+        name: _more_rows(value, len(new[name])) if name in _MODALITIES else value
+        for name, value in start.state_dict().items()
+        if name in new
+    }
+    wrong = {name for name, value in old.items() if value.shape != new[name].shape}
+    trunk = f"{net.base_model_prefix}."
+    if bad := [name for name in wrong if name.startswith(trunk)]:
+        raise ValueError(
+            "weights at model.path have other shapes than the settings ask for: "
+            f"{', '.join(sorted(bad))}"
+        )
+    left = {_head(name) for name in (set(new) - set(old)) | wrong if not name.startswith(trunk)}
+    if not keeps_labels:
+        left.add("classifier")
+    taken = {name: value for name, value in old.items() if _head(name) not in left}
+    net.load_state_dict(taken, strict=False)
+    if not changes:
+        # The published dropout of text embeddings is on the module, as no setting of the
+        # configuration can say it.
+        before = dict(start.named_modules())
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Dropout) and name in before:
+                module.p = before[name].p
+    fresh = sorted({name.rpartition(".")[0] for name in set(new) - set(taken)})
+    if fresh:
+        _LOG.warning("weights that start anew: %s", ", ".join(fresh))
+    return net
+
+
+def _change(config: Any, changes: Mapping[str, Any]) -> None:
+    """Change settings of a configuration in place, those of its parts included."""
+    for name, value in changes.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(value, Mapping):
+            _change(part, value)
+        else:
+            setattr(config, name, value)
+
+
+def _head(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _more_rows(table: Tensor, rows: int) -> Tensor:
+    """The table, its last row repeated where it is short."""
+    return torch.cat([table, table[-1:].expand(max(rows - len(table), 0), -1)])
+
+
+def _build(task: dict[str, Any], labels: Sequence[str], train_split: str) -> Task:
+    """The task; answers that no model has fixed yet, or that are asked for anew, are counted in the
+    annotations."""
+    anew = task.get("answers") == "data"
+    if anew and task.get("labels"):
+        raise ValueError(
+            "task.labels are the answers, and task.answers data counts them: give one of the two"
+        )
+    built = build(task, () if anew else labels)
+    return (
+        with_new_answers(built, train_split)
+        if isinstance(built, VQAv2) and not built.labels
+        else built
+    )
+
+
+def _label_names(task: Task) -> dict[str, Any]:
+    return {
+        "num_labels": len(task.labels),
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: number for number, label in enumerate(task.labels)},
+    }

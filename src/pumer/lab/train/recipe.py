@@ -1,0 +1,127 @@
+"""Recipes of trainings: YAML files of settings of `train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pumer._files import replacing
+from pumer._yaml import read_yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The shipped ones."""
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, a shipped one's name or a file; raises ValueError for a file that
+    holds none."""
+    shipped = RECIPES / f"{name}.yaml"
+    return read_settings(shipped if shipped.is_file() else Path(name))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; raises ValueError if there is no such file, or no settings in
+    it."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings")
+    return settings
+
+
+# --- the recipe of a training, beside what came of it ---
+
+WRITTEN = "recipe.yaml"
+"""Its name in the folder of a training."""
+_MAY_CHANGE = tuple(
+    f"trainer.{name}"
+    for name in (
+        *(
+            "max_steps",
+            "num_train_epochs",
+            "logging_",
+            "log_",
+            "save_",
+            "eval_",
+            "report_to",
+            "run_name",
+        ),
+        *(
+            "disable_tqdm",
+            "load_best_model",
+            "metric_for_best",
+            "greater_is_better",
+            "per_device_eval",
+        ),
+        *(
+            "dataloader_num_workers",
+            "dataloader_pin",
+            "dataloader_prefetch",
+            "use_cpu",
+            "ddp_",
+            "hub_",
+            "push_to",
+        ),
+    )
+)
+"""Settings of how long a training goes, and what is said and kept of it; none changes what a step
+does."""
+
+
+def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Write settings of `train` as the recipe that repeats them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WRITTEN) as file:
+        yaml.safe_dump(_plain(recipe), file, sort_keys=False)
+
+
+def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the settings with which the training in a folder did not begin, or if
+    nobody knows."""
+    if not (folder / WRITTEN).is_file():
+        if any(folder.glob("checkpoint-*")):
+            raise ValueError(
+                f"{folder} has checkpoints and no {WRITTEN}, so that nobody knows with which "
+                "settings they began: put "
+                "that of their training there, or give another --output"
+            )
+        return
+    before, now = dict(_flat(read_settings(folder / WRITTEN))), dict(_flat(_plain(recipe)))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if others := [
+        name for name in names if not name.startswith((*_MAY_CHANGE, "eval_split", "distill.cache"))
+    ]:
+        told = "; ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in others[:_LISTED]
+        )
+        more = f"; and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        raise ValueError(
+            f"the training in {folder} began with other settings ({told}{more}): go on with those "
+            f"in its {WRITTEN}, "
+            "or give another --output"
+        )
+
+
+_LISTED = 6
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """As YAML has it: no tuples, no paths, no dataclasses."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(recipe, default=lambda x: getattr(x, "__dict__", None) or str(x))
+    )
+    return plain
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names; what is not set, or empty, is left out."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        elif value is not None:
+            yield f"{above}{name}", value

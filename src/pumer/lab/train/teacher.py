@@ -1,0 +1,139 @@
+"""What a teacher is shown, and what it says: in every step, or asked for once and then read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from pumer._files import digest, replacing
+from pumer.lab.data.text import TextTransform, load_tokenizer, same_tokenizer
+from pumer.lab.data.transforms import load_transform
+from pumer.lab.tasks.base import Collator, Example
+from pumer.lab.tasks.labels import label_order
+from pumer.lab.tasks.prompts import writes
+from pumer.lab.train.model import model_path
+from pumer.lab.train.trainer import TaskTrainer
+
+
+@dataclass(frozen=True)
+class TeachingCollator:
+    """Batches for a student, with `teacher_inputs` made by the teacher's own tokenizer and image
+    transform."""
+
+    student: Collator
+    teacher: Collator
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = self.student(examples)
+        if self.student.image == self.teacher.image:
+            pixels = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+        else:
+            pixels = self.teacher.pixels(examples)
+        return batch | {"teacher_inputs": self.teacher.texts(examples) | pixels}
+
+
+def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) -> Collator:
+    """The collator that feeds a teacher: the student's, or one with what lies in the teacher's
+    folder.
+
+    A teacher that writes judges the student's own tokens, so it has to be fed as the student is.
+
+    Raises:
+        ValueError: for a teacher of other labels, and for one that writes and has another tokenizer
+            or image transform; for a folder without tokenizer.
+    """
+    folder = model_path(path)
+    if not (folder / "pumer.json").is_file():  # a published checkpoint, with which neither came
+        text, image = student.text, student.image
+    else:
+        tokenizer, image = load_tokenizer(folder), load_transform(folder)
+        longest = min(
+            teacher.config.get_text_config().max_position_embeddings, tokenizer.model_max_length
+        )
+        text = TextTransform(tokenizer, longest, student.text.padding)
+    same = same_tokenizer(text.tokenizer, student.text.tokenizer)
+    if writes(teacher):
+        different = ["tokenizer"] * (not same) + ["image transform"] * (image != student.image)
+        if different:
+            raise ValueError(
+                f"the teacher {path} has another {' and another '.join(different)} than the "
+                "student: a model that "
+                "writes is taught on its own tokens, so take a teacher that was trained with the "
+                "same"
+            )
+        return student
+    order = None if student.task.loss_kind == "rank" else label_order(teacher.config, student.task)
+    if same and text.max_length == student.text.max_length:
+        text = student.text
+    return replace(student, text=text, image=image, order=order)
+
+
+def same_inputs(one: Collator, other: Collator) -> bool:
+    """Whether two collators make the same inputs of an example."""
+    return one.text is other.text and one.image == other.image
+
+
+_ASKING = {
+    "eval_strategy": "no",
+    "dataloader_drop_last": False,
+    "prediction_loss_only": False,
+    "batch_eval_metrics": False,
+    "eval_accumulation_steps": 16,  # on the host; there is no place for all on a GPU
+}
+"""Settings of the Trainer that asks the teacher, whatever they are for the training."""
+
+
+def taught(
+    teacher: nn.Module,
+    examples: Dataset,
+    collator: Collator,
+    arguments: TrainingArguments,
+    folder: str,
+    about: Any,
+) -> Tensor:
+    """The teacher's logits of every example, float32 [examples, labels], of which only what is used
+    is read.
+
+    Args:
+        teacher: unreduced.
+        examples: with targets, in the form that they are trained in.
+        collator: the teacher's, see `teachers_collator`.
+        arguments: of the training; the teacher has its precision, and its processes share the work.
+        folder: where the logits lie, a file for each combination of all that they depend on.
+        about: of that what the other arguments do not tell, as JSON has it: teacher, task and
+            split.
+    """
+    text = collator.text
+    wanted = {
+        "about": about,
+        "examples": len(examples),  # type: ignore[arg-type]
+        "image": repr(collator.image),
+        "text": [text.max_length, text.tokenizer.get_vocab()],
+        "blind": collator.blind,
+        "precision": [arguments.bf16, arguments.fp16],
+        **({} if collator.order is None else {"order": collator.order}),
+    }
+    path = Path(folder) / f"{digest(wanted)}.safetensors"
+    (known,) = broadcast_object_list([path.is_file()])  # another training may just be writing it
+    if not known:
+        asked = copy.copy(arguments)
+        for name, value in _ASKING.items():
+            setattr(asked, name, value)
+        asker = TaskTrainer(model=teacher, args=asked, data_collator=collator, task=collator.task)
+        logits = torch.as_tensor(asker.predict(examples).predictions, dtype=torch.float32)
+        assert len(logits) == wanted["examples"]
+        if asker.is_world_process_zero():
+            with replacing(path, "wb") as file:
+                save_file({"logits": logits}, file.name)
+        asker.accelerator.wait_for_everyone()
+    return load_file(path)["logits"]

@@ -1,0 +1,78 @@
+"""The Trainer for models that write their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from pumer.lab.evaluate import NOT_NUMBERS
+from pumer.lab.tasks.prompts import IGNORED
+from pumer.lab.train.losses import distillation_loss
+from pumer.lab.train.trainer import TaskTrainer
+
+
+class WritingTrainer(TaskTrainer):
+    """Teach a model, reduced or not, to write answers: its own loss, on their tokens alone.
+
+    A teacher tells what it would write in the place of each of these tokens. Accuracy is the share
+    of answers that are
+    right in every token, given those before: just those that `generate` would write without
+    sampling.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        parts = {"task": outputs.loss}
+        labels = inputs["labels"]
+        if self.teacher is not None and model.training:
+            shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
+            # Accelerate wraps only the student's forward in the mixed precision asked for.
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.teacher(**shown).logits
+            learned = labels[:, 1:] != IGNORED
+            own, taught = (logits[:, :-1][learned] for logits in (outputs.logits, taught))
+            parts["distill"] = self.distill_weight * distillation_loss(
+                own, taught, self.temperature
+            )
+        if "grounding_loss" in outputs:
+            parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
+        if not model.training and outputs.logits.isnan().any():
+            raise ValueError(NOT_NUMBERS.format("the outputs for a batch of prompts"))
+        right = answered(outputs.logits, labels)
+        if model.training:
+            self._note(parts, 100 * right.mean())
+        loss = sum(parts.values(), torch.zeros((), device=labels.device))
+        return (loss, {"right": right}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        # The Trainer gathers only what comes with labels; prompts of every batch have another
+        # length.
+        return loss.detach(), outputs["right"], torch.ones_like(outputs["right"])
+
+    @staticmethod
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {"accuracy": 100 * torch.as_tensor(prediction.predictions).mean().item()}
+
+
+def answered(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """1 where a model's most likely tokens are all those of the answer, else 0: float32 [B]."""
+    wanted = labels_BS[:, 1:]
+    return ((logits_BSV[:, :-1].argmax(-1) == wanted) | (wanted == IGNORED)).all(1).float()

@@ -1,0 +1,158 @@
+"""What is known of a point before any example is predicted: tokens, FLOPs, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+import pumer
+from pumer.costs.report import Report, report
+from pumer.lab.bench.latency import LatencyModel
+from pumer.lab.bench.memory import peak_activations, weight_bytes
+from pumer.lab.bench.run import first_rows, forward
+from pumer.lab.tune.space import Point
+
+_MEMORY_ROWS = (
+    4  # examples of the forward whose memory is followed; activations grow with the batch
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the setting has to keep to.
+
+    Args:
+        drop: most points of accuracy to lose against the unreduced model.
+        speedup: least factor by which a forward gets faster.
+        memory: most bytes of weights and activations in a forward.
+    """
+
+    drop: float | None = None
+    speedup: float | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.drop is None and self.speedup is None and self.memory is None:
+            raise ValueError(
+                "give a bound: --max_drop POINTS, --min_speedup FACTOR or --max_memory SIZE"
+            )
+        if self.drop is not None and not 0 < self.drop < 100:
+            raise ValueError(
+                "--max_drop is in points of accuracy, more than 0 and less than 100, not "
+                f"{self.drop}"
+            )
+        if self.speedup is not None and self.speedup < 1:
+            raise ValueError(f"--min_speedup is a factor from 1, not {self.speedup}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point and what the models of this machine say of it.
+
+    Args:
+        point: the settings.
+        flops_ratio: how many times fewer FLOPs than unreduced.
+        speedup: how many times faster, predicted.
+        memory: bytes of weights and peak activations, where a bound asks for them.
+    """
+
+    point: Point
+    flops_ratio: float
+    speedup: float
+    memory: int | None = None
+
+    def lacks(self, bounds: Bounds, corrections: Mapping[str, float] | None = None) -> str:
+        """Which bound the models say it breaks, in a word for a table; "" for none.
+
+        `corrections` are factors of the predicted "speedup" and "memory", from points that were
+        measured.
+        """
+        by = {"speedup": 1.0, "memory": 1.0} | dict(corrections or {})
+        if bounds.speedup is not None and self.speedup * by["speedup"] < bounds.speedup:
+            return "too slow"
+        if (
+            bounds.memory is not None
+            and self.memory is not None
+            and self.memory * by["memory"] > bounds.memory
+        ):
+            return "too large"
+        return ""
+
+
+def plan(
+    model: nn.Module,
+    points: Sequence[Point],
+    latency: LatencyModel,
+    base: Report,
+    inputs: Mapping[str, Tensor],
+    memory: bool,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Planned]:
+    """FLOPs, predicted speed-up and, if asked for, memory of every point, fastest first.
+
+    Args:
+        model: unreduced.
+        points: settings that fit it.
+        latency: model of this machine.
+        base: report of the unreduced model for the lengths to plan for.
+        inputs: a batch of the size to plan for.
+        memory: follow a forward of a few examples of each point and scale its peak to the batch.
+        progress: called after every point.
+    """
+    text, image = base.entry
+    usual = report(model).entry[1]
+    batch = len(inputs["input_ids"])
+    rows = min(batch, _MEMORY_ROWS)
+    few = first_rows(inputs, rows)
+    unreduced = latency.seconds(base)
+    found = []
+    for point in points:
+        with pumer.reduced(model, point.reducer):
+            planned = report(model, text, None if image == usual else image)
+            size = None
+            if memory:
+                size = weight_bytes(model) + round(peak_memory(model, few) * batch / rows)
+        found.append(Planned(point, planned.ratio, unreduced / latency.seconds(planned), size))
+        progress()
+    return sorted(found, key=lambda one: (-one.speedup, one.point.name))
+
+
+def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """Bytes of activations at the peak of one forward."""
+    call, device = forward(model, dict(inputs)), next(model.parameters()).device
+    if device.type == "cuda":
+        call()  # libraries set memory aside at their first use
+    return peak_activations(call, device)
+
+
+def check_reachable(planned: Sequence[Planned], bounds: Bounds) -> None:
+    """Raise ValueError, naming the nearest point, if by the models no point keeps to speed and
+    memory bounds."""
+    if any(not one.lacks(bounds) for one in planned):
+        return
+    parts = []
+    if bounds.speedup is not None:
+        fastest = max(planned, key=lambda one: one.speedup)
+        parts.append(
+            f"the fastest, {fastest.point.name}, is predicted to be {fastest.speedup:.2f} times "
+            "as fast"
+        )
+    if bounds.memory is not None:
+        smallest = min(planned, key=lambda one: one.memory or 0)
+        parts.append(
+            f"the smallest, {smallest.point.name}, takes {(smallest.memory or 0) / 1e6:.0f} MB"
+        )
+    quick = [one for one in planned if bounds.speedup is not None and one.speedup >= bounds.speedup]
+    if quick and bounds.memory is not None:
+        smallest = min(quick, key=lambda one: one.memory or 0)
+        parts.append(
+            f"the smallest that is fast enough, {smallest.point.name}, "
+            f"{(smallest.memory or 0) / 1e6:.0f} MB"
+        )
+    raise ValueError(
+        f"no setting of the grid keeps to the bound: {'; '.join(parts)}. Loosen the bound, or "
+        "widen the grid"
+    )

@@ -1,0 +1,407 @@
+"""One tuning: a model, a task's examples and a bound in; a preset, the evidence and a plot out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from torch import nn
+
+import pumer
+from pumer._files import check_folder, is_empty, locked, replacing
+from pumer.lab.bench import records
+from pumer.lab.bench.latency import LatencyModel, calibrate, measure, planned
+from pumer.lab.bench.memory import weight_bytes
+from pumer.lab.bench.run import FUSED
+from pumer.lab.evaluate import model_inputs
+from pumer.lab.tasks.base import Collator, Example
+from pumer.lab.tasks.prompts import writes
+from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.plot import draw
+from pumer.lab.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
+from pumer.lab.tune.search import Judged, Search
+from pumer.lab.tune.sequential import PairedDrop
+from pumer.lab.tune.space import Grid, space
+from pumer.reducers import to_dict
+
+PRESET, EVIDENCE, STUDY = "reducer.yaml", "candidates.csv", "study.log"
+_FEWEST = 8  # batches to choose on and to check on, together
+_RUNS = 7  # timed forwards of the point that is accepted
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found.
+
+    Args:
+        point: the settings, with what was predicted of them.
+        judged: how it did on the examples that it was chosen on.
+        checked: how it did on fresh ones.
+        speedup: measured.
+        memory: bytes of weights and of activations at the peak of a forward, measured.
+        points: points of the grid.
+        predictions: examples that were predicted for all of this, the unreduced model's included.
+        rows: the evidence: every point, what was found out about it or why it was not judged.
+    """
+
+    point: Planned
+    judged: Judged
+    checked: Judged
+    speedup: float
+    memory: int
+    points: int
+    predictions: int
+    rows: list[dict[str, Any]]
+
+
+def tune(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    bounds: Bounds,
+    out: str | Path,
+    *,
+    grid: Grid | None = None,
+    skip_impossible: bool = False,
+    batch_size: int = 32,
+    choose: int = 2000,
+    check: int = 8000,
+    alpha: float = 0.1,
+    trials: int = 80,
+    seed: int = 0,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Tuned:
+    """Search the setting of PuMer or ToMe that is fastest, or lose least, within a bound, and write
+    them to a folder.
+
+    With a bound on the drop it is the fastest point that keeps to it; otherwise the one that loses
+    least.
+
+    Args:
+        model: unreduced, on its device.
+        examples: of a labelled split.
+        collator: the task's, with the model's transforms.
+        bounds: what to keep to.
+        out: folder for the preset, the evidence, the plot and the study; new or empty unless
+            `resume`.
+        grid: values of each setting.
+        skip_impossible: leave out settings that do not fit the model, instead of refusing them.
+        batch_size: examples at a time: what speed and memory are for.
+        choose: examples to choose on; where there are fewer, so that both shares shrink alike.
+        check: fresh examples to check what was chosen on.
+        alpha: probability of accepting a point that loses more than the bound.
+        trials: points to judge at most.
+        seed: of the order of the examples and of the search.
+        resume: go on with the study in `out`.
+        settings: where model and examples come from, to know a study again by.
+        progress: called with a line whenever something was decided.
+
+    Raises:
+        ValueError: for impossible settings, too few examples, a folder that is not empty or of
+            another study, and for a bound that nothing keeps to, naming the nearest point; the
+            evidence is then written all the same.
+    """
+    folder = Path(out)
+    check_folder(folder)
+    if not is_empty(folder) and not resume:
+        raise ValueError(
+            f"{folder} is not empty: give another --out, or --resume true to go on with its study"
+        )
+    for name, count in (
+        ("batch_size", batch_size),
+        ("choose", choose),
+        ("check", check),
+        ("trials", trials),
+    ):
+        if count < 1:
+            raise ValueError(f"--{name} is a whole number from 1, not {count}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"--alpha is a probability, more than 0 and less than 1, not {alpha}")
+    points = space(grid or Grid(), model, skip_impossible or grid is None)
+    pool = Pool(examples, collator, batch_size, choose + check, seed)
+    race, total = _shares(pool.available, choose, check, batch_size)
+    where = records.environment(next(model.parameters()).device)
+    described = {
+        **(settings or {}),
+        "machine": {name: where[name] for name in ("cpu", "threads", "gpu")},
+        "bounds": vars(bounds),
+        "axes": points.axes,
+        "choose": race * batch_size,
+        "check": (total - race) * batch_size,
+        "batch_size": batch_size,
+        "alpha": alpha,
+        "seed": seed,
+    }
+    described = json.loads(json.dumps(described))
+    journal = folder / STUDY
+    with ExitStack() as alone:
+        study = None
+        if journal.exists():
+            alone.enter_context(locked(folder, wait=0.0))
+            study = _open(journal, described)
+        pool.size(1)
+        inputs = _timed_inputs(model, pool.inputs(0))
+        progress("timing a few forwards")
+        costs = study.user_attrs.get("latency") if study else None
+        latency = LatencyModel(costs) if costs else calibrate(model, inputs)
+        with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
+            model(**inputs)
+            base = planned(model, model)
+        progress(f"planning {len(points.points)} points")
+        predicted = plan(model, points.points, latency, base, inputs, bounds.memory is not None)
+        check_reachable(predicted, bounds)
+        if study is None:  # nothing is written before it is known that there is something to search
+            alone.enter_context(locked(folder, wait=0.0))
+            study = _open(journal, described)
+        study.set_user_attr("latency", dict(latency.costs))
+        search = Search(
+            model,
+            points,
+            predicted,
+            bounds,
+            pool,
+            race,
+            total - race,
+            study,
+            alpha,
+            trials,
+            seed,
+            progress,
+        )
+        best, speedup, memory = _settle(search, inputs, progress)
+        rows = _evidence(search, study, best)
+        _write_rows(folder / EVIDENCE, rows)
+        draw(rows, bounds.drop, folder / "tune")
+        if best is None:
+            raise ValueError(_nearest(search))
+        with replacing(folder / PRESET) as file:
+            yaml.safe_dump(
+                json.loads(json.dumps(to_dict(best.point.reducer))), file, sort_keys=False
+            )
+    name = best.point.name
+    return Tuned(
+        best,
+        search.judged[name],
+        search.checked[name],
+        speedup,
+        memory,
+        len(predicted),
+        search.predictions,
+        rows,
+    )
+
+
+def lost(
+    base: nn.Module,
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    batch_size: int,
+    choose: int,
+    check: int,
+    alpha: float,
+    seed: int,
+) -> PairedDrop:
+    """What another model loses against the unreduced one on the examples that `tune` checks on; as
+    there."""
+    pool = Pool(examples, collator, batch_size, choose + check, seed)
+    race, total = _shares(pool.available, choose, check, batch_size)
+    batches = range(race, total)
+    test = PairedDrop(alpha)
+    with pumer.reduced(base, pumer.Unreduced()):
+        before = list(pool.scores(base, batches))
+    for one, other in zip(before, pool.scores(model, batches), strict=True):
+        test.update(a - b for a, b in zip(one, other, strict=True))
+    return test
+
+
+def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[int, int]:
+    """Batches to choose on, and in all; raises ValueError for too few."""
+    total = min(choose + check, examples) // batch_size
+    if total < _FEWEST or min(choose, check) < 1:
+        raise ValueError(
+            f"{min(choose + check, examples)} examples, of a picture no more than one, are too "
+            "few to choose and to "
+            f"check on: give {_FEWEST * batch_size} or more, or a smaller --batch_size"
+        )
+    return min(max(1, total * choose // (choose + check)), total - 1), total
+
+
+def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
+    """The study in a file, new if there is none; raises ValueError for one of other settings."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for left_over in journal.parent.glob(f"{journal.name}.lock*"):
+        left_over.unlink()  # optuna's lock, for which it would wait; the folder is locked already
+    if journal.is_file():  # a kill may have cut off what was written last
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+    study = optuna.create_study(
+        storage=JournalStorage(
+            JournalFileBackend(str(journal.resolve()))
+        ),  # its lock is a link to this path
+        study_name="tune",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    known = study.user_attrs.get("settings")
+    if known is None:
+        study.set_user_attr("settings", described)
+    elif known != described:
+        other = sorted(
+            name
+            for name in known.keys() | described.keys()
+            if known.get(name) != described.get(name)
+        )
+        raise ValueError(
+            f"the study in {journal.parent} is of another {', '.join(other)}: give another --out"
+        )
+    return study
+
+
+def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
+    """A batch for the measurements: of texts that are ranked, each with its image.
+
+    Of a model that writes, the way to the first token of the answer is measured.
+    """
+    inputs, texts = (
+        model_inputs(collated, next(model.parameters()).device),
+        collated.get("texts_per_image", 1),
+    )
+    if writes(model):
+        return inputs | {"logits_to_keep": 1}
+    if texts == 1:
+        return inputs
+    return inputs | {
+        name: inputs[name].repeat_interleave(texts, 0) for name in ("pixel_values", "pixel_mask")
+    }
+
+
+def _settle(
+    search: Search, inputs: Mapping[str, Any], progress: Callable[[str], None]
+) -> tuple[Planned | None, float, int]:
+    """The best point that holds on fresh examples and keeps to its bounds when measured, its
+    speed-up and memory."""
+    while (best := search.run()) is not None:
+        name, model, bounds = best.point.name, search.model, search.bounds
+        found = search.verify(best)
+        progress(
+            f"checked {name}: loses {found.drop:.2f} ({found.low:.2f} to {found.high:.2f}) on "
+            f"{found.examples} fresh "
+            f"examples, {found.status}"
+        )
+        if found.status != "accepted":
+            continue
+        measured = search.study.user_attrs.get(f"measured/{name}")
+        if measured is None:
+            seconds, _ = measure(model, inputs, {name: best.point.reducer}, _RUNS)
+            with pumer.reduced(model, best.point.reducer):
+                memory = weight_bytes(model) + peak_memory(model, inputs)
+            measured = [seconds[FUSED] / seconds[name], memory]
+            search.study.set_user_attr(f"measured/{name}", measured)
+        speedup, memory = measured
+        progress(f"measured {name}: {speedup:.2f}x, {memory / 1e6:.0f} MB")
+        if (bounds.speedup is None or speedup >= bounds.speedup) and (
+            bounds.memory is None or memory <= bounds.memory
+        ):
+            return best, speedup, memory
+        search.correct(best, speedup, memory)
+    return None, 0.0, 0
+
+
+def _nearest(search: Search) -> str:
+    """Why nothing was accepted, and what comes nearest."""
+    bounds = search.bounds
+    judged = [one for one in search.planned if one.point.name in search.judged]
+    if not judged:
+        return "no point of the grid was judged: allow more --trials, or loosen the bound"
+
+    def found(one: Planned) -> Judged:
+        return search.checked.get(one.point.name) or search.judged[one.point.name]
+
+    measured = {
+        one.point.name: search.study.user_attrs[f"measured/{one.point.name}"]
+        for one in judged
+        if search.status(one) == "unfit"
+    }
+    if measured:  # which kept to the bound on the drop
+
+        def short(name: str) -> float:
+            speedup, memory = measured[name]
+            return max((bounds.speedup or 0.0) / speedup, memory / (bounds.memory or math.inf))
+
+        name = min(measured, key=short)
+        speedup, memory = measured[name]
+        return (
+            "none of the settings that passed their check keeps to the bound when it is "
+            "measured; the nearest is "
+            f"{name}, {speedup:.2f} times as fast, {memory / 1e6:.0f} MB, which loses "
+            f"{search.checked[name].drop:.2f} "
+            "points. Loosen the bound, or widen the grid"
+        )
+    assert bounds.drop is not None  # without it every point passes its check
+    nearest = min(judged, key=lambda one: found(one).high)
+    known = found(nearest)
+    return (
+        f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; "
+        "the nearest is "
+        f"{nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, which loses "
+        f"{known.drop:.2f} "
+        f"({known.low:.2f} to {known.high:.2f}) on {known.examples} examples. --max_drop "
+        f"{math.ceil(100 * known.high) / 100:.2f} may take it in; milder settings in the grid or "
+        "more examples may help"
+    )
+
+
+def _evidence(search: Search, study: optuna.Study, best: Planned | None) -> list[dict[str, Any]]:
+    """One row for each point, best first, then by predicted speed."""
+    excluded, attributes, rows = search.excluded(), study.user_attrs, []
+    where = records.environment(next(search.model.parameters()).device)
+    for one in search.planned:
+        name = one.point.name
+        judged, checked = search.judged.get(name), search.checked.get(name)
+        measured = attributes.get(f"measured/{name}", [None, None])
+        status = search.status(one) or excluded.get(name, "not reached")
+        rows.append(
+            {
+                "point": name,
+                "reducer": json.dumps(to_dict(one.point.reducer)),
+                "status": "found" if one is best else status,
+                "examples": judged.examples if judged else 0,
+                **_drops("", judged),
+                "check_examples": checked.examples if checked else 0,
+                **_drops("check_", checked),
+                "flops_ratio": round(one.flops_ratio, 4),
+                "predicted_x": round(one.speedup, 4),
+                "measured_x": "" if measured[0] is None else round(measured[0], 4),
+                "predicted_bytes": "" if one.memory is None else one.memory,
+                "measured_bytes": "" if measured[1] is None else measured[1],
+                "batch_size": search.pool.batch_size,
+                **where,
+            }
+        )
+    return sorted(rows, key=lambda row: row["status"] != "found")
+
+
+def _drops(prefix: str, found: Judged | None) -> dict[str, Any]:
+    values = (found.drop, found.low, found.high) if found else ("", "", "")
+    return dict(zip((f"{prefix}drop", f"{prefix}low", f"{prefix}high"), values, strict=True))
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

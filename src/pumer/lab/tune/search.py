@@ -1,0 +1,377 @@
+"""The search: which point to judge next, when to stop judging it, and which one to accept.
+
+The first points halve the grid, the others Optuna's TPE sampler proposes. Each is judged on one
+batch after another, against the unreduced model on the same examples, until the answer is plain.
+Most points never are judged:
+
+* the latency and memory models rule out those that break a bound on speed or memory;
+* of two points of which one is milder everywhere (`space.milder`), the harsher one is taken to lose
+  more: once the milder one has lost too much, the harsher one is out, and where speed is bounded,
+  the mildest that keep to it suffice;
+* with a bound on the drop, points that are slower than a promising one are not needed.
+
+A point that looks best is then checked on fresh examples that no choice has depended on. The k-th
+to be checked gets alpha / 2^k, so that the whole search accepts a point that loses more than the
+bound with probability alpha at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from torch import nn
+
+import pumer
+from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.points import Bounds, Planned
+from pumer.lab.tune.sequential import PairedDrop
+from pumer.lab.tune.space import Point, Space, milder
+
+LOOK = 4
+"""Batches between two looks at the test."""
+STARTUP = 10
+"""Points that are judged before TPE has something to go by."""
+_ERROR = 0.05  # of each side of the intervals that points are judged by
+_OUT = ("over", "hopeless", "doubtful", "worse", "failed")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found out about a point; drops are in points of accuracy.
+
+    Args:
+        status: "over" the bound for certain; "hopeless", "doubtful" or "promising" as to being
+            accepted; "worse" than another point for certain, or "judged" to the end; after its
+            check "accepted" or "failed", and "unfit" if measured it then breaks a bound.
+        examples: that it was judged on.
+        drop: mean loss against the unreduced model on them.
+        low: lower bound of that loss.
+        high: upper bound.
+    """
+
+    status: str
+    examples: int
+    drop: float
+    low: float
+    high: float
+
+
+class Search:
+    """One search, kept in an Optuna study: made anew over the same study it goes on where that
+    stopped.
+
+    Args:
+        model: unreduced, on its device.
+        space: the grid.
+        planned: its points and what is predicted of them.
+        bounds: what to keep to.
+        pool: examples; the first `race` batches are for choosing, the next `check` ones for
+            checking.
+        study: that remembers everything.
+        alpha: probability of accepting a point that loses more than the bound.
+        trials: points to judge at most.
+        seed: of the proposals.
+        progress: called with a line whenever something was decided.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Space,
+        planned: Sequence[Planned],
+        bounds: Bounds,
+        pool: Pool,
+        race: int,
+        check: int,
+        study: optuna.Study,
+        alpha: float = 0.1,
+        trials: int = 80,
+        seed: int = 0,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model, self.space, self.bounds, self.pool, self.study = (
+            model,
+            space,
+            bounds,
+            pool,
+            study,
+        )
+        self.race, self.check = range(race), range(race, race + check)
+        self.alpha, self.trials, self.seed, self.progress = alpha, trials, seed, progress
+        self.planned = list(planned)
+        self._milder = milder([one.point for one in self.planned])
+        self.judged: dict[str, Judged] = {}
+        self.checked: dict[str, Judged] = {}
+        self._scores: dict[str, list[float]] = {}
+        waiting = 0
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state == optuna.trial.TrialState.COMPLETE:
+                name = trial.user_attrs["point"]
+                self.judged[name] = Judged(**trial.user_attrs["judged"])
+                self._scores[name] = trial.user_attrs["scores"]
+            elif trial.state == optuna.trial.TrialState.RUNNING:  # when the process was stopped
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            elif trial.state == optuna.trial.TrialState.WAITING:  # or right before
+                waiting += 1
+        for _ in range(waiting):  # or the next ones would be given their settings
+            study.tell(self._ask(), state=optuna.trial.TrialState.FAIL)
+        known = study.user_attrs  # a copy
+        self.corrections: dict[str, float] = known.get("corrections", {})
+        self._unfit: list[str] = known.get("unfit", [])
+        self._base = {
+            int(key.removeprefix("base/")): known[key] for key in known if key.startswith("base/")
+        }
+        for key in known:
+            if key.startswith("check/"):
+                self.checked[key.removeprefix("check/")] = Judged(**known[key])
+
+    # --- the choice ---
+
+    def best(self) -> Planned | None:
+        """The point to check next: the fastest promising one, or without a bound on the drop that
+        which loses least."""
+        wanted = (
+            ("promising", "accepted") if self.bounds.drop is not None else ("judged", "accepted")
+        )
+        chosen = [
+            one
+            for one in self.planned
+            if self.status(one) in wanted and not one.lacks(self.bounds, self.corrections)
+        ]
+        if self.bounds.drop is not None:
+            return max(chosen, key=lambda one: one.speedup, default=None)
+        return min(chosen, key=lambda one: self.judged[one.point.name].drop, default=None)
+
+    def excluded(self) -> dict[str, str]:
+        """Points that are not judged and need not be (any more), by name, and why."""
+        best = self.best()
+        out = np.array([self.status(one) in _OUT for one in self.planned])
+        lacking = [one.lacks(self.bounds, self.corrections) for one in self.planned]
+        fits = np.array([not lack for lack in lacking])
+        why = {}
+        for place, (one, lack) in enumerate(zip(self.planned, lacking, strict=True)):
+            milder_ones = self._milder[:, place]
+            if one.point.name in self.judged:
+                continue
+            if lack:
+                why[one.point.name] = lack
+            elif (milder_ones & out).any():
+                why[one.point.name] = (
+                    f"harsher than {self.planned[(milder_ones & out).argmax()].point.name}"
+                )
+            elif self.bounds.drop is None and (milder_ones & fits).any():
+                # Where speed or memory is bounded, a harsher one than need be loses more than it
+                # has to.
+                why[one.point.name] = (
+                    f"harsher than {self.planned[(milder_ones & fits).argmax()].point.name}"
+                )
+            elif self.bounds.drop is not None and best is not None and one.speedup <= best.speedup:
+                why[one.point.name] = "slower than the best"
+        return why
+
+    def open_points(self) -> list[Planned]:
+        """Points that still could be better than the best one."""
+        done = self.excluded().keys() | self.judged.keys()
+        return [one for one in self.planned if one.point.name not in done]
+
+    def status(self, one: Planned) -> str:
+        """What is known of a point by now, "" for nothing."""
+        known = self.checked.get(one.point.name) or self.judged.get(one.point.name)
+        return "" if known is None else "unfit" if one.point.name in self._unfit else known.status
+
+    @property
+    def predictions(self) -> int:
+        """Examples predicted so far, the unreduced model's included."""
+        known = (*self.judged.values(), *self.checked.values())
+        return sum(map(len, self._base.values())) + sum(found.examples for found in known)
+
+    # --- the search ---
+
+    def run(self) -> Planned | None:
+        """Judge points until none is open or `trials` are spent; the best one, or None where none
+        is promising."""
+        while len(self.judged) < self.trials:
+            candidates = self.open_points()
+            if not candidates:
+                break
+            trial, one = self._propose(candidates)
+            found, scores = self._judge(one)
+            name = one.point.name
+            trial.set_user_attr("point", name)
+            trial.set_user_attr("scores", scores)
+            trial.set_user_attr("judged", vars(found))
+            self.study.tell(trial, self._value(one, found))
+            self.judged[name], self._scores[name] = found, scores
+            self.progress(
+                f"{len(self.judged)}: {name}: {one.speedup:.2f}x predicted, loses {found.drop:.2f} "
+                f"({found.low:.2f} to {found.high:.2f}) on {found.examples} examples, "
+                f"{found.status}; "
+                f"{len(self.open_points())} points open"
+            )
+        return self.best()
+
+    def verify(self, one: Planned) -> Judged:
+        """Check a point on fresh examples, and remember how it went: "accepted" or "failed"."""
+        name, bound = one.point.name, self.bounds.drop
+        if name not in self.checked:
+            alpha = self._next_alpha
+            total = len(self.check) * self.pool.batch_size
+            before = PairedDrop()
+            before.update(self._differences(name))
+            test = PairedDrop(alpha, before.stakes_for(total, alpha))
+            status = "failed" if bound is not None else "accepted"
+            for batches in _looks(self.check):
+                scores = self._predict(one.point, batches)
+                test.update(a - b for a, b in zip(self.base(batches), scores, strict=True))
+                if bound is None:
+                    continue
+                if test.upper <= bound / 100:
+                    status = "accepted"
+                    break
+                if test.lower > bound / 100 or not test.reachable(bound / 100, total, -2.0, alpha):
+                    break
+            self.checked[name] = _judged(test, status)
+            self.study.set_user_attr(f"check/{name}", vars(self.checked[name]))
+        return self.checked[name]
+
+    def correct(self, one: Planned, speedup: float, memory: int | None) -> None:
+        """Give up a point that measured breaks a bound, and take that as a lesson for all
+        predictions."""
+        self._unfit = [*self._unfit, one.point.name]
+        self.study.set_user_attr("unfit", self._unfit)
+        self.corrections = {"speedup": speedup / one.speedup}
+        if memory is not None and one.memory is not None:
+            self.corrections["memory"] = memory / one.memory
+        self.study.set_user_attr("corrections", self.corrections)
+
+    def base(self, batches: range) -> list[float]:
+        """The unreduced model's scores on these batches, predicted once."""
+        missing = [number for number in batches if number not in self._base]
+        if missing:
+            with pumer.reduced(self.model, pumer.Unreduced()):
+                found = zip(missing, self.pool.scores(self.model, missing), strict=False)
+                for number, scores in found:
+                    self.study.set_user_attr(f"base/{number}", scores)
+                    self._base[number] = scores
+        return [score for number in batches for score in self._base.get(number, ())]
+
+    # --- inside ---
+
+    def _propose(self, candidates: Sequence[Planned]) -> tuple[optuna.Trial, Planned]:
+        """A trial for an open point: one of the first, the sampler's proposal, or the open point
+        nearest to that."""
+        if len(self.judged) < STARTUP:
+            return self._trial_of(self._halving(candidates))
+        # A sampler of its own for each proposal, so that a resumed search makes the same ones.
+        seed = self.seed + 1000 * len(self.judged)
+        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
+        trial = self._ask()
+        wanted = trial.params
+        nearest = min(
+            candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point))
+        )
+        if self.space.indices(nearest.point) == wanted:
+            return trial, nearest
+        self.study.tell(
+            trial, state=optuna.trial.TrialState.FAIL
+        )  # which the sampler does not learn from
+        return self._trial_of(nearest)
+
+    def _trial_of(self, one: Planned) -> tuple[optuna.Trial, Planned]:
+        self.study.enqueue_trial(self.space.indices(one.point))
+        return self._ask(), one
+
+    def _halving(self, candidates: Sequence[Planned]) -> Planned:
+        """Of each method in turn the open point of median speed: good or bad, it rules out about
+        half of the others."""
+        tomes = sorted({one.point.tome > 0 for one in candidates})
+        tome = tomes[len(self.judged) % len(tomes)]
+        points = sorted(
+            (one for one in candidates if (one.point.tome > 0) == tome), key=lambda one: one.speedup
+        )
+        return points[len(points) // 2]
+
+    def _ask(self) -> optuna.Trial:
+        distributions = {
+            name: optuna.distributions.IntDistribution(0, len(values) - 1)
+            for name, values in self.space.axes.items()
+        }
+        return self.study.ask(distributions)  # type: ignore[arg-type]
+
+    def _distance(self, one: dict[str, int], other: dict[str, int]) -> float:
+        return sum(
+            abs(one[name] - other[name]) / max(len(self.space.axes[name]) - 1, 1) for name in one
+        )
+
+    def _value(self, one: Planned, found: Judged) -> float:
+        """What the sampler is to make as large as it can: speed where the bound is kept, else the
+        least drop."""
+        if self.bounds.drop is None:
+            return -found.drop
+        return (
+            one.speedup if found.status == "promising" else min(0.0, self.bounds.drop - found.drop)
+        )
+
+    @property
+    def _next_alpha(self) -> float:
+        return (
+            self.alpha / 2 ** (1 + len(self.checked))
+            if self.bounds.drop is not None
+            else self.alpha
+        )
+
+    def _judge(self, one: Planned) -> tuple[Judged, list[float]]:
+        test, rival = PairedDrop(_ERROR), PairedDrop(_ERROR)
+        best = self.best() if self.bounds.drop is None else None
+        against = self._scores[best.point.name] if best else []
+        scores: list[float] = []
+        status = ""
+        for batches in _looks(self.race):
+            new = self._predict(one.point, batches)
+            test.update(a - b for a, b in zip(self.base(batches), new, strict=True))
+            if against:
+                rival.update(a - b for a, b in zip(against[len(scores) :], new, strict=False))
+            scores += new
+            status = self._verdict(test, rival, last=False)
+            if status:
+                break
+        return _judged(test, status or self._verdict(test, rival, last=True)), scores
+
+    def _differences(self, name: str) -> list[float]:
+        """What was lost on each of the examples that a point was judged on."""
+        scores = self._scores[name]
+        batches = self.race[: -(-len(scores) // self.pool.batch_size)]
+        return [a - b for a, b in zip(self.base(batches), scores, strict=True)]
+
+    def _predict(self, point: Point, batches: range) -> list[float]:
+        with pumer.reduced(self.model, point.reducer):
+            return [score for batch in self.pool.scores(self.model, batches) for score in batch]
+
+    def _verdict(self, test: PairedDrop, rival: PairedDrop, last: bool) -> str:
+        """What the examples so far say of a point, "" where that takes more of them."""
+        if self.bounds.drop is None:
+            return "worse" if rival.number and rival.lower > 0 else "judged" if last else ""
+        bound, total = self.bounds.drop / 100, len(self.check) * self.pool.batch_size
+        alpha = self._next_alpha
+        if test.lower > bound:
+            return "over"
+        if not test.reachable(bound, total, -2.0, alpha):
+            return "hopeless"
+        if test.reachable(bound, total, 0.5 if last else 2.0, alpha):
+            return "promising"
+        return "doubtful" if last else ""
+
+
+def _looks(batches: range) -> Iterator[range]:
+    """The batches in groups, after each of which the test is looked at."""
+    for start in range(batches.start, batches.stop, LOOK):
+        yield range(start, min(start + LOOK, batches.stop))
+
+
+def _judged(test: PairedDrop, status: str) -> Judged:
+    return Judged(
+        status, test.number, *(round(100 * x, 4) for x in (test.mean, test.lower, test.upper))
+    )

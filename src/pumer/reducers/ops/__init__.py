@@ -1,0 +1,1 @@
+"""What reducers are made of: matching, greedy choice, clustering, spectra, saliency and budgets."""

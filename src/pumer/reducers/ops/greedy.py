@@ -1,0 +1,117 @@
+"""Choosing a set token by token, each for what it adds to those before.
+
+All samples of a batch take their steps together, as many as the largest budget asks for; a row that
+has all its tokens goes on choosing and nothing comes of it. No step waits for the host.
+
+Shape suffixes: B batch, I candidates, D channels, K steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.ops.matching import unit_vectors
+
+
+def cosines(x_BID: Tensor) -> Tensor:
+    """Cosine similarity of all pairs, float64 [B,I,I]; zero with tokens that are all zero.
+
+    In steps of 1e-10: of tokens that are the same, such as those of a blank wall, places tell which
+    is first, and not the last bit, which the length of the padding can change.
+    """
+    unit = unit_vectors(x_BID, torch.float64)
+    return (unit @ unit.transpose(1, 2)).round(decimals=10)
+
+
+def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
+    """The token farthest from its nearest neighbour, then always the one farthest from those
+    chosen.
+
+    Returns:
+        Which tokens are chosen, bool [B,I].
+    """
+    distance = 1 - cosine_BII
+    itself = torch.eye(valid_BI.shape[1], dtype=torch.bool, device=valid_BI.device)
+    nearest = distance.masked_fill(itself | ~valid_BI[:, None], torch.inf).amin(2)
+    chosen = torch.zeros_like(valid_BI)
+    for step in range(most):
+        pick_B1 = _best(nearest, valid_BI & ~chosen)
+        chosen = _with(chosen, pick_B1, step < kept_B)
+        to_pick = _row(distance, pick_B1)
+        nearest = to_pick if step == 0 else torch.minimum(nearest, to_pick)
+    return chosen
+
+
+def determinantal(kernel_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
+    """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS
+    2018).
+
+    Where the kernel has a lower rank than the budget, what is left is told apart by rounding alone.
+
+    Returns:
+        Which tokens are chosen, bool [B,I].
+    """
+    chosen = torch.zeros_like(valid_BI)
+    left_BI = kernel_BII.diagonal(dim1=1, dim2=2)
+    factor_BKI = kernel_BII.new_zeros(len(kernel_BII), most, valid_BI.shape[1])
+    for step in range(most):
+        pick_B1 = _best(left_BI, valid_BI & ~chosen)
+        chosen = _with(chosen, pick_B1, step < kept_B)
+        before = factor_BKI[:, :step]
+        picked = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
+        explained = (picked * before).sum(1)
+        length_B1 = left_BI.gather(1, pick_B1).clamp_min(1e-30).sqrt()
+        added = (_row(kernel_BII, pick_B1) - explained) / length_B1
+        factor_BKI[:, step] = added
+        left_BI = (left_BI - added.square()).clamp_min(0)
+    return chosen
+
+
+def coverage(
+    cosine_BII: Tensor,
+    weight_BI: Tensor,
+    bonus_BI: Tensor,
+    valid_BI: Tensor,
+    kept_B: Tensor,
+    most: int,
+) -> Tensor:
+    """Always the token that adds most to the coverage, times its weight and with its bonus.
+
+    Coverage is the sum over all tokens of the cosine with the nearest chosen one, 0 where that is
+    less.
+
+    Args:
+        cosine_BII: of all pairs.
+        weight_BI, bonus_BI: of every token.
+        valid_BI: bool, false at padding.
+        kept_B: how many tokens of each row are chosen.
+        most: the largest of these.
+
+    Returns:
+        Which tokens are chosen, bool [B,I].
+    """
+    chosen = torch.zeros_like(valid_BI)
+    covered_BI = cosine_BII.new_zeros(valid_BI.shape)
+    for step in range(most):
+        # In steps: two tokens that cover nothing but each other add the same.
+        gain_BI = (cosine_BII - covered_BI[:, None]).clamp_min(0).sum(2).round(decimals=9)
+        pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
+        chosen = _with(chosen, pick_B1, step < kept_B)
+        covered_BI = torch.maximum(covered_BI, _row(cosine_BII, pick_B1))
+    return chosen
+
+
+def _best(score_BI: Tensor, free_BI: Tensor) -> Tensor:
+    # argmax takes NaN for the largest, and the largest may be infinite.
+    score_BI = torch.nan_to_num(score_BI, nan=torch.finfo(score_BI.dtype).min)
+    return score_BI.masked_fill(~free_BI, -torch.inf).argmax(1, keepdim=True)
+
+
+def _with(chosen_BI: Tensor, pick_B1: Tensor, counts_B: Tensor) -> Tensor:
+    places = torch.arange(chosen_BI.shape[1], device=chosen_BI.device)
+    return chosen_BI | (places == pick_B1) & counts_B[:, None]
+
+
+def _row(matrix_BII: Tensor, pick_B1: Tensor) -> Tensor:
+    return matrix_BII.gather(1, pick_B1[..., None].expand(-1, 1, matrix_BII.shape[2]))[:, 0]

@@ -1,0 +1,162 @@
+"""Bipartite soft matching: which tokens are alike enough to become one (ToMe, ICLR 2023, section
+3.1).
+
+Tokens at even places are sources, which may be merged away; those at odd places are destinations,
+which they are merged into. As in the published code of ToMe, structure tokens in front ([CLS], a
+distillation token) are neither, but count: behind one [CLS] the sources are the patches 1, 3, 5 ...
+(from 0).
+
+Shape suffixes: B batch, N tokens, S sources, R some of these, E destinations, D key channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumer.reducers.ops.blocks import row_blocks
+from pumer.reducers.ops.budget import halves, smaller
+from pumer.reducers.plan import DROPPED, Plan
+
+
+def rank(score_BN: Tensor) -> Tensor:
+    """Place of every element when its row is sorted from high to low, ties in order of position:
+    int64 [B,N]."""
+    order = score_BN.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(score_BN.shape[1], device=score_BN.device).expand(score_BN.shape)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
+def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Places when a row is sorted by group (numbers from 0), and from high to low inside each:
+    int64, both [B,N].
+
+    Returns:
+        The place in the whole row, and the place inside the group.
+    """
+    order = score_BN.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group_BN.gather(1, order).argsort(dim=1, stable=True))
+    places = torch.arange(score_BN.shape[1], device=score_BN.device).expand(score_BN.shape)
+    place_BN = torch.empty_like(order).scatter(1, order, places)
+    size_BG = torch.zeros(len(score_BN), groups, dtype=torch.int64, device=score_BN.device)
+    size_BG = size_BG.scatter_add(1, group_BN, torch.ones_like(group_BN))
+    return place_BN, place_BN - (size_BG.cumsum(1) - size_BG).gather(1, group_BN)
+
+
+UNALIKE = -2.0
+"""Similarity of a pair whose keys are not finite: below every cosine, above that of padding."""
+
+
+def split(count: int, prefix: int) -> tuple[slice, slice]:
+    """Sources and destinations among `count` tokens behind `prefix` structure tokens."""
+    first = prefix % 2
+    return slice(first, count, 2), slice(1 - first, count, 2)
+
+
+def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tokens scaled to length 1, also where their squares are too large or small for float32.
+
+    NaN for a token with inf or NaN, zero for one that is all zero.
+    """
+    x_BND = x_BND.to(dtype)
+    largest_BN1 = x_BND.abs().amax(-1, keepdim=True)
+    scale_BN1 = torch.where((largest_BN1 > 1e15) | (largest_BN1 < 1e-15), largest_BN1, 1.0)
+    scaled_BND = x_BND / scale_BN1.clamp_min(1e-38)
+    return torch.nn.functional.normalize(scaled_BND, dim=-1, eps=1e-30)
+
+
+def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """The best destination of every source, at least one of each there.
+
+    Sources are compared in blocks, so that memory is linear in the tokens.
+
+    Args:
+        keys_BND: what similarity is measured on (cosine).
+        valid_BN: bool, false at padding, which is nobody's partner.
+        prefix: structure tokens in front of these.
+
+    Returns:
+        similarity [B,S] (-inf where there is no partner), and the partner's number among the
+        destinations [B,S].
+    """
+    sources, destinations = split(keys_BND.shape[1], prefix)
+    unit_BND = unit_vectors(keys_BND)
+    from_BSD, to_BED = unit_BND[:, sources], unit_BND[:, destinations]
+    from_BS, to_BE = valid_BN[:, sources], valid_BN[:, destinations]
+    batch, count, width = to_BED.shape
+    blocks = row_blocks(from_BSD.shape[1], batch * count, width)
+    nearest = [_nearest(from_BSD[:, rows], to_BED, from_BS[:, rows], to_BE) for rows in blocks]
+    if len(nearest) == 1:
+        return nearest[0]
+    similarities, partner_indices = zip(*nearest, strict=True)
+    return torch.cat(similarities, 1), torch.cat(partner_indices, 1)
+
+
+def _nearest(
+    from_BRD: Tensor,
+    to_BED: Tensor,
+    from_BR: Tensor,
+    to_BE: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`partners` of some sources R, given as directions and which of them are real."""
+    similarity_BRE = from_BRD @ to_BED.transpose(1, 2)
+    # Of keys that are not finite nothing can be said, but a promised number of tokens has to go.
+    similarity_BRE = torch.where(similarity_BRE.isfinite(), similarity_BRE, UNALIKE)
+    pair_BRE = from_BR[..., None] & to_BE[:, None]
+    return torch.where(pair_BRE, similarity_BRE, -torch.inf).max(dim=-1)
+
+
+def bipartite(
+    keys_BND: Tensor,
+    valid_BN: Tensor,
+    merged: int | Tensor,
+    slots: int,
+    sizes_BN: Tensor | None = None,
+    prefix: int = 0,
+) -> Plan:
+    """Merge the `merged` sources that are most like a destination into it.
+
+    Survivors keep their order; a group stands where its destination stood. So many tokens go
+    whatever the values are.
+
+    Args:
+        keys_BND: what similarity is measured on.
+        valid_BN: bool; real tokens come before padding, so that a padded row is matched as it would
+            be alone.
+        merged: how many tokens to merge away: a number, or int64 [B]; at most half of the real ones
+            are.
+        slots: number of slots, at least the real tokens less the merged ones of any row.
+        sizes_BN: source tokens that each token stands for already (all one if not given): weights
+            of the average.
+        prefix: structure tokens in front of these, which count in the split.
+    """
+    if keys_BND.shape[1] < 2:
+        return Plan.keep(valid_BN, slots)
+    similarity_BS, partner_BS = partners(keys_BND, valid_BN, prefix)
+    limit_B1 = halves(valid_BN.sum(1, keepdim=True))
+    limit_B1 = smaller(limit_B1, merged[:, None] if isinstance(merged, Tensor) else merged)
+    return absorb(rank(similarity_BS) < limit_B1, partner_BS, valid_BN, slots, sizes_BN, prefix)
+
+
+def absorb(
+    merges_BS: Tensor,
+    partner_BS: Tensor,
+    valid_BN: Tensor,
+    slots: int,
+    sizes_BN: Tensor | None = None,
+    prefix: int = 0,
+) -> Plan:
+    """Merge the marked sources, real ones with a real partner, into their partners.
+
+    The other arguments are as in `bipartite`.
+    """
+    sources, destinations = split(valid_BN.shape[1], prefix)
+    sizes_BN = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
+    gone_BN = torch.zeros_like(valid_BN)
+    gone_BN[:, sources] = merges_BS
+    stays_BN = valid_BN & ~gone_BN
+    slot_BN = torch.where(stays_BN, stays_BN.long().cumsum(1) - 1, DROPPED)
+    joined_BS = slot_BN[:, destinations].gather(1, partner_BS)
+    slot_BN[:, sources] = torch.where(merges_BS, joined_BS, slot_BN[:, sources])
+    mask_BK = torch.arange(slots, device=valid_BN.device) < stays_BN.sum(1, keepdim=True)
+    return Plan.merge(slot_BN, mask_BK, sizes_BN)

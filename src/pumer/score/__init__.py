@@ -1,6 +1,0 @@
-"""Scores of many images with many texts: towers once, layers per pair, streamed to disk, over many devices."""
-
-from pumer.score.job import Job
-from pumer.score.run import score_pairs, stream_pairs
-
-__all__ = ["Job", "score_pairs", "stream_pairs"]

@@ -1,0 +1,184 @@
+"""How a plan for some tokens changes the whole axis, whose crops are one image, whose images are
+one prompt's."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_llm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pumer
+from pumer.adapters.decoder import kv_cache
+from pumer.adapters.decoder.prompt import Axis, Picture, place
+from pumer.adapters.decoder.vision import Tiles, assign, join
+from pumer.reducers import Chain, Energy, FastV, Plan, Random
+
+
+@st.composite
+def views(draw):
+    """An axis with empty slots at the left, a view of some of its tokens, and a plan for these."""
+    batch, count = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    empty = [draw(st.integers(0, count - 1)) for _ in range(batch)]
+    shown = [[at for at in range(first, count) if draw(st.booleans())] for first in empty]
+    width = max(map(len, shown), default=0) + draw(st.integers(0, 1))
+    slots = draw(st.integers(1, 4))
+    goes = [[draw(st.integers(-1, slots - 1)) for _ in own] for own in shown]
+    return batch, count, empty, shown, width, slots, goes
+
+
+@given(views())
+def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
+    batch, count, empty, shown, width, slots, goes = drawn
+    at, valid = (
+        torch.zeros(batch, width, dtype=torch.int64),
+        torch.zeros(batch, width, dtype=torch.bool),
+    )
+    slot = torch.full((batch, width), -1)
+    for row, own in enumerate(shown):
+        at[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
+        valid[row, : len(own)] = True
+        slot[row, : len(own)] = torch.tensor(goes[row], dtype=torch.int64)
+    filled = torch.arange(count) >= torch.tensor(empty)[:, None]
+    plan = Plan.merge(slot, torch.ones(batch, slots, dtype=torch.bool), torch.ones(batch, width))
+    marks = torch.zeros(batch, count, dtype=torch.bool)
+    index = torch.arange(count).expand(batch, -1)
+    axis = Axis(
+        index, filled, marks, marks, marks, marks, filled.float(), ((0, 0),) * batch, whole=False
+    )
+
+    expected = [groups_by_hand(count, empty[row], shown[row], goes[row]) for row in range(batch)]
+    length = max(map(len, expected)) + 1
+    placed = place(plan, axis, None, at, valid, length)
+    sources = placed.sources()
+    for row, groups in enumerate(expected):
+        first = length - len(groups)
+        assert placed.mask_BK[row].tolist() == [False] * first + [True] * len(groups)
+        assert [
+            sources[row, first + number].nonzero()[:, 0].tolist() for number in range(len(groups))
+        ] == groups
+        assert placed.index_BK[row, first:].tolist() == [min(group) for group in groups]
+        for group in groups:
+            assert placed.weight_BN[row, group].tolist() == pytest.approx(
+                [1 / len(group)] * len(group)
+            )
+    after = axis.then(placed, ((0, 0),) * batch, gaps=True)
+    assert after.sizes_BK.sum(1).tolist() == [float(sum(map(len, groups))) for groups in expected]
+    spread = after.spread(count)
+    for row, groups in enumerate(expected):
+        for token in range(count):
+            before = [number for number, group in enumerate(groups) if min(group) <= token]
+            if before:
+                assert spread[row, token] == length - len(groups) + before[-1]
+
+
+@given(views(), st.integers(0, 99))
+def test_shares_in_several_slots_are_placed(drawn, seed):
+    batch, count, empty, shown, width, slots, goes = drawn
+    at, valid, slot = (torch.zeros(batch, width, dtype=torch.int64) for _ in range(3))
+    slot = slot - 1
+    for row, places in enumerate(shown):
+        at[row, : len(places)] = torch.tensor(places, dtype=torch.int64)
+        valid[row, : len(places)] = 1
+        slot[row, : len(places)] = torch.tensor(goes[row], dtype=torch.int64)
+    valid = valid.bool()
+    plan = Plan.merge(slot, torch.ones(batch, slots, dtype=torch.bool), torch.ones(batch, width))
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.randn(batch, slots, width, generator=generator) * valid[:, None]
+    shares = shares * plan.sources().any(2)[..., None]
+    filled = torch.arange(count) >= torch.tensor(empty)[:, None]
+    marks = torch.zeros(batch, count, dtype=torch.bool)
+    index = torch.arange(count).expand(batch, -1)
+    counts = ((0, 0),) * batch
+    axis = Axis(index, filled, marks, marks, marks, marks, filled.float(), counts, whole=False)
+    placed = place(replace(plan, shares_BKN=shares), axis, None, at, valid, count + 1)
+
+    x = torch.randn(batch, count, 3, generator=generator)
+    found = replace(placed, index_BK=None).reduce(x)
+    for row in range(batch):
+        groups = groups_by_hand(count, empty[row], shown[row], goes[row])
+        for number, group in enumerate(groups, start=count + 1 - len(groups)):
+            expected = x[row, group[0]]
+            if group[0] in shown[row]:
+                into = goes[row][shown[row].index(group[0])]
+                expected = shares[row, into] @ x[row, at[row]]
+            torch.testing.assert_close(found[row, number], expected)
+
+
+def groups_by_hand(count, empty, shown, goes):
+    """What becomes one token, in order of the first members."""
+    groups = [[token] for token in range(empty, count) if token not in shown]
+    for slot in {slot for slot in goes if slot >= 0}:
+        groups.append([token for token, own in zip(shown, goes, strict=True) if own == slot])
+    return sorted(groups, key=min)
+
+
+def test_images_of_a_batch_and_of_its_beams():
+    pictures = [Picture(3), Picture(2), Picture(4)]
+    joined, owner = assign(pictures, [5, 0, 4])
+    assert ([picture.length for picture in joined], owner) == ([3, 2, 4], [0, 0, 2])
+    joined, owner = assign(pictures, [5, 5, 0, 0, 4, 4])
+    assert ([picture.length for picture in joined], owner) == (
+        [3, 2, 3, 2, 4, 4],
+        [0, 0, 1, 1, 4, 5],
+    )
+    for wrong in ([4, 5], [5, 5], [9, 1], []):
+        with pytest.raises(ValueError, match="placeholders"):
+            assign(pictures, wrong)
+
+
+def test_crops_of_one_image():
+    image = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]]).bool()
+    tiles = Tiles.of(image, 2, 8, None)
+    assert tiles.joined_P.tolist() == [False, True, False, False]
+    assert not tiles.between_BS.any()
+    # With tokens that say which crop is which: 9 is before the last crop of every image.
+    ids = torch.tensor(
+        [[7, 0, 0, 8, 0, 0, 9, 0, 0, 5, 9, 0, 0], [9, 0, 0, 5, 5, 5, 5, 7, 0, 0, 9, 0, 0]]
+    )
+    tiles = Tiles.of(ids == 0, 2, 14, ids)
+    assert tiles.joined_P.tolist() == [False, True, True, False, False, False, True]
+    assert tiles.between_BS[0].nonzero()[:, 0].tolist() == [3, 6]
+    assert tiles.between_BS[1].nonzero()[:, 0].tolist() == [10]
+    pictures, owner = join([Picture(2)] * 7, [0] * 4 + [1] * 3, tiles.joined_P.tolist())
+    assert ([picture.length for picture in pictures], owner) == ([6, 2, 2, 4], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_one_reducer_before_and_one_inside(family):
+    model = tiny_llm.model(family)
+    inputs = tiny_llm.batch(family, ((4, "i", 6), (2, "i", 3, "i", 2)))
+    image = tiny_llm.batch(family, ((4, "i", 6),))["input_ids"].eq(tiny_llm.IMAGE).sum().item()
+    chain = Chain((Random(prune=0.5), FastV(keep=0.5, layer=2)))
+    with pumer.reduced(model, chain), torch.no_grad():
+        alone = tiny_llm.alone(family, ((4, "i", 6),), 0)
+        model(**alone)
+        left = [length for _, length in pumer.active(model).lengths]
+        assert left == [image // 2, image // 2, image // 4, image // 4, image // 4] or image % 4
+        together = model(**inputs).logits
+        assert pumer.report(model).active
+        torch.testing.assert_close(
+            together[:1, -alone["input_ids"].shape[1] :],
+            model(**alone).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_budgets_that_the_data_decide():
+    """Every image gets its own, the sequence is as short as the longest, and the host waits once
+    for it."""
+    model = tiny_llm.model("llava")
+    layout = ((4, "i", 6), (2, "i", 3))
+    batch = tiny_llm.batch("llava", layout)
+    with pumer.reduced(model, Energy(tau=0.6)), torch.no_grad():
+        cache = kv_cache.find(model(**batch))
+        together = model(**batch).logits
+        for row in range(2):
+            one = tiny_llm.alone("llava", layout, row)
+            alone = model(**one).logits
+            torch.testing.assert_close(
+                together[row : row + 1, -alone.shape[1] :], alone, rtol=1e-4, atol=1e-4
+            )
+    assert cache.layers[0].keys.shape[2] < batch["input_ids"].shape[1]

@@ -1,0 +1,147 @@
+"""The stock methods that our adapters stand in for are still those that they were written against.
+
+Only for the version of transformers that constraints.txt pins: raising the pin runs these on the
+new one.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import cache_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.clip import modeling_clip as clip
+from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
+from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.vilt import modeling_vilt as vilt
+
+PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").split()
+STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
+    (vilt.ViltModel, "forward"): ("058b0e7663bd2e70", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "forward"): ("f759e118b6e05731", "_forward in adapters/vilt.py"),
+    (vilt.ViltEmbeddings, "visual_embed"): (
+        "10c8b1f3be87adde",
+        "embed_patches in adapters/vilt.py",
+    ),
+    (vilt.ViltEncoder, "forward"): ("17bbfffd9c7f1e22", "_encode in adapters/vilt.py"),
+    (vilt.ViltLayer, "forward"): ("58ab37b6d3974464", "_block in adapters/vilt.py"),
+    (vilt.ViltIntermediate, "forward"): ("d60f3781ad76f95d", "_intermediate in adapters/vilt.py"),
+    (vilt.ViltOutput, "forward"): ("efce4e7b766ae9a8", "_output in adapters/vilt.py"),
+    (vilt.ViltAttention, "forward"): ("2905c84159bc298d", "_attend in adapters/vilt.py"),
+    (vilt.ViltSelfAttention, "forward"): (
+        "82aebb1693aa0448",
+        "_attend in adapters/vilt.py, adapters/probes.py",
+    ),
+    (GradientCheckpointingLayer, "__init_subclass__"): (
+        "bc6216ba47e59dfb",
+        "_layer in adapters/vilt.py, adapters/meter.py and adapters/tower.py",
+    ),
+    (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in adapters/tower.py"),
+    (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in adapters/tower.py"),
+    (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in adapters/tower.py"),
+    (clip.CLIPAttention, "forward"): (
+        "124d8a01d30df424",
+        "_attend_and_reduce in adapters/tower.py",
+    ),
+    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in adapters/meter.py"),
+    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in adapters/meter.py"),
+    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in adapters/meter.py"),
+    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in adapters/meter.py"),
+    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
+    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
+    (roberta.RobertaModel, "_create_attention_masks"): (
+        "93100ceb4e3a44e6",
+        "_encode_text in adapters/meter.py",
+    ),
+    (cache_utils.DynamicLayer, "get_seq_length"): (
+        "8d1f98494eff50f2",
+        "_Shorter in adapters/kv_cache.py",
+    ),
+    (cache_utils.DynamicLayer, "crop"): ("b3548264770a5686", "_Shorter in adapters/kv_cache.py"),
+    (cache_utils.DynamicSlidingWindowLayer, "crop"): (
+        "2bbc3c01add9a99f",
+        "_ShorterSliding in adapters/kv_cache.py",
+    ),
+    (idefics3.Idefics3Model, "inputs_merger"): (
+        "65beaa033ba95e55",
+        "_inputs_merger in adapters/inside_llm.py",
+    ),
+    (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): (
+        "a78050f93b55c837",
+        "_deepstack in adapters/inside_llm.py",
+    ),
+} | {
+    (model, "get_placeholder_mask"): (
+        known,
+        "_placeholder_mask in adapters/inside_llm.py, marks in adapters/llm.py",
+    )
+    for known, models in {
+        "125a9d7446d62bc2": (
+            transformers.LlavaModel,
+            transformers.InternVLModel,
+            transformers.PaliGemmaModel,
+            transformers.Gemma3Model,
+        ),
+        "dc8eb48fa0367d32": (transformers.LlavaNextModel, transformers.SmolVLMModel),
+        "3b5e8a3ce6008fc9": (
+            transformers.LlavaOnevisionModel,
+            transformers.Qwen2VLModel,
+            transformers.Qwen2_5_VLModel,
+            transformers.Qwen3VLModel,
+        ),
+    }.items()
+    for model in models
+}
+
+
+def fingerprint(function):
+    """A hash of a function's source without docstring and blank lines."""
+    source = textwrap.dedent(inspect.getsource(function))
+    lines, first = source.splitlines(), ast.parse(source).body[0].body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        del lines[first.lineno - 1 : first.end_lineno]
+    return hashlib.sha256("\n".join(line for line in lines if line.strip()).encode()).hexdigest()[
+        :16
+    ]
+
+
+@pytest.mark.skipif(
+    f"transformers=={transformers.__version__}" not in PINS,
+    reason="not the version that constraints.txt pins",
+)
+@pytest.mark.parametrize(
+    ("kind", "method"), STOOD_IN_FOR, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_the_method_is_the_one_we_know(kind, method):
+    known, ours = STOOD_IN_FOR[kind, method]
+    found = fingerprint(getattr(kind, method))
+    assert found == known, (
+        f"{kind.__module__}.{kind.__name__}.{method} changed in transformers "
+        f"{transformers.__version__}. Read it and "
+        f"compare it with {ours}, which stands in for it; when that does the same again, put "
+        f"{found!r} here"
+    )
+
+
+def test_the_fingerprint_is_of_the_code():
+    def documented(x):
+        """Says something."""
+
+        return x + 1
+
+    def changed(x):
+        return x + 2
+
+    first, second = fingerprint(documented), fingerprint(changed)
+    del documented, changed
+
+    def documented(x):
+        return x + 1
+
+    assert fingerprint(documented) == first != second
