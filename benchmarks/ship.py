@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import pumer
+from pumer._shipped import SHIPPED
 from pumer.lab.data.transforms import load_transform, save_transform
 from pumer.lab.tasks.processors import save_processor
-from pumer.presets import SHIPPED
 
 run, place = Path(sys.argv[1]), Path(sys.argv[2])
 place = place if len(place.parts) > 1 else SHIPPED / place

@@ -2,6 +2,7 @@
 costs."""
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ LAYERS = [
         "_plugins",
         "_rows",
         "_settings",
+        "_shipped",
         "_suggest",
         "_terminal",
         "_yaml",
@@ -38,6 +40,8 @@ LAYERS = [
     {"__main__", "cli", "lab.commands", "lmms_eval"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+FRONT = ("lab", "cli", "__main__", "lmms_eval")
+"""The laboratory, and the doors into it."""
 MAX_LINES = 500
 SYNCS = {"item", "tolist", "nonzero"}  # each makes the host wait for the device
 
@@ -112,6 +116,31 @@ def test_imports_point_one_way():
         for line, name in imports(path, tree):
             if name.split(".")[0] == "pumer" and RANK[part_of(name)] > RANK[part]:
                 wrong.append(where(path, line, f"{part or 'pumer'} imports {name}"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_imports_go_in_circles():
+    """Those for types alone count too, and those inside of functions."""
+    modules = {module_of(path)[0] for path in FILES}
+    needs = {}
+    for path, tree in trees():
+        named = needs.setdefault(module_of(path)[0], set())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= whole & modules or {node.module} & modules
+            elif isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names} & modules
+    graphlib.TopologicalSorter(needs).prepare()
+
+
+def test_the_core_does_without_the_lab():
+    wrong = [
+        where(path, line, f"imports {name}")
+        for path, tree in trees()
+        for line, name in imports(path, tree)
+        if name.startswith("pumer.lab") and not part_of(module_of(path)[0]).startswith(FRONT)
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -9,7 +9,8 @@ from pumer._version import __version__
 
 if TYPE_CHECKING:
     from pumer.api import active, apply, kept, reduced, remove, trace
-    from pumer.costs.report import Report, report
+    from pumer.costs.report import report
+    from pumer.costs.result import Report
     from pumer.hub import load, load_official, save, save_official
     from pumer.hub.callback import PumerCallback
     from pumer.reducers import (
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 
 _FROM = {
     "pumer.api": ("active", "apply", "kept", "reduced", "remove", "trace"),
-    "pumer.costs.report": ("Report", "report"),
+    "pumer.costs.report": ("report",),
+    "pumer.costs.result": ("Report",),
     "pumer.hub": ("load", "load_official", "save", "save_official"),
     "pumer.hub.callback": ("PumerCallback",),
     "pumer.lab.tasks.inputs": ("processor",),

@@ -9,14 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find, supported, unwrapped
+from pumer.adapters import Adapter, Patch, Step, find, supported
+from pumer.adapters.active import PATCH, active, patched_module
 from pumer.adapters.base import PARTS, execution_device
 from pumer.adapters.encoder.attention import BACKENDS
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, NoVision, Reducer
 
 M = TypeVar("M", bound=nn.Module)
-_ATTRIBUTE = "_pumer_patch"
 
 
 def apply(
@@ -99,7 +99,7 @@ def _apply(
     except BaseException:
         patch.undo()
         raise
-    setattr(model, _ATTRIBUTE, patch)
+    setattr(model, PATCH, patch)
 
 
 def _fitting(
@@ -171,17 +171,10 @@ def remove(model: M) -> M:
     around the original methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is
     restored inside its wrapper.
     """
-    patched = _patched(model)
+    patched = patched_module(model)
     if patched is not None:
-        vars(patched).pop(_ATTRIBUTE).undo()
+        vars(patched).pop(PATCH).undo()
     return model
-
-
-def _patched(model: nn.Module) -> nn.Module | None:
-    """The module that carries the patch: the model itself, or what a wrapper around it wraps."""
-    if not isinstance(model, nn.Module):
-        return None
-    return next((module for module in unwrapped(model) if _ATTRIBUTE in vars(module)), None)
 
 
 @contextmanager
@@ -221,12 +214,6 @@ def unreduced(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         patch.whole = False
-
-
-def active(model: nn.Module) -> Patch | None:
-    """What is in force on this model, None if nothing is."""
-    patched = _patched(model)
-    return None if patched is None else vars(patched)[_ATTRIBUTE]
 
 
 def kept(model: nn.Module) -> Tensor:

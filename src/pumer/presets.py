@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pumer._shipped import model_folder, shipped_models
 from pumer._suggest import did_you_mean
 from pumer._yaml import load_yaml
 from pumer.reducers import (
@@ -25,9 +26,6 @@ from pumer.reducers import (
 
 ReducerSpec = str | os.PathLike[str] | Mapping[str, Any] | type[Reducer] | Reducer
 """All that `read_reducer` takes."""
-
-SHIPPED = Path(__file__).parent / "assets"
-"""Folder of what comes with the package: small trained models, sample photographs."""
 
 _FILES = (".yaml", ".yml", ".json")
 
@@ -132,29 +130,3 @@ def _read_file(file: Path) -> Reducer:
         return _from_settings(settings)
     except ValueError as error:
         raise ValueError(f"{file} holds no reducer: {error}") from error
-
-
-def model_folder(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a path, or the name of a shipped one; raises ValueError if there is
-    neither."""
-    for folder in (Path(model), SHIPPED / model):
-        if (folder / "config.json").is_file():
-            return folder
-    names = shipped_models()
-    has_none = (
-        " It has no config.json."
-        if Path(model).is_dir()
-        else " It is a file."
-        if Path(model).exists()
-        else ""
-    )
-    raise ValueError(
-        f"{model} is no model folder.{has_none or did_you_mean(str(model), names)} Shipped models "
-        "are "
-        f"{', '.join(names)}"
-    )
-
-
-def shipped_models() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))

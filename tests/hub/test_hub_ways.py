@@ -18,9 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 
 import pumer
+from pumer._shipped import SHIPPED
 from pumer.hub import is_stock
 from pumer.hub.reduction import saved_reducer
-from pumer.presets import SHIPPED
 
 # PEFT asks transformers by a name that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -8,13 +8,13 @@ import yaml
 from transformers import TrainingArguments
 
 import pumer
+from pumer._shipped import SHIPPED, shipped_models
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.commands.demo import demo
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import evaluate
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.train import run
-from pumer.presets import SHIPPED, shipped_models
 
 RECIPES = sorted((SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pumer.adapters.base import config_of
 from pumer.adapters.decoder.family import DecoderAdapter
-from pumer.costs.report import GIGA, Report
+from pumer.costs.result import GIGA, Report
 
 MEGA = 1e6
 MATTERS = 0.1

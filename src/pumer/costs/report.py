@@ -7,214 +7,16 @@ number. What the reducer itself computes is counted too and stands in a part of 
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
 
 from pumer.adapters import Adapter, Patch, find, supported
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.api import active
+from pumer.costs.decoder import decoding
 from pumer.costs.reducer import NOTHING, Own, own_costs
+from pumer.costs.result import LayerCost, Lengths, Report
 from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
 from pumer.reducers.base import Grid, ModelShape
-
-Lengths = tuple[tuple[int, int], ...]
-GIGA = 1e9
-TOWERS = ("text encoder", "vision tower", "projection")
-PICTURES = ("embedding", "vision tower", "projection")
-"""Parts that see a picture once, where a model with towers compares it with several texts."""
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """One layer of a `Report`.
-
-    Args:
-        layer: its number.
-        text: text tokens after it.
-        image: image tokens after it.
-        macs: multiply-accumulates per example, the reducer's own included.
-        base_macs: those of the unreduced model.
-    """
-
-    layer: int
-    text: int
-    image: int
-    macs: int
-    base_macs: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Tokens and multiply-accumulates of a model with and without its reducer, per example.
-
-    Args:
-        model: class of the model.
-        reducer: the reducer's name and settings, None where nothing reduces the model.
-        entry: (text, image) tokens at the model's entry, both with their [CLS].
-        lengths: (text, image) tokens before the first layer and after every one.
-        tower: image tokens before the first layer of the vision tower and after every one; empty
-            without a tower.
-        layers: every layer's tokens and cost.
-        parts: MACs by part: embedding, attention, mlp, head and reducer, and those of the towers
-            where there are any.
-        base_parts: those of the unreduced model at the same entry.
-        passes: how often one example goes through the layers; costs are for all passes together.
-        own: what choosing and reducing takes, of which `parts` has the MACs alone; for all passes,
-            too.
-        ran: lengths of the last forward, None if there was none.
-        planned: what they had to be for its texts and images, None if there was none.
-    """
-
-    model: str
-    reducer: dict[str, Any] | None
-    entry: tuple[int, int]
-    lengths: Lengths
-    tower: tuple[int, ...]
-    layers: tuple[LayerCost, ...]
-    parts: dict[str, int]
-    base_parts: dict[str, int]
-    passes: int = 1
-    own: Own = NOTHING
-    ran: Lengths | None = None
-    planned: Lengths | None = None
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per example."""
-        return sum(self.parts.values())
-
-    @property
-    def base_macs(self) -> int:
-        """Multiply-accumulates per example of the unreduced model."""
-        return sum(self.base_parts.values())
-
-    @property
-    def ratio(self) -> float:
-        """How many times fewer FLOPs than unreduced."""
-        return self.base_macs / self.macs
-
-    @property
-    def average_tokens(self) -> tuple[float, float]:
-        """(text, image) tokens after a layer, averaged over all layers."""
-        depth = len(self.layers)
-        return sum(layer.text for layer in self.layers) / depth, sum(
-            layer.image for layer in self.layers
-        ) / depth
-
-    @property
-    def active(self) -> bool | None:
-        """Whether the last forward had the planned lengths; None if there was no forward, or
-        nothing to plan."""
-        return None if self.ran is None else self.ran == self.planned
-
-    @property
-    def state(self) -> str:
-        """`active` in words."""
-        if self.reducer is None:
-            return "nothing reduces this model; pumer.apply(model, ...) does"
-        if self.ran is None or self.planned is None:
-            return "not run yet: call the model once to see the lengths it really has"
-        if self.active:
-            (text, image), (last_text, last_image) = self.ran[0], self.ran[-1]
-            return (
-                f"active: the last forward had the planned lengths in every layer, from {text} + "
-                f"{image} "
-                f"to {last_text} + {last_image} tokens (text + image)"
-            )
-        pairs = zip(self.ran, self.planned, strict=True)
-        number, (real, planned) = next(
-            (n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1]
-        )
-        number -= len(self.ran) - len(self.lengths)
-        where = f"after layer {number - 1}" if number else "before the first layer"
-        where = "in the vision tower" if number < 0 else where
-        return (
-            f"NOT AS PLANNED: {where} the last forward had {real} (text, image) tokens instead of "
-            f"{planned}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, for JSON."""
-        return {
-            "model": self.model,
-            "reducer": self.reducer,
-            "entry": list(self.entry),
-            "passes": self.passes,
-            "tower": list(self.tower),
-            "layers": [dict(vars(layer)) for layer in self.layers],
-            "average_tokens": list(self.average_tokens),
-            "macs": self.macs,
-            "base_macs": self.base_macs,
-            "flops": 2 * self.macs,
-            "base_flops": 2 * self.base_macs,
-            "ratio": self.ratio,
-            "parts": dict(self.parts),
-            "base_parts": dict(self.base_parts),
-            "ran": None if self.ran is None else [list(pair) for pair in self.ran],
-            "active": self.active,
-            "state": self.state,
-        }
-
-    def __str__(self) -> str:
-        whole = sum(self.entry)
-        rows: list[tuple[str, ...]] = [("layer", "text", "image", "tokens", "GMACs", "unreduced")]
-        rows.append(("entry", *map(str, self.entry), "100 %", *self._giga("embedding")))
-        for part in TOWERS:
-            if part in self.parts:
-                # What the tower hands on is seen in the next line.
-                rows.append((part, "", "", "", *self._giga(part)))
-        if self.lengths[0] != self.entry:
-            text, image = self.lengths[0]
-            rows.append(
-                ("before", str(text), str(image), f"{(text + image) / whole * 100:.0f} %", "", "")
-            )
-        for layer in self.layers:
-            share = f"{(layer.text + layer.image) / whole * 100:.0f} %"
-            costs = (f"{cost / GIGA:.3f}" for cost in (layer.macs, layer.base_macs))
-            rows.append((str(layer.layer), str(layer.text), str(layer.image), share, *costs))
-        rows.append(("head", "", "", "", *self._giga("head")))
-        rows.append(
-            ("total", "", "", "", f"{self.macs / GIGA:.3f}", f"{self.base_macs / GIGA:.3f}")
-        )
-        average_text, average_image = self.average_tokens
-        passes = f", {self.passes} passes per example" if self.passes > 1 else ""
-        return "\n".join(
-            [
-                f"{self.model}, {self._reducer_name()}{passes}",
-                "",
-                *align(rows),
-                "",
-                f"{2 * self.macs / GIGA:.2f} GFLOPs per example instead of "
-                f"{2 * self.base_macs / GIGA:.2f}: "
-                f"{self.ratio:.2f} times fewer (FLOPs = 2 x MACs of matrix products and "
-                "convolutions)",
-                f"on average {average_text:.1f} text and {average_image:.1f} image tokens after a "
-                "layer, "
-                f"{(average_text + average_image) / whole * 100:.0f} % of those at the entry",
-                f"the reducer's own part is {self.parts['reducer'] / self.macs * 100:.2f} % of "
-                "the FLOPs",
-                self.state,
-            ]
-        )
-
-    def _repr_html_(self) -> str:
-        """The same table in a notebook."""
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def _giga(self, part: str) -> tuple[str, str]:
-        return f"{self.parts[part] / GIGA:.3f}", f"{self.base_parts[part] / GIGA:.3f}"
-
-    def _reducer_name(self) -> str:
-        if self.reducer is None:
-            return "no reducer"
-        settings = ", ".join(
-            f"{name}={value!r}" for name, value in self.reducer.items() if name != "reducer"
-        )
-        return f"{self.reducer['reducer']}({settings})"
 
 
 def report(model: nn.Module, text: int | None = None, image: int | None = None) -> Report:
@@ -275,8 +77,6 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         planned=planned,
     )
     if isinstance(adapter, DecoderAdapter):
-        from pumer.costs.decoder import decoding  # which builds on what is here
-
         return decoding(model, adapter, made)
     return made
 
@@ -302,18 +102,6 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
     tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid, ran)
     macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
     return macs | {"reducer": adapter.passes(model) * sum(own.values(), NOTHING).macs}
-
-
-def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
-    """Lines of a table with its columns flush right, the first `left` ones flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def planned_lengths(

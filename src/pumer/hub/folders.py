@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from pumer._suggest import did_you_mean
 from pumer.adapters.base import adapters
-from pumer.api import apply
+from pumer.api import active, apply
 from pumer.hub.files import read_config, read_json, some
 from pumer.hub.reduction import LEARNED, SETTINGS, is_part, load_parts, read_settings, reducer_in
 from pumer.hub.sources import ADAPTER, CONFIG, Source, find_source, is_hub_name, split_hub
@@ -60,7 +60,7 @@ def load(
     if reducer is not None:
         names = ("attention", "trim", "renumber")
         apply(model, reducer, **{name: settings[name] for name in names if name in settings})
-        load_parts(model, source.folder)
+        load_parts(active(model), source.folder)
     return model
 
 

@@ -17,7 +17,6 @@ from pumer._files import replacing
 from pumer._settings import check_settings
 from pumer._version import __version__
 from pumer.adapters.base import PARTS, Patch
-from pumer.api import active
 from pumer.hub.files import read_json
 from pumer.hub.sources import Source, find_source
 from pumer.reducers import Reducer, from_dict, to_dict
@@ -144,10 +143,9 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
         raise ValueError(f"the reducer in {file} cannot be made: {error}") from error
 
 
-def load_parts(model: Any, path: Path) -> None:
-    """Give a learned reducer in force the weights that `save` wrote; raises ValueError if they are
-    not its own."""
-    patch = active(model)
+def load_parts(patch: Patch | None, path: Path) -> None:
+    """Give a learned reducer the weights that `save` wrote; raises ValueError if they are not its
+    own."""
     if patch is None or patch.parts is None:
         return
     if not (path / LEARNED).is_file():

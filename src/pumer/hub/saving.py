@@ -16,9 +16,9 @@ from transformers.utils import PushToHubMixin
 
 from pumer._files import new_folder
 from pumer.adapters import supported, unwrapped
+from pumer.adapters.active import active
 from pumer.adapters.base import Patch
 from pumer.adapters.rebind import METHODS
-from pumer.api import active
 from pumer.hub.card import write_card
 from pumer.hub.reduction import trained_parts, without_parts, write_reduction
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from pumer.presets import model_folder
+from pumer._shipped import model_folder
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from pumer.reducers.plan import Plan
-
-if TYPE_CHECKING:
-    from pumer.reducers.learned import Learned
 
 Grid = tuple[int, int]
 
@@ -308,8 +305,8 @@ class Reducer:
         return False
 
     @property
-    def learned(self) -> Learned | None:
-        """The reducer, or the part of it, that decides by trained parts."""
+    def learned(self) -> Any:
+        """The reducer, or the part of it, that decides by trained parts, a `Learned`; or None."""
         return None
 
     @property

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from pumer.reducers.base import EMBEDDINGS, Grid, ModelShape, Reducer, Tokens
-from pumer.reducers.learned import Learned
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
 from pumer.reducers.registry import register, to_dict
@@ -76,7 +75,7 @@ class Compose(Reducer):
         return self.inside.layers
 
     @property
-    def learned(self) -> Learned | None:
+    def learned(self) -> Any:
         return self.inside.learned
 
     @property

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
+from pumer._shipped import SHIPPED, shipped_models
 from pumer.lab.data.images import KeepAspect, Square
 from pumer.lab.data.transforms import (
     CLIP_MEAN,
@@ -22,7 +23,6 @@ from pumer.lab.data.transforms import (
     load_transform,
     save_transform,
 )
-from pumer.presets import SHIPPED, shipped_models
 
 OTHER = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.7, 0.5]}
 

@@ -11,11 +11,11 @@ from tiny_processor import processor_of
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pumer
+from pumer._shipped import model_folder
 from pumer.lab.data.images import BrokenImageError, Square
 from pumer.lab.data.text import train_tokenizer
 from pumer.lab.data.transforms import save_transform
 from pumer.lab.tasks.inputs import load_inputs
-from pumer.presets import model_folder
 
 NAME = "scenes-vilt-pumer"
 QUESTIONS = ["is there a red circle?", "how many blue squares are there?"]

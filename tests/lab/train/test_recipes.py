@@ -13,6 +13,7 @@ from transformers import TrainingArguments, get_scheduler
 
 import pumer.lab.train
 from pumer import PuMer
+from pumer._shipped import shipped_models
 from pumer.hub import model_class
 from pumer.lab.data.augment import RandAugment
 from pumer.lab.data.transforms import build_transform
@@ -20,7 +21,7 @@ from pumer.lab.tasks import get
 from pumer.lab.train.model import ModelSettings
 from pumer.lab.train.optimizer import OptimizerSettings
 from pumer.lab.train.run import train
-from pumer.presets import PRESETS, read_reducer, shipped_models
+from pumer.presets import PRESETS, read_reducer
 
 FOLDER = Path(pumer.lab.train.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import model as tiny_model
 
 import pumer
+from pumer._shipped import SHIPPED
 from pumer.cli import main
 from pumer.hub import load
 from pumer.lab.data.images import Square
@@ -27,7 +28,6 @@ from pumer.lab.train import run as runs
 from pumer.lab.train.run import DistillSettings, EarlyStoppingSettings, ModelSettings, train
 from pumer.lab.train.teacher import TeachingCollator, teachers_collator
 from pumer.lab.train.watch import log_line
-from pumer.presets import SHIPPED
 
 FIXTURE = Path(__file__).parents[2] / "data" / "fixtures" / "vqav2"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"

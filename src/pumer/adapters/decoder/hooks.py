@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,8 @@ from pumer.adapters.decoder.prompt import (
     enter_state,
     gather,
 )
+from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.vision_capture import VisionCapture, normalize_qk_scale
-
-if TYPE_CHECKING:
-    from pumer.adapters.decoder.family import DecoderAdapter
 
 QUESTION_MASK = "question_mask"
 STATE = "pumer_state"
@@ -55,7 +53,7 @@ recomputation."""
 class DecoderHooks:
     """A reducer at work in one model. It holds what is true of every call, and nothing of any."""
 
-    def __init__(self, patch: Patch, spec: DecoderAdapter, model: nn.Module) -> None:
+    def __init__(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
         self.patch, self.spec = patch, spec
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters.base import Patch, config_of, is_a, register
+from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, plain, tower_layers
 from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import Captured, VisionCapture, vision_features
+from pumer.adapters.decoder.vision_capture import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
 from pumer.reducers.base import Encoder, Grid
 

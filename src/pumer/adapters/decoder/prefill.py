@@ -6,7 +6,7 @@ Shape suffixes: B samples, S tokens of the prompts, L tokens of cache and prompt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch import Tensor
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder import vision as before_llm
 from pumer.adapters.decoder.prompt import Axis, ForwardState
-
-if TYPE_CHECKING:
-    from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.spec import DecoderSpec
 
 IGNORED = -100
 """Label of tokens that are not learned."""
@@ -69,7 +67,7 @@ def may_be_merged(inputs: dict[str, Any]) -> bool:
 
 
 def begin(
-    spec: DecoderAdapter, trunk: Any, state: ForwardState, image_BS: Tensor, features: int
+    spec: DecoderSpec, trunk: Any, state: ForwardState, image_BS: Tensor, features: int
 ) -> None:
     """Take in the prompts, whose placeholders are marked: the one place where the host reads from
     the device.

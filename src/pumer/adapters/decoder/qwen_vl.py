@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from pumer.adapters.base import Patch, config_of, register
+from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import Captured, VisionCapture, attention_of
+from pumer.adapters.decoder.vision_capture import VisionCapture, attention_of
 from pumer.reducers.base import Encoder, Grid
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
+from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.decoder.prompt import Picture
 from pumer.adapters.decoder.vision import Tiles
-from pumer.adapters.decoder.vision_capture import Captured, vision_features
+from pumer.adapters.decoder.vision_capture import vision_features
 from pumer.reducers.base import Grid
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, exact
 from pumer.adapters.decoder import attention as decoder_attention
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.adapters.decoder.captured import Captured
+from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Encoder
-
-if TYPE_CHECKING:
-    from pumer.adapters.decoder.family import DecoderAdapter
 
 CLASS_ATTENTION = "class_attention_BN"
 LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
@@ -29,34 +27,6 @@ OF_LAST_LAYER = frozenset({LAST_CLASS_ATTENTION, LAST_KEYS})
 RECEIVED, GIVEN = "received_BN", "given_BN"
 AT_ONCE = 256
 """Queries whose attention to all patches is there at one time."""
-
-
-@dataclass(eq=False)
-class Captured:
-    """What was seen in one call of `get_image_features`; it ends with the call.
-
-    Args:
-        capture: who looks.
-        needs: fields of `Encoder` that the reducer reads.
-        features_RPD: what goes into the projector.
-        heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for
-            each run of its attention.
-        last_heads: those of the tower's last layer, where that is another one.
-        inputs: what `get_image_features` was called with.
-        plan: by which they were merged before the projector.
-        merged: where the patches of every crop went, if they were merged in the tower or behind it.
-        packed: how a family puts its crops together.
-    """
-
-    capture: VisionCapture
-    needs: frozenset[str]
-    features_RPD: Tensor | None = None
-    heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    last_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    plan: Plan | None = None
-    merged: Plan | None = None
-    packed: Any = None
 
 
 _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=None)
@@ -69,7 +39,7 @@ class VisionCapture:
     def __init__(self, needs: frozenset[str]) -> None:
         self.needs = needs
 
-    def install(self, patch: Patch, spec: DecoderAdapter, model: nn.Module) -> None:
+    def install(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
         """Begin to look, if a reducer needs anything."""
         if not self.needs:
             return
@@ -110,9 +80,7 @@ class VisionCapture:
         if self.current is not None:
             self.current.features_RPD = args[0].detach()
 
-    def _merge(
-        self, patch: Patch, spec: DecoderAdapter, trunk: Any, _: nn.Module, args: Any
-    ) -> Any:
+    def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
         captured = self.current
         if captured is None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from pumer.adapters import find
 from pumer.api import active
-from pumer.costs.report import TOWERS, Report, report
+from pumer.costs.report import report
+from pumer.costs.result import TOWERS, Report
 from pumer.lab.bench.run import FUSED, forward, variants
 from pumer.lab.bench.timing import alternate
 from pumer.reducers import Compose, PuMer, Random, Reducer, ToMe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from pumer.costs.report import GIGA, align
+from pumer.costs.result import GIGA, align
 from pumer.lab.bench.records import environment
 from pumer.lab.bench.timing import Timing
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pumer.api import remove
-from pumer.costs.report import GIGA, align, last_forward_macs
+from pumer.costs.report import last_forward_macs
+from pumer.costs.result import GIGA, align
 from pumer.lab.bench.llm import Answer
 from pumer.lab.bench.llm_results import MEBI
 from pumer.lab.bench.memory import peak_activations, weight_bytes

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from pumer.adapters import find
 from pumer.api import active, apply, unreduced
-from pumer.costs.report import GIGA, align, last_forward_macs
+from pumer.costs.report import last_forward_macs
+from pumer.costs.result import GIGA, align
 from pumer.lab.bench import models
 from pumer.lab.bench.memory import peak_activations
 from pumer.lab.bench.records import environment

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pumer.costs.report import align
+from pumer.costs.result import align
 from pumer.lab.bench.models import default_reducers
 from pumer.lab.bench.results import Bench
 from pumer.lab.bench.run import FUSED, Device, Dtype, ReducerSpec, bench

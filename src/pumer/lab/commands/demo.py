@@ -19,6 +19,7 @@ import pumer
 from pumer._files import replacing
 from pumer._options import Count, OutputFile, OutputFolder
 from pumer._rows import RowFile
+from pumer._shipped import SHIPPED
 from pumer._terminal import console
 from pumer.lab.bench.memory import peak_activations
 from pumer.lab.bench.records import environment
@@ -29,7 +30,7 @@ from pumer.lab.data.images import KeepAspect, open_image, pad_images
 from pumer.lab.data.text import TextTransform
 from pumer.lab.evaluate import evaluate, model_inputs
 from pumer.lab.scenes.tasks import Scenes
-from pumer.presets import PRESETS, SHIPPED
+from pumer.presets import PRESETS
 from pumer.reducers import Reducer
 from pumer.viz import draw, gallery
 

@@ -6,12 +6,13 @@ import itertools
 
 from rich.table import Table
 
+from pumer._shipped import SHIPPED, shipped_models
 from pumer._terminal import console
 from pumer.adapters.base import adapters
 from pumer.lab.tasks import get as get_task
 from pumer.lab.tasks import list_tasks
 from pumer.lab.train.recipe import RECIPES
-from pumer.presets import PRESETS, SHIPPED, shipped_models
+from pumer.presets import PRESETS
 from pumer.reducers import get, list_reducers
 
 

@@ -13,6 +13,7 @@ import pumer
 from pumer._extras import need
 from pumer._files import fingerprint
 from pumer._options import Count, OutputFolder, Probability
+from pumer._shipped import model_folder
 from pumer._terminal import console
 from pumer.hub.sources import is_hub_name
 from pumer.lab.bench.run import Device
@@ -21,7 +22,6 @@ from pumer.lab.train.recipe import read_recipe
 from pumer.lab.tune.finetune import finetune as finetune_
 from pumer.lab.tune.points import Bounds
 from pumer.lab.tune.space import Grid
-from pumer.presets import model_folder
 
 if TYPE_CHECKING:
     from pumer.lab.tune.run import Tuned

@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import pumer
+from pumer._shipped import model_folder
 from pumer.adapters.base import Step
-from pumer.costs.report import GIGA, PICTURES, TOWERS, last_forward_parts
+from pumer.costs.report import last_forward_parts
+from pumer.costs.result import GIGA, PICTURES, TOWERS
 from pumer.hub import is_stock, load, load_stock
 from pumer.lab.bench.llm_overhead import prefill_shares
 from pumer.lab.bench.memory import peak_activations
@@ -33,7 +35,6 @@ from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.processors import ProcessorCollator, saved_collator
 from pumer.lab.tasks.prompts import vocabulary, writes
-from pumer.presets import model_folder
 from pumer.reducers import EMBEDDINGS, from_dict
 
 

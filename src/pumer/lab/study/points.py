@@ -14,11 +14,12 @@ from typing import Any, NotRequired, TypedDict
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer._files import check_name, digest, fingerprint
+from pumer._shipped import model_folder
 from pumer._suggest import did_you_mean
 from pumer.lab.train.arguments import trainer_settings
 from pumer.lab.train.recipe import read_recipe, read_settings
 from pumer.lab.train.run import train
-from pumer.presets import model_folder, read_reducer
+from pumer.presets import read_reducer
 from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
 
 BASELINE = "unreduced"

@@ -20,7 +20,7 @@ from pumer._extras import need
 from pumer._files import claimed, locked, replacing
 from pumer._rows import append_rows, mend_rows
 from pumer._terminal import visible
-from pumer.costs.report import align
+from pumer.costs.result import align
 from pumer.lab.bench.timing import alternate
 from pumer.lab.evaluate import take
 from pumer.lab.study.curves import settings_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import pumer
-from pumer import presets
 from pumer._options import Count
+from pumer._shipped import SHIPPED, model_folder
 from pumer.hub import load, load_official, model_class
 from pumer.hub.reduction import LEARNED, load_parts
 from pumer.lab.data.text import load_tokenizer
@@ -79,8 +79,8 @@ def prepare(
     """
     if settings.path is None and settings.tokenizer is None:
         raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
-    named = settings.tokenizer or str(presets.model_folder(str(settings.path)))
-    shipped = presets.SHIPPED / named
+    named = settings.tokenizer or str(model_folder(str(settings.path)))
+    shipped = SHIPPED / named
     tokenizer = load_tokenizer(shipped if shipped.is_dir() else named)
     if settings.path is None:
         net, the_task = _new(settings, task, train_split, tokenizer)
@@ -160,7 +160,7 @@ def longest_text(net: PreTrainedModel, wanted: int) -> int:
 def model_path(model: str) -> Path:
     """The folder of a model, or an original checkpoint's file; raises ValueError if there is
     neither."""
-    return Path(model) if model.endswith(".ckpt") else presets.model_folder(model)
+    return Path(model) if model.endswith(".ckpt") else model_folder(model)
 
 
 def read_model(
@@ -190,14 +190,14 @@ def read_model(
 def start_parts(net: PreTrainedModel, path: str | None) -> None:
     """Let a learned reducer in force go on from what lies in the folder that the model starts from,
     if that fits."""
-    patch = pumer.active(net)
+    patch = pumer.pumer.active(net)
     if path is None or patch is None or patch.parts is None:
         return
-    folder = presets.model_folder(path)
+    folder = model_folder(path)
     if not (folder / LEARNED).is_file():
         return
     try:
-        load_parts(net, folder)
+        load_parts(pumer.active(net), folder)
     except ValueError:
         _LOG.warning(
             "the trained parts in %s are not those of this reducer: it starts with new ones", folder

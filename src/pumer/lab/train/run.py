@@ -22,6 +22,7 @@ from pumer._extras import need
 from pumer._files import check_space, fingerprint, is_empty, locked, new_folder, replacing
 from pumer._options import Count, OutputFolder, Positive, Weight, check_values
 from pumer._settings import typed
+from pumer._shipped import model_folder
 from pumer.adapters import find
 from pumer.hub import save
 from pumer.lab.data.augment import RandAugment
@@ -181,9 +182,7 @@ def train(
     set_seed(seed)
     net, tokenizer, the_task = prepare(model, task, train_split)
     max_length = longest_text(net, model.max_length)
-    transform = (
-        build_transform(image) if image else load_transform(presets.model_folder(str(model.path)))
-    )
+    transform = build_transform(image) if image else load_transform(model_folder(str(model.path)))
     settings = pumer.Unreduced() if reducer is None else presets.read_reducer(reducer)
     _use(attention, net)
     pumer.apply(net, settings, attention=attention)

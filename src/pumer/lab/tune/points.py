@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import pumer
-from pumer.costs.report import Report, report
+from pumer.costs.report import report
+from pumer.costs.result import Report
 from pumer.lab.bench.latency import LatencyModel
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.run import first_rows, forward
