@@ -126,7 +126,7 @@ def test_settings_that_cannot_be_read(saved, changes, message):
         ("pumer.json", None, r"there is no .*pumer\.json: pumer\.save writes it"),
         ("pumer.json", b"{", r"pumer\.json cannot be read"),
         ("pumer.json", b"[]", r"pumer\.json is damaged"),
-        ("config.json", None, r"there is no .*config\.json"),
+        ("config.json", None, r"has no config\.json"),
         ("model.safetensors", None, "cannot be read, save it again"),
         ("model.safetensors", b"\0" * 50, "cannot be read, save it again"),
     ],

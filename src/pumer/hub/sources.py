@@ -65,7 +65,9 @@ def find_source(name: str | Path, files: Sequence[str], **hub: Any) -> Source:
     """
     subfolder = hub.get("subfolder") or ""
     if not is_hub_name(name):
-        folder = Path(name) if Path(name).exists() else model_folder(name)
+        folder = Path(name)
+        if not any((folder / subfolder / file).is_file() for file in (CONFIG, ADAPTER)):
+            folder = model_folder(name)  # which says what is missing
         there = {"subfolder": subfolder} if subfolder else {}
         return Source(str(folder), folder / subfolder, {"local_files_only": True, **there})
     how = {key: x for key, x in hub.items() if key != "subfolder"}

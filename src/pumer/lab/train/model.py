@@ -190,7 +190,7 @@ def read_model(
 def start_parts(net: PreTrainedModel, path: str | None) -> None:
     """Let a learned reducer in force go on from what lies in the folder that the model starts from,
     if that fits."""
-    patch = pumer.pumer.active(net)
+    patch = pumer.active(net)
     if path is None or patch is None or patch.parts is None:
         return
     folder = model_folder(path)
