@@ -134,6 +134,24 @@ def test_no_imports_go_in_circles():
     graphlib.TopologicalSorter(needs).prepare()
 
 
+def test_any_module_can_be_the_first_that_is_imported():
+    """To import a module is to run the packages around it first, whatever those import."""
+    modules = {module_of(path)[0] for path in FILES}
+    needs = {}
+    for path, tree in trees():
+        module, is_package = module_of(path)
+        around = {module.rsplit(".", n)[0] for n in range(module.count(".") + 1)}
+        named = needs.setdefault(module, set())
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    name = full if full in modules else node.module
+                    named |= {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)}
+        needs[module] = (named & modules) - (around if not is_package else around | {module})
+    graphlib.TopologicalSorter(needs).prepare()
+
+
 def test_the_core_does_without_the_lab():
     wrong = [
         where(path, line, f"imports {name}")
