@@ -1,6 +1,7 @@
-"""The files around the package: the documentation's configuration and pages."""
+"""The files around the package: the documentation's pages, workflows and forms."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pumer
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 REFERENCE = "\n".join(
     page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/reference").glob("*.md"))
 )
@@ -21,6 +24,11 @@ def pages(entry):
         return [entry]
     parts = entry.values() if isinstance(entry, dict) else entry
     return [path for part in parts for path in pages(part)]
+
+
+def test_there_is_something_to_check():
+    assert {"docs", "test", "versions"} <= {path.stem for path in WORKFLOWS}
+    assert {"bug", "new-model", "new-reducer"} <= {path.stem for path in FORMS}
 
 
 def test_the_navigation_has_every_document():
@@ -36,3 +44,39 @@ def test_every_page_of_the_navigation_is_a_file(path):
 @pytest.mark.parametrize("name", sorted({*pumer.__all__} - {"__version__"}))
 def test_the_reference_has_every_public_name(name):
     assert re.search(rf"^(::: |    +heading: )pumer\.{name}$", REFERENCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+def test_workflows_run_nothing_but_targets_of_make(path):
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert commands
+    assert {*commands} <= {f"make {target}" for target in targets}
+
+
+def test_the_workflow_of_tests_runs_on_every_python():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    pythons = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    prefix = "Programming Language :: Python :: 3."
+    classifiers = [line for line in project["classifiers"] if line.startswith(prefix)]
+    assert classifiers == [f"{prefix.removesuffix('3.')}{python}" for python in pythons]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=[path.stem for path in FORMS])
+def test_forms_are_ones_that_github_shows(path):
+    """What GitHub asks of a form; it shows none that breaks these rules."""
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    required = {"name", "description", "body"}
+    assert required <= form.keys() <= required | {"labels"}
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    for field in fields:
+        assert field.keys() <= {"type", "id", "attributes", "validations"}
+        assert field["type"] in {"input", "textarea", "dropdown"}
+        assert field["attributes"]["label"]
+        options = field["attributes"].get("options", ["text"])
+        # An unquoted yes or no is a truth value in YAML.
+        assert all(isinstance(option, str) for option in options)
+        assert ("options" in field["attributes"]) == (field["type"] == "dropdown")
+    assert len({field["id"] for field in fields}) == len(fields) > 0
