@@ -64,6 +64,18 @@ def test_the_workflow_of_tests_runs_on_every_python():
     assert classifiers == [f"{prefix.removesuffix('3.')}{python}" for python in pythons]
 
 
+def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == pumer.__version__
+    paper = citation["preferred-citation"]
+    bibtex = re.search(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    assert paper["title"].removeprefix("PuMer: ") in bibtex
+    people = [f"{who['family-names']}, {who['given-names']}" for who in paper["authors"]]
+    assert f"author    = {{{' and '.join(people)}}}" in bibtex
+    assert f"{{{paper['start']}--{paper['end']}}}" in bibtex
+    assert f"{{{paper['doi']}}}" in bibtex
+
+
 @pytest.mark.parametrize("path", FORMS, ids=[path.stem for path in FORMS])
 def test_forms_are_ones_that_github_shows(path):
     """What GitHub asks of a form; it shows none that breaks these rules."""
