@@ -1,5 +1,6 @@
 """The files around the package: the documentation's pages, workflows and forms."""
 
+import datetime
 import re
 import tomllib
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites(
     assert f"author    = {{{' and '.join(people)}}}" in bibtex
     assert f"{{{paper['start']}--{paper['end']}}}" in bibtex
     assert f"{{{paper['doi']}}}" in bibtex
+
+
+def test_the_changelog_ends_at_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[(.+?)\](?: - (.*))?$", changelog, re.M)
+    assert sections[0] == ("Unreleased", "")
+    version, released = sections[1]
+    assert version == pumer.__version__
+    assert datetime.date.fromisoformat(released)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=[path.stem for path in FORMS])
