@@ -1,6 +1,8 @@
-"""The files around the package: the documentation's pages, workflows and forms."""
+"""The files around the package: the documentation's pages, workflows, forms, scripts."""
 
+import ast
 import datetime
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +15,7 @@ import pumer
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+SCRIPTS = sorted((ROOT / "benchmarks/scripts").glob("*.py"))
 FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 REFERENCE = "\n".join(
     page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/reference").glob("*.md"))
@@ -29,6 +32,7 @@ def pages(entry):
 
 def test_there_is_something_to_check():
     assert {"docs", "test", "versions"} <= {path.stem for path in WORKFLOWS}
+    assert {"latency", "ship", "tune_grid"} <= {path.stem for path in SCRIPTS}
     assert {"bug", "new-model", "new-reducer"} <= {path.stem for path in FORMS}
 
 
@@ -84,6 +88,15 @@ def test_the_changelog_ends_at_this_version():
     version, released = sections[1]
     assert version == pumer.__version__
     assert datetime.date.fromisoformat(released)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_benchmark_scripts_import_what_there_is(path):
+    """They run for hours on rare occasions: what moves in the package has to be noticed here."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "pumer":
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.parametrize("path", FORMS, ids=[path.stem for path in FORMS])
