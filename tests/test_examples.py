@@ -1,12 +1,15 @@
 """The scripts under examples/."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_llm
 from PIL import Image
+from tiny_processor import processor_of
 
 import pumer
 from pumer.cli import main
@@ -81,6 +84,35 @@ def test_without_the_package(monkeypatch, tmp_path, capsys):
         convert(monkeypatch, tmp_path / "out")
     assert "pip install easy-vqa" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def compare(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare_answers.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "compare_answers.py"), run_name="__main__")
+
+
+def test_answers_of_a_classifier_side_by_side(monkeypatch, tmp_path, capsys):
+    Image.new("RGB", (96, 96), "teal").save(tmp_path / "image.png")
+    compare(monkeypatch, "scenes-vilt", tmp_path / "image.png", "is there a circle?")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["unreduced:", "no"],
+        ["pumer:", "no"],
+        ["random:", "no"],
+    ]
+    assert all("times fewer FLOPs" in line for line in lines[1:])
+
+
+def test_answers_of_a_language_model_side_by_side(monkeypatch, tmp_path, capsys):
+    tiny_llm.model("llava").save_pretrained(tmp_path)
+    processor_of("llava").save_pretrained(tmp_path)
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "image.png")
+    settings = '{"reducer": "divprune", "keep": 0.25}'
+    compare(monkeypatch, tmp_path, tmp_path / "image.png", "w4 w5", "--reducers", settings)
+    unreduced, reduced = capsys.readouterr().out.splitlines()
+    words = re.fullmatch(r"unreduced: (w\d+(?: w\d+)*)", unreduced)[1]
+    assert reduced.startswith(f"{settings}: w")
+    assert words not in reduced  # random weights notice which tokens are gone
 
 
 @pytest.mark.slow

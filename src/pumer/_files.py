@@ -295,7 +295,7 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
 
     Raises:
         ValueError: if `path` is there already, and no empty folder; if another process is writing
-        it.
+            it.
     """
     target = _real(path)
     check_folder(path, empty=not replace)

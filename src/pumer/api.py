@@ -50,7 +50,7 @@ def apply(
 
     Raises:
         ValueError: if the model is not supported or the settings do not fit it; the model is then
-        as it was.
+            as it was.
     """
     before = active(model)
     _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)

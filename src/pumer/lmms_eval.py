@@ -118,7 +118,7 @@ class PumerModel(lmms):
 
         Raises:
             ValueError: if a task shows anything but images, or `generate` cannot do what it asks
-            for.
+                for.
         """
         alike = defaultdict(list)  # what is generated in the same way can be generated together
         for number, request in enumerate(requests):

@@ -41,6 +41,8 @@ PRESETS: dict[str, Reducer] = {
     # No retrieval checkpoint of METER was released: the settings of its other two hard tasks.
     "meter-retrieval": PuMer(prune=0.3, merge=0.5, merge_text=0.2, layers=(0, 1, 2, 3)),
 }
+"""The reducer of every preset by its name, and `meter-vqav2-tower`, beyond the paper: `meter-vqav2`
+with ToMe in the vision tower."""
 # Beyond the paper: the CLIP tower, more than half of METER's cost, is reduced too. 2.2 times fewer
 # MACs at 384 pixels.
 PRESETS["meter-vqav2-tower"] = Compose(tower=ToMe(r=36, depth=11), inside=PRESETS["meter-vqav2"])

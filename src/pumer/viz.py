@@ -60,7 +60,8 @@ class TokenMap:
     """All reductions of one forward on one picture and text.
 
     Args:
-        rows, columns: of patches in the picture.
+        rows: of patches in the image.
+        columns: of patches in the image.
         words: the text tokens; in a prompt one stands for all placeholders of an image.
         layers: one map per reducing layer.
         decoder: whether this is a decoder's prompt, of which tokens leave after a layer.

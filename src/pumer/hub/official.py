@@ -294,7 +294,7 @@ def save_official(model: Any, directory: str | Path) -> None:
 
     Raises:
         ValueError: if the published layout has no place for the model or its reducer, or the folder
-        holds files.
+            holds files.
     """
     from safetensors.torch import save_file
 

@@ -34,7 +34,8 @@ class Encoder:
         features_BND: the encoder's output, before the projector.
         class_attention_BN: attention that [CLS] pays each token, mean over the heads.
         received_BN: attention that each token receives, mean over heads and queries.
-        keys_BNC, queries_BNC: means over the heads.
+        keys_BNC: mean over the heads.
+        queries_BNC: mean over the heads.
         given_BN: attention that each token pays the image tokens, mean over heads and these.
         last_class_attention_BN: attention that [CLS] pays each token in the tower's last layer,
             all heads taken as one: the softmax over all tokens of the products of whole queries
@@ -122,7 +123,8 @@ class Tokens:
         patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are
             none.
         states_BND: hidden states.
-        queries_BHNC, keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
+        queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
+        keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,
             float32: attention is the exponential of a logit less this. None where the layer's
             kernel does not say.
@@ -355,7 +357,11 @@ class Reducer:
 
         Args:
             entered: image tokens that entered the first layer, structure tokens included.
-            text, image, layer, prefix, grid: as for `lengths`.
+            text: length of the text axis before this layer.
+            image: length of the image axis before this layer.
+            layer: number of the layer.
+            prefix: structure tokens at the head of each axis.
+            grid: rows and columns of patches.
         """
         return self.lengths(text, image, layer, prefix, grid)
 

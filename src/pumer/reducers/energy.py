@@ -37,7 +37,8 @@ class Energy(Reducer):
         selector: which tokens; its own `keep` is not asked.
         tau: share of the energy (squared singular values) to hold. `matched` finds the one that
             keeps a given number on average.
-        least, most: bounds of the number: shares of the image's tokens, or whole numbers.
+        least: lower bound of the number: a share of the image's tokens, or a whole number.
+        most: upper bound, in the same way.
     """
 
     name = "energy"
@@ -121,7 +122,7 @@ class Energy(Reducer):
 
         Raises:
             ValueError: if no image is given, or no `tau` comes within one token of it: the bounds
-            are in the way.
+                are in the way.
         """
         if not spectra:
             raise ValueError("give the spectra of some images")

@@ -122,7 +122,7 @@ def configure(
 
     Raises:
         ValueError: for unknown names, listing those there are, and depths that leave nothing to
-        reduce.
+            reduce.
     """
     if name not in SHAPES:
         raise ValueError(

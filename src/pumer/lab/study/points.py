@@ -168,7 +168,7 @@ class Study:
 
         Raises:
             ValueError: for a model, recipe or setting of the training that there is not, and points
-            that are the same.
+                that are the same.
         """
         points: list[Point] = []
         wrong: list[str] = []

@@ -289,7 +289,7 @@ def recalls(
 
     Raises:
         ValueError: for shapes that do not fit, scores that are not numbers, and images without a
-        caption.
+            caption.
     """
     scores = torch.as_tensor(scores).detach().cpu()
     owner = torch.as_tensor(image_of).long()

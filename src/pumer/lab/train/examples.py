@@ -80,7 +80,7 @@ def count_without_target(examples: Sequence[Example], task: Task, split: str) ->
 
     Raises:
         ValueError: if that are all of them, for examples without a label, and where there is no
-        example.
+            example.
     """
     if not len(examples):
         raise ValueError(f"{task.name} has no example in {split}: give another split")

@@ -221,7 +221,7 @@ def rebuild(
 
     Raises:
         ValueError: for settings that do not fit each other, and weights of the trunk with other
-        shapes.
+            shapes.
     """
     config = copy.deepcopy(start.config)
     keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)

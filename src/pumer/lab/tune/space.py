@@ -112,7 +112,7 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
 
     Raises:
         ValueError: for settings that do not fit the model, naming them, and where nothing is left
-        to search.
+            to search.
     """
     adapter = find(model)
     decoder = isinstance(

@@ -35,8 +35,9 @@ class MeterModelOutput(ModelOutput):
         text_states: [B,T,D] after the last fusion layer.
         image_states: [B,I,D], with [CLS] first.
         pooler_output: [B,2D], the pooled [CLS] of the text and of the image.
-        text_hidden_states, image_hidden_states: states before the first fusion layer and after
-            every one, if asked for.
+        text_hidden_states: of the text, before the first fusion layer and after every one, if
+            asked for.
+        image_hidden_states: of the image, likewise.
     """
 
     text_states: Tensor | None = None

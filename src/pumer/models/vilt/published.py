@@ -83,7 +83,7 @@ def model_config(
 
     Raises:
         ValueError: for weights without the sizes, and for settings that transformers' ViLT cannot
-        have.
+            have.
     """
     vocabulary, width = shape(state, "vilt.text_embeddings.word_embeddings.weight", 2)
     patch = shape(state, "vilt.transformer.patch_embed.proj.weight", 4)

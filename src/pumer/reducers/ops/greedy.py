@@ -83,7 +83,8 @@ def coverage(
 
     Args:
         cosine_BII: of all pairs.
-        weight_BI, bonus_BI: of every token.
+        weight_BI: of every token.
+        bonus_BI: of every token.
         valid_BI: bool, false at padding.
         kept_B: how many tokens of each row are chosen.
         most: the largest of these.

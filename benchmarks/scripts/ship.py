@@ -1,5 +1,6 @@
-"""Put a trained model where it stays, in half precision: python benchmarks/ship.py runs/NAME PLACE
-[CHANGES].
+"""Put a trained model where it stays, in half precision.
+
+    python benchmarks/scripts/ship.py runs/NAME PLACE [CHANGES]
 
 PLACE is the name it gets in the package, or a folder for one too large for that
 (benchmarks/models/NAME). CHANGES are settings of its reducer that it is to have from now on, as
@@ -33,7 +34,7 @@ for pattern in ("tokenizer*", "chat_template*"):
         shutil.copy(file, place)
 save_transform(load_transform(run / "model"), place)
 save_processor(model.config, place)
-logs = Path(__file__).parent / "logs" / place.name
+logs = Path(__file__).parents[1] / "logs" / place.name
 logs.mkdir(parents=True, exist_ok=True)
 for file in ("recipe.yaml", "log.json"):
     shutil.copy(run / file, logs / file)

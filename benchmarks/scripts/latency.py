@@ -1,5 +1,6 @@
-"""How far the latency model of `pumer tune` is off: python benchmarks/latency.py STUDY [BATCH]
-[RUNS].
+"""How far the latency model of `pumer tune` is off.
+
+    python benchmarks/scripts/latency.py STUDY [BATCH] [RUNS]
 
 Fits the model to the few forwards that `pumer tune` times, and then times settings that it has not
 seen: those of a study's training-free reducers. Prints predicted and measured speed-up over the

@@ -1,4 +1,6 @@
-"""Whether the text looks at what matters: python benchmarks/saliency.py MODEL...
+"""Whether the text looks at what matters.
+
+    python benchmarks/scripts/saliency.py MODEL...
 
 Scores the patches of scenes pictures as PuMer would in every layer, nothing being reduced. Prints
 for each layer how often a patch with an object is scored above a plain one (area under the ROC

@@ -1,5 +1,6 @@
-"""Where what `pumer tune` found lies among all settings: python benchmarks/tune_grid.py OUT
-[EXAMPLES] [EVERY].
+"""Where what `pumer tune` found lies among all settings.
+
+    python benchmarks/scripts/tune_grid.py OUT [EXAMPLES] [EVERY]
 
 OUT is the folder of a finished `pumer tune` on scenes-VQA. Scores the unreduced model and every
 EVERY-th setting of its candidates.csv (the found one always) on the same EXAMPLES questions of a

@@ -1,5 +1,6 @@
-"""Whether what `pumer tune` accepts holds: python benchmarks/tune_seeds.py OUT [RUNS] [HELD_OUT]
-[OPTION VALUE ...].
+"""Whether what `pumer tune` accepts holds.
+
+    python benchmarks/scripts/tune_seeds.py OUT [RUNS] [HELD_OUT] [OPTION VALUE ...]
 
 Tunes scenes-vilt RUNS times with other seeds of search and questions, each in a folder of its own
 in OUT, and measures what the found setting loses on HELD_OUT other questions. Options are those of
@@ -11,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pumer
+from pumer._files import claimed
 from pumer.cli import main
 from pumer.lab.commands.common import open_model, open_task
-from pumer.lab.train.launch import claimed
 from pumer.lab.tune.examples import Pool
 from pumer.lab.tune.sequential import PairedDrop
 from pumer.presets import read_reducer
