@@ -154,12 +154,12 @@ def _conform_union(value: Any, options: tuple[Any, ...], convert: bool) -> Any:
     raise field_error or _MismatchError
 
 
-def _conform_dataclass(value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
+def _conform_dataclass(value: Any, cls: Any) -> Any:
+    if not isinstance(value, cls):
         raise _MismatchError
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(cls):
         current = getattr(value, field.name)
-        hint = _hints(kind).get(field.name, Any)
+        hint = _hints(cls).get(field.name, Any)
         try:
             conformed = _conform(current, hint)
         except _FieldError as error:
@@ -192,27 +192,27 @@ def _conform_container(value: Any, origin: Any, arguments: tuple[Any, ...], conv
     return parts if isinstance(value, list) else tuple(parts)
 
 
-def _conform_plain(value: Any, kind: type, convert: bool) -> Any:
-    if kind in (int, float) and isinstance(value, str) and convert:
+def _conform_plain(value: Any, expected_type: type, convert: bool) -> Any:
+    if expected_type in (int, float) and isinstance(value, str) and convert:
         try:
-            return kind(value)
+            return expected_type(value)
         except ValueError:
             raise _MismatchError from None
-    if kind is float:
+    if expected_type is float:
         return _require(isinstance(value, int | float) and not isinstance(value, bool), value)
-    if kind is int:
+    if expected_type is int:
         return _require(isinstance(value, int) and not isinstance(value, bool), value)
-    if kind is Path:
+    if expected_type is Path:
         return _require(isinstance(value, str | Path), value)
-    if issubclass(kind, Enum):
+    if issubclass(expected_type, Enum):
         same = (
             member
-            for member in kind
+            for member in expected_type
             if member == value or (member.value, type(member.value)) == (value, type(value))
         )
         member = None if isinstance(value, bool) else next(same, None)
         return _require(member is not None, member)
-    return _require(isinstance(value, kind), value)
+    return _require(isinstance(value, expected_type), value)
 
 
 def _require(condition: bool, value: Any) -> Any:

@@ -149,10 +149,10 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
         return
     text, image = adapter.default_lengths(model)
     if reducer.in_tower is not None:
-        _, left = adapter.tower_entry(model, image)
+        _, length = adapter.tower_entry(model, image)
         for layer in range(adapter.tower_depth(model)):
-            _, left = reducer.in_tower.lengths(0, left, layer)
-        image = adapter.tower_exit(model, image, left)
+            _, length = reducer.in_tower.lengths(0, length, layer)
+        image = adapter.tower_exit(model, image, length)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
         text, image = reducer.lengths(
             text, image, layer, adapter.prefix, adapter.default_grid(model)

@@ -97,11 +97,11 @@ class PumerModel(lmms):
         self.device = (
             torch.device(device) if device is not None and alone else self.accelerator.device
         )
-        chosen, rest = _split(
+        chosen, processor_settings = _split(
             _saved(pretrained, revision) if reducer is None else reducer, settings
         )
-        self.processor = read_processor(pretrained, revision=revision, **rest)
-        _check(rest, self.processor.image_processor, chosen)
+        self.processor = read_processor(pretrained, revision=revision, **processor_settings)
+        _check(processor_settings, self.processor.image_processor, chosen)
         model = AutoModelForImageTextToText.from_pretrained(
             pretrained,
             revision=revision,
@@ -121,17 +121,21 @@ class PumerModel(lmms):
                 for.
         """
         alike = defaultdict(list)  # what is generated in the same way can be generated together
-        for number, request in enumerate(requests):
-            alike[str(request.args[2])].append(number)
+        for request_index, request in enumerate(requests):
+            alike[str(request.args[2])].append(request_index)
         answers = [""] * len(requests)
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="pumer")
         for numbers in alike.values():
             settings = requests[numbers[0]].args[2]
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
-                conversations = [self._conversation(requests[number]) for number in batch]
-                for number, answer in zip(batch, self.answer(conversations, settings), strict=True):
-                    answers[number] = answer
+                conversations = [
+                    self._conversation(requests[request_index]) for request_index in batch
+                ]
+                for request_index, answer in zip(
+                    batch, self.answer(conversations, settings), strict=True
+                ):
+                    answers[request_index] = answer
                 progress.update(len(batch))
         progress.close()
         return answers
@@ -145,8 +149,8 @@ class PumerModel(lmms):
         """
         answers = []
         for request in requests:
-            _, messages_of, settings, number, task, split = request.args
-            doc, info, rounds = self.task_dict[task][split][number], None, []
+            _, messages_of, settings, doc_id, task, split = request.args
+            doc, info, rounds = self.task_dict[task][split][doc_id], None, []
             messages, end = messages_of(doc), False
             while not end:
                 rounds += self.answer([messages], settings)
@@ -187,7 +191,7 @@ class PumerModel(lmms):
         ]
         answers = [""] * len(conversations)
         for pictured in (True, False):  # processors take no batches of which some have no image
-            rows = [row for row, own in enumerate(images) if bool(own) is pictured]
+            rows = [row for row, row_images in enumerate(images) if bool(row_images) is pictured]
             if rows:
                 written = self._write(
                     [conversations[row] for row in rows], [images[row] for row in rows], settings
@@ -212,8 +216,8 @@ class PumerModel(lmms):
         return texts
 
     def _conversation(self, request: Any) -> Conversation:
-        _, messages_of, _, number, task, split = request.args
-        messages: Conversation = messages_of(self.task_dict[task][split][number])
+        _, messages_of, _, doc_id, task, split = request.args
+        messages: Conversation = messages_of(self.task_dict[task][split][doc_id])
         return messages
 
 
@@ -231,29 +235,29 @@ def _split(
         return None, settings
     base = read_reducer(reducer)
     names = {field.name for field in dataclasses.fields(base)}
-    own = {name: settings.pop(name) for name in names & set(settings)}
-    return from_dict(to_dict(base) | own), settings
+    reducer_settings = {name: settings.pop(name) for name in names & set(settings)}
+    return from_dict(to_dict(base) | reducer_settings), settings
 
 
 def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | None) -> None:
     """Raise ValueError for settings that nobody knows: transformers would pass over them in
     silence."""
-    known = type(image_processor).valid_kwargs.__annotations__
-    unknown = sorted(set(settings) - set(known))
+    valid_settings = type(image_processor).valid_kwargs.__annotations__
+    unknown = sorted(set(settings) - set(valid_settings))
     if unknown:
-        own = (
+        reader_name = (
             "no reducer"
             if reducer is None
             else f"{reducer.name}, which has {', '.join(reducer.settings()) or 'none'}"
         )
         raise ValueError(
-            f"{', '.join(unknown)} is a setting neither of {own}, nor of "
+            f"{', '.join(unknown)} is a setting neither of {reader_name}, nor of "
             f"{type(image_processor).__name__}, "
-            f"which has {', '.join(sorted(known))}"
+            f"which has {', '.join(sorted(valid_settings))}"
         )
 
 
-def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
+def _parts(messages: Conversation, part_type: str) -> Iterator[dict[str, Any]]:
     for message in messages:
         for part in message["content"]:
             if part["type"] not in ("text", "image"):
@@ -261,7 +265,7 @@ def _parts(messages: Conversation, kind: str) -> Iterator[dict[str, Any]]:
                     f"pumer reduces images: it cannot run a task with {part['type']}, take "
                     "another one"
                 )
-            if part["type"] == kind:
+            if part["type"] == part_type:
                 yield part
 
 
@@ -281,16 +285,16 @@ def _plain(messages: Conversation) -> Conversation:
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A task's settings as `generate` takes them; greedy without a word about it, whatever the
     model's default is."""
-    known = {
+    options = {
         name: x
         for name, x in settings.items()
         if x is not None and hasattr(GenerationConfig(), name)
     }
-    temperature = known.get("temperature")
-    known["do_sample"] = bool(known.get("do_sample", temperature)) and temperature != 0
-    if not known["do_sample"]:
-        known |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    return {"max_new_tokens": MAX_NEW_TOKENS} | known
+    temperature = options.get("temperature")
+    options["do_sample"] = bool(options.get("do_sample", temperature)) and temperature != 0
+    if not options["do_sample"]:
+        options |= dict.fromkeys(("temperature", "top_p", "top_k"))
+    return {"max_new_tokens": MAX_NEW_TOKENS} | options
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

@@ -100,10 +100,10 @@ def _named(name: str) -> Reducer:
     try:
         folder = model_folder(name)
     except ValueError:
-        known = (*PRESETS, *list_reducers(), *shipped_models())
+        names = (*PRESETS, *list_reducers(), *shipped_models())
         raise ValueError(
             f"no reducer is named {name!r}, no preset, no file and no saved "
-            f"model.{did_you_mean(name, known)}\n"
+            f"model.{did_you_mean(name, names)}\n"
             f"Reducers: {', '.join(list_reducers())}\nPresets: {', '.join(PRESETS)}\n"
             f"Files end in {', '.join(_FILES)}; saved models have a pumer.json"
         ) from None

@@ -172,22 +172,24 @@ def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap,
     """A map of every image in a decoder's prompt; all have the same words."""
     first: PromptStep = steps[0].prompt
     assert first.image_BS is not None
-    patches = [place for place, is_patch in enumerate(first.image_BS[0].tolist()) if is_patch]
-    placeholders = {words[place] for place in patches}
+    patches = [position for position, is_patch in enumerate(first.image_BS[0].tolist()) if is_patch]
+    placeholders = {words[position] for position in patches}
     # Placeholders side by side, rows' ends among them, are one chip.
     chips: list[list[int]] = []
-    for place, word in enumerate(words):
+    for word_index, word in enumerate(words):
         if word in placeholders and chips and words[chips[-1][0]] in placeholders:
-            chips[-1].append(place)
+            chips[-1].append(word_index)
         else:
-            chips.append([place])
+            chips.append([word_index])
     labels = tuple(words[chip[0]] + (f" x {len(chip)}" if len(chip) > 1 else "") for chip in chips)
     maps, start = [], 0
     for _, count, grid in first.images:
-        own = patches[start : start + count]
+        image_patches = patches[start : start + count]
         start += count
         columns = grid[1] if grid else math.ceil(math.sqrt(count))
-        layers = tuple(_prompt_layer(step, own, chips, words, placeholders) for step in steps)
+        layers = tuple(
+            _prompt_layer(step, image_patches, chips, words, placeholders) for step in steps
+        )
         rows = grid[0] if grid else math.ceil(count / columns)
         maps.append(TokenMap(rows, columns, labels, layers, decoder=True, raster=grid is not None))
     return tuple(maps)
@@ -203,29 +205,29 @@ def _prompt_layer(
     """What one reduction left of an image, whose patches stand at these places, and of the
     words."""
     slots = step.prompt.slot_BS[0].tolist()
-    image = _groups({number: slots[place] for number, place in enumerate(patches)})
+    image = _groups({patch: slots[position] for patch, position in enumerate(patches)})
     # A placeholder's chip stays: the panel above says what is left of it.
     text = {
-        number: slots[chip[0]] if words[chip[0]] not in placeholders else ("image", number)
-        for number, chip in enumerate(chips)
+        chip_index: slots[chip[0]] if words[chip[0]] not in placeholders else ("image", chip_index)
+        for chip_index, chip in enumerate(chips)
     }
     groups = _groups(text)
     return LayerMap(
         step.layer,
         tuple(group[0] for group in image if len(group) == 1),
         tuple(group for group in image if len(group) > 1),
-        tuple(number for number, place in enumerate(patches) if slots[place] < 0),
+        tuple(patch for patch, position in enumerate(patches) if slots[position] < 0),
         tuple(groups),
-        tuple(number for number, slot in text.items() if slot == -1),
+        tuple(chip_index for chip_index, slot in text.items() if slot == -1),
     )
 
 
 def _groups(slots: Mapping[int, Any]) -> list[tuple[int, ...]]:
     """Tokens that share a slot, in the order of their first; those that are gone are left out."""
     groups: dict[Any, list[int]] = {}
-    for number, slot in slots.items():
+    for token, slot in slots.items():
         if slot != -1:
-            groups.setdefault(slot, []).append(number)
+            groups.setdefault(slot, []).append(token)
     return sorted(tuple(group) for group in groups.values())
 
 
@@ -335,9 +337,9 @@ def _paint(base: Image.Image, layer: LayerMap, columns: int, cell: int) -> Image
 
     for patch in layer.dropped:
         pen.rectangle(box(patch), (12, 14, 18, 215))
-    for number, group in enumerate(layer.merged):
+    for group_index, group in enumerate(layer.merged):
         for patch in group:
-            pen.rectangle(box(patch), (*_colour(number), 120), (*_colour(number), 255))
+            pen.rectangle(box(patch), (*_colour(group_index), 120), (*_colour(group_index), 255))
     for patch in layer.kept:
         pen.rectangle(box(patch), None, (255, 255, 255, 150))
     return picture
@@ -382,9 +384,9 @@ def _text_lines(
     return lines
 
 
-def _colour(number: int) -> tuple[int, int, int]:
+def _colour(index: int) -> tuple[int, int, int]:
     """Colours that stay apart however many there are: the hue goes on by the golden ratio."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85 if number % 2 else 0.6, 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85 if index % 2 else 0.6, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

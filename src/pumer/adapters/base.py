@@ -341,7 +341,7 @@ def adapter_of(model: Any) -> Adapter | None:
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:
     """Whether the class of a model, or one that it inherits from, has one of these names."""
-    return any(kind.__name__ in names for kind in type(model).__mro__)
+    return any(base.__name__ in names for base in type(model).__mro__)
 
 
 def config_of(model: nn.Module) -> Any:
@@ -399,10 +399,10 @@ def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]
 
 def exactly_one(**inputs: Tensor | None) -> Tensor:
     """The one input that is given; raises ValueError for none or several."""
-    given = [value for value in inputs.values() if value is not None]
-    if len(given) != 1:
+    inputs_set = [value for value in inputs.values() if value is not None]
+    if len(inputs_set) != 1:
         raise ValueError(f"give exactly one of {' and '.join(inputs)}")
-    return given[0]
+    return inputs_set[0]
 
 
 def extent(mask_BN: Tensor) -> Tensor:

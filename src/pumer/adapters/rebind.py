@@ -168,13 +168,13 @@ def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Sig
         for parameter in signature.parameters.values()
         if parameter.name != "self"  # a wrapper that copies ours has it too
     ]
-    rest = parameters.pop() if parameters[-1].kind == inspect.Parameter.VAR_KEYWORD else None
+    var_keyword = parameters.pop() if parameters[-1].kind == inspect.Parameter.VAR_KEYWORD else None
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in adds
         if name not in signature.parameters
     ]
-    return signature.replace(parameters=[*parameters, *([rest] if rest else [])])
+    return signature.replace(parameters=[*parameters, *([var_keyword] if var_keyword else [])])
 
 
 def _key_of(value: Any) -> int | None:
@@ -216,8 +216,8 @@ def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
     return _new, (type(module),), state
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
-    module = kind.__new__(kind)
+def _new(cls: type[nn.Module]) -> nn.Module:
+    module = cls.__new__(cls)
     vars(module)["__setstate__"] = MethodType(_set_state, module)
     return module
 

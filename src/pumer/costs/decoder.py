@@ -138,8 +138,8 @@ def _cached(
     counts = [sum(pair) for pair in lengths[:-1]]
     window = getattr(config, "sliding_window", None) or math.inf
     return [
-        int(min(count, window - 1)) if kind == "sliding_attention" else count
-        for count, kind in zip(counts, kinds, strict=True)
+        int(min(count, window - 1)) if layer_type == "sliding_attention" else count
+        for count, layer_type in zip(counts, kinds, strict=True)
     ]
 
 

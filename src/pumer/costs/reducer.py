@@ -57,13 +57,13 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        made = operator(*args, **(kwargs or {}))
+        output = operator(*args, **(kwargs or {}))
         if not operator.is_view and operator is not torch.ops.aten._unsafe_view.default:
             self.started += 1
             self.traffic += sum(
-                x.nbytes for x in tree_leaves((args, kwargs, made)) if isinstance(x, Tensor)
+                x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor)
             )
-        return made
+        return output
 
 
 def own_costs(
@@ -102,7 +102,7 @@ def own_costs(
             costs[layer] = NOTHING
             continue
         count = text + image
-        seen = (text, image) if cross else (count, count)
+        attention_shape = (text, image) if cross else (count, count)
         states = torch.ones(1, count, heads * channels, device=place)
         heads_apart = (
             None if layer == EMBEDDINGS else states.view(1, count, heads, channels).transpose(1, 2)
@@ -121,7 +121,7 @@ def own_costs(
             states_BND=states,
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
-            attention_BHNN=torch.ones(1, heads, *seen, device=place)
+            attention_BHNN=torch.ones(1, heads, *attention_shape, device=place)
             if reducer.needs_attention
             else None,
             cross=cross,

@@ -44,7 +44,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         )
     depth, passes = adapter.depth(model), adapter.passes(model)
     reducer = Unreduced() if patch is None else patch.reducer
-    tower, lengths, own = _plan(reducer, adapter, model, *entry, grid)
+    tower, lengths, reducer_costs = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
     layers = zip(
         adapter.layer_macs(model, lengths, reducer.after_layer),
@@ -52,8 +52,8 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         strict=True,
     )
     ran, planned = _last_forward(patch, adapter, model)
-    spent = passes * sum(own.values(), NOTHING)
-    made = Report(
+    spent = passes * sum(reducer_costs.values(), NOTHING)
+    result = Report(
         model=type(model).__name__,
         reducer=None if patch is None else to_dict(reducer),
         entry=entry,
@@ -61,12 +61,12 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         tower=tower,
         layers=tuple(
             LayerCost(
-                number,
-                *lengths[number + 1],
-                passes * (sum(macs) + own[number].macs),
+                layer_index,
+                *lengths[layer_index + 1],
+                passes * (sum(macs) + reducer_costs[layer_index].macs),
                 passes * sum(base_macs),
             )
-            for number, (macs, base_macs) in enumerate(layers)
+            for layer_index, (macs, base_macs) in enumerate(layers)
         ),
         parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer)
         | {"reducer": spent.macs},
@@ -77,8 +77,8 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         planned=planned,
     )
     if isinstance(adapter, DecoderAdapter):
-        return decoding(model, adapter, made)
-    return made
+        return decoding(model, adapter, result)
+    return result
 
 
 def last_forward_macs(model: nn.Module) -> int:
@@ -99,9 +99,9 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
     ran = (
         (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None
     )  # the data have decided
-    tower, lengths, own = _plan(patch.reducer, adapter, model, text, image, grid, ran)
+    tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
     macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
-    return macs | {"reducer": adapter.passes(model) * sum(own.values(), NOTHING).macs}
+    return macs | {"reducer": adapter.passes(model) * sum(reducer_costs.values(), NOTHING).macs}
 
 
 def planned_lengths(
@@ -146,7 +146,7 @@ def _plan(
     Args as for `planned_lengths`, in tensors without data where the model lies on a device; `ran`
     are the lengths of the tower and after it, where they are known.
     """
-    place = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
+    device = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
     first, spent = (text, image), NOTHING
     if reducer.in_tower is not None:
@@ -155,7 +155,7 @@ def _plan(
         shape = adapter.tower_attention_shape(model)
         pictures, _ = adapter.tower_entry(model, image)
         spent = pictures * sum(
-            own_costs(reducer.in_tower, shape, inside[0], inside, grid, place).values(), NOTHING
+            own_costs(reducer.in_tower, shape, inside[0], inside, grid, device).values(), NOTHING
         )
         first = text, adapter.tower_exit(model, image, tower[-1])
         grid = None if tower[-1] != tower[0] else grid
@@ -165,20 +165,20 @@ def _plan(
         else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.prefix)
     )
     patch = active(model)
-    own = own_costs(
+    reducer_costs = own_costs(
         reducer,
         adapter.attention_shape(model),
         first,
         lengths,
         grid,
-        place,
+        device,
         adapter.crosses,
         None if patch is None else patch.parts,
-        adapter.encoder_facts(model, reducer.needs, first[1], place),
+        adapter.encoder_facts(model, reducer.needs, first[1], device),
         adapter.prefix,
     )
-    own[EMBEDDINGS] += spent
-    return tower, lengths, own
+    reducer_costs[EMBEDDINGS] += spent
+    return tower, lengths, reducer_costs
 
 
 def _planned_tower(
@@ -203,14 +203,14 @@ def _last_forward(
         return tuple(patch.lengths), tuple(patch.planned)
     text, image, grid = patch.entry
     tower = _planned_tower(patch.reducer, adapter, model, image, grid)
-    left = grid if not tower or tower[-1] == image else None
+    grid_after = grid if not tower or tower[-1] == image else None
     ran = tuple(patch.lengths)
     planned = planned_lengths(
         patch.reducer,
         adapter.depth(model),
         text,
         tower[-1] if tower else image,
-        left,
+        grid_after,
         adapter.prefix,
     )
     if patch.reducer.in_tower is not None:

@@ -114,12 +114,12 @@ class Report:
                 f"to {last_text} + {last_image} tokens (text + image)"
             )
         pairs = zip(self.ran, self.planned, strict=True)
-        number, (real, planned) = next(
+        position, (real, planned) = next(
             (n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1]
         )
-        number -= len(self.ran) - len(self.lengths)
-        where = f"after layer {number - 1}" if number else "before the first layer"
-        where = "in the vision tower" if number < 0 else where
+        position -= len(self.ran) - len(self.lengths)
+        where = f"after layer {position - 1}" if position else "before the first layer"
+        where = "in the vision tower" if position < 0 else where
         return (
             f"NOT AS PLANNED: {where} the last forward had {real} (text, image) tokens instead of "
             f"{planned}"
@@ -148,7 +148,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        whole = sum(self.entry)
+        entry_length = sum(self.entry)
         rows: list[tuple[str, ...]] = [("layer", "text", "image", "tokens", "GMACs", "unreduced")]
         rows.append(("entry", *map(str, self.entry), "100 %", *self._giga("embedding")))
         for part in TOWERS:
@@ -158,10 +158,17 @@ class Report:
         if self.lengths[0] != self.entry:
             text, image = self.lengths[0]
             rows.append(
-                ("before", str(text), str(image), f"{(text + image) / whole * 100:.0f} %", "", "")
+                (
+                    "before",
+                    str(text),
+                    str(image),
+                    f"{(text + image) / entry_length * 100:.0f} %",
+                    "",
+                    "",
+                )
             )
         for layer in self.layers:
-            share = f"{(layer.text + layer.image) / whole * 100:.0f} %"
+            share = f"{(layer.text + layer.image) / entry_length * 100:.0f} %"
             costs = (f"{cost / GIGA:.3f}" for cost in (layer.macs, layer.base_macs))
             rows.append((str(layer.layer), str(layer.text), str(layer.image), share, *costs))
         rows.append(("head", "", "", "", *self._giga("head")))
@@ -182,7 +189,8 @@ class Report:
                 "convolutions)",
                 f"on average {average_text:.1f} text and {average_image:.1f} image tokens after a "
                 "layer, "
-                f"{(average_text + average_image) / whole * 100:.0f} % of those at the entry",
+                f"{(average_text + average_image) / entry_length * 100:.0f} % of those at "
+                "the entry",
                 f"the reducer's own part is {self.parts['reducer'] / self.macs * 100:.2f} % of "
                 "the FLOPs",
                 self.state,

@@ -22,8 +22,8 @@ _LIGHTNING = ("pytorch_lightning.", "lightning.")
 def some(names: Iterable[str]) -> str:
     """The first names in order, and how many more there are."""
     names = sorted(names)
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:
@@ -164,12 +164,15 @@ def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] |
     Raises:
         ValueError: if one is damaged, or they contradict each other.
     """
-    found = {file: read_answers(file) for name in names if (file := directory / name).exists()}
-    if len({tuple(answers) for answers in found.values()}) > 1:
+    answers_by_file = {
+        file: read_answers(file) for name in names if (file := directory / name).exists()
+    }
+    if len({tuple(answers) for answers in answers_by_file.values()}) > 1:
         raise ValueError(
-            f"{' and '.join(map(str, found))} number the answers differently: delete the wrong one"
+            f"{' and '.join(map(str, answers_by_file))} number the answers differently: "
+            "delete the wrong one"
         )
-    return next(iter(found.values()), None)
+    return next(iter(answers_by_file.values()), None)
 
 
 def read_answers(file: Path) -> list[str]:
@@ -184,10 +187,10 @@ def read_answers(file: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): get it again, or delete it") from error
     if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
-        content = [content.get(str(number)) for number in range(len(content))]
+        content = [content.get(str(index)) for index in range(len(content))]
     elif isinstance(content, dict) and all(isinstance(value, int) for value in content.values()):
-        answers = {number: answer for answer, number in content.items()}
-        content = [answers.get(number) for number in range(len(content))]
+        answers = {index: answer for answer, index in content.items()}
+        content = [answers.get(index) for index in range(len(content))]
     valid = isinstance(content, list) and all(isinstance(answer, str) for answer in content)
     if not valid or len(set(content)) != len(content) or not content:
         raise ValueError(
@@ -200,7 +203,7 @@ def read_answers(file: Path) -> list[str]:
 
 def write_answers(directory: Path, answers: list[str]) -> None:
     """Write an answer vocabulary as PuMer does, both ways."""
-    by_answer = {answer: number for number, answer in enumerate(answers)}
+    by_answer = {answer: index for index, answer in enumerate(answers)}
     (directory / "vqa2_label2ans.json").write_text(json.dumps(answers), encoding="utf-8")
     (directory / "vqa2_ans2label.json").write_text(
         json.dumps(by_answer, indent=2), encoding="utf-8"

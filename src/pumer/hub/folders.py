@@ -194,10 +194,11 @@ def load_stock(
     from transformers import AutoModelForImageTextToText
 
     if (Path(source) / "config.json").is_file():
-        kind = read_config(Path(source), "save the model again").get("model_type")
-        if kind in _ENCODERS:
+        model_type = read_config(Path(source), "save the model again").get("model_type")
+        if model_type in _ENCODERS:
             raise ValueError(
-                f"{source} is a {kind} as transformers saved it, without the image transform of "
+                f"{source} is a {model_type} as transformers saved it, without the image "
+                "transform of "
                 "pumer: turn it into a "
                 f"model folder with `pumer convert {source} FOLDER`"
             )
@@ -219,18 +220,18 @@ def model_class(name: str) -> Any:
     """The model class of that name, ours or transformers'; raises ValueError if there is none."""
     import transformers
 
-    kind = getattr(transformers, name, None)
-    if kind is None:
+    cls = getattr(transformers, name, None)
+    if cls is None:
         path = next(
             (adapter.modules[name] for adapter in adapters() if name in adapter.modules), None
         )
-        kind = None if path is None else getattr(importlib.import_module(path), name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        cls = None if path is None else getattr(importlib.import_module(path), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         names = {name for adapter in adapters() for name in adapter.classes}
         raise ValueError(
             f"neither transformers nor pumer has a model class {name!r}.{did_you_mean(name, names)}"
         )
-    return kind
+    return cls
 
 
 def class_in(config: dict[str, Any], where: Path) -> Any:

@@ -122,9 +122,9 @@ def read_official(
     kind: str | None = None,
 ) -> Official:
     """What `load_official` gives, and what was found on the way in place of its warnings."""
-    given = None if answers is None else read_answers(Path(answers))
-    read = _read(Path(source), image_size, given, kind)
-    if given and not read.answers:
+    answer_list = None if answers is None else read_answers(Path(answers))
+    read = _read(Path(source), image_size, answer_list, kind)
+    if answer_list and not read.answers:
         raise ValueError(
             f"answers are for question answering, {source} is a {type(read.model).__name__}"
         )
@@ -132,7 +132,7 @@ def read_official(
 
 
 def _read(
-    source: Path, image_size: int | None, answers: list[str] | None, kind: str | None
+    source: Path, image_size: int | None, answers: list[str] | None, class_name: str | None
 ) -> Official:
     if source.suffix == ".ckpt":
         from pumer.models.lightning import settings_of, to_published
@@ -148,14 +148,14 @@ def _read(
             "original",
             image_size,
             beside,
-            kind,
+            class_name,
         )
     if source.is_file():
         raise ValueError(
             f"{source} is no .ckpt file: give a checkpoint's folder, or an original .ckpt file"
         )
-    if kind is not None:
-        model_class(kind)
+    if class_name is not None:
+        model_class(class_name)
     if (source / SETTINGS).exists():
         raise ValueError(f"{source} was written by pumer.save: read it with pumer.load")
     settings = read_config(
@@ -163,9 +163,9 @@ def _read(
     )
     state = read_weights(source)
     if any(name.endswith(_STOCK) for name in state):
-        return _read_stock(settings, source, image_size, answers, kind)
+        return _read_stock(settings, source, image_size, answers, class_name)
     return _build(
-        state, settings, source, "pumer", image_size, answers or find_answers(source), kind
+        state, settings, source, "pumer", image_size, answers or find_answers(source), class_name
     )
 
 
@@ -176,13 +176,13 @@ def _build(
     origin: str,
     image_size: int | None,
     answers: list[str] | None,
-    kind: str | None,
+    class_name: str | None,
 ) -> Official:
     published = _family(state, source)
     layout = published.LAYOUT
     check_support(settings)
-    found = layout.find_head(state)
-    head = layout.head_of(kind) if kind else found
+    head_found = layout.find_head(state)
+    head = layout.head_of(class_name) if class_name else head_found
     answers = answers if head == "vqa_classifier" else None
     fitted = layout.with_head(state, head)
     config = published.model_config(settings, fitted, head, answers)
@@ -196,7 +196,7 @@ def _build(
     }
     new = (
         set()
-        if head == found
+        if head == head_found
         else {name for name in needed if name.startswith(f"{head}.")} - set(fitted)
     )
     _check_weights({name: x for name, x in needed.items() if name not in new}, fitted, source)
@@ -238,13 +238,14 @@ def _read_stock(
     source: Path,
     image_size: int | None,
     answers: list[str] | None,
-    kind: str | None,
+    class_name: str | None,
 ) -> Official:
     from pumer.models.vilt.published import resize
 
-    if kind is not None:
+    if class_name is not None:
         raise ValueError(
-            f"{source} is in transformers' own layout: {kind}.from_pretrained gives it a new head"
+            f"{source} is in transformers' own layout: {class_name}.from_pretrained gives it "
+            "a new head"
         )
     cls = class_in(settings, source)
     try:
@@ -272,7 +273,7 @@ def _read_stock(
             )
         set_label_names(model.config, answers)
     named = set(model.config.id2label.values()) != {
-        f"LABEL_{number}" for number in range(model.config.num_labels)
+        f"LABEL_{index}" for index in range(model.config.num_labels)
     }
     return Official(
         model, "transformers", answers=named, left_out=tuple(sorted(info["unexpected_keys"]))
@@ -322,13 +323,13 @@ def save_official(model: Any, directory: str | Path) -> None:
     with new_folder(directory) as folder:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         # Clones, for safetensors takes no weights that share memory.
-        whole = {
+        tensors = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
         }
-        save_file(whole, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         answers = list(model.config.id2label.values())
         if head == "vqa_classifier" and answers != [
-            f"LABEL_{number}" for number in range(len(answers))
+            f"LABEL_{index}" for index in range(len(answers))
         ]:
             write_answers(folder, answers)
 
@@ -355,16 +356,16 @@ def _check_weights(
     problems = []
     if missing := set(expected) - set(state):
         problems.append(f"missing: {some(missing)}")
-    wrong = [
+    mismatched = [
         f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    if wrong:
-        problems.append(f"wrong shapes: {some(wrong)}")
+    if mismatched:
+        problems.append(f"wrong shapes: {some(mismatched)}")
     if problems:
         hint = next(
-            (hint for name, hint in _HINTS.items() if any(name in line for line in wrong)), ""
+            (hint for name, hint in _HINTS.items() if any(name in line for line in mismatched)), ""
         )
         raise ValueError(f"the weights in {source} do not fit, {'; '.join(problems)}{hint}")
 

@@ -189,7 +189,7 @@ def constant_accuracy(task: Task, examples: Sequence[Example]) -> float:
 def take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
     """The examples with these numbers, made together where a task can do that."""
     many = getattr(examples, "__getitems__", None)
-    return many(list(numbers)) if many else [examples[number] for number in numbers]
+    return many(list(numbers)) if many else [examples[index] for index in numbers]
 
 
 def write_samples(

@@ -47,8 +47,8 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def settings_of(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json that a checkpoint of PuMer would have, from what an original model was made
     with."""
-    known = {name: made_with[name] for name in _SETTINGS if name in made_with}
-    return {**known, "official": False, "update": "parallel"}
+    settings = {name: made_with[name] for name in _SETTINGS if name in made_with}
+    return {**settings, "official": False, "update": "parallel"}
 
 
 def _of_meter(name: str) -> str:

@@ -89,16 +89,16 @@ def _start(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
         vilt.base_model.embeddings.text_embeddings,
         trunk.language_model.embed_tokens.weight,
     )
-    known = words.LayerNorm(
+    word_embeddings = words.LayerNorm(
         words.word_embeddings.weight
     )  # a decoder has no norm behind its embeddings
-    if known.shape[1] != table.shape[1]:
+    if word_embeddings.shape[1] != table.shape[1]:
         raise ValueError("the language model cannot start from this ViLT: hidden_size differ")
-    table[: len(known)] = known[: len(table)]
-    table[len(known) :].normal_(std=float(known.std()))
+    table[: len(word_embeddings)] = word_embeddings[: len(table)]
+    table[len(word_embeddings) :].normal_(std=float(word_embeddings.std()))
     # Image tokens as large as words, so that no layer drowns out one of the two.
     features = torch.cat(
         model.get_image_features(plain_pictures(model.config.vision_config)).pooler_output
     )
-    trunk.multi_modal_projector.linear_2.weight *= known.std() / features.std()
+    trunk.multi_modal_projector.linear_2.weight *= word_embeddings.std() / features.std()
     return model

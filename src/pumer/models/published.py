@@ -194,9 +194,9 @@ def _beginning(name: str, beginnings: Iterable[str]) -> str:
 
 
 def _rename(name: str, old: str, new: str) -> str:
-    number = _NUMBER.search(name)
+    digits = _NUMBER.search(name)
     renamed = new + _NUMBER.sub("#", name, count=1).removeprefix(old)
-    return renamed.replace("#", number[0], 1) if number else renamed
+    return renamed.replace("#", digits[0], 1) if digits else renamed
 
 
 def check_support(settings: Mapping[str, Any]) -> None:
@@ -238,11 +238,11 @@ def learned_pruning(
 
 def predictors(state: Mapping[str, Tensor], layer_of: Callable[[int], int]) -> dict[str, Tensor]:
     """The weights of learned pruning under the names that `DynamicViT.parts` gives them."""
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
         if match := _PREDICTOR.search(name):
-            found[f"{layer_of(int(match[1]))}.layers.{match[2]}"] = tensor
-    return found
+            tensors[f"{layer_of(int(match[1]))}.layers.{match[2]}"] = tensor
+    return tensors
 
 
 def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[str]:
@@ -294,12 +294,14 @@ def is_official(settings: Mapping[str, Any]) -> bool:
 def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
     """A setting of the reducer under any of its names; raises ValueError if they contradict each
     other."""
-    given = {alias: settings[alias] for alias in REDUCTION[name] if settings.get(alias) is not None}
-    if len(set(map(str, given.values()))) > 1:
+    values = {
+        alias: settings[alias] for alias in REDUCTION[name] if settings.get(alias) is not None
+    }
+    if len(set(map(str, values.values()))) > 1:
         raise ValueError(
-            f"{' and '.join(REDUCTION[name])} in config.json contradict each other: {given}"
+            f"{' and '.join(REDUCTION[name])} in config.json contradict each other: {values}"
         )
-    return next(iter(given.values()), default)
+    return next(iter(values.values()), default)
 
 
 def number(settings: Mapping[str, Any], name: str, default: float) -> float:
@@ -330,9 +332,9 @@ def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size
     """The shape of a weight; raises ValueError if it is missing or has another number of
     dimensions."""
     if name not in state or state[name].ndim != dimensions:
-        found = f"has shape {list(state[name].shape)}" if name in state else "is missing"
+        problem = f"has shape {list(state[name].shape)}" if name in state else "is missing"
         raise ValueError(
-            f"{name} {found}: these are not the weights of a published {name.split('.')[0]} "
+            f"{name} {problem}: these are not the weights of a published {name.split('.')[0]} "
             "checkpoint"
         )
     return state[name].shape
@@ -344,10 +346,10 @@ def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
     `least` is what config.json says: a checkpoint that lacks whole layers must not pass for a
     shallower one.
     """
-    found = [
+    layer_indices = [
         int(name.removeprefix(layers).split(".")[0]) for name in state if name.startswith(layers)
     ]
-    return max([least, *(layer + 1 for layer in found)])
+    return max([least, *(layer + 1 for layer in layer_indices)])
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
@@ -395,15 +397,15 @@ def set_labels(
 def set_label_names(config: PreTrainedConfig, names: list[str] | tuple[str, ...]) -> None:
     """Give the classes their names, in order."""
     config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
+    config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def check_labels(config: PreTrainedConfig, head: str) -> None:
     """Raise ValueError if classes are not in the order that the published head has them in."""
     names = TASKS.get(head)
-    found = tuple(config.id2label[number] for number in sorted(config.id2label))
-    if names is not None and sorted(found) == sorted(names) and found != names:
+    config_names = tuple(config.id2label[index] for index in sorted(config.id2label))
+    if names is not None and sorted(config_names) == sorted(names) and config_names != names:
         raise ValueError(
             f"the published layout has the classes in the order {', '.join(names)}, not "
-            f"{', '.join(found)}"
+            f"{', '.join(config_names)}"
         )

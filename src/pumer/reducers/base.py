@@ -54,11 +54,11 @@ class Encoder:
 
     def at(self, index_I: Tensor) -> Encoder:
         """The same of some image tokens, given by their numbers on the host."""
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Encoder(
             **{
                 name: value.index_select(1, index_I.to(value.device, non_blocking=True))
-                for name, value in known.items()
+                for name, value in facts.items()
                 if value is not None
             }
         )

@@ -36,11 +36,11 @@ class Compose(Reducer):
     def __post_init__(self) -> None:
         if self.inside is None:
             object.__setattr__(self, "inside", Unreduced())
-        for place, reducer in (("tower", self.tower), ("inside", self.inside)):
+        for role, reducer in (("tower", self.tower), ("inside", self.inside)):
             if not isinstance(reducer, Reducer):
-                raise ValueError(f"{place} is a reducer, not {reducer!r}")
+                raise ValueError(f"{role} is a reducer, not {reducer!r}")
             if reducer.in_tower is not None:
-                raise ValueError(f"{place} is itself a composition: give a single reducer")
+                raise ValueError(f"{role} is itself a composition: give a single reducer")
         if isinstance(self.tower, PuMer):
             raise ValueError(
                 "PuMer is guided by the text, and a vision tower has none: give `tower` ToMe, for "

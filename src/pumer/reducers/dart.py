@@ -53,8 +53,13 @@ class DART(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers([self.layer])
-        whole = all(isinstance(count, int) for count in self.pivots)
-        if len(self.pivots) != 2 or not whole or min(self.pivots) < 0 or sum(self.pivots) == 0:
+        are_integers = all(isinstance(count, int) for count in self.pivots)
+        if (
+            len(self.pivots) != 2
+            or not are_integers
+            or min(self.pivots) < 0
+            or sum(self.pivots) == 0
+        ):
             raise ValueError(
                 "pivots are the numbers of image and of text tokens that are pivots, not "
                 f"{self.pivots}"

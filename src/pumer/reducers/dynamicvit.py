@@ -110,10 +110,10 @@ class DynamicViT(Learned):
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
         score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
-        entered_BN, number = valid_BN, 1
+        entered_BN, stage_index = valid_BN, 1
         if tokens.entered_BI is not None:
-            entered_BN, number = tokens.entered_BI, self._stage(tokens.layer)
-        most = self._kept(entered_BN.shape[1], valid_BN.shape[1], number)
+            entered_BN, stage_index = tokens.entered_BI, self._stage(tokens.layer)
+        most = self._kept(entered_BN.shape[1], valid_BN.shape[1], stage_index)
         if self.official:
             index_BK = score_BN.topk(most, dim=1).indices
             # The published mask is of ones whatever was kept.
@@ -121,7 +121,7 @@ class DynamicViT(Learned):
                 index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1]
             )
             return tokens.with_structure(None, kept)
-        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), number)
+        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), stage_index)
         keep_BN = valid_BN & (rank(score_BN) < kept_B[:, None])
         return tokens.with_structure(None, Plan.keep(keep_BN, most))
 
@@ -139,8 +139,8 @@ class DynamicViT(Learned):
         """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ...
         (equation 14)."""
         stages = [
-            (kept_B - self.keep**number).square().mean()
-            for number, kept_B in enumerate(spent, start=1)
+            (kept_B - self.keep**stage_index).square().mean()
+            for stage_index, kept_B in enumerate(spent, start=1)
         ]
         return self.weight * torch.stack(stages).mean()
 
@@ -159,9 +159,9 @@ class DynamicViT(Learned):
         assert self.layers is not None
         return self.layers.index(layer) + 1
 
-    def _kept(self, entered: Count, count: Count, number: int) -> Count:
+    def _kept(self, entered: Count, count: Count, stage_index: int) -> Count:
         if not self.official:
-            return stage(self.keep, number, entered, count)
+            return stage(self.keep, stage_index, entered, count)
         # Of a count that has [CLS] in it, layer by layer; all there are where that is one more.
         if isinstance(count, int):
             return min(int((count + 1) * self.keep), count)
@@ -196,11 +196,11 @@ class Predictor(nn.Module):
     def forward(self, states_BND: Tensor, there_BN: Tensor) -> Tensor:
         embedded = self.layers[:3](states_BND)
         if self.whole:
-            own, shared = embedded.chunk(2, dim=-1)
+            local, shared = embedded.chunk(2, dim=-1)
             weights = there_BN[..., None].to(shared.dtype)
             mean = (shared * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(
                 1
             )
-            embedded = torch.cat([own, mean.expand_as(own)], dim=-1)
+            embedded = torch.cat([local, mean.expand_as(local)], dim=-1)
         rated: Tensor = self.layers[3:](embedded)
         return rated

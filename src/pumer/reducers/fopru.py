@@ -51,8 +51,8 @@ class FoPru(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.saliency not in (*SALIENCY, VARIANCE):
-            known = ", ".join((*SALIENCY, VARIANCE))
-            raise ValueError(f"saliency is one of {known}, not {self.saliency!r}")
+            choices = ", ".join((*SALIENCY, VARIANCE))
+            raise ValueError(f"saliency is one of {choices}, not {self.saliency!r}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self._whole_rows and isinstance(self.keep, int):

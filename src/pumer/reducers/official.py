@@ -32,9 +32,9 @@ def masked_softmax(logits_BHQN: Tensor, mask_BN: Tensor) -> Tensor:
     """
     logits = logits_BHQN.float()
     queries, count = logits.shape[-2:]
-    own = torch.eye(queries, count, device=logits.device)
+    identity = torch.eye(queries, count, device=logits.device)
     mask = mask_BN.float()[:, None, None]
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * (mask + (1 - mask) * own)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * (mask + (1 - mask) * identity)
     probabilities = (weights + EPSILON / count) / (weights.sum(-1, keepdim=True) + EPSILON)
     return probabilities.to(logits_BHQN.dtype)
 
@@ -118,8 +118,8 @@ def lengths_meter(
     if prune == 0:
         return text, image
     kept, merged = counts(image, prune, merge)
-    left = image if merged == 0 else kept - min(merged, (kept - 1) // 2)
-    return text - min(round(text * merge_text), (text - 1) // 2), left
+    image_left = image if merged == 0 else kept - min(merged, (kept - 1) // 2)
+    return text - min(round(text * merge_text), (text - 1) // 2), image_left
 
 
 def plan_meter(tokens: Tokens, prune: float, merge: float, merge_text: float) -> Plan:

@@ -289,8 +289,8 @@ def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """
     batch, count = x_BND.shape[:2]
     first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]
-    taken = x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten())
-    return taken.view(*index_BK.shape, *x_BND.shape[2:])
+    gathered = x_BND.flatten(0, 1).index_select(0, (index_BK + first_B1).flatten())
+    return gathered.view(*index_BK.shape, *x_BND.shape[2:])
 
 
 def _block_diagonal(parts: Sequence[Tensor]) -> Tensor:

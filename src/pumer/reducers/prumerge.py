@@ -91,9 +91,9 @@ class PruMerge(Selector):
         if self.plus:
             count_B1, outliers_B1 = (x.sum(1, keepdim=True) for x in (valid_BI, keep_BI))
             step_B1 = (count_B1 // outliers_B1.clamp_min(1) // 3).clamp_min(1)
-            place = torch.arange(valid_BI.shape[1], device=valid_BI.device)
+            position = torch.arange(valid_BI.shape[1], device=valid_BI.device)
             # The grid ends before the last token, as published.
-            keep_BI = keep_BI | (place % step_B1 == 0) & (place < count_B1 - 1)
+            keep_BI = keep_BI | (position % step_B1 == 0) & (position < count_B1 - 1)
         extra_B = keep_BI.sum(1) < valid_BI.sum(1)
         most = self.budget(valid_BI.shape[1], tokens.layer)
         return tokens.with_structure(None, self._merged(tokens, keep_BI, extra_B, most))

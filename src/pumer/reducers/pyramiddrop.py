@@ -110,6 +110,6 @@ def check_stages(keep: float | tuple[float | int, ...], layers: tuple[int, ...] 
         raise ValueError(
             f"give one number to keep for each layer, in order, not {keep} for layers {layers}"
         )
-    check_keep(**{f"keep[{stage}]": number for stage, number in enumerate(keep)})
+    check_keep(**{f"keep[{stage}]": share for stage, share in enumerate(keep)})
     if min(layers or (0,)) < 0:
         raise ValueError("attention scores the tokens, so it cannot act before layer 0")

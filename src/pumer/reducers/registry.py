@@ -70,20 +70,20 @@ def from_dict(data: dict[str, Any]) -> Reducer:
     """The reducer that `to_dict` described; raises ValueError for unknown names, settings and
     types."""
     settings = {key: _read(value) for key, value in data.items()}
-    kind = get(str(settings.pop("reducer", None)))
-    settings = kind.upgraded(settings)
-    known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(set(settings) - set(known)):
-        hint = did_you_mean(unknown[0], known)
+    cls = get(str(settings.pop("reducer", None)))
+    settings = cls.upgraded(settings)
+    field_names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(settings) - set(field_names)):
+        hint = did_you_mean(unknown[0], field_names)
         raise ValueError(
-            f"{kind.name} has no setting {', '.join(unknown)}.{hint} It has "
-            f"{', '.join(known) or 'no settings'}"
+            f"{cls.name} has no setting {', '.join(unknown)}.{hint} It has "
+            f"{', '.join(field_names) or 'no settings'}"
         )
-    settings = check_settings(kind, settings, f"reducer {kind.name}")
+    settings = check_settings(cls, settings, f"reducer {cls.name}")
     try:
-        return kind(**settings)
+        return cls(**settings)
     except TypeError as error:  # of a setting that is missing
-        raise ValueError(f"the settings {settings} do not fit {kind.name}: {error}") from error
+        raise ValueError(f"the settings {settings} do not fit {cls.name}: {error}") from error
 
 
 def _read(value: Any) -> Any:

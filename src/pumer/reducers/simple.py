@@ -86,8 +86,8 @@ class Random(_Selection):
     def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
         # A hash of the place instead of a generator: no state, and the row of a batch gets what it
         # gets alone.
-        place = torch.arange(valid_BN.shape[1], device=valid_BN.device)
-        hashed = (place + 1) * 0x9E3779B1 + (self.seed * 64 + layer + 2) * 0x85EBCA6B
+        position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+        hashed = (position + 1) * 0x9E3779B1 + (self.seed * 64 + layer + 2) * 0x85EBCA6B
         for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
             hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
         score = (hashed ^ (hashed >> 15)).double().expand(valid_BN.shape)
@@ -107,9 +107,9 @@ class Uniform(_Selection):
     name = "uniform"
 
     def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
-        place = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+        position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
         real_B1 = valid_BN.sum(1, keepdim=True).clamp_min(1)
-        return (place + 1) * kept_B1 // real_B1 > place * kept_B1 // real_B1
+        return (position + 1) * kept_B1 // real_B1 > position * kept_B1 // real_B1
 
 
 @register

@@ -100,14 +100,14 @@ class SmartTrim(Learned):
         )
         assert self.layers is not None
         each = _OPEN ** (1 / max(len(self.layers), 1))
-        apart = math.log(each / (1 - each))
+        margin = math.log(each / (1 - each))
         layers = {}
         for layer in self.layers:
-            trimmers: dict[str, nn.Module] = {"image": TokenTrimmer(width, apart)}
+            trimmers: dict[str, nn.Module] = {"image": TokenTrimmer(width, margin)}
             if self.text:
-                trimmers["text"] = TokenTrimmer(width, apart)
+                trimmers["text"] = TokenTrimmer(width, margin)
             if self.heads:
-                trimmers |= {name: HeadTrimmer(width, heads, apart) for name in attentions}
+                trimmers |= {name: HeadTrimmer(width, heads, margin) for name in attentions}
             layers[str(layer)] = nn.ModuleDict(trimmers)
         return nn.ModuleDict(layers)
 

@@ -44,9 +44,7 @@ class ToMe(Reducer):
 
     def __post_init__(self) -> None:
         numbers = (self.r,) if isinstance(self.r, int) else self.r
-        if isinstance(numbers, str) or any(
-            not isinstance(number, int | float) for number in numbers
-        ):
+        if isinstance(numbers, str) or any(not isinstance(count, int | float) for count in numbers):
             raise ValueError(
                 "r is a number of tokens to merge away per layer, or a list of them, not "
                 f"{self.r!r}"
@@ -90,12 +88,12 @@ class ToMe(Reducer):
     def plan(self, tokens: Tokens) -> Plan:
         image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
         count = image.stop - tokens.text
-        _, left = self.lengths(tokens.text, count, tokens.layer, tokens.prefix)
+        _, length_after = self.lengths(tokens.text, count, tokens.layer, tokens.prefix)
         matching = bipartite(
             tokens.mean_keys_BNC[:, image],
             tokens.valid_BN[:, image],
             self.schedule[tokens.layer],
-            left - min(tokens.prefix, count),
+            length_after - min(tokens.prefix, count),
             tokens.sizes_BN[:, image],
             tokens.prefix,
         )

@@ -50,8 +50,8 @@ class VisionZip(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self.saliency)
-        whole = isinstance(self.contextual, int) and self.contextual >= 0
-        if not (whole or 0 <= self.contextual <= 1):
+        is_count = isinstance(self.contextual, int) and self.contextual >= 0
+        if not (is_count or 0 <= self.contextual <= 1):
             raise ValueError(
                 "contextual is a share in [0, 1] or a whole number of tokens such as 10, not "
                 f"{self.contextual}"

@@ -133,10 +133,10 @@ def _registry() -> Any:
 def _eager(module: nn.Module) -> Any:
     """The plain attention in the file of the module's class; wrappers of other libraries have
     none."""
-    for kind in type(module).__mro__:
-        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if found is not None:
-            return found
+    for cls in type(module).__mro__:
+        eager_forward = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if eager_forward is not None:
+            return eager_forward
     raise ValueError(f"{type(module).__name__} has no eager attention: use sdpa")
 
 
@@ -169,8 +169,8 @@ def cut_mask(
         if filled_BK is None or backend.startswith("flash"):
             return filled_BK
         rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
-        seen = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
-        return _as(seen[:, None], backend, dtype)
+        visible_BQK = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
+        return _as(visible_BQK[:, None], backend, dtype)
     device = mask.device
     columns = columns_BK.to(device) - offset
     hidden = None if offset == 0 else columns < 0
@@ -193,9 +193,9 @@ def cut_mask(
     return cut.masked_fill(hidden[:, None, None], nothing)
 
 
-def _as(seen: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
+def _as(visible_BHQK: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
     if backend != "eager":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~seen, torch.finfo(dtype).min
+        return visible_BHQK
+    return torch.zeros(visible_BHQK.shape, dtype=dtype, device=visible_BHQK.device).masked_fill(
+        ~visible_BHQK, torch.finfo(dtype).min
     )

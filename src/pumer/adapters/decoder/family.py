@@ -250,7 +250,7 @@ class DecoderAdapter(Adapter):
         that comes after.
         """
         vision, projector = self.vision(model), self.projector(model)
-        crops, own = self.tower_entry(model, image)
+        crops, crop_length = self.tower_entry(model, image)
         inside = set(projector.modules())
         weights = sum(
             part.weight.numel()
@@ -260,7 +260,7 @@ class DecoderAdapter(Adapter):
         config = config_of(model).vision_config
         depth = getattr(config, "num_hidden_layers", None) or config.depth
         width = getattr(config, "embed_dim", None) or config.hidden_size
-        pairs = 2 * own**2 * width * depth
+        pairs = 2 * crop_length**2 * width * depth
         project = linear_weights(projector)
         spared = 0
         layer: Any
@@ -271,11 +271,11 @@ class DecoderAdapter(Adapter):
         for layer, (before, after) in zip(
             tower_layers(vision) if passes else (), passes, strict=True
         ):
-            spared += (own - before) * linear_weights(layer.self_attn) + (
-                own - after
+            spared += (crop_length - before) * linear_weights(layer.self_attn) + (
+                crop_length - after
             ) * linear_weights(layer.mlp)
-            spared += 2 * (own**2 - before**2) * width
-        return crops * (own * weights + pairs - spared), image * project
+            spared += 2 * (crop_length**2 - before**2) * width
+        return crops * (crop_length * weights + pairs - spared), image * project
 
     def vision(self, model: nn.Module) -> Any:
         """The vision tower."""
@@ -326,8 +326,8 @@ def feature_depth(tower: Any, index: int | Sequence[int]) -> int:
     several."""
     depth = len(tower_layers(tower))
     return max(
-        number if number >= 0 else depth + 1 + number
-        for number in ([index] if isinstance(index, int) else index)
+        layer_index if layer_index >= 0 else depth + 1 + layer_index
+        for layer_index in ([index] if isinstance(index, int) else index)
     )
 
 
@@ -338,15 +338,15 @@ def plain(
     structure: Tensor | None = None,
 ) -> list[Picture]:
     """Images that are one row of features each and one of what the vision tower knows."""
-    made = []
-    for number, own in enumerate(features):
+    images = []
+    for image_index, features_ND in enumerate(features):
         encoder = (
-            Encoder(**{name: value[number : number + 1] for name, value in known.items()})
+            Encoder(**{name: value[image_index : image_index + 1] for name, value in known.items()})
             if known
             else None
         )
-        made.append(Picture(len(own), structure, grid, encoder))
-    return made
+        images.append(Picture(len(features_ND), structure, grid, encoder))
+    return images
 
 
 def pooled(known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
@@ -354,7 +354,9 @@ def pooled(known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     `tokens` tokens."""
     result = {}
     for name, value in known.items():
-        side, left = math.isqrt(value.shape[1]), math.isqrt(tokens)
-        square = value.unflatten(1, (left, side // left, left, side // left))
+        side, pooled_side = math.isqrt(value.shape[1]), math.isqrt(tokens)
+        square = value.unflatten(
+            1, (pooled_side, side // pooled_side, pooled_side, side // pooled_side)
+        )
         result[name] = square.mean((2, 4)).flatten(1, 2)
     return result

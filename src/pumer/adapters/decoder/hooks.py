@@ -325,13 +325,13 @@ def _placeholder_mask(
     """In place of `get_placeholder_mask`: the same marks, but of what it makes the host read more
     use is made."""
     state = current_state(hooks)
-    given = (
+    arguments = (
         inspect.signature(type(trunk).get_placeholder_mask).bind(trunk, *args, **kwargs).arguments
     )
-    features = given.get("image_features")
+    features = arguments.get("image_features")
     if state is None or not state.entered or features is None:
         return stock(*args, **kwargs)
-    image, others = hooks.spec.marks(trunk, given.get("input_ids"), given["inputs_embeds"])
+    image, others = hooks.spec.marks(trunk, arguments.get("input_ids"), arguments["inputs_embeds"])
     prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return image[..., None] if others is None else (image[..., None], others[..., None])
 

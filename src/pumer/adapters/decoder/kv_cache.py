@@ -112,9 +112,9 @@ class _Shorter(DynamicLayer):
         """Take back that many tokens as the model counts them: of those of the prompt the ones that
         are here."""
         held, counted = self._pumer_held, self.get_seq_length()
-        left = counted + tokens_to_remove
-        if tokens_to_remove < 0 and left < held.covered:
-            self._pumer_held = held.before(left)
+        remaining = counted + tokens_to_remove
+        if tokens_to_remove < 0 and remaining < held.covered:
+            self._pumer_held = held.before(remaining)
             tokens_to_remove = (
                 held.covered - counted + self._pumer_held.place_BK.shape[1] - held.place_BK.shape[1]
             )
@@ -148,9 +148,9 @@ class _ShorterSliding(_Shorter, DynamicSlidingWindowLayer):
         return self.cumulative_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        left = self.cumulative_length - abs(tokens_to_remove)
+        remaining = self.cumulative_length - abs(tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.cumulative_length = left
+        self.cumulative_length = remaining
 
 
 def find(inputs: Mapping[str, Any]) -> Any:
@@ -168,11 +168,14 @@ def argument(module: nn.Module) -> str:
 def check(cache: Any) -> None:
     """Raise ValueError for a cache whose layers must all hold the same number of tokens."""
     layers = () if cache is None else cache.layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer, _Shorter, _ShorterSliding)
-    kind = next((type(layer).__name__ for layer in layers if type(layer) not in known), None)
-    if kind is not None:
+    supported = (DynamicLayer, DynamicSlidingWindowLayer, _Shorter, _ShorterSliding)
+    unsupported = next(
+        (type(layer).__name__ for layer in layers if type(layer) not in supported), None
+    )
+    if unsupported is not None:
         raise ValueError(
-            f"a reduced model fills its cache to a different length in every layer, which {kind} "
+            "a reduced model fills its cache to a different length in every layer, which "
+            f"{unsupported} "
             "cannot hold: "
             "leave cache_implementation unset, for transformers' DynamicCache"
         )
@@ -204,8 +207,8 @@ def before(
         places, filled = places[:, -cached:], None if filled is None else filled[:, -cached:]
     if filled is not None or filled_BK is not None:
         filled = torch.ones_like(places, dtype=torch.bool) if filled is None else filled
-        own = torch.ones_like(own_BK, dtype=torch.bool) if filled_BK is None else filled_BK
-        filled = torch.cat([filled, own], 1)
+        valid_BK = torch.ones_like(own_BK, dtype=torch.bool) if filled_BK is None else filled_BK
+        filled = torch.cat([filled, valid_BK], 1)
     return torch.cat([places, own_BK], 1), filled
 
 
@@ -217,8 +220,8 @@ def length(cache: Any) -> int:
 def write(cache: Cache, held: dict[int, Held]) -> None:
     """Note what the layers hold after a reduced forward, and let them report the unreduced
     length."""
-    for number, entry in held.items():
-        layer: Any = cache.layers[number]
+    for layer_index, entry in held.items():
+        layer: Any = cache.layers[layer_index]
         sliding = isinstance(layer, DynamicSlidingWindowLayer)
         layer.__class__ = _ShorterSliding if sliding else _Shorter
         setattr(layer, _ATTRIBUTE, entry)

@@ -85,9 +85,9 @@ class LlavaAdapter(DecoderAdapter):
         first_is_class = self.tower_class(trunk) and _takes_all(trunk, captured)
         structure = torch.arange(tokens) == 0 if first_is_class else None
         rows, columns = grid = self.default_grid(trunk)
-        whole = rows * columns == tokens - int(first_is_class)
+        fills_grid = rows * columns == tokens - int(first_is_class)
         facts = self.image_facts(trunk, captured)
-        return plain(output.pooler_output, grid if whole else None, facts, structure)
+        return plain(output.pooler_output, grid if fills_grid else None, facts, structure)
 
 
 class _Packed(LlavaAdapter):
@@ -115,22 +115,22 @@ class _Packed(LlavaAdapter):
         # come.
         blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
         marks, _ = assemble(blank, image_newline=torch.ones(1))
-        known = {
+        facts = {
             name: _assembled(value, shapes, assemble)
             for name, value in self.image_facts(trunk, captured).items()
         }
         crops = _crops(shapes, assemble)
-        made = []
-        for number, mark in enumerate(marks):
+        images = []
+        for image_index, mark in enumerate(marks):
             structure = mark[:, 0] > 0.5
             patch_NI = (~structure).nonzero().T
             encoder = {
-                name: value[number][patch_NI.to(value[number].device)]
-                for name, value in known.items()
+                name: value[image_index][patch_NI.to(value[image_index].device)]
+                for name, value in facts.items()
             }
-            grid = self.default_grid(trunk) if shapes[number][0] == 1 else None
-            crop_I = crops[number][~structure] if shapes[number][0] > 1 else None
-            made.append(
+            grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
+            crop_I = crops[image_index][~structure] if shapes[image_index][0] > 1 else None
+            images.append(
                 Picture(
                     len(mark),
                     structure,
@@ -139,7 +139,7 @@ class _Packed(LlavaAdapter):
                     crop_I=crop_I,
                 )
             )
-        return made
+        return images
 
 
 @register

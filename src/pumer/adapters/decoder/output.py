@@ -79,10 +79,13 @@ def _note(patch: Patch, state: ForwardState) -> None:
     planned, lengths = [], []
     widths = (*state.widths, state.widths[-1])
     for axis, width in zip((*state.axes, state.axes[-1]), widths, strict=True):
-        left = [rest + sum(count) for rest, count in zip(state.rest, axis.counts, strict=True)]
+        lengths_after = [
+            num_untouched + sum(count)
+            for num_untouched, count in zip(state.rest, axis.counts, strict=True)
+        ]
         text, image = max(axis.counts, key=sum)
         planned.append((text, image))
-        lengths.append((text, image + width - max(left)))
+        lengths.append((text, image + width - max(lengths_after)))
     patch.planned, patch.lengths, patch.entry = planned, lengths, state.entry
     patch.kept = _kept(state, state.axes[-1])
 
@@ -99,7 +102,7 @@ def _kept(state: ForwardState, axis: Axis) -> Tensor:
 
 def _held(state: ForwardState, cache: Any) -> dict[int, kv_cache.Held]:
     """What every layer with fewer tokens holds after this call."""
-    made: dict[Any, kv_cache.Held] = {}
+    layouts: dict[Any, kv_cache.Held] = {}
     result = {}
     for layer_index, axis in enumerate(state.axes):
         if axis.whole or layer_index >= len(cache.layers):
@@ -108,10 +111,10 @@ def _held(state: ForwardState, cache: Any) -> dict[int, kv_cache.Held]:
             continue
         held = kv_cache.held(cache, layer_index)
         key = id(axis), id(held)
-        if key not in made:  # layers that hold the same share one, and one mask
+        if key not in layouts:  # layers that hold the same share one, and one mask
             places = axis.index_BK + state.past, axis.filled_BK
             if state.past:
                 places = kv_cache.before(held, state.past, None, *places)
-            made[key] = kv_cache.Held(*places, state.past + state.length)
-        result[layer_index] = made[key]
+            layouts[key] = kv_cache.Held(*places, state.past + state.length)
+        result[layer_index] = layouts[key]
     return result

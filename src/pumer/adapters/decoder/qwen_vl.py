@@ -62,14 +62,14 @@ class QwenVLAdapter(DecoderAdapter):
         merge = trunk.visual.spatial_merge_size
         frames = captured.inputs["image_grid_thw"]
         grids = [(rows // merge, columns // merge) for _, rows, columns in frames.tolist()]
-        known = self._known(
+        encoders = self._known(
             trunk, frames, captured, [len(features) for features in output.pooler_output]
         )
         return [
             Picture(
                 len(features), None, grid if grid[0] * grid[1] == len(features) else None, encoder
             )
-            for features, grid, encoder in zip(output.pooler_output, grids, known, strict=True)
+            for features, grid, encoder in zip(output.pooler_output, grids, encoders, strict=True)
         ]
 
     def _known(
@@ -90,25 +90,25 @@ class QwenVLAdapter(DecoderAdapter):
             )[0].argsort()
         # Chunks of the sequence are given one by one, or all in one.
         wide = None if not heads else [torch.cat(part, 2) for part in zip(*heads, strict=True)]
-        made: list[Encoder | None] = []
-        for number, length in enumerate(lengths):
-            start = sum(lengths[:number])
+        encoders: list[Encoder | None] = []
+        for image_index, length in enumerate(lengths):
+            start = sum(lengths[:image_index])
             # An image's tokens are a stretch of the sequence in either order.
             stretch = slice(start * group, (start + length) * group)
-            known = {} if features is None else {"features_BND": features[None, stretch]}
+            facts = {} if features is None else {"features_BND": features[None, stretch]}
             if wide is not None:
                 queries, keys = (part[:, :, stretch] for part in wide)
-                known |= attention_of(captured.needs, queries, keys, first=False)
+                facts |= attention_of(captured.needs, queries, keys, first=False)
             order = (back[start : start + length] - start).to(trunk.visual.device)
-            made.append(
+            encoders.append(
                 Encoder(
                     **{
-                        name: known[name].unflatten(1, (length, group)).mean(2)[:, order]
+                        name: facts[name].unflatten(1, (length, group)).mean(2)[:, order]
                         for name in captured.needs
                     }
                 )
             )
-        return made
+        return encoders
 
 
 DEFAULT_GRID = (24, 24)

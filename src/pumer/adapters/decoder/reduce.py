@@ -90,12 +90,12 @@ def _gather(
     plan = Plan.side_by_side([Plan.identity(view.tokens.mask_BN[:, : view.tokens.text]), merged])
     # The tower has cut its slots to those that the data fill; how many each picture fills is still
     # to be asked.
-    left = (
+    num_kept = (
         merged.mask_BK.sum(1).tolist()
         if patch.reducer.leaves_gaps
         else [merged.slots] * len(run.pictures)
     )
-    after = [(axis.counts[row][0], count) for row, count in zip(run.owners, left, strict=True)]
+    after = [(axis.counts[row][0], count) for row, count in zip(run.owners, num_kept, strict=True)]
     return _take(patch, run, axis, view, plan, after, False, states_BSD)
 
 
@@ -118,15 +118,19 @@ def _take(
     tokens = view.tokens
     counts = before_llm.by_sample(axis, view.owner, after)
     row_R = None if tokens.layer != EMBEDDINGS else to_device(view.owner, states_BKD.device)
-    left = [rest + text + image for rest, (text, image) in zip(run.rest, counts, strict=True)]
-    placed = place(plan, axis, row_R, view.at_RN, view.own_RN, max(left))
-    run.axis = axis.then(placed, counts, unsure or min(left) < max(left))
+    lengths_after = [
+        num_untouched + text + image
+        for num_untouched, (text, image) in zip(run.rest, counts, strict=True)
+    ]
+    placed = place(plan, axis, row_R, view.at_RN, view.own_RN, max(lengths_after))
+    run.axis = axis.then(placed, counts, unsure or min(lengths_after) < max(lengths_after))
     if plan.index_BK is None:
         placed = replace(placed, index_BK=None)
     run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
     if patch.steps is not None:
         images = tuple(
-            (row, one.patches, one.grid) for row, one in zip(run.owners, run.pictures, strict=True)
+            (row, image.patches, image.grid)
+            for row, image in zip(run.owners, run.pictures, strict=True)
         )
         step = PromptStep(run.plan.slot_BN, axis.image_BK if axis.whole else None, images)
         patch.steps.append(

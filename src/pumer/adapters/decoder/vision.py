@@ -137,14 +137,14 @@ def _joined(
     encoders: Sequence[Encoder | None], join: Callable[[list[Tensor]], Tensor]
 ) -> Encoder | None:
     """One for several, every field joined; None if one of them is not known."""
-    known = [encoder for encoder in encoders if encoder is not None]
-    if len(known) != len(encoders):
+    present = [encoder for encoder in encoders if encoder is not None]
+    if len(present) != len(encoders):
         return None
     return Encoder(
         **{
-            field.name: join([getattr(encoder, field.name) for encoder in known])
+            field.name: join([getattr(encoder, field.name) for encoder in present])
             for field in fields(Encoder)
-            if getattr(known[0], field.name) is not None
+            if getattr(present[0], field.name) is not None
         }
     )
 
@@ -162,13 +162,13 @@ def assign(
     """
     have, need = sum(placeholders), sum(picture.length for picture in pictures)
     copies, odd = divmod(have, need) if need else (0, 1)
-    wrong = ValueError(
+    mismatch = ValueError(
         f"the prompts have {have} image placeholders and the images {need} features: give every "
         "image its own "
         "placeholders, all in one prefill (leave prefill_chunk_size unset)"
     )
     if odd or not copies or len(placeholders) % copies:
-        raise wrong
+        raise mismatch
     joined: list[Picture] = []
     owner: list[int] = []
     first = 0
@@ -179,11 +179,11 @@ def assign(
                 picture.length for picture in pictures[first:last]
             ):
                 last += 1
-            own, first = pictures[first:last], last
-        if sum(picture.length for picture in own) != count:
-            raise wrong
-        joined += own
-        owner += [row] * len(own)
+            row_images, first = pictures[first:last], last
+        if sum(picture.length for picture in row_images) != count:
+            raise mismatch
+        joined += row_images
+        owner += [row] * len(row_images)
     return joined, owner
 
 
@@ -243,22 +243,22 @@ def join(
 ) -> tuple[list[Picture], list[int]]:
     """Images of one or several crops, and the sample of each."""
     groups: list[list[int]] = []
-    for number, with_last in enumerate(joined):
+    for crop_index, with_last in enumerate(joined):
         if with_last and groups:
-            groups[-1].append(number)
+            groups[-1].append(crop_index)
         else:
-            groups.append([number])
-    made = []
+            groups.append([crop_index])
+    images = []
     for group in groups:
-        parts = [pictures[number] for number in group]
+        parts = [pictures[crop_index] for crop_index in group]
         if len(parts) == 1:
-            made += parts
+            images += parts
             continue
         encoder = _joined([part.encoder for part in parts], partial(torch.cat, dim=1))
         lengths = torch.tensor([part.length for part in parts])
         crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        made.append(Picture(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
-    return made, [owner[group[0]] for group in groups]
+        images.append(Picture(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
+    return images, [owner[group[0]] for group in groups]
 
 
 def patches(image_BS: Tensor, pictures: Sequence[Picture]) -> Tensor:

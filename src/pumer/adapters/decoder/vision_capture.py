@@ -125,12 +125,12 @@ def vision_features(
         projected: whether what goes into the projector does.
     """
     features, needs = captured.features_RPD, captured.needs
-    known = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
     if captured.heads:
-        known |= attention_of(needs, *captured.heads[-1], tower)
+        facts |= attention_of(needs, *captured.heads[-1], tower)
     if captured.last_heads:
-        known |= all_heads_as_one(needs, *captured.last_heads[-1], tower)
-    return {name: known[name] for name in needs}
+        facts |= all_heads_as_one(needs, *captured.last_heads[-1], tower)
+    return {name: facts[name] for name in needs}
 
 
 def attention_of(
@@ -141,8 +141,8 @@ def attention_of(
 
     `first` is whether the first token, such as [CLS], is no patch.
     """
-    known = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
-    known |= {
+    facts = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
+    facts |= {
         "keys_BNC": keys_RHPC.mean(1)[:, int(first) :],
         "queries_BNC": queries_RHPC.mean(1)[:, int(first) :],
     }
@@ -150,20 +150,20 @@ def attention_of(
     queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
     if CLASS_ATTENTION in needs:
         logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
-        known[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
+        facts[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
     if {RECEIVED, GIVEN} & needs:
         # Never all at once, which for the thousands of patches of a large picture would be
         # gigabytes.
-        received, given = [], []
+        received, paid = [], []
         for part in queries_RHPC.split(AT_ONCE, 2):
             attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
             received.append(attention.sum((1, 2)))
-            given.append(attention[..., int(first) :].mean((1, 3)))
-        known[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
+            paid.append(attention[..., int(first) :].mean((1, 3)))
+        facts[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
             :, int(first) :
         ]
-        known[GIVEN] = torch.cat(given, 1)[:, int(first) :]
-    return known
+        facts[GIVEN] = torch.cat(paid, 1)[:, int(first) :]
+    return facts
 
 
 def all_heads_as_one(
@@ -173,12 +173,12 @@ def all_heads_as_one(
     if not OF_LAST_LAYER & needs:
         return {}
     keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
-    known = {LAST_KEYS: keys_RPC[:, int(first) :]}
+    facts = {LAST_KEYS: keys_RPC[:, int(first) :]}
     if LAST_CLASS_ATTENTION in needs:
         query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
         logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
-        known[LAST_CLASS_ATTENTION] = logits.softmax(-1)[:, 1:]
-    return known
+        facts[LAST_CLASS_ATTENTION] = logits.softmax(-1)[:, 1:]
+    return facts
 
 
 def normalize_qk_scale(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

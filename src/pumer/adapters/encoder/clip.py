@@ -89,28 +89,28 @@ def layers(
     lengths = [states.shape[1]]
     patch.tower = lengths  # of this call alone
     yield states, axis
-    for number, layer in enumerate(vision.encoder.layers):
-        states, axis = _layer(layer, patch, reducer, number, states, axis)
+    for layer_index, layer in enumerate(vision.encoder.layers):
+        states, axis = _layer(layer, patch, reducer, layer_index, states, axis)
         lengths.append(states.shape[1])
         yield states, axis
 
 
 def _layer(
-    layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis
+    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
 ) -> tuple[Tensor, Axis]:
-    return run_block(layer, partial(_block, layer, patch, reducer, number), states, axis)
+    return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, axis)
 
 
 def _block(
-    layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis
+    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
 ) -> tuple[Tensor, Axis]:
     """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
-    states, axis = _attend_and_reduce(layer, patch, reducer, number, states, axis)
+    states, axis = _attend_and_reduce(layer, patch, reducer, layer_index, states, axis)
     return inplace.add(layer.mlp(layer.layer_norm2(states)), states), axis
 
 
 def _attend_and_reduce(
-    layer: Any, patch: Patch, reducer: Reducer, number: int, states: Tensor, axis: Axis
+    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
 ) -> tuple[Tensor, Axis]:
     """A function of its own, so that queries, keys and values are gone when the MLP runs."""
     module = layer.self_attn
@@ -119,9 +119,9 @@ def _attend_and_reduce(
         project(normed).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
-    seen = None
+    attention_bias = None
     if axis.plan is not None and (reducer.weighs_by_size or reducer.leaves_gaps):
-        seen = probes.visibility(
+        attention_bias = probes.visibility(
             axis.mask_BN, axis.sizes_BN if reducer.weighs_by_size else None, states.dtype
         )
     dropout = module.dropout if module.training else 0.0
@@ -129,10 +129,12 @@ def _attend_and_reduce(
         queries,
         keys,
         values,
-        seen,
+        attention_bias,
         patch.attention,
         dropout,
-        reducer.needs_attention and reducer.reduces_at(number),
+        reducer.needs_attention and reducer.reduces_at(layer_index),
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
-    return encoder.reduce(patch, number, states, axis, queries, keys, attention, tower=True)[:2]
+    return encoder.reduce(patch, layer_index, states, axis, queries, keys, attention, tower=True)[
+        :2
+    ]

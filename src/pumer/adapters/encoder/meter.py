@@ -84,8 +84,8 @@ class MeterAdapter(Adapter):
         patch.replace(meter, "encode_text", _encode_text, patch, pooled)
         patch.replace(meter, "encode_image", _encode_image, patch)
         patch.replace(meter, "fuse", _fuse, patch, pooled)
-        for number, layer in enumerate(meter.layers):
-            patch.replace(layer, "forward", _layer, patch, number)
+        for layer_index, layer in enumerate(meter.layers):
+            patch.replace(layer, "forward", _layer, patch, layer_index)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
@@ -158,8 +158,8 @@ def _encode_text(
 ) -> tuple[Tensor, Tensor]:
     """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch, its mask
     is not."""
-    given = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    given_mask = attention_mask = encoder.check_mask(attention_mask, given)
+    text_input = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    given_mask = attention_mask = encoder.check_mask(attention_mask, text_input)
     # The published code counts padded text.
     if patch.trim and pooled and not patch.reducer.published and not torch.compiler.is_compiling():
         length = int(extent(attention_mask))
@@ -234,9 +234,9 @@ def _fuse(
             text, picture, axis = layer(text, picture, axis)
             lengths.append(axis.lengths)
         if output_hidden_states:
-            whole = _expand(axis, trimmed, text, picture)
-            texts.append(whole[0])
-            images.append(whole[1])
+            full_length = _expand(axis, trimmed, text, picture)
+            texts.append(full_length[0])
+            images.append(full_length[1])
     patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(trimmed, given_text)
     patch.note(axis.spent, axis.heads)
     # Without any image token, the pooled image is that of nothing.
@@ -269,8 +269,8 @@ def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
     )
     count = states.shape[1] if image.plan is None else image.plan.slot_BN.shape[1]
     # Patches lie behind [CLS] in raster order.
-    place = torch.arange(count, device=states.device) - 1
-    patch_BS = torch.nn.functional.pad(place, (text, 0), value=-1).expand(batch, -1)
+    position_S = torch.arange(count, device=states.device) - 1
+    patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
     if plan is not None and patch.steps is not None:
         patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
     axis = Axis(text, mask, sizes, plan, image.grid, patch_BS)
@@ -286,43 +286,43 @@ def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[T
 
 
 def _layer(
-    layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor, Axis]:
     """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers
     wraps around it."""
-    return run_block(layer, partial(_block, layer, patch, number), text, image, axis)
+    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, axis)
 
 
 def _block(
-    layer: Any, patch: Patch, number: int, text: Tensor, image: Tensor, axis: Axis
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor, Axis]:
     """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
-    attended, text_keys, axis = _look(layer, patch, number, "text_self", text, text, axis)[:3]
+    attended, text_keys, axis = _look(layer, patch, layer_index, "text_self", text, text, axis)[:3]
     attended, image_keys, axis, queries, attention = _look(
-        layer, patch, number, "text_cross", attended, image, axis
+        layer, patch, layer_index, "text_cross", attended, image, axis
     )
     if not patch.reducer.after_layer:
         before = axis.text
         keys = torch.cat([text_keys, image_keys], dim=2)
         looked_at = attention if patch.reducer.needs_attention else None
         attended, image, axis, plan = _reduce(
-            patch, number, attended, image, axis, queries, keys, looked_at
+            patch, layer_index, attended, image, axis, queries, keys, looked_at
         )
         if plan is not None and not layer.sequential:
             text = plan.head(before, axis.text).reduce(text)
     new_text = _feed_forward(layer.text, attended)
-    image, _, axis = _look(layer, patch, number, "image_self", image, image, axis)[:3]
+    image, _, axis = _look(layer, patch, layer_index, "image_self", image, image, axis)[:3]
     asked = new_text if layer.sequential else text
-    image, _, axis = _look(layer, patch, number, "image_cross", image, asked, axis)[:3]
+    image, _, axis = _look(layer, patch, layer_index, "image_cross", image, asked, axis)[:3]
     text, image = new_text, _feed_forward(layer.image, image)
     if patch.reducer.after_layer:
-        text, image, axis, _ = _reduce(patch, number, text, image, axis)
+        text, image, axis, _ = _reduce(patch, layer_index, text, image, axis)
     return text, image, axis
 
 
 def _reduce(
     patch: Patch,
-    number: int,
+    layer_index: int,
     text: Tensor,
     image: Tensor,
     axis: Axis,
@@ -331,17 +331,17 @@ def _reduce(
     attention: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Axis, Plan | None]:
     """Text, image and axis after the reducer acted."""
-    if not patch.reducer.reduces_at(number):
+    if not patch.reducer.reduces_at(layer_index):
         return text, image, axis, None
     joint = torch.cat([text, image], dim=1)
     joint, axis, plan = encoder.reduce(
-        patch, number, joint, axis, queries, keys, attention, cross=True
+        patch, layer_index, joint, axis, queries, keys, attention, cross=True
     )
     return joint[:, : axis.text], joint[:, axis.text :], axis, plan
 
 
 def _look(
-    layer: Any, patch: Patch, number: int, name: str, states: Tensor, other: Tensor, axis: Axis
+    layer: Any, patch: Patch, layer_index: int, name: str, states: Tensor, other: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor, Axis, Tensor, Tensor | None]:
     """One of a layer's four attentions -> states, keys, axis, queries, and probabilities.
 
@@ -350,19 +350,19 @@ def _look(
         states: that look.
         other: that are looked at.
     """
-    kind, _, at = name.partition("_")
-    half = getattr(layer, kind)
-    own = at == "self"
-    of_text = own == (kind == "text")
-    heard, axis = _hear(patch, number, name, states, other, axis, kind == "text", of_text)
+    stream, _, at = name.partition("_")
+    half = getattr(layer, stream)
+    is_self_attention = at == "self"
+    of_text = is_self_attention == (stream == "text")
+    heard, axis = _hear(patch, layer_index, name, states, other, axis, stream == "text", of_text)
     states, queries, keys, attention = _attend(
-        half.attention if own else half.crossattention,
+        half.attention if is_self_attention else half.crossattention,
         patch,
         states,
         other,
         axis,
         of_text,
-        own,
+        is_self_attention,
         heard,
     )
     return states, keys, axis, queries, attention
@@ -370,7 +370,7 @@ def _look(
 
 def _hear(
     patch: Patch,
-    number: int,
+    layer_index: int,
     name: str,
     states: Tensor,
     other: Tensor,
@@ -383,7 +383,7 @@ def _hear(
         return None, axis
     columns = {True: slice(0, axis.text), False: slice(axis.text, None)}
     return encoder.hear(
-        patch, number, name, axis, states, other, columns[from_text], columns[of_text]
+        patch, layer_index, name, axis, states, other, columns[from_text], columns[of_text]
     )
 
 
@@ -394,7 +394,7 @@ def _attend(
     other: Tensor,
     axis: Axis,
     of_text: bool,
-    own: bool,
+    is_self_attention: bool,
     heard: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In place of `BertAttention.forward` -> states that have looked at others, queries, keys,
@@ -402,7 +402,7 @@ def _attend(
 
     Args:
         of_text: `other` are the states of the text, else those of the image.
-        own: they are `states` themselves.
+        is_self_attention: they are `states` themselves.
         heard: which heads are heard, [B,H]; None for all.
     """
     module = attention.self
@@ -421,20 +421,20 @@ def _attend(
     if axis.gate_BN is not None:
         gate = axis.gate_BN[:, columns]
         context, probabilities = probes.attend_gated(
-            queries, keys, values, mask, gate, own, dropout
+            queries, keys, values, mask, gate, is_self_attention, dropout
         )
     elif patch.reducer.published:
         context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
     else:
         weighs = patch.reducer.weighs_by_size and axis.plan is not None
-        seen = None
+        attention_bias = None
         if of_text or weighs or patch.reducer.leaves_gaps:  # pictures have no padding
-            seen = probes.visibility(
+            attention_bias = probes.visibility(
                 mask, axis.sizes_BN[:, columns] if weighs else None, states.dtype
             )
         wanted = patch.reducer.needs_attention
         context, probabilities = probes.attend(
-            queries, keys, values, seen, patch.attention, dropout, wanted
+            queries, keys, values, attention_bias, patch.attention, dropout, wanted
         )
     if heard is not None:
         context = context * heard[..., None, None].to(context.dtype)

@@ -201,11 +201,11 @@ def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
         ]
     ).tolist()
     limits = (text, slots - text)
-    whole = [
+    bucketed = [
         min(-(-length // BUCKET) * BUCKET, limit)
         for length, limit in zip(lengths, limits, strict=True)
     ]
-    return whole[0], whole[1]
+    return bucketed[0], bucketed[1]
 
 
 def hear(

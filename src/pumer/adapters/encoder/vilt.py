@@ -71,8 +71,8 @@ class ViltAdapter(Adapter):
         patch.replace(vilt, "forward", _forward, patch, is_a(model, POOLED))
         patch.wrap(vilt.embeddings, "forward", _embed)
         published = patch.reducer.published
-        for number, layer in enumerate(vilt.encoder.layer):
-            patch.replace(layer, "forward", _layer, patch, number, published)
+        for layer_index, layer in enumerate(vilt.encoder.layer):
+            patch.replace(layer, "forward", _layer, patch, layer_index, published)
             patch.replace(layer.intermediate, "forward", _intermediate)
             patch.replace(layer.output, "forward", _output)
             if published:
@@ -303,7 +303,7 @@ def _encode(
 def _layer(
     layer: Any,
     patch: Patch,
-    number: int,
+    layer_index: int,
     published: bool,
     states: Tensor,
     axis: Axis,
@@ -312,14 +312,14 @@ def _layer(
     """In place of `ViltLayer.forward`, and of the gradient checkpointing that transformers wraps
     around it."""
     return run_block(
-        layer, partial(_block, layer, patch, number, published), states, axis, attentions
+        layer, partial(_block, layer, patch, layer_index, published), states, axis, attentions
     )
 
 
 def _block(
     layer: Any,
     patch: Patch,
-    number: int,
+    layer_index: int,
     published: bool,
     states: Tensor,
     axis: Axis,
@@ -327,18 +327,18 @@ def _block(
 ) -> tuple[Tensor, Axis, Tensor | None]:
     """One block: the stock one has no opening between attention and MLP."""
     states, axis, attention = _attend_and_reduce(
-        layer, patch, number, published, states, axis, attentions
+        layer, patch, layer_index, published, states, axis, attentions
     )
     states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
     if patch.reducer.after_layer:
-        states, axis, _ = encoder.reduce(patch, number, states, axis)
+        states, axis, _ = encoder.reduce(patch, layer_index, states, axis)
     return states, axis, attention
 
 
 def _attend_and_reduce(
     layer: Any,
     patch: Patch,
-    number: int,
+    layer_index: int,
     published: bool,
     states: Tensor,
     axis: Axis,
@@ -348,7 +348,7 @@ def _attend_and_reduce(
     next one runs."""
     text, image = slice(0, axis.text), slice(axis.text, None)
     heard, axis = encoder.hear(
-        patch, number, "joint", axis, states[:, text], states[:, image], text, image
+        patch, layer_index, "joint", axis, states[:, text], states[:, image], text, image
     )
     states, queries, keys, attention = _attend(
         layer, patch, published, states, axis, attentions, heard
@@ -357,7 +357,7 @@ def _attend_and_reduce(
     # what is kept.
     looked_at = attention if patch.reducer.needs_attention else None
     if not patch.reducer.after_layer:
-        states, axis, _ = encoder.reduce(patch, number, states, axis, queries, keys, looked_at)
+        states, axis, _ = encoder.reduce(patch, layer_index, states, axis, queries, keys, looked_at)
     return states, axis, attention if attentions else None
 
 
@@ -388,10 +388,10 @@ def _attend(
         context, attention = probes.attend_published(queries, keys, values, axis.mask_BN, dropout)
     else:
         sizes = axis.sizes_BN if patch.reducer.weighs_by_size and axis.plan is not None else None
-        seen = probes.visibility(axis.mask_BN, sizes, states.dtype)
+        attention_bias = probes.visibility(axis.mask_BN, sizes, states.dtype)
         wanted = attentions or patch.reducer.needs_attention
         context, attention = probes.attend(
-            queries, keys, values, seen, patch.attention, dropout, wanted
+            queries, keys, values, attention_bias, patch.attention, dropout, wanted
         )
     if heard is not None:
         context = context * heard[..., None, None].to(context.dtype)
@@ -449,9 +449,9 @@ def embed_patches(
     limit = embeddings.config.max_image_length
     length = real_BP.shape[1]
     if isinstance(limit, int) and 0 < limit < length:
-        place, count = real_BP.long().cumsum(1) - 1, real_BP.sum(1, keepdim=True).clamp_min(1)
+        position_BP, count = real_BP.long().cumsum(1) - 1, real_BP.sum(1, keepdim=True).clamp_min(1)
         kept = count.clamp_max(limit)
-        real_BP = real_BP & ((place + 1) * kept // count > place * kept // count)
+        real_BP = real_BP & ((position_BP + 1) * kept // count > position_BP * kept // count)
         length = limit
     order_BP = (~real_BP).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
     tokens_BPD, real_BP = tokens_at(tokens_BPD, order_BP), tokens_at(real_BP, order_BP)
@@ -477,8 +477,8 @@ def _resize_positions(
 def _hat_weights(size_B: Tensor, length: int, side: int) -> Tensor:
     """Share [B,length,side] of every table entry in every place, for pictures `size_B` patches
     long."""
-    place = torch.arange(length, device=size_B.device)
-    source_BL = place * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]
+    position_L = torch.arange(length, device=size_B.device)
+    source_BL = position_L * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]
     source_BL = torch.where(size_B[:, None] > 1, source_BL, 0.0).clamp_max(side - 1)
     return (1 - (source_BL[..., None] - torch.arange(side, device=size_B.device)).abs()).clamp_min(
         0

@@ -86,13 +86,14 @@ def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Lat
     """
     from scipy.optimize import nnls  # of the extra tune: `pumer tune --help` works without it
 
-    terms = [name for name in amounts[0] if any(one[name] for one in amounts)]
+    terms = [name for name in amounts[0] if any(amount[name] for amount in amounts)]
     matrix = (
-        np.array([[one[name] for name in terms] for one in amounts]) / np.array(seconds)[:, None]
+        np.array([[amount[name] for name in terms] for amount in amounts])
+        / np.array(seconds)[:, None]
     )
     scale = matrix.max(0)
-    found = nnls(matrix / scale, np.ones(len(seconds)))[0] / scale
-    return LatencyModel(dict(zip(terms, found.tolist(), strict=True)))
+    seconds_per_unit = nnls(matrix / scale, np.ones(len(seconds)))[0] / scale
+    return LatencyModel(dict(zip(terms, seconds_per_unit.tolist(), strict=True)))
 
 
 def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:
@@ -122,7 +123,7 @@ def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:
             inside.append(
                 Compose(ToMe(r=each, depth=tower), PuMer(0.1, 0.2, 0.0, layers=(middle,)))
             )
-    return {f"{number} {reducer.name}": reducer for number, reducer in enumerate(inside)}
+    return {f"{index} {reducer.name}": reducer for index, reducer in enumerate(inside)}
 
 
 def measure(
@@ -155,7 +156,8 @@ def measure(
         timings = alternate({other: calls[other] for other in (FUSED, name)}, runs, 1, device)
         base = timings[FUSED].seconds
         shares[name] = statistics.median(
-            one / other for one, other in zip(timings[name].seconds, base, strict=True)
+            reduced_seconds / base_seconds
+            for reduced_seconds, base_seconds in zip(timings[name].seconds, base, strict=True)
         )
         unreduced += base
     seconds = {name: share * statistics.median(unreduced) for name, share in shares.items()}

@@ -87,7 +87,7 @@ def bench_llm(
         raise ValueError(f"an answer has 1 token or more, not {new_tokens}")
     config = llm_models.configure(model, layers, tower_layers)
     named = name_reducers(llm_models.default_reducers(config) if reducers is None else reducers)
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = {
         "model": model,
         "layers": layers or "all",
@@ -95,33 +95,39 @@ def bench_llm(
         "batch": batch,
         "text": text,
         "new_tokens": new_tokens,
-        "device": place,
+        "device": resolved_device,
         "dtype": dtype,
         "attention": attention,
         "runs": runs,
     }
     with using_threads(threads):
-        if place == "cuda" and not torch.cuda.is_available():
+        if resolved_device == "cuda" and not torch.cuda.is_available():
             missing = (
                 AnswerRow(name, note="not measured, no CUDA device") for name in (STOCK, *named)
             )
             result = AnswerBench(settings, records.environment(), tuple(missing))
         else:
-            net = llm_models.build(config, place, getattr(torch, dtype), attention)
+            net = llm_models.build(config, resolved_device, getattr(torch, dtype), attention)
             data = llm_models.inputs(net, batch, text)
             nets = {STOCK: net, **{name: twin(net, reducer) for name, reducer in named.items()}}
-            answers = {name: Answer(one, data, new_tokens, place) for name, one in nets.items()}
-            wholes = alternate(answers, runs, max(warmup, 1), place, progress)
+            answers = {
+                name: Answer(variant, data, new_tokens, resolved_device)
+                for name, variant in nets.items()
+            }
+            wholes = alternate(answers, runs, max(warmup, 1), resolved_device, progress)
             watched = answers if memory else {}
             peaks = {
-                name: peak_activations(answer.prefill, place) for name, answer in watched.items()
+                name: peak_activations(answer.prefill, resolved_device)
+                for name, answer in watched.items()
             }
             shares = {
-                name: prefill_shares(nets[name], answers[name].prefill, place)
+                name: prefill_shares(nets[name], answers[name].prefill, resolved_device)
                 for name in (named if overhead else ())
             }
             rows = _rows(nets, answers, wholes, peaks, shares)
-            result = AnswerBench(settings, records.environment(place), rows, weight_bytes(net))
+            result = AnswerBench(
+                settings, records.environment(resolved_device), rows, weight_bytes(net)
+            )
     return result
 
 
@@ -147,21 +153,21 @@ class Answer:
         """The answers, int64 [B,tokens]."""
         start = time.perf_counter()
         output = self.prefill()
-        made = [output.logits[:, -1].argmax(-1, keepdim=True)]
+        generated = [output.logits[:, -1].argmax(-1, keepdim=True)]
         wait(self.device)
         self.prefills.append(time.perf_counter() - start)
         self.cache_bytes = sum(
             layer.keys.nbytes + layer.values.nbytes for layer in kv_cache.find(output).layers
         )
-        while len(made) < self.tokens:
+        while len(generated) < self.tokens:
             # The prompts are of one length, so that nothing is to be masked.
             output = self.net(
-                input_ids=made[-1],
+                input_ids=generated[-1],
                 use_cache=True,
                 **{kv_cache.argument(self.net): kv_cache.find(output)},
             )
-            made.append(output.logits[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(made, 1)
+            generated.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(generated, 1)
 
     @torch.inference_mode()
     def prefill(self) -> Any:
@@ -178,17 +184,17 @@ def _rows(
     shares: dict[str, Shares],
 ) -> tuple[AnswerRow, ...]:
     first = {
-        name: Timing(tuple(answers[name].prefills[-len(whole.seconds) :]))
-        for name, whole in wholes.items()
+        name: Timing(tuple(answers[name].prefills[-len(total.seconds) :]))
+        for name, total in wholes.items()
     }
     further = {
-        name: _further(whole, first[name], answers[name].tokens - 1)
-        for name, whole in wholes.items()
+        name: _further(total, first[name], answers[name].tokens - 1)
+        for name, total in wholes.items()
         if answers[name].tokens > 1
     }
     costs = {name: forward_costs(net, answers[name].data) for name, net in nets.items()}
     rows = []
-    for name, whole in wholes.items():
+    for name, total in wholes.items():
         (macs, planned), cached = costs[name], answers[name].cache_bytes
         share = shares.get(name)
         x_prefill, ratio = first[STOCK].median / first[name].median, costs[STOCK][0] / macs
@@ -197,10 +203,10 @@ def _rows(
                 variant=name,
                 prefill=first[name],
                 decode=further.get(name),
-                whole=whole,
+                whole=total,
                 x_prefill=x_prefill,
                 x_decode=further[STOCK].median / further[name].median if further else None,
-                x_whole=wholes[STOCK].median / whole.median,
+                x_whole=wholes[STOCK].median / total.median,
                 macs=macs,
                 flops_ratio=ratio,
                 flops_share=None if name == STOCK else x_prefill / ratio,
@@ -216,9 +222,9 @@ def _rows(
     return tuple(rows)
 
 
-def _further(whole: Timing, first: Timing, tokens: int) -> Timing:
+def _further(total: Timing, first: Timing, tokens: int) -> Timing:
     """Seconds of each of so many tokens after the first."""
-    pairs = zip(whole.seconds, first.seconds, strict=True)
+    pairs = zip(total.seconds, first.seconds, strict=True)
     return Timing(tuple((seconds - before) / tokens for seconds, before in pairs))
 
 
@@ -233,18 +239,20 @@ def forward_costs(net: nn.Module, data: dict[str, Tensor]) -> tuple[int, int]:
     ids = data["input_ids"]
     image = int((ids[0] == config.image_token_id).sum())
     entry = ids.shape[1] - image, image
-    lengths, own = [entry] * (adapter.depth(net) + 1), 0
+    lengths, reducer_macs = [entry] * (adapter.depth(net) + 1), 0
     if patch is not None:
         assert patch.entry is not None
         assert patch.planned is not None
-        seen = patch.entry[:2]
-        own = last_forward_macs(net) - sum(adapter.macs(net, patch.planned, seen).values())
-        rest = ids.shape[1] - sum(seen)
-        lengths = [(text + rest, left) for text, left in patch.planned]
+        entry_lengths = patch.entry[:2]
+        reducer_macs = last_forward_macs(net) - sum(
+            adapter.macs(net, patch.planned, entry_lengths).values()
+        )
+        num_other = ids.shape[1] - sum(entry_lengths)
+        lengths = [(text + num_other, image_left) for text, image_left in patch.planned]
     heads = config.get_text_config().num_key_value_heads
     _, channels = adapter.attention_shape(net)
     width = next(net.parameters()).element_size()
     kept = sum(sum(pair) for pair in lengths[:-1])
-    return sum(adapter.macs(net, lengths, entry).values()) + own, len(
+    return sum(adapter.macs(net, lengths, entry).values()) + reducer_macs, len(
         ids
     ) * kept * 2 * heads * channels * width

@@ -129,13 +129,13 @@ def configure(
             f"no shape is named {name!r}.{did_you_mean(name, SHAPES)} There are {', '.join(SHAPES)}"
         )
     depths = {"layers": layers, "tower_layers": tower_layers}
-    given = {key: depth for key, depth in depths.items() if depth is not None}
-    if any(depth < 2 for depth in given.values()):
+    chosen_depths = {key: depth for key, depth in depths.items() if depth is not None}
+    if any(depth < 2 for depth in chosen_depths.values()):
         raise ValueError(
             "a language model and a vision tower have at least 2 layers here: give layers of 2 or "
             "more"
         )
-    config: PreTrainedConfig = SHAPES[name](**given)
+    config: PreTrainedConfig = SHAPES[name](**chosen_depths)
     return config
 
 
@@ -156,8 +156,8 @@ def build(
             raise ValueError(
                 f"attention {attention!r} cannot be had here, give sdpa: {error}"
             ) from error
-    made: PreTrainedModel = net.eval()
-    return made
+    eval_net: PreTrainedModel = net.eval()
+    return eval_net
 
 
 def default_reducers(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -197,30 +197,30 @@ def inputs(
     config, vision = model.config, model.config.vision_config
     rows, columns = find(model).default_grid(model)
     image, around = config.image_token_id, (0, 0)
-    made: dict[str, Tensor] = {}
+    batch_inputs: dict[str, Tensor] = {}
     if config.model_type == "qwen2_5_vl":
         patches = [side * vision.spatial_merge_size for side in (rows, columns)]
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        made["pixel_values"] = torch.randn(
+        batch_inputs["pixel_values"] = torch.randn(
             batch * patches[0] * patches[1], values, generator=generator
         )
-        made["image_grid_thw"] = torch.tensor([[1, *patches]] * batch)
+        batch_inputs["image_grid_thw"] = torch.tensor([[1, *patches]] * batch)
         placeholders, around = rows * columns, (1, 1)
     elif config.model_type == "internvl":
-        made["pixel_values"] = torch.randn(
+        batch_inputs["pixel_values"] = torch.randn(
             batch * CROPS, 3, *vision.image_size, generator=generator
         )
         placeholders, around = CROPS * rows * columns, (1, 1)
     elif config.model_type == "llava_next":
         side = vision.image_size
-        made["pixel_values"] = torch.randn(batch, CROPS, 3, side, side, generator=generator)
-        made["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * batch)
+        batch_inputs["pixel_values"] = torch.randn(batch, CROPS, 3, side, side, generator=generator)
+        batch_inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * batch)
         placeholders = rows * columns + 2 * rows * (
             2 * columns + 1
         )  # a newline at the end of every row
     elif config.model_type == "llava":
         side = vision.image_size
-        made["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)
+        batch_inputs["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)
         placeholders = rows * columns
     else:
         raise ValueError(
@@ -232,8 +232,8 @@ def inputs(
     ids = torch.cat(
         [words[:, :first], torch.full((batch, placeholders), image), words[:, first:]], 1
     )
-    made["pixel_values"] = made["pixel_values"].to(model.dtype)
-    made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch_inputs["pixel_values"] = batch_inputs["pixel_values"].to(model.dtype)
+    batch_inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config.model_type == "qwen2_5_vl":
-        made["mm_token_type_ids"] = (ids == image).int()
-    return {name: tensor.to(model.device) for name, tensor in made.items()}
+        batch_inputs["mm_token_type_ids"] = (ids == image).int()
+    return {name: tensor.to(model.device) for name, tensor in batch_inputs.items()}

@@ -48,12 +48,12 @@ def prefill_shares(
         device: where it computes.
         runs: prefills to take the median of.
     """
-    taken = []
+    shares = []
     for _ in range(runs):
         with _watched(model, device) as watch:
-            whole = clock(call, device)
-        taken.append((watch.tower / whole, watch.selection / whole))
-    tower, selection = map(statistics.median, zip(*taken, strict=True))
+            total_seconds = clock(call, device)
+        shares.append((watch.tower / total_seconds, watch.selection / total_seconds))
+    tower, selection = map(statistics.median, zip(*shares, strict=True))
     return Shares(tower, selection)
 
 

@@ -55,17 +55,19 @@ class _LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        output = func(*args, **kwargs)
+        input_storages = {
+            _storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        for tensor in tree_leaves(made):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = _storage(tensor)
                 # What shares memory with an argument is a view of it or was written in place.
-                if storage._cdata not in given:
+                if storage._cdata not in input_storages:
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return made
+        return output
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -61,12 +61,12 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = _config(name)
-        kind = (
+        cls = (
             MeterForQuestionAnswering
             if isinstance(config, MeterConfig)
             else ViltForQuestionAnswering
         )
-        return kind(config).eval()
+        return cls(config).eval()
 
 
 def image_size(name: str) -> int:
@@ -142,12 +142,12 @@ def inputs(
     mask = (torch.arange(text) < lengths[:, None]).long()
     padding = config.pad_token_id or 0
     ids = torch.randint(padding + 1, config.vocab_size, (batch, text), generator=generator)
-    made = {
+    batch_inputs = {
         "input_ids": torch.where(mask.bool(), ids, padding),
         "attention_mask": mask,
         "pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(model.dtype),
         "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
     }
     if config.model_type == "vilt":  # RoBERTa's tokenizer gives none
-        made["token_type_ids"] = torch.zeros_like(ids)
-    return {name: tensor.to(model.device) for name, tensor in made.items()}
+        batch_inputs["token_type_ids"] = torch.zeros_like(ids)
+    return {name: tensor.to(model.device) for name, tensor in batch_inputs.items()}

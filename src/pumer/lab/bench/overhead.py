@@ -35,8 +35,8 @@ def overhead_share(
     with _stopwatch(device) as spent:
         for _ in range(runs):
             spent.clear()
-            whole = clock(call, device)
-            shares.append(sum(spent) / whole)
+            total_seconds = clock(call, device)
+            shares.append(sum(spent) / total_seconds)
     return statistics.median(shares)
 
 

@@ -36,13 +36,13 @@ class Measured(Generic[R]):
 
     def row(self, variant: str) -> R:
         """The row of a variant; raises ValueError listing the ones there are."""
-        found = next((row for row in self.rows if row.variant == variant), None)
-        if found is None:
+        matching_row = next((row for row in self.rows if row.variant == variant), None)
+        if matching_row is None:
             raise ValueError(
                 f"no variant is named {variant!r}; there are "
                 f"{', '.join(r.variant for r in self.rows)}"
             )
-        return found
+        return matching_row
 
     def heading(self) -> list[str]:
         """The lines over a table: what was asked for, where it was measured."""

@@ -79,43 +79,45 @@ def bench(
     """
     named = name_reducers(models.default_reducers(model) if reducers is None else reducers)
     size = models.image_size(model) if image_size is None else image_size
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = {
         "model": model,
         "batch": batch,
         "image_size": size,
         "text": text,
         "real_text": "-".join(map(str, real_text)),
-        "device": place,
+        "device": resolved_device,
         "dtype": dtype,
         "mode": "compiled" if compiled else "eager",
         "runs": runs,
     }
     with using_threads(threads):
-        if place == "cuda" and not torch.cuda.is_available():
+        if resolved_device == "cuda" and not torch.cuda.is_available():
             missing = (
                 Row(name, note="not measured, no CUDA device") for name in (STOCK, FUSED, *named)
             )
             result = Bench(settings, records.environment(), tuple(missing))
         else:
-            net = models.build(model).to(place, getattr(torch, dtype))
+            net = models.build(model).to(resolved_device, getattr(torch, dtype))
             data = models.inputs(net, batch, size, text, real_text)
             nets = variants(net, named)
             calls = {
-                name: forward(torch.compile(one) if compiled else one, data)
-                for name, one in nets.items()
+                name: forward(torch.compile(variant) if compiled else variant, data)
+                for name, variant in nets.items()
             }
-            timings = alternate(calls, runs, max(warmup, 1), place, progress)
+            timings = alternate(calls, runs, max(warmup, 1), resolved_device, progress)
             # At once: what is run below to watch it may have other lengths.
             macs = _macs(nets, data)
-            watched = calls if memory and not (compiled and place == "cpu") else {}
-            peaks = {name: peak_activations(call, place) for name, call in watched.items()}
+            watched = calls if memory and not (compiled and resolved_device == "cpu") else {}
+            peaks = {
+                name: peak_activations(call, resolved_device) for name, call in watched.items()
+            }
             shares = {
-                name: overhead_share(nets[name], calls[name], place)
+                name: overhead_share(nets[name], calls[name], resolved_device)
                 for name in (named if overhead and not compiled else ())
             }
             rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
-            result = Bench(settings, records.environment(place), rows, weight_bytes(net))
+            result = Bench(settings, records.environment(resolved_device), rows, weight_bytes(net))
     return result
 
 
@@ -129,8 +131,10 @@ def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
             name = spec
         else:
             settings = spec if isinstance(spec, Mapping) else reducer.settings()
-            given = {key: value for key, value in settings.items() if key != "reducer"}
-            name = f"{reducer.name}({', '.join(f'{key}={value}' for key, value in given.items())})"
+            options = {key: value for key, value in settings.items() if key != "reducer"}
+            name = (
+                f"{reducer.name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+            )
         if name in (STOCK, FUSED, *named):
             raise ValueError(f"{name} is measured already: name every reducer once")
         named[name] = reducer
@@ -196,7 +200,7 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
     return {
         STOCK: stock,
-        **{name: last_forward_macs(one) for name, one in nets.items() if name != STOCK},
+        **{name: last_forward_macs(variant) for name, variant in nets.items() if name != STOCK},
     }
 
 

@@ -99,16 +99,17 @@ def bench_saved(
     with using_threads(threads):
         nets = variants(remove(net), dict(reducers))
         answers = (
-            {name: Answer(one, inputs, new_tokens, device) for name, one in nets.items()}
+            {name: Answer(variant, inputs, new_tokens, device) for name, variant in nets.items()}
             if new_tokens
             else {}
         )
         calls: dict[str, Callable[[], object]] = {
-            name: answers[name] if answers else forward(one, inputs) for name, one in nets.items()
+            name: answers[name] if answers else forward(variant, inputs)
+            for name, variant in nets.items()
         }
         timings = alternate(calls, runs, 1, device, progress)
         rows = []
-        for name, one in nets.items():
+        for name, variant in nets.items():
             once = answers[name].prefill if answers else calls[name]
             peak = peak_activations(once, device)
             first = Timing(tuple(answers[name].prefills[-runs:])) if answers else None
@@ -118,7 +119,7 @@ def bench_saved(
                     timings[name],
                     first,
                     peak,
-                    None if name == STOCK else last_forward_macs(one),
+                    None if name == STOCK else last_forward_macs(variant),
                     answers[name].cache_bytes if answers else 0,
                 )
             )

@@ -33,10 +33,10 @@ class Timing:
         return self._percentile(0.8)
 
     def _percentile(self, share: float) -> float:
-        place = share * (len(self.seconds) - 1)
-        low, ordered = int(place), sorted(self.seconds)
+        position = share * (len(self.seconds) - 1)
+        low, ordered = int(position), sorted(self.seconds)
         high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def alternate(
@@ -65,10 +65,10 @@ def alternate(
             f"{warmup}"
         )
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(warmup + runs):
-        for name in list(variants)[:: -1 if number % 2 else 1]:
+    for round_index in range(warmup + runs):
+        for name in list(variants)[:: -1 if round_index % 2 else 1]:
             took = clock(variants[name], device)
-            if number >= warmup:
+            if round_index >= warmup:
                 seconds[name].append(took)
         progress()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -163,23 +163,23 @@ def bench_training(
         BASE: Unreduced(),
         **name_reducers(models.default_reducers(model) if reducers is None else reducers),
     }
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if place == "cuda" and not torch.cuda.is_available():
+    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if resolved_device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here: give --device cpu")
     settings = {
         "model": model,
         "batch": batch,
         "text": text,
-        "device": place,
+        "device": resolved_device,
         "attention": attention,
         "runs": runs,
     }
     with using_threads(threads):
-        net = models.build(model).to(place)
+        net = models.build(model).to(resolved_device)
         if find(net).tower_depth(net):
             net.set_attn_implementation(attention)  # of the towers, which the adapter leaves alone
         data = models.inputs(net, batch, models.image_size(model), text, real_text)
-        target = torch.rand(batch, net.config.num_labels, device=place)
+        target = torch.rand(batch, net.config.num_labels, device=resolved_device)
         teacher = apply(copy.deepcopy(net), Unreduced(), attention=attention)
         calls: dict[tuple[str, bool], Callable[[], None]] = {}
         macs: dict[str, int] = {}
@@ -196,26 +196,26 @@ def bench_training(
             {f"{name} {taught}": call for (name, taught), call in calls.items()},
             runs,
             1,
-            place,
+            resolved_device,
             progress,
         )
-        peaks = {key: peak_activations(call, place) for key, call in calls.items()}
+        peaks = {key: peak_activations(call, resolved_device) for key, call in calls.items()}
     steps = []
     for name, taught in calls:
-        whole = {n: macs[n] + taught * macs[BASE] // (1 + _BACKWARD) for n in (BASE, name)}
+        step_macs = {n: macs[n] + taught * macs[BASE] // (1 + _BACKWARD) for n in (BASE, name)}
         timing = timings[f"{name} {taught}"]
         steps.append(
             Step(
                 name,
                 taught,
                 timing,
-                whole[name],
+                step_macs[name],
                 peaks[name, taught],
                 timings[f"{BASE} {taught}"].median / timing.median,
-                whole[BASE] / whole[name],
+                step_macs[BASE] / step_macs[name],
             )
         )
-    return TrainingBench(settings, environment(place), tuple(steps))
+    return TrainingBench(settings, environment(resolved_device), tuple(steps))
 
 
 def _step(

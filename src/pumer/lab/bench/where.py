@@ -24,7 +24,7 @@ class Where:
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per variant and measurement, with the columns of `Bench.records`."""
-        return [row for one in self.benches for row in one.records()]
+        return [row for measurement in self.benches for row in measurement.records()]
 
     def cells(self) -> list[dict[str, Any]]:
         """Per measurement: batch, image_size, x_stock, x_fused, flops_ratio, and whether it pays.
@@ -33,12 +33,12 @@ class Where:
         quicker end of the fused ones (20th). None where nothing was measured.
         """
         cells = []
-        for one in self.benches:
-            fused, reduced = one.row(FUSED).timing, one.rows[-1]
+        for measurement in self.benches:
+            fused, reduced = measurement.row(FUSED).timing, measurement.rows[-1]
             cells.append(
                 {
-                    "batch": one.settings["batch"],
-                    "image_size": one.settings["image_size"],
+                    "batch": measurement.settings["batch"],
+                    "image_size": measurement.settings["image_size"],
                     "x_stock": reduced.x_stock,
                     "x_fused": reduced.x_fused,
                     "flops_ratio": reduced.flops_ratio,
@@ -54,8 +54,8 @@ class Where:
         sizes = sorted({cell["image_size"] for cell in cells})
         rows: list[tuple[str, ...]] = [("batch", *(f"{size} px" for size in sizes))]
         for batch in sorted({cell["batch"] for cell in cells}):
-            found = {cell["image_size"]: cell for cell in cells if cell["batch"] == batch}
-            rows.append((str(batch), *(_cell(found[size]) for size in sizes)))
+            by_size = {cell["image_size"]: cell for cell in cells if cell["batch"] == batch}
+            rows.append((str(batch), *(_cell(by_size[size]) for size in sizes)))
         first = self.benches[0]
         shown = {
             name: value
@@ -76,8 +76,8 @@ class Where:
                 "does not pay there.",
                 *dict.fromkeys(
                     f"{row.variant}: {row.note}"
-                    for one in self.benches
-                    for row in one.rows
+                    for measurement in self.benches
+                    for row in measurement.rows
                     if row.note
                 ),
             ]

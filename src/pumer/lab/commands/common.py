@@ -39,13 +39,13 @@ def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> 
 
     Decoders may also be as transformers saved them, or have a name on the Hub.
     """
-    place = pick_device(device)
+    resolved_device = pick_device(device)
     # Shipped in half precision, which CPUs are slow at.
-    dtype = torch.float32 if place == "cpu" else None
+    dtype = torch.float32 if resolved_device == "cpu" else None
     if is_stock(model):
-        net = load_stock(model, dtype, place)
+        net = load_stock(model, dtype, resolved_device)
     else:
-        net = load(model, dtype or torch.float32, place)
+        net = load(model, dtype or torch.float32, resolved_device)
     if reducer is not None:
         pumer.apply(net, read_reducer(reducer))
     return net.eval()

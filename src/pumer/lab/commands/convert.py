@@ -63,10 +63,12 @@ def convert(
     console().print(_table(read, tokenizer, image_size))
 
 
-def _read(source: Path, image_size: int | None, answers: str | None, kind: str | None) -> Official:
+def _read(
+    source: Path, image_size: int | None, answers: str | None, class_name: str | None
+) -> Official:
     if not (source / "pumer.json").is_file():
-        return read_official(source, image_size, answers=answers, kind=kind)
-    if image_size or answers or kind:
+        return read_official(source, image_size, answers=answers, kind=class_name)
+    if image_size or answers or class_name:
         raise ValueError(
             f"{source} is a model folder already: image_size, answers and kind are for checkpoints"
         )
@@ -76,10 +78,10 @@ def _read(source: Path, image_size: int | None, answers: str | None, kind: str |
 def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
     """Take along files that lie in the source's folder; beside an original file they could be
     anybody's."""
-    found = [name for name in names if source.is_dir() and (source / name).is_file()]
-    for name in found:
+    present = [name for name in names if source.is_dir() and (source / name).is_file()]
+    for name in present:
         shutil.copyfile(source / name, folder / name)
-    return found
+    return present
 
 
 def _transform(read: Official, image_size: int | None) -> Transform:

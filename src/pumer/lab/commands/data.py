@@ -76,9 +76,9 @@ def check(
                 for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
             )
     problems = []
-    wrong = [split.name for split in checks if split.problem and not split.absent]
-    if wrong:
-        problems.append(f"the files of {', '.join(wrong)} cannot be read")
+    unreadable = [split.name for split in checks if split.problem and not split.absent]
+    if unreadable:
+        problems.append(f"the files of {', '.join(unreadable)} cannot be read")
     lacking = [split.name for split in checks if split.missing or split.broken]
     if lacking:
         problems.append(f"images of {', '.join(lacking)} are missing or broken")
@@ -173,9 +173,9 @@ def tokenizer(
     from pumer.lab.data.text import train_tokenizer
     from pumer.lab.scenes.tasks import Scenes
 
-    own = [text for path in sentences or [] for text in read_texts(Path(path))]
+    extra_texts = [text for path in sentences or [] for text in read_texts(Path(path))]
     asked = Scenes(questions=questions, per_picture=4, image_size=32).examples("train")
-    texts = [example.text for example in asked[:]] + own
+    texts = [example.text for example in asked[:]] + extra_texts
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(texts, vocab_size).save_pretrained(folder)
         for written in Path(

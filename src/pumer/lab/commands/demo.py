@@ -237,12 +237,12 @@ def _as(model: Any, reducer: Reducer | None, batch: dict[str, torch.Tensor]) -> 
     return _forward(model, batch)
 
 
-def _draw(out: Path, model_name: str, task: Scenes, number: int = 6) -> tuple[Path, Path]:
+def _draw(out: Path, model_name: str, task: Scenes, num_maps: int = 6) -> tuple[Path, Path]:
     """Token maps of the first few questions, as one PNG and one page."""
     model = open_model(model_name, None)
     collator = open_task(model_name, model, {"name": "scenes"})
     drawn = []
-    for example in task.examples("test")[: 2 * number : 2]:
+    for example in task.examples("test")[: 2 * num_maps : 2]:
         shown, picture, title = show(model, collator, example)
         drawn.append((draw(shown, picture, title), title))
     sheet = Image.new(

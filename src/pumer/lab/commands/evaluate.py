@@ -132,8 +132,8 @@ def predict_(
     ]
     written = _write(collator.task, out, result, done)
     screen = console()
-    for number, reason in result.broken.items():
-        screen.print(f"left out {json.dumps(number)}: {reason}", style="yellow", markup=False)
+    for broken_id, reason in result.broken.items():
+        screen.print(f"left out {json.dumps(broken_id)}: {reason}", style="yellow", markup=False)
     screen.print(
         f"{len(done)} predictions in {written}, {len(result.broken)} examples left out for broken "
         "images"

@@ -74,20 +74,22 @@ def options(path: str) -> list[Option]:
 def render(command: str, what: str, path: str, positional: bool = False) -> str:
     """The help of a command."""
     width = min(shutil.get_terminal_size().columns, 110)
-    found = options(path)
-    required = [option for option in found if option.default is None]
+    command_options = options(path)
+    required = [option for option in command_options if option.default is None]
     words = " ".join(option.name.upper() if positional else _typed(option) for option in required)
     lines = [" ".join(filter(None, [f"usage: pumer {command}", words, "[options]"])), ""]
     lines += [f"{what[0].upper()}{what[1:]}.", ""]
-    for option in found:
+    for option in command_options:
         by_place = positional and option.default is None
         head = f"  {option.name}" if by_place else f"  --{option.name}"
-        kind = "" if option.type.startswith("settings") else f" {option.type}"
+        type_text = "" if option.type.startswith("settings") else f" {option.type}"
         silent = (
-            not kind or option.default in (None, "None") or str(option.default).startswith("field(")
+            not type_text
+            or option.default in (None, "None")
+            or str(option.default).startswith("field(")
         )
         default = "" if silent else f" (default {_shown(str(option.default))})"
-        lines += [f"{head}{kind}{default}"]
+        lines += [f"{head}{type_text}{default}"]
         lines += textwrap.wrap(
             option.help, width, initial_indent="      ", subsequent_indent="      "
         )

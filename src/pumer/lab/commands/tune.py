@@ -90,7 +90,7 @@ def tune_(
     net = pumer.remove(open_model(model, None, device))
     collator = open_task(model, net, task)
     examples = collator.task.examples(split)
-    found = tune(
+    tuned = tune(
         net,
         examples,
         collator,
@@ -110,10 +110,10 @@ def tune_(
             line, style="dim", markup=False, highlight=False, soft_wrap=True
         ),
     )
-    _summary(screen, found, out, time.perf_counter() - started)
+    _summary(screen, tuned, out, time.perf_counter() - started)
     if finetune is not None:
         trained = finetune_(
-            finetune, model_folder(model), found.point.point.reducer, f"{out}/finetune", processes
+            finetune, model_folder(model), tuned.point.point.reducer, f"{out}/finetune", processes
         )
         after = lost(
             net,
@@ -130,8 +130,8 @@ def tune_(
             f"fine-tuned, {trained} loses {after.mean * 100:.2f} points ({after.lower * 100:.2f} "
             "to "
             f"{after.upper * 100:.2f}) on {after.number} fresh examples; before that "
-            f"{found.checked.drop:.2f} on "
-            f"{found.checked.examples} of them"
+            f"{tuned.checked.drop:.2f} on "
+            f"{tuned.checked.examples} of them"
         )
 
 
@@ -149,11 +149,11 @@ def read_size(text: str) -> int:
     return round(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-def _summary(screen: Console, found: Tuned, out: str, seconds: float) -> None:
+def _summary(screen: Console, tuned: Tuned, out: str, seconds: float) -> None:
     from pumer.lab.tune.run import EVIDENCE, PRESET
 
-    judged = sum(1 for row in found.rows if row["examples"])
-    point, checked = found.point.point, found.checked
+    judged = sum(1 for row in tuned.rows if row["examples"])
+    point, checked = tuned.point.point, tuned.checked
     table = Table(title=point.name, show_header=False)
     for name, value in (
         (
@@ -161,12 +161,12 @@ def _summary(screen: Console, found: Tuned, out: str, seconds: float) -> None:
             f"{checked.drop:.2f} ({checked.low:.2f} to {checked.high:.2f})",
         ),
         ("fresh examples", str(checked.examples)),
-        ("times as fast, measured", f"{found.speedup:.2f}"),
-        ("times as fast, predicted", f"{found.point.speedup:.2f}"),
-        ("times fewer FLOPs", f"{found.point.flops_ratio:.2f}"),
-        ("weights and activations", f"{found.memory / 1e6:.1f} MB"),
-        ("settings judged", f"{judged} of {found.points}"),
-        ("examples predicted", f"{found.predictions}"),
+        ("times as fast, measured", f"{tuned.speedup:.2f}"),
+        ("times as fast, predicted", f"{tuned.point.speedup:.2f}"),
+        ("times fewer FLOPs", f"{tuned.point.flops_ratio:.2f}"),
+        ("weights and activations", f"{tuned.memory / 1e6:.1f} MB"),
+        ("settings judged", f"{judged} of {tuned.points}"),
+        ("examples predicted", f"{tuned.predictions}"),
         ("seconds", f"{seconds:.0f}"),
     ):
         table.add_row(name, value)

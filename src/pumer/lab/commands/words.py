@@ -49,7 +49,7 @@ def misplaced(
     types = {"config": "FILE", "help": "", "print_config": ""} | {
         option.name: option.type for option in options
     }
-    placed, given = 0, set[str]()
+    placed, given_names = 0, set[str]()
     for option, words_of_it in _options(words):
         name = option.removeprefix("--")
         if not option:
@@ -61,9 +61,9 @@ def misplaced(
             return f"there is no option --{name}.{close} --help lists them"
         elif len(words_of_it) == 1 and name not in ("help", "print_config"):
             return f"--{name} has no value: write it behind, as `--{name} VALUE`"
-        elif name in given and f"{name}s" in types:
+        elif name in given_names and f"{name}s" in types:
             return f"--{name} is given twice: --{name}s takes a list"
-        given.add(name)
+        given_names.add(name)
     return None
 
 
@@ -102,10 +102,10 @@ def _merge(words: list[str], option: str, key: str) -> list[str]:
     others: list[str] = []
     base: Any = None
     settings: list[tuple[list[str], Any]] = []
-    place = 0
+    insert_at = 0
     for name, words_of_it in _options(words):
         if name == option and len(words_of_it) == 2:
-            base, place = _value(*words_of_it), len(others)
+            base, insert_at = _value(*words_of_it), len(others)
         elif name.startswith(f"{option}.") and len(words_of_it) == 2:
             settings.append((name.removeprefix(f"{option}.").split("."), _value(*words_of_it)))
         else:
@@ -121,7 +121,7 @@ def _merge(words: list[str], option: str, key: str) -> list[str]:
             inner[part] = dict(before) if isinstance(before, dict) else {key: before}
             inner = inner[part]
         inner[path[-1]] = value
-    return [*others[:place], option, json.dumps(mapping), *others[place:]]
+    return [*others[:insert_at], option, json.dumps(mapping), *others[insert_at:]]
 
 
 def _value(option: str, text: str) -> Any:

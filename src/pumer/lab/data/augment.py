@@ -81,8 +81,8 @@ class RandAugment:
         given."""
         chosen = torch.randint(len(OPERATIONS), (self.ops,), generator=generator).tolist()
         other_way = (torch.rand(self.ops, generator=generator) > 0.5).tolist()
-        for number, turned in zip(chosen, other_way, strict=True):
-            name = OPERATIONS[number]
+        for operation_index, turned in zip(chosen, other_way, strict=True):
+            name = OPERATIONS[operation_index]
             image = operate(
                 image,
                 name,

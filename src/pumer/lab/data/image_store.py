@@ -148,12 +148,12 @@ class Folder(ImageStore):
                     self._files.setdefault(Path(file).stem, file)
 
     def _folders(self) -> Iterator[Path]:
-        for place in self._places:
-            found = sorted(self.path.glob(place)) if place else [self.path]
-            yield from (folder for folder in found if folder.is_dir())
+        for pattern in self._places:
+            folders = sorted(self.path.glob(pattern)) if pattern else [self.path]
+            yield from (folder for folder in folders if folder.is_dir())
 
     def __str__(self) -> str:
-        below = [place for place in self._places if place]
+        below = [pattern for pattern in self._places if pattern]
         return f"{self.path} ({', '.join(below)})" if below else str(self.path)
 
     def keys(self) -> AbstractSet[str]:

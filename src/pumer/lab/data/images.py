@@ -162,9 +162,11 @@ class Crop:
         image = crop_ends(image)
         shorter = min(image.size)
         width, height = (self.size * side // shorter for side in image.size)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        left_edge, top = round((width - self.size) / 2), round((height - self.size) / 2)
         resized = image.resize((width, height), self.resample)
-        return self._square()(resized.crop((left, top, left + self.size, top + self.size)))
+        return self._square()(
+            resized.crop((left_edge, top, left_edge + self.size, top + self.size))
+        )
 
     def _square(self) -> Square:
         return Square(self.size, self.resample, self.mean, self.std)

@@ -41,7 +41,7 @@ def bytes_of(schema: pa.Schema, path: Path) -> pa.DataType:
         index = column.get_field_index("bytes")
         content = column.field(index).type if index >= 0 else pa.string()
     kinds = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null  # null: of no rows
-    if not any(kind(content) for kind in kinds):
+    if not any(is_type(content) for is_type in kinds):
         raise ValueError(
             f"{path}: the column image is of type {column}; store the images' bytes in it, not "
             "their names."

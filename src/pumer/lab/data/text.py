@@ -70,7 +70,7 @@ class TextTransform:
         """The texts themselves, up to their `max_length`-th token, special ones not counted; raises
         likewise."""
         _check(texts, ids)
-        made = self.tokenizer(
+        encoding = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             truncation=True,
@@ -79,7 +79,7 @@ class TextTransform:
         )
         return [
             text[: places[-1][1]]
-            for text, places in zip(texts, made["offset_mapping"], strict=True)
+            for text, places in zip(texts, encoding["offset_mapping"], strict=True)
         ]
 
 

@@ -54,24 +54,25 @@ def build_transform(settings: dict[str, Any]) -> Transform:
     Raises ValueError for unknown kinds and fields, and for values of a wrong type.
     """
     values = dict(settings)
-    kind = values.pop("kind", None)
-    if kind not in _KINDS:
-        hint = did_you_mean(str(kind), _KINDS)
+    transform_name = values.pop("kind", None)
+    if transform_name not in _KINDS:
+        hint = did_you_mean(str(transform_name), _KINDS)
         raise ValueError(
-            f"an image transform is of kind {' or '.join(_KINDS)}, not {kind!r}.{hint}"
+            f"an image transform is of kind {' or '.join(_KINDS)}, not {transform_name!r}.{hint}"
         )
-    known = [field.name for field in dataclasses.fields(_KINDS[kind])]
-    unknown = sorted(set(values) - set(known))
+    field_names = [field.name for field in dataclasses.fields(_KINDS[transform_name])]
+    unknown = sorted(set(values) - set(field_names))
     if unknown:
-        hint = did_you_mean(unknown[0], known)
+        hint = did_you_mean(unknown[0], field_names)
         raise ValueError(
-            f"{kind} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known)}"
+            f"{transform_name} has no setting {', '.join(unknown)}.{hint} It has "
+            f"{', '.join(field_names)}"
         )
-    missing = [name for name in _REQUIRED if name in known and name not in values]
+    missing = [name for name in _REQUIRED if name in field_names and name not in values]
     if missing:
-        raise ValueError(f"{kind} needs {missing[0]}, in pixels, for example 384")
-    transform: Transform = _KINDS[kind](
-        **check_settings(_KINDS[kind], values, f"image transform {kind}")
+        raise ValueError(f"{transform_name} needs {missing[0]}, in pixels, for example 384")
+    transform: Transform = _KINDS[transform_name](
+        **check_settings(_KINDS[transform_name], values, f"image transform {transform_name}")
     )
     return transform
 
@@ -86,13 +87,13 @@ def save_transform(transform: Transform, directory: str | Path) -> None:
     if isinstance(transform, Stock):
         config = transform.settings
     else:
-        kind = next(name for name, cls in _KINDS.items() if isinstance(transform, cls))
+        transform_name = next(name for name, cls in _KINDS.items() if isinstance(transform, cls))
         config = {
             **_stock_settings(transform),
             "resample": int(transform.resample),
             "image_mean": list(transform.mean),
             "image_std": list(transform.std),
-            _KEY: {"kind": kind, **dataclasses.asdict(transform)},
+            _KEY: {"kind": transform_name, **dataclasses.asdict(transform)},
         }
     Path(directory, _FILE).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -138,15 +139,15 @@ def has_transform(directory: str | Path) -> bool:
 def _image_settings(directory: Path) -> dict[str, Any]:
     """What the image processor's file holds; if ours is not there, first that of a whole processor,
     as transformers has it."""
-    own = read_json(directory / _FILE, _HINT) if (directory / _FILE).is_file() else {}
-    if _KEY in own:
-        return own
+    saved = read_json(directory / _FILE, _HINT) if (directory / _FILE).is_file() else {}
+    if _KEY in saved:
+        return saved
     if (path := directory / "processor_config.json").is_file():
         nested = read_json(path, _HINT).get("image_processor")
         if isinstance(nested, dict):
             return nested
-    if not own:
+    if not saved:
         raise ValueError(
             f"{directory} has no {_FILE}, which says how the model takes its images: {_HINT}"
         )
-    return own
+    return saved

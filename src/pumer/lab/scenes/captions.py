@@ -80,19 +80,19 @@ class SceneCaption:
 
 def describe(view: View, dice: random.Random, number: int = 5) -> list[SceneCaption]:
     """`number` different captions of a picture."""
-    found: dict[str, SceneCaption] = {}
-    while len(found) < number:
+    captions: dict[str, SceneCaption] = {}
+    while len(captions) < number:
         caption = _describe(view, dice)
-        found.setdefault(caption.text, caption)
-    return list(found.values())
+        captions.setdefault(caption.text, caption)
+    return list(captions.values())
 
 
 def mistake(caption: SceneCaption, view: View, dice: random.Random) -> SceneCaption:
     """The caption with one thing changed, so that it does not fit the picture any more."""
     while True:
         facts = list(caption.facts)
-        place = int(dice.random() * len(facts))
-        facts[place] = _change(facts[place], dice)
+        fact_index = int(dice.random() * len(facts))
+        facts[fact_index] = _change(facts[fact_index], dice)
         changed = replace(caption, facts=tuple(facts))
         if not changed.fits(view):
             return changed
@@ -115,7 +115,7 @@ def _change(fact: Fact, dice: random.Random) -> Fact:
 def _other_trait(description: Description, dice: random.Random) -> Description:
     """The description with one of its traits changed."""
     changed = list(description)
-    trait = pick(dice, [place for place, value in enumerate(description) if value >= 0])
+    trait = pick(dice, [trait_index for trait_index, value in enumerate(description) if value >= 0])
     values = len((SIZES, COLOURS, SHAPES)[trait])
     changed[trait] = (changed[trait] + 1 + int(dice.random() * (values - 1))) % values
     size, colour, shape = changed
@@ -123,13 +123,17 @@ def _other_trait(description: Description, dice: random.Random) -> Description:
 
 
 def _describe(view: View, dice: random.Random) -> SceneCaption:
-    kind = list(KINDS)[weighted(dice, list(KINDS.values()))]
+    caption_kind = list(KINDS)[weighted(dice, list(KINDS.values()))]
     order = list(view.present)
-    for place in range(len(order) - 1, 0, -1):  # shuffled by `random()` alone
-        other = int(dice.random() * (place + 1))
-        order[place], order[other] = order[other], order[place]
-    facts = _halves(view, dice, order) if kind == "halves" else _related(view, dice, order, kind)
-    return SceneCaption(kind, tuple(facts), pick(dice, _OPENINGS))
+    for position in range(len(order) - 1, 0, -1):  # shuffled by `random()` alone
+        other = int(dice.random() * (position + 1))
+        order[position], order[other] = order[other], order[position]
+    facts = (
+        _halves(view, dice, order)
+        if caption_kind == "halves"
+        else _related(view, dice, order, caption_kind)
+    )
+    return SceneCaption(caption_kind, tuple(facts), pick(dice, _OPENINGS))
 
 
 def _halves(view: View, dice: random.Random, order: Sequence[int]) -> list[Fact]:
@@ -141,11 +145,13 @@ def _halves(view: View, dice: random.Random, order: Sequence[int]) -> list[Fact]
     return facts
 
 
-def _related(view: View, dice: random.Random, order: Sequence[int], kind: str) -> list[Fact]:
+def _related(
+    view: View, dice: random.Random, order: Sequence[int], caption_kind: str
+) -> list[Fact]:
     """One object beside another and, but for the kind "pair", something else before or after."""
     what, other = order[:2]
     ways = [way for way in WAYS if view.towards[way][what] - view.towards[way][other] >= APART]
-    said = "zcs" if kind == "pair" else pick(dice, ("zcs", "cs"))
+    said = "zcs" if caption_kind == "pair" else pick(dice, ("zcs", "cs"))
     if ways:
         facts = [
             Fact(view.describe(what, "zcs"), way=pick(dice, ways), other=view.describe(other, said))
@@ -153,9 +159,9 @@ def _related(view: View, dice: random.Random, order: Sequence[int], kind: str) -
     else:
         facts = [Fact(view.describe(k, "zcs")) for k in (what, other)]
     more = None
-    if kind == "three" and len(order) > 2:
+    if caption_kind == "three" and len(order) > 2:
         more = Fact(view.describe(order[2], pick(dice, ("zcs", "cs"))))
-    elif kind == "number":
+    elif caption_kind == "number":
         several = [
             d
             for d, places in view.fits.items()

@@ -281,8 +281,8 @@ def _draw(seed: int, index_B: Tensor, image_size: int) -> tuple[Tensor, ...]:
     stamp = ((shape * len(_RADII) + radius) * len(_ANGLES) + angle) * len(TEXTURES) + texture
     value = _lay(stamp, x, y, present, image_size)
     owner = (value >> 7).to(torch.int8)
-    seen = torch.stack([(owner == k).sum((1, 2)) for k in range(MAX_OBJECTS)], 1)
-    hidden = present & (seen < _MIN_VISIBLE * _atlas(image_size, index_B.device)[1][stamp])
+    num_visible = torch.stack([(owner == k).sum((1, 2)) for k in range(MAX_OBJECTS)], 1)
+    hidden = present & (num_visible < _MIN_VISIBLE * _atlas(image_size, index_B.device)[1][stamp])
     redo = hidden.any(1).nonzero()[:, 0]  # once is enough: taking objects away only uncovers others
     if len(redo):
         present = present & ~hidden

@@ -103,9 +103,9 @@ def _write(
         scenes = draw(seed, index, image_size=image_size)
         for image_id, image in zip(index, scenes.images, strict=True):
             save(image, folder / split / f"COCO_{split}_{image_id:012d}.png")
-        for place, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):
+        for position, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):
             image_id = index[question.picture]
-            ids = {"image_id": image_id, "question_id": image_id * 1000 + place % per_picture}
+            ids = {"image_id": image_id, "question_id": image_id * 1000 + position % per_picture}
             questions.append({**ids, "question": question.question})
             annotations.append({**ids, **_annotation(question)})
     head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
@@ -123,10 +123,10 @@ def _annotation(question: SceneQuestion) -> dict[str, object]:
     """What the annotations file says of a question, but for its ids."""
     answer = question.answer
     answer_type = "number" if answer.isdigit() else _ANSWER_TYPES.get(answer, "other")
-    one = {"answer": answer, "answer_confidence": "yes"}
+    answer_row = {"answer": answer, "answer_confidence": "yes"}
     return {
         "question_type": " ".join(question.question.split()[:2]),
         "answer_type": answer_type,
         "multiple_choice_answer": answer,
-        "answers": [{**one, "answer_id": i} for i in range(1, 11)],
+        "answers": [{**answer_row, "answer_id": i} for i in range(1, 11)],
     }

@@ -69,7 +69,7 @@ def suppose(
         one_way,
         3 - one_way,
     ):  # the two ways to give each picture and each hypothesis all labels
-        found = []
+        hypotheses = []
         for first in range(3):
             order = (
                 first,
@@ -79,13 +79,13 @@ def suppose(
             said = _suppose([seen[picture] for picture in order], dice, kinds)
             if said is None:
                 break
-            found.append(
+            hypotheses.append(
                 SceneHypothesis(
                     said[1], tuple(order.index(picture) for picture in range(3)), said[0]
                 )
             )
         else:
-            return tuple(found)
+            return tuple(hypotheses)
     return None
 
 
@@ -94,14 +94,14 @@ def _suppose(
 ) -> tuple[str, str] | None:
     """Kind and sentence for a picture that contradicts, one that leaves open and one that
     entails."""
-    left = dict(kinds)
-    while left:
-        kind = list(left)[weighted(dice, list(left.values()))]
-        cases = list(_CASES[kind](*order))
+    untried = dict(kinds)
+    while untried:
+        case_kind = list(untried)[weighted(dice, list(untried.values()))]
+        cases = list(_CASES[case_kind](*order))
         if cases:
             wording, parts = pick(dice, cases)
-            return kind, pick(dice, _WORDINGS[wording]).format(**parts)
-        del left[kind]
+            return case_kind, pick(dice, _WORDINGS[wording]).format(**parts)
+        del untried[case_kind]
     return None
 
 
@@ -134,28 +134,28 @@ def _subjects(no: View, yes: View, levels: Sequence[str]) -> Iterator[tuple[Desc
             yield description, no.fits[description][0], places[0]
 
 
-def _trait(kind: str) -> Callable[[View, View, View], Iterator[_Case]]:
+def _trait(trait: str) -> Callable[[View, View, View], Iterator[_Case]]:
     def cases(no: View, open_: View, yes: View) -> Iterator[_Case]:
-        for description, _, _ in _subjects(no, yes, _LEVELS[kind]):
-            value = yes.values(description, kind)
-            if value != no.values(description, kind) and not open_.count(description):
-                yield kind, {"the": "the " + words(description), "value": _TRAITS[kind][value[0]]}
+        for description, _, _ in _subjects(no, yes, _LEVELS[trait]):
+            value = yes.values(description, trait)
+            if value != no.values(description, trait) and not open_.count(description):
+                yield trait, {"the": "the " + words(description), "value": _TRAITS[trait][value[0]]}
 
     return cases
 
 
 def _counted(no: View, open_: View, yes: View) -> Iterator[_Case]:
     for description, places in yes.fits.items():
-        number = len(places)
+        count = len(places)
         if (
-            not 2 <= number < len(NUMBERS)
-            or no.count(description) != number
-            or open_.count(description) == number
+            not 2 <= count < len(NUMBERS)
+            or no.count(description) != count
+            or open_.count(description) == count
         ):
             continue
         if level(description) not in _LEVELS["count"]:
             continue
-        the = f"the {NUMBERS[number]} {many(description)}"
+        the = f"the {NUMBERS[count]} {many(description)}"
         for trait, values in (("colour", COLOURS), ("size", SIZES)):
             if trait == "colour" and description[1] >= 0:
                 continue
@@ -181,12 +181,15 @@ def _relation(no: View, open_: View, yes: View) -> Iterator[_Case]:
             if open_.count(what) and open_.count(other):
                 continue
             for way in WAYS:
-                wrong, right = no.towards[way], yes.towards[way]
-                if wrong[c] - wrong[a] >= APART and right[b] - right[d] >= APART:
+                false_offsets, true_offsets = no.towards[way], yes.towards[way]
+                if (
+                    false_offsets[c] - false_offsets[a] >= APART
+                    and true_offsets[b] - true_offsets[d] >= APART
+                ):
                     yield way, {"the": "the " + words(what), "other": "the " + words(other)}
 
 
 _CASES: dict[str, Callable[[View, View, View], Iterator[_Case]]] = {
-    **{kind: _trait(kind) for kind in _TRAITS}, "count": _counted, "position": _position,
+    **{trait: _trait(trait) for trait in _TRAITS}, "count": _counted, "position": _position,
     "relation": _relation
 }  # fmt: skip

@@ -79,11 +79,11 @@ class SceneTask(Task):
         kinds: dict[str, list[float]] = {}
         for score, example in zip(scores, examples, strict=True):
             kinds.setdefault(example.meta["kind"], []).append(score)
-        found = {
-            kind: round(100 * sum(values) / len(values), 2)
-            for kind, values in sorted(kinds.items())
+        accuracies = {
+            name: round(100 * sum(values) / len(values), 2)
+            for name, values in sorted(kinds.items())
         }
-        return self.official.details(scores, examples) | found
+        return self.official.details(scores, examples) | accuracies
 
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
@@ -121,16 +121,16 @@ class ScenesNLVR2(SceneTask):
         )
         images = _images(scenes)
         examples = []
-        for number, pair in wanted:
-            rows, statement = sets[number].rows, sets[number].said
+        for set_index, pair in wanted:
+            rows, statement = sets[set_index].rows, sets[set_index].said
             examples.append(
                 Example(
-                    id=f"{split}-{number}-{pair}-0",
+                    id=f"{split}-{set_index}-{pair}-0",
                     text=statement.sentence,
-                    images=tuple(images[rows[place]] for place in PAIRS[pair]),
+                    images=tuple(images[rows[position]] for position in PAIRS[pair]),
                     target=int(statement.labels[pair]),
-                    cluster=number,
-                    meta={"kind": statement.kind, "group": (split, number)},
+                    cluster=set_index,
+                    meta={"kind": statement.kind, "group": (split, set_index)},
                 )
             )
         return examples
@@ -161,16 +161,16 @@ class ScenesVE(SceneTask):
         )
         images = _images(scenes)
         examples = []
-        for number, place in wanted:
-            picture, hypothesis = place // 3, sets[number].said[place % 3]
+        for set_index, position in wanted:
+            picture, hypothesis = position // 3, sets[set_index].said[position % 3]
             label = hypothesis.labels[picture]
             examples.append(
                 Example(
-                    id=f"{3 * number + picture}.jpg#0r1{self.labels[label][0]}",
+                    id=f"{3 * set_index + picture}.jpg#0r1{self.labels[label][0]}",
                     text=hypothesis.sentence,
-                    images=(images[sets[number].rows[picture]],),
+                    images=(images[sets[set_index].rows[picture]],),
                     target=label,
-                    cluster=number,
+                    cluster=set_index,
                     meta={"kind": hypothesis.kind},
                 )
             )
@@ -214,17 +214,17 @@ class ScenesRetrieval(SceneTask):
         for index, view, image in zip(indices, views(scenes), _images(scenes), strict=True):
             dice = dice_of(seed, index)
             caption = pick(dice, describe(view, dice))
-            wrong: dict[str, None] = {}
+            negatives: dict[str, None] = {}
             lender = 0
-            while len(wrong) < self.negatives:
-                if len(wrong) % 2:
+            while len(negatives) < self.negatives:
+                if len(negatives) % 2:
                     lender += 1
                     other = describe(others[index ^ (lender % (_OTHERS - 1) + 1)], dice, 1)[0]
                     if other.fits(view):
                         continue
                 else:
                     other = mistake(caption, view, dice)
-                wrong[other.text] = None
+                negatives[other.text] = None
             examples.append(
                 Example(
                     id=index,
@@ -233,7 +233,7 @@ class ScenesRetrieval(SceneTask):
                     target=0,
                     cluster=index,
                     meta={"kind": caption.kind},
-                    negatives=tuple(wrong),
+                    negatives=tuple(negatives),
                 )
             )
         return examples
@@ -245,8 +245,8 @@ class ScenesRetrieval(SceneTask):
         scenes = draw(seed, numbers, image_size=self.image_size)
         captions = [
             caption.text
-            for number, view in zip(numbers, views(scenes), strict=True)
-            for caption in describe(view, dice_of(seed, number), each)
+            for scene_index, view in zip(numbers, views(scenes), strict=True)
+            for caption in describe(view, dice_of(seed, scene_index), each)
         ]
         return Pool(
             images=_images(scenes),

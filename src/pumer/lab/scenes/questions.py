@@ -107,16 +107,18 @@ def ask(
             "draw."
         )
     questions = []
-    for picture, (number, view) in enumerate(zip(numbers, views(scenes), strict=True)):
+    for picture, (scene_index, view) in enumerate(zip(numbers, views(scenes), strict=True)):
         had: set[str] = set()
         for j in range(per_picture):
-            dice = dice_of(seed, number, j)
+            dice = dice_of(seed, scene_index, j)
             for _ in range(_TRIES):
-                kind, question, answer, referents = _ask(view, dice, kinds)
+                question_kind, question, answer, referents = _ask(view, dice, kinds)
                 if question not in had:
                     break
             had.add(question)
-            questions.append(SceneQuestion(picture, question, answer, kind, tuple(referents)))
+            questions.append(
+                SceneQuestion(picture, question, answer, question_kind, tuple(referents))
+            )
     return questions
 
 
@@ -155,12 +157,12 @@ def _ask(
     kind."""
     kinds = dict(weights)
     while kinds:
-        kind = list(kinds)[weighted(dice, list(kinds.values()))]
-        asked = _ASKERS[kind](view, dice)
+        question_kind = list(kinds)[weighted(dice, list(kinds.values()))]
+        asked = _ASKERS[question_kind](view, dice)
         if asked:
             question, answer, referents = asked
-            return kind, question, answer, referents
-        del kinds[kind]
+            return question_kind, question, answer, referents
+        del kinds[question_kind]
     return "existence", *_existence(view, dice)  # always possible
 
 
@@ -196,7 +198,7 @@ def _existence(view: View, dice: random.Random) -> _Asked:
 def _trait(
     view: View,
     dice: random.Random,
-    kind: str,
+    trait: str,
     column: int,
     values: Sequence[str],
     *levels: Sequence[str],
@@ -211,7 +213,7 @@ def _trait(
     if not named:
         return None
     k, names = pick(dice, named[pick(dice, sorted(named))])
-    question = _word(dice, kind, the="the " + words(pick(dice, names)))
+    question = _word(dice, trait, the="the " + words(pick(dice, names)))
     return question, values[view.traits[k][column]], (k,)
 
 
@@ -244,7 +246,8 @@ def _count(view: View, dice: random.Random) -> _Asked:
             if count <= MAX_COUNT:
                 by_count[count].setdefault(form, []).append(description)
     weights = [
-        weight if found else 0.0 for weight, found in zip(_COUNT_WEIGHTS, by_count, strict=True)
+        weight if candidates else 0.0
+        for weight, candidates in zip(_COUNT_WEIGHTS, by_count, strict=True)
     ]
     count = weighted(dice, weights)
     description = pick(dice, by_count[count][pick(dice, list(by_count[count]))])

@@ -53,39 +53,47 @@ def write_nlvr2(
             lines: list[dict[str, Any]] = []
             for numbers in batches(sets, split, progress):
                 scenes, said = draw_sets(seed, numbers, 4, state, image_size=image_size)
-                for number in numbers:
-                    lines += _nlvr2_set(folder, split, number, seed, scenes, said[number])
+                for set_index in numbers:
+                    lines += _nlvr2_set(folder, split, set_index, seed, scenes, said[set_index])
             _write_lines(folder / f"{split}.json", lines)
     return Path(out)
 
 
 def _nlvr2_set(
-    folder: Path, split: str, number: int, seed: int, scenes: Scenes, made: SceneSet[SceneStatement]
+    folder: Path,
+    split: str,
+    set_index: int,
+    seed: int,
+    scenes: Scenes,
+    scene_set: SceneSet[SceneStatement],
 ) -> Iterator[dict[str, Any]]:
-    directory = number // _PER_DIRECTORY
-    place = folder / "images" / "train" / str(directory) if split == "train" else folder / split
-    place.mkdir(parents=True, exist_ok=True)
-    for pair, (sides, label) in enumerate(zip(PAIRS, made.said.labels, strict=True)):
+    directory = set_index // _PER_DIRECTORY
+    image_folder = (
+        folder / "images" / "train" / str(directory) if split == "train" else folder / split
+    )
+    image_folder.mkdir(parents=True, exist_ok=True)
+    for pair, (sides, label) in enumerate(zip(PAIRS, scene_set.said.labels, strict=True)):
         for side, picture in enumerate(sides):
             save(
-                scenes.images[made.rows[picture]], place / f"{split}-{number}-{pair}-img{side}.png"
+                scenes.images[scene_set.rows[picture]],
+                image_folder / f"{split}-{set_index}-{pair}-img{side}.png",
             )
-        left, right = (f"scenes:{seed}/{number}/{picture}" for picture in sides)
+        left_url, right_url = (f"scenes:{seed}/{set_index}/{picture}" for picture in sides)
         extra = (
             {"directory": directory}
             if split == "train"
             else {"extra_validations": {"1": str(label)}}
         )
         yield {
-            "identifier": f"{split}-{number}-{pair}-0",
-            "sentence": made.said.sentence,
+            "identifier": f"{split}-{set_index}-{pair}-0",
+            "sentence": scene_set.said.sentence,
             "label": str(label),
-            "left_url": left,
-            "right_url": right,
+            "left_url": left_url,
+            "right_url": right_url,
             "writer": "0",
             "validation": {"0": str(label)},
-            "synset": made.said.kind,
-            "query": f"{made.said.kind}{number}",
+            "synset": scene_set.said.kind,
+            "query": f"{scene_set.said.kind}{set_index}",
             **extra,
         }
 
@@ -108,24 +116,24 @@ def write_snli_ve(
             lines: list[dict[str, Any]] = []
             for numbers in batches(sets, split, progress):
                 scenes, said = draw_sets(seed, numbers, 3, suppose, image_size=image_size)
-                seen = views(scenes)
-                for number in numbers:
-                    for place, row in enumerate(said[number].rows):
-                        picture = 3 * number + place
+                scene_views = views(scenes)
+                for set_index in numbers:
+                    for position, row in enumerate(said[set_index].rows):
+                        picture = 3 * set_index + position
                         save(scenes.images[row], folder / "flickr30k_images" / f"{picture}.png")
                         lines += _snli_ve_picture(
-                            picture, place, seen[row], seed, said[number].said
+                            picture, position, scene_views[row], seed, said[set_index].said
                         )
             _write_lines(folder / f"snli_ve_{split}.jsonl", lines)
     return Path(out)
 
 
 def _snli_ve_picture(
-    picture: int, place: int, view: View, seed: int, hypotheses: tuple[SceneHypothesis, ...]
+    picture: int, position: int, view: View, seed: int, hypotheses: tuple[SceneHypothesis, ...]
 ) -> Iterator[dict[str, Any]]:
     caption = describe(view, dice_of(seed, picture), 1)[0].text
     for hypothesis in hypotheses:
-        label = LABELS[hypothesis.labels[place]]
+        label = LABELS[hypothesis.labels[position]]
         line: dict[str, Any] = {
             "Flickr30K_ID": str(picture),
             "annotator_labels": [label],
@@ -160,13 +168,15 @@ def write_karpathy(
         for split, pictures in _numbers(dataset, splits, 1):
             for numbers in batches(pictures, split, progress):
                 scenes = draw(seed, numbers, image_size=image_size)
-                for number, image, view in zip(numbers, scenes.images, views(scenes), strict=True):
-                    many = 6 if dataset == "coco" and number % _SIX == 0 else 5
+                for image_id, image, view in zip(
+                    numbers, scenes.images, views(scenes), strict=True
+                ):
+                    many = 6 if dataset == "coco" and image_id % _SIX == 0 else 5
                     captions = [
-                        caption.text for caption in describe(view, dice_of(seed, number), many)
+                        caption.text for caption in describe(view, dice_of(seed, image_id), many)
                     ]
                     first = images[-1]["sentids"][-1] + 1 if images else 0
-                    images.append(_karpathy_image(number, split, dataset, captions, first))
+                    images.append(_karpathy_image(image_id, split, dataset, captions, first))
                     path = (
                         folder
                         / images[-1].get("filepath", "flickr30k_images")
@@ -181,16 +191,16 @@ def write_karpathy(
 
 
 def _karpathy_image(
-    number: int, split: str, dataset: str, captions: list[str], first: int
+    image_id: int, split: str, dataset: str, captions: list[str], first: int
 ) -> dict[str, Any]:
     """The entry of an image whose captions are numbered from `first`."""
     entry: dict[str, Any] = {
         "split": split,
-        "imgid": number,
-        "filename": f"{number}.png",
+        "imgid": image_id,
+        "filename": f"{image_id}.png",
         "sentids": list(range(first, first + len(captions))),
         "sentences": [
-            {"tokens": re.findall(r"\w+", text), "raw": text, "imgid": number, "sentid": sentid}
+            {"tokens": re.findall(r"\w+", text), "raw": text, "imgid": image_id, "sentid": sentid}
             for sentid, text in enumerate(captions, first)
         ],
     }
@@ -198,8 +208,8 @@ def _karpathy_image(
         folder = "train2014" if split == "train" else "val2014"
         entry |= {
             "filepath": folder,
-            "cocoid": number,
-            "filename": f"COCO_{folder}_{number:012d}.png",
+            "cocoid": image_id,
+            "filename": f"COCO_{folder}_{image_id:012d}.png",
         }
     return entry
 

@@ -40,17 +40,24 @@ def draw_sets(
     missing = list(dict.fromkeys(index))
     for attempt in range(_ATTEMPTS):
         pictures = [
-            (number * _ATTEMPTS + attempt) * size + k for number in missing for k in range(size)
+            (set_index * _ATTEMPTS + attempt) * size + k
+            for set_index in missing
+            for k in range(size)
         ]
         scenes = draw(seed, pictures, image_size=image_size)
-        seen = views(scenes)
-        for place, number in enumerate(missing):
-            said = say(seen[place * size : (place + 1) * size], dice_of(seed, number, attempt))
+        scene_views = views(scenes)
+        for position, set_index in enumerate(missing):
+            said = say(
+                scene_views[position * size : (position + 1) * size],
+                dice_of(seed, set_index, attempt),
+            )
             if said is not None:
-                sets[number] = SceneSet(range(done + place * size, done + (place + 1) * size), said)
+                sets[set_index] = SceneSet(
+                    range(done + position * size, done + (position + 1) * size), said
+                )
         batches.append(scenes)
         done += len(pictures)
-        missing = [number for number in missing if number not in sets]
+        missing = [set_index for set_index in missing if set_index not in sets]
         if not missing:
             break
     assert not missing, "nothing can be said of any picture"

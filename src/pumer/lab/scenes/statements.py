@@ -55,18 +55,18 @@ def state(
     Of another kind where the pictures allow none of that kind, and None where they allow none at
     all.
     """
-    left = dict(kinds)
-    while left:
-        kind = list(left)[weighted(dice, list(left.values()))]
-        forms = dict(_FORMS[kind])
+    untried = dict(kinds)
+    while untried:
+        statement_kind = list(untried)[weighted(dice, list(untried.values()))]
+        forms = dict(_FORMS[statement_kind])
         while forms:
             form = list(forms)[weighted(dice, list(forms.values()))]
             for _ in range(_TRIES):
-                said = _say(kind, form, seen, dice)
+                said = _say(statement_kind, form, seen, dice)
                 if said and sum(said[1]) == 2 and (form not in _EVEN or said[1][0] == said[1][1]):
-                    return SceneStatement(said[0], tuple(said[1]), kind)
+                    return SceneStatement(said[0], tuple(said[1]), statement_kind)
             del forms[form]
-        del left[kind]
+        del untried[statement_kind]
     return None
 
 
@@ -96,7 +96,7 @@ _FORMS = {
     "existence": _QUANTIFIERS,
     "count": {**_QUANTIFIERS, "sum": 1.0},
     "comparison": {"more left": 0.3, "more right": 0.3, "equal": 0.4},
-    **{kind: {**_QUANTIFIERS, "same": 0.5} for kind in ("colour", "shape", "size")},
+    **{trait: {**_QUANTIFIERS, "same": 0.5} for trait in ("colour", "shape", "size")},
     "position": _QUANTIFIERS,
     "relation": _QUANTIFIERS,
 }
@@ -105,52 +105,59 @@ _SPELLED = {"colour": "color", "shape": "shape", "size": "size"}
 _EVEN = {"one", "sum", "equal", "same"}
 """Forms that a single picture need not tell anything about."""
 _RULES: dict[str, Callable[[int, int], bool]] = {
-    "both": lambda left, right: bool(left and right),
-    "one": lambda left, right: left != right,
-    "left": lambda left, right: bool(left and not right),
-    "right": lambda left, right: bool(right and not left),
-    "any": lambda left, right: bool(left or right),
-    "none": lambda left, right: not (left or right),
-    "more left": lambda left, right: left > right,
-    "more right": lambda left, right: left < right,
-    "equal": lambda left, right: left == right,
+    "both": lambda on_left, on_right: bool(on_left and on_right),
+    "one": lambda on_left, on_right: on_left != on_right,
+    "left": lambda on_left, on_right: bool(on_left and not on_right),
+    "right": lambda on_left, on_right: bool(on_right and not on_left),
+    "any": lambda on_left, on_right: bool(on_left or on_right),
+    "none": lambda on_left, on_right: not (on_left or on_right),
+    "more left": lambda on_left, on_right: on_left > on_right,
+    "more right": lambda on_left, on_right: on_left < on_right,
+    "equal": lambda on_left, on_right: on_left == on_right,
 }
 
 _Said = tuple[str, list[bool]]  # the sentence and its labels
 
 
-def _say(kind: str, form: str, seen: Sequence[View], dice: random.Random) -> _Said | None:
+def _say(
+    statement_kind: str, form: str, scene_views: Sequence[View], dice: random.Random
+) -> _Said | None:
     """Fill in a form at random; None where the pictures make no clear case of it."""
     wording = pick(dice, _WORDINGS[form])
     if form == "same":
-        return _same(kind, wording, seen, dice)
+        return _same(statement_kind, wording, scene_views, dice)
     if form == "sum":
-        return _sum(wording, seen, dice)
-    found = _CLAUSES[kind](seen, dice)
-    if found is None or (form == "equal" and 0 in found[1]):
+        return _sum(wording, scene_views, dice)
+    clause = _CLAUSES[statement_kind](scene_views, dice)
+    if clause is None or (form == "equal" and 0 in clause[1]):
         return None
     rule = _RULES[form]
-    return wording.format(x=found[0]), [
-        rule(found[1][left], found[1][right]) for left, right in PAIRS
+    return wording.format(x=clause[0]), [
+        rule(clause[1][first], clause[1][second]) for first, second in PAIRS
     ]
 
 
-def _sum(wording: str, seen: Sequence[View], dice: random.Random) -> _Said | None:
-    description = _some(seen, dice, ("c", "s", "s", "zs"))
-    sums = [seen[left].count(description) + seen[right].count(description) for left, right in PAIRS]
-    number = pick(dice, sums)
-    if not 2 <= number < len(NUMBERS):
+def _sum(wording: str, scene_views: Sequence[View], dice: random.Random) -> _Said | None:
+    description = _some(scene_views, dice, ("c", "s", "s", "zs"))
+    sums = [
+        scene_views[first].count(description) + scene_views[second].count(description)
+        for first, second in PAIRS
+    ]
+    total = pick(dice, sums)
+    if not 2 <= total < len(NUMBERS):
         return None
-    return wording.format(x=counted(number, description)), [found == number for found in sums]
+    return wording.format(x=counted(total, description)), [pair_sum == total for pair_sum in sums]
 
 
-def _same(kind: str, wording: str, seen: Sequence[View], dice: random.Random) -> _Said | None:
-    description = _some(seen, dice, _OWNERS[kind])
-    values = [set(view.values(description, kind)) for view in seen]
+def _same(
+    trait: str, wording: str, scene_views: Sequence[View], dice: random.Random
+) -> _Said | None:
+    description = _some(scene_views, dice, _OWNERS[trait])
+    values = [set(view.values(description, trait)) for view in scene_views]
     if not all(values):  # else it would be enough to see whether there is one
         return None
-    labels = [bool(values[left] & values[right]) for left, right in PAIRS]
-    return wording.format(x=one(description), trait=_SPELLED[kind]), labels
+    labels = [bool(values[first] & values[second]) for first, second in PAIRS]
+    return wording.format(x=one(description), trait=_SPELLED[trait]), labels
 
 
 # Clauses: what can be true of one picture, with its truth in each, or counted in it
@@ -158,60 +165,60 @@ def _same(kind: str, wording: str, seen: Sequence[View], dice: random.Random) ->
 _Found = tuple[str, Sequence[int]]
 
 
-def _some(seen: Sequence[View], dice: random.Random, levels: Sequence[str]) -> Description:
+def _some(scene_views: Sequence[View], dice: random.Random, levels: Sequence[str]) -> Description:
     """A description of some object of some picture."""
-    view = pick(dice, seen)
+    view = pick(dice, scene_views)
     return view.describe(pick(dice, view.present), pick(dice, levels))
 
 
-def _existence(seen: Sequence[View], dice: random.Random) -> _Found:
-    description = _some(seen, dice, ("c", "s", "cs", "cs", "zc", "zs", "zcs"))
-    return one(description), [view.count(description) > 0 for view in seen]
+def _existence(scene_views: Sequence[View], dice: random.Random) -> _Found:
+    description = _some(scene_views, dice, ("c", "s", "cs", "cs", "zc", "zs", "zcs"))
+    return one(description), [view.count(description) > 0 for view in scene_views]
 
 
-def _count(seen: Sequence[View], dice: random.Random) -> _Found | None:
-    description = _some(seen, dice, ("c", "s", "s", "zs"))
-    counts = [view.count(description) for view in seen]
-    number, exactly = pick(dice, counts), dice.random() < 0.5
-    if not 1 <= number < len(NUMBERS) or (number == 1 and not exactly):
+def _count(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+    description = _some(scene_views, dice, ("c", "s", "s", "zs"))
+    counts = [view.count(description) for view in scene_views]
+    threshold, exactly = pick(dice, counts), dice.random() < 0.5
+    if not 1 <= threshold < len(NUMBERS) or (threshold == 1 and not exactly):
         return None
-    words = ("exactly " if exactly else "at least ") + counted(number, description)
-    return words, [found == number or (found > number and not exactly) for found in counts]
+    words = ("exactly " if exactly else "at least ") + counted(threshold, description)
+    return words, [count == threshold or (count > threshold and not exactly) for count in counts]
 
 
-def _numbers(seen: Sequence[View], dice: random.Random) -> _Found:
-    description = _some(seen, dice, ("c", "s", "s", "zs"))
-    return many(description), [view.count(description) for view in seen]
+def _numbers(scene_views: Sequence[View], dice: random.Random) -> _Found:
+    description = _some(scene_views, dice, ("c", "s", "s", "zs"))
+    return many(description), [view.count(description) for view in scene_views]
 
 
-def _alike(kind: str, seen: Sequence[View], dice: random.Random) -> _Found:
-    description, alike = _some(seen, dice, _OWNERS[kind]), dice.random() < 0.5
-    values = [view.values(description, kind) for view in seen]
-    truth = [len(set(found)) < len(found) if alike else len(set(found)) > 1 for found in values]
+def _alike(trait: str, scene_views: Sequence[View], dice: random.Random) -> _Found:
+    description, alike = _some(scene_views, dice, _OWNERS[trait]), dice.random() < 0.5
+    values = [view.values(description, trait) for view in scene_views]
+    truth = [len(set(traits)) < len(traits) if alike else len(set(traits)) > 1 for traits in values]
     return (
         f"two {many(description)} of {'the same' if alike else 'different'} "
-        f"{_SPELLED[kind]}{'s' * (not alike)}",
+        f"{_SPELLED[trait]}{'s' * (not alike)}",
         truth,
     )
 
 
-def _clear(found: Sequence[float], margin: float, below: float) -> bool | None:
+def _clear(values: Sequence[float], margin: float, below: float) -> bool | None:
     """Whether any of the values is at least `margin`; None where none is, but one is over
     `below`."""
-    most = max(found, default=-1.0)
+    most = max(values, default=-1.0)
     return True if most >= margin else None if most > below else False
 
 
 def _if_clear(words: str, truth: Sequence[bool | None]) -> _Found | None:
-    known = [value for value in truth if value is not None]
-    return (words, known) if len(known) == len(truth) else None
+    decided = [value for value in truth if value is not None]
+    return (words, decided) if len(decided) == len(truth) else None
 
 
-def _position(seen: Sequence[View], dice: random.Random) -> _Found | None:
-    description, way = _some(seen, dice, ("c", "s", "cs", "zs")), pick(dice, WAYS)
+def _position(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+    description, way = _some(scene_views, dice, ("c", "s", "cs", "zs")), pick(dice, WAYS)
     truth = [
         _clear([view.towards[way][k] for k in view.fits.get(description, ())], MIDDLE, -MIDDLE)
-        for view in seen
+        for view in scene_views
     ]
     return _if_clear(f"{one(description)} in the {HALVES[way]} half", truth)
 
@@ -220,15 +227,15 @@ _BESIDE = {"left": ("left of", "to the left of"), "right": ("right of", "to the 
            "above": ("above",), "below": ("below",)}  # fmt: skip
 
 
-def _relation(seen: Sequence[View], dice: random.Random) -> _Found | None:
-    view = pick(dice, seen)
+def _relation(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+    view = pick(dice, scene_views)
     levels = ("s", "cs", "cs", "c")
     what, other = (view.describe(pick(dice, view.present), pick(dice, levels)) for _ in range(2))
     if what == other:
         return None
     way = pick(dice, WAYS)
     truth = []
-    for view in seen:
+    for view in scene_views:
         at = view.towards[way]
         gaps = [
             at[a] - at[b]
@@ -243,5 +250,5 @@ def _relation(seen: Sequence[View], dice: random.Random) -> _Found | None:
 _CLAUSES: dict[str, Callable[[Sequence[View], random.Random], _Found | None]] = {
     "existence": _existence, "count": _count, "comparison": _numbers, "position": _position,
     "relation": _relation,
-    **{kind: functools.partial(_alike, kind) for kind in _OWNERS},
+    **{trait: functools.partial(_alike, trait) for trait in _OWNERS},
 }  # fmt: skip

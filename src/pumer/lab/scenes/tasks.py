@@ -70,7 +70,7 @@ class Scenes(Task):
         pictures = sorted({index // each for index in indices})
         scenes = draw(seed, pictures, image_size=self.image_size)
         questions = ask(scenes, seed, pictures, per_picture=each, kinds=self.kinds or KINDS)
-        row = {picture: number for number, picture in enumerate(pictures)}
+        row = {picture: index for index, picture in enumerate(pictures)}
         chosen = [questions[row[index // each] * each + index % each] for index in indices]
         size = self.patch_size
         labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
@@ -93,12 +93,12 @@ class Scenes(Task):
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """Accuracy per kind of question, in percent."""
-        kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        kinds: dict[str, list[float]] = {name: [] for name in KINDS}
         for score, example in zip(scores, examples, strict=True):
             kinds[example.meta["kind"]].append(score)
         return {
-            kind: round(100 * sum(values) / len(values), 2)
-            for kind, values in kinds.items()
+            name: round(100 * sum(values) / len(values), 2)
+            for name, values in kinds.items()
             if values
         }
 
@@ -155,9 +155,9 @@ def dense_labels(
     pairs = torch.tensor([q.referents if q.referents else (0, 0) for q in compared])
     sides = []
     for centre in (scenes.x[rows], scenes.y[rows]):
-        one, other = centre.gather(1, pairs).unbind(1)
-        sides.append(first * torch.where(other < one, 1, 2)[:, None])
-    known = torch.stack([colour[rows], shape[rows], asked + second], dim=-1)
+        first_centre, other_centre = centre.gather(1, pairs).unbind(1)
+        sides.append(first * torch.where(other_centre < first_centre, 1, 2)[:, None])
+    labels = torch.stack([colour[rows], shape[rows], asked + second], dim=-1)
     return torch.cat(
-        [known, patch_offsets(scenes, patch_size)[rows], torch.stack(sides, dim=-1)], dim=-1
+        [labels, patch_offsets(scenes, patch_size)[rows], torch.stack(sides, dim=-1)], dim=-1
     )

@@ -77,9 +77,9 @@ class View:
     def unique(self, k: int, *levels: Sequence[str]) -> list[Description]:
         """Descriptions of object `k` alone, all from the first of `levels` that has any."""
         for level in levels:
-            found = [d for said in level if len(self.fits[d := self.describe(k, said)]) == 1]
-            if found:
-                return found
+            descriptions = [d for said in level if len(self.fits[d := self.describe(k, said)]) == 1]
+            if descriptions:
+                return descriptions
         return []
 
     def names(self, k: int) -> list[Description]:
@@ -154,8 +154,8 @@ def pick(dice: random.Random, options: Sequence[Any]) -> Any:
 def weighted(dice: random.Random, weights: Sequence[float]) -> int:
     """A place drawn by weight."""
     point = dice.random() * sum(weights)
-    for place, weight in enumerate(weights):
+    for index, weight in enumerate(weights):
         point -= weight
         if point < 0:
-            return place
-    return max(place for place, weight in enumerate(weights) if weight)
+            return index
+    return max(index for index, weight in enumerate(weights) if weight)

@@ -50,12 +50,12 @@ class Chunks:
         if not 0 <= number < len(self):
             raise IndexError(f"there are {len(self)} chunks, none is numbered {number}")
         row, column = divmod(number, -(-self.texts // self.chunk_texts))
-        first, left = row * self.chunk_images, column * self.chunk_texts
+        first_image, first_text = row * self.chunk_images, column * self.chunk_texts
         bottom, right = (
-            min(first + self.chunk_images, self.images),
-            min(left + self.chunk_texts, self.texts),
+            min(first_image + self.chunk_images, self.images),
+            min(first_text + self.chunk_texts, self.texts),
         )
-        return slice(first, bottom), slice(left, right)
+        return slice(first_image, bottom), slice(first_text, right)
 
     def shape(self, number: int) -> tuple[int, int]:
         """Rows and columns of a chunk."""
@@ -98,8 +98,8 @@ class Matrix:
 
     def _compare(self, file: Path, manifest: dict[str, Any]) -> None:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            differing = [name for name in manifest if found.get(name) != manifest[name]]
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            differing = [name for name in manifest if stored.get(name) != manifest[name]]
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): delete {self.folder}, or give another folder"
@@ -136,7 +136,11 @@ class Matrix:
         """The chunks that are not finished."""
         if self.complete:
             return []
-        return [number for number in range(len(self.chunks)) if not self._finished(number)]
+        return [
+            chunk_index
+            for chunk_index in range(len(self.chunks))
+            if not self._finished(chunk_index)
+        ]
 
     def write(self, number: int, scores: Tensor) -> None:
         """Keep a finished chunk."""
@@ -148,13 +152,15 @@ class Matrix:
         """Make one file of all chunks, which are then deleted."""
         if not self.complete:
             with replacing(self.file, "wb") as file:
-                whole = np.lib.format.open_memmap(
+                all_scores = np.lib.format.open_memmap(
                     file.name, mode="w+", dtype="<f4", shape=self.shape
                 )
-                for number in range(len(self.chunks)):
-                    scores = np.fromfile(self._part(number), dtype="<f4")
-                    whole[self.chunks[number]] = scores.reshape(self.chunks.shape(number))
-                whole.flush()
+                for chunk_index in range(len(self.chunks)):
+                    scores = np.fromfile(self._part(chunk_index), dtype="<f4")
+                    all_scores[self.chunks[chunk_index]] = scores.reshape(
+                        self.chunks.shape(chunk_index)
+                    )
+                all_scores.flush()
                 with replacing(
                     self._digest
                 ) as line:  # first, so that there are no scores without it
@@ -166,12 +172,12 @@ class Matrix:
         file."""
         return np.load(self.file, mmap_mode="c")
 
-    def _part(self, number: int) -> Path:
-        return self._parts / f"{number:08d}.f4"
+    def _part(self, chunk_index: int) -> Path:
+        return self._parts / f"{chunk_index:08d}.f4"
 
-    def _finished(self, number: int) -> bool:
-        rows, columns = self.chunks.shape(number)
-        part = self._part(number)
+    def _finished(self, chunk_index: int) -> bool:
+        rows, columns = self.chunks.shape(chunk_index)
+        part = self._part(chunk_index)
         return part.is_file() and part.stat().st_size == 4 * rows * columns
 
     def _intact(self) -> bool:

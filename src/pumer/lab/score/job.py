@@ -92,14 +92,14 @@ class Job:
             ids = self.tokens(slice(start, start + _TEXTS_AT_ONCE))["input_ids"]
             yield repr(ids.shape).encode() + ids.numpy().tobytes()
         broken = []
-        for number, image in enumerate(self.images):
+        for image_index, image in enumerate(self.images):
             try:
-                opened = open_image(image, name=f"image {number}")
+                opened = open_image(image, name=f"image {image_index}")
             except BrokenImageError as error:
                 broken.append(str(error))
                 continue
             yield repr(opened.size).encode() + opened.tobytes()
-            if number == 0:
+            if image_index == 0:
                 yield self.transform(opened).numpy().tobytes()
         if broken:
             raise BrokenImageError(
@@ -184,20 +184,20 @@ class Scorer:
         """In their order; pictures of one size together, as none is padded."""
         job = self.job
         pictures = [
-            job.transform(open_image(image, name=f"image {number}"))
-            for number, image in enumerate(job.images[rows], rows.start)
+            job.transform(open_image(image, name=f"image {image_index}"))
+            for image_index, image in enumerate(job.images[rows], rows.start)
         ]
         sizes: dict[torch.Size, list[int]] = {}
-        for place, picture in enumerate(pictures):
-            sizes.setdefault(picture.shape, []).append(place)
+        for picture_index, picture in enumerate(pictures):
+            sizes.setdefault(picture.shape, []).append(picture_index)
         encoded: dict[int, Any] = {}
         for places in sizes.values():
             for start in range(0, len(places), job.batch_size):
                 some = places[start : start + job.batch_size]
-                pixels = torch.stack([pictures[place] for place in some])
+                pixels = torch.stack([pictures[picture_index] for picture_index in some])
                 pixels = pixels.to(self.device, self.model.dtype)
                 encoded |= zip(some, pairs(self.model).images(pixels), strict=True)
-        return [encoded[place] for place in range(len(pictures))]
+        return [encoded[picture_index] for picture_index in range(len(pictures))]
 
     def _encode_texts(self, columns: slice) -> Iterator[_Texts]:
         """In batches of texts of about one length, so that little is computed for padding."""

@@ -155,30 +155,30 @@ def measure(
     plain = min(plain_pairs, rows * texts)
 
     variants: dict[tuple[int, str], Callable[[], Tensor]] = {}
-    for number, reducer in enumerate(specs):
-        variants[number, "plain"] = partial(
+    for reducer_index, reducer in enumerate(specs):
+        variants[reducer_index, "plain"] = partial(
             _under, net, reducer, partial(_plain, job, _inputs(job, plain))
         )
-        variants[number, "once"] = partial(_under, net, reducer, partial(_once, job))
+        variants[reducer_index, "once"] = partial(_under, net, reducer, partial(_once, job))
     difference = {}
-    for number in range(len(specs)):
+    for reducer_index in range(len(specs)):
         expected, scores = (
-            variants[number, way]() for way in ("plain", "once")
+            variants[reducer_index, way]() for way in ("plain", "once")
         )  # and they are warm then
-        difference[number] = (scores.flatten()[:plain] - expected).abs().max().item()
-    named = {f"{number} {way}": call for (number, way), call in variants.items()}
+        difference[reducer_index] = (scores.flatten()[:plain] - expected).abs().max().item()
+    named = {f"{reducer_index} {way}": call for (reducer_index, way), call in variants.items()}
     timings = alternate(named, runs, warmup=0, device=net.device)
 
     names = ["" if reducer is None else json.dumps(to_dict(reducer)) for reducer in specs]
     per_second = {
-        (number, way): (plain if way == "plain" else rows * texts)
-        / timings[f"{number} {way}"].median
-        for number, way in variants
+        (reducer_index, way): (plain if way == "plain" else rows * texts)
+        / timings[f"{reducer_index} {way}"].median
+        for reducer_index, way in variants
     }
-    found = [
+    records = [
         {
             "model": model,
-            "reducer": names[number],
+            "reducer": names[reducer_index],
             "way": way,
             "images": images,
             "texts": texts,
@@ -186,18 +186,20 @@ def measure(
             "image_size": net.config.image_size,
             "batch_size": batch_size,
             "runs": runs,
-            "seconds": round(timings[f"{number} {way}"].median, 4),
-            "seconds_p20": round(timings[f"{number} {way}"].p20, 4),
-            "seconds_p80": round(timings[f"{number} {way}"].p80, 4),
-            "pairs_per_second": round(per_second[number, way], 3),
-            "x_plain": round(per_second[number, way] / per_second[number, "plain"], 3),
-            "x_unreduced": round(per_second[number, way] / per_second[0, "plain"], 3),
-            "difference": 0.0 if way == "plain" else difference[number],
+            "seconds": round(timings[f"{reducer_index} {way}"].median, 4),
+            "seconds_p20": round(timings[f"{reducer_index} {way}"].p20, 4),
+            "seconds_p80": round(timings[f"{reducer_index} {way}"].p80, 4),
+            "pairs_per_second": round(per_second[reducer_index, way], 3),
+            "x_plain": round(
+                per_second[reducer_index, way] / per_second[reducer_index, "plain"], 3
+            ),
+            "x_unreduced": round(per_second[reducer_index, way] / per_second[0, "plain"], 3),
+            "difference": 0.0 if way == "plain" else difference[reducer_index],
             **environment(net.device),
         }
-        for number, way in variants
+        for reducer_index, way in variants
     ]
-    return found
+    return records
 
 
 def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job:
@@ -241,11 +243,11 @@ def _under(net: PreTrainedModel, reducer: Reducer | None, call: Callable[[], Ten
 def _plain(job: Job, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     net = job.model
     with torch.inference_mode():
-        found = [
+        batch_scores = [
             net(**{name: value.to(net.device) for name, value in batch.items()}).logits[:, 0]
             for batch in batches
         ]
-    return torch.cat(found).float().cpu()
+    return torch.cat(batch_scores).float().cpu()
 
 
 def _once(job: Job) -> Tensor:

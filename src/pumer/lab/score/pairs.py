@@ -97,9 +97,9 @@ _CLASSES: dict[str, type[Pairs]] = {
 
 def pairs(model: nn.Module) -> Pairs:
     """A model in its parts; raises ValueError for classes that score no pairs."""
-    for kind in type(model).__mro__:
-        if kind.__name__ in _CLASSES:
-            return _CLASSES[kind.__name__](model)
+    for cls in type(model).__mro__:
+        if cls.__name__ in _CLASSES:
+            return _CLASSES[cls.__name__](model)
     raise ValueError(
         f"{type(model).__name__} scores no pairs of image and text; {', '.join(_CLASSES)} do"
     )

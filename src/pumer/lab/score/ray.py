@@ -43,7 +43,7 @@ def spread(
     with _cluster(ray, workers, address):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         items = ray.data.from_items(
-            [{"number": number} for number in numbers], override_num_blocks=len(numbers)
+            [{"number": chunk_index} for chunk_index in numbers], override_num_blocks=len(numbers)
         )
         done = items.map_batches(
             _Worker,
@@ -89,16 +89,16 @@ def predict_on_ray(
     `spread`."""
     work = _Batches(model, examples, collator, batch_size)
     numbers = range(-(-len(examples) // batch_size))
-    found = [
+    results = [
         result
         for _, result in sorted(spread(work, numbers, workers, address), key=lambda pair: pair[0])
     ]
     return Result(
-        predictions={key: value for result in found for key, value in result.predictions.items()},
+        predictions={key: value for result in results for key, value in result.predictions.items()},
         metric={},
-        seconds=sum(result.seconds for result in found),
-        examples=sum(result.examples for result in found),
-        broken={key: reason for result in found for key, reason in result.broken.items()},
+        seconds=sum(result.seconds for result in results),
+        examples=sum(result.examples for result in results),
+        broken={key: reason for result in results for key, reason in result.broken.items()},
     )
 
 
@@ -116,7 +116,7 @@ class _Worker:
         numbers = batch["number"]
         return {
             "number": numbers,
-            "result": [pickle.dumps(self.work(int(number))) for number in numbers],
+            "result": [pickle.dumps(self.work(int(chunk_index))) for chunk_index in numbers],
         }
 
 

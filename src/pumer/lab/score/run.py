@@ -44,8 +44,8 @@ def score_pairs(
     job = Job(model, images, texts, tokenize, transform, batch_size)
     job.check()
     scores, scorer = torch.empty(len(images), len(texts)), Scorer(job)
-    for number in range(len(job.chunks)):
-        scores[job.chunks[number]] = scorer(number)
+    for chunk_index in range(len(job.chunks)):
+        scores[job.chunks[chunk_index]] = scorer(chunk_index)
     return scores
 
 
@@ -119,11 +119,11 @@ def _stream(
         say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are in {matrix.folder} already")
     # By number and not by place among the missing ones: a rank that starts later sees fewer of
     # them.
-    mine = [number for number in missing if number % ranks == rank]
+    mine = [chunk_index for chunk_index in missing if chunk_index % ranks == rank]
     total = sum(rows * columns for rows, columns in map(chunks.shape, mine))
     with _bar(total, progress and rank == 0 and bool(mine)) as advance:
-        for number, scores in _computed(job, mine, engine, workers, address, advance):
-            matrix.write(number, scores)
+        for chunk_index, scores in _computed(job, mine, engine, workers, address, advance):
+            matrix.write(chunk_index, scores)
     while rank == 0 and matrix.missing():
         time.sleep(_LOOK)
     if rank == 0:
@@ -144,13 +144,13 @@ def _computed(
     """Chunks as they are finished."""
     scorer = Scorer(job)
     if engine == "plain":
-        yield from ((number, scorer(number, advance)) for number in numbers)
+        yield from ((chunk_index, scorer(chunk_index, advance)) for chunk_index in numbers)
         return
     from pumer.lab.score.ray import spread
 
-    for number, scores in spread(scorer, numbers, workers, address):
+    for chunk_index, scores in spread(scorer, numbers, workers, address):
         advance(scores.numel())
-        yield number, scores
+        yield chunk_index, scores
 
 
 class _Rate(ProgressColumn):

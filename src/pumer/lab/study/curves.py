@@ -145,14 +145,14 @@ def settings_of(
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["setting"]), []).append(row)
-    made = []
+    settings = []
     for (method, name), group in groups.items():
         tables = np.stack([unpack_scores(row["scores"]) for row in group])
         scores, counts = tables[:, 0].mean(0), tables[0, 1]
-        made.append(
+        settings.append(
             Setting(method, group[0]["label"], tuple(group), speed.get(name), scores, counts)
         )
-    return made
+    return settings
 
 
 def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
@@ -162,12 +162,12 @@ def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
     for setting in settings:
         methods.setdefault(setting.method, []).append(setting)
     alone = [group[0] for group in methods.values() if len(group) == 1]
-    whole = _spread(itertools.chain(*methods.values()))
-    found = {
-        name: _spread(group if len(group) > 1 else alone) or whole
+    common_spread = _spread(itertools.chain(*methods.values()))
+    spreads = {
+        name: _spread(group if len(group) > 1 else alone) or common_spread
         for name, group in methods.items()
     }
-    return {name: spread for name, spread in found.items() if spread}
+    return {name: spread for name, spread in spreads.items() if spread}
 
 
 def half_width(setting: Setting, spreads: Spreads) -> float:
@@ -178,9 +178,11 @@ def half_width(setting: Setting, spreads: Spreads) -> float:
 def difference(one: Mix, other: Mix, spreads: Spreads) -> Difference:
     """Accuracy of one place on a curve less that of another, in points."""
     counts = one.parts[0][0].counts
-    apart = one.scores - other.scores
-    known = [*_trained((*one.parts, *other.parts), spreads), *one.placing, *other.placing]
-    return Difference(float(100 * apart.sum() / counts.sum()), _half_width(apart, counts, known))
+    score_gap = one.scores - other.scores
+    variances = [*_trained((*one.parts, *other.parts), spreads), *one.placing, *other.placing]
+    return Difference(
+        float(100 * score_gap.sum() / counts.sum()), _half_width(score_gap, counts, variances)
+    )
 
 
 def at(setting: Setting) -> Mix:
@@ -196,13 +198,13 @@ def place(
 
     `error` is the standard error of a setting's value.
     """
-    known = [(value, setting) for setting in curve if (value := axis(setting)) is not None]
-    ordered = sorted(known, key=lambda pair: pair[0])
-    for (low, left), (high, right) in pairwise(ordered):
+    located = [(value, setting) for setting in curve if (value := axis(setting)) is not None]
+    ordered = sorted(located, key=lambda pair: pair[0])
+    for (low, lower), (high, upper) in pairwise(ordered):
         if low <= where <= high and low < high:
             share = (where - low) / (high - low)
-            slope = (right.accuracy - left.accuracy) / (high - low)
-            parts = ((left, 1 - share), (right, share))
+            slope = (upper.accuracy - lower.accuracy) / (high - low)
+            parts = ((lower, 1 - share), (upper, share))
             if error is None:
                 return Mix(parts)
             # Percentiles of a few rounds tell a spread about half as well as its variance would.
@@ -210,7 +212,7 @@ def place(
                 ((slope * part * (error(end) or 0.0)) ** 2, (end.rounds - 1) / 2)
                 for end, part in parts
             )
-            return Mix(parts, tuple(one for one in placing if one[0]))
+            return Mix(parts, tuple(variance for variance in placing if variance[0]))
     return None
 
 
@@ -218,9 +220,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Numbers of the points (cost, accuracy) for which no other costs no more and is as accurate or
     more, by cost."""
     front: list[int] = []
-    for number in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
-        if not front or points[number][1] > points[front[-1]][1]:
-            front.append(number)
+    for index in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
     return front
 
 
@@ -259,9 +261,11 @@ def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Known])
     residual = scores - scores.sum() / total * counts
     drawn = 100**2 * float((residual**2).sum()) / total**2 * clusters / max(clusters - 1, 1)
     variances = [(drawn, max(clusters - 1, 1)), *others]
-    whole = sum(variance for variance, _ in variances)
-    if not whole:
+    total_variance = sum(variance for variance, _ in variances)
+    if not total_variance:
         return 0.0
     # Degrees of freedom of a sum of variances (Welch, 1947; Satterthwaite, 1946).
-    freedom = whole**2 / sum(variance**2 / known for variance, known in variances)
-    return float(stdtrit(freedom, 0.975)) * math.sqrt(whole)
+    freedom = total_variance**2 / sum(
+        variance**2 / freedom_of_part for variance, freedom_of_part in variances
+    )
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(total_variance)

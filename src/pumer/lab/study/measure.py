@@ -143,11 +143,11 @@ def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[st
 def cost(one: Subject, base: Subject, count: int) -> dict[str, Any]:
     """The columns on FLOPs, memory and tokens, next to the unreduced model; `count` examples are in
     the batches."""
-    whole, towers = macs(one, count)
+    total_macs, towers = macs(one, count)
     mean, spread = _tokens(one)
     text, image = mean[1:].mean(0)
     return {
-        "gflops": round(2 * whole / GIGA, 5),
+        "gflops": round(2 * total_macs / GIGA, 5),
         "gflops_towers": round(2 * towers / GIGA, 5),
         "unreduced_gflops": round(2 * macs(base, count)[0] / GIGA, 5),
         "peak_bytes": _peak(one),
@@ -187,31 +187,31 @@ def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
     }
 
 
-def _overhead(one: Subject) -> float:
+def _overhead(subject: Subject) -> float:
     """Share of the time that choosing and reducing takes, in the layers of encoders and around
     those of decoders."""
-    share = overhead_share(one.model, one.run, one.device, runs=3)
+    share = overhead_share(subject.model, subject.run, subject.device, runs=3)
     return (
-        share + prefill_shares(one.model, one.run, one.device).selection
-        if writes(one.model)
+        share + prefill_shares(subject.model, subject.run, subject.device).selection
+        if writes(subject.model)
         else share
     )
 
 
-def _peak(one: Subject) -> int:
+def _peak(subject: Subject) -> int:
     """Bytes of the activations of the first batch at their peak."""
 
     def call() -> Any:
         with torch.inference_mode():
-            return one.model(**one.batches[0])
+            return subject.model(**subject.batches[0])
 
-    return peak_activations(call, one.device)
+    return peak_activations(call, subject.device)
 
 
 def macs(one: Subject, count: int) -> tuple[int, int]:
     """Mean multiply-accumulates per example, padding that is run included, and those of the towers
     among them."""
-    whole = towers = 0
+    total_macs = towers = 0
     for batch in one.batches:
         with torch.inference_mode():
             one.model(**batch)
@@ -223,12 +223,12 @@ def macs(one: Subject, count: int) -> tuple[int, int]:
             name: value * (once if name in PICTURES else rows)
             for name, value in last_forward_parts(one.model).items()
         }
-        whole += sum(parts.values())
+        total_macs += sum(parts.values())
         towers += sum(parts.get(name, 0) for name in TOWERS)
-    return round(whole / count), round(towers / count)
+    return round(total_macs / count), round(towers / count)
 
 
-def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the rows of their (text, image) tokens, padding not counted:
     [layers + 1, 2].
 
@@ -236,21 +236,21 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
     """
     counts: defaultdict[int, list[Tensor]] = defaultdict(list)
     depth = 0
-    for batch in one.batches:
-        with pumer.trace(one.model) as steps, torch.inference_mode():
-            one.model(**batch)
-        patch = pumer.active(one.model)
+    for batch in subject.batches:
+        with pumer.trace(subject.model) as steps, torch.inference_mode():
+            subject.model(**batch)
+        patch = pumer.active(subject.model)
         assert patch is not None
         depth = len(patch.lengths) - 1
-        several = batch["pixel_values"].ndim == 5 and not writes(one.model)
+        several = batch["pixel_values"].ndim == 5 and not writes(subject.model)
         passes = batch["pixel_values"].shape[1] if several else 1
-        taken = {
+        steps_by_layer = {
             layer: [step for step in steps if step.layer == layer]
             for layer in range(EMBEDDINGS, depth)
         }
-        now = [_entry(one.model, batch, number) for number in range(passes)]
+        now = [_entry(subject.model, batch, image_index) for image_index in range(passes)]
         for layer in range(EMBEDDINGS, depth):
-            now = [_left(step) for step in taken[layer]] or now
+            now = [_left(step) for step in steps_by_layer[layer]] or now
             counts[layer] += now
     layers = [torch.cat(counts[layer]).double() for layer in range(EMBEDDINGS, depth)]
     mean = torch.stack([layer.mean(0) for layer in layers])
@@ -258,7 +258,7 @@ def _tokens(one: Subject) -> tuple[np.ndarray, np.ndarray]:
     return mean.cpu().numpy(), spread.cpu().numpy()
 
 
-def _entry(model: Any, batch: dict[str, Any], number: int) -> Tensor:
+def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     """(text, image) tokens of every row at the entry, of its picture with this number: int64 [B,
     2]."""
     text = batch["attention_mask"].sum(1)
@@ -266,7 +266,7 @@ def _entry(model: Any, batch: dict[str, Any], number: int) -> Tensor:
         image = (batch["input_ids"] == model.config.image_token_id).sum(1)
         return torch.stack([text - image, image], dim=1)
     mask, patch_size = batch["pixel_mask"], model.config.patch_size
-    mask = mask if mask.ndim == 3 else mask[:, number]
+    mask = mask if mask.ndim == 3 else mask[:, image_index]
     patches = mask[:, ::patch_size, ::patch_size].flatten(1).sum(1) + 1
     return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)
 

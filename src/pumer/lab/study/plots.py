@@ -64,20 +64,20 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 10}):
         spreads = seed_spreads(settings)
         for axis in AXES:
-            known = [
+            measured = [
                 (value, setting)
                 for setting in settings
                 if (value := axis.value(setting)) is not None
             ]
-            if not known:
+            if not measured:
                 continue
             # So that the legend, of methods, the unreduced model and the front, is no higher than
             # the plot.
-            columns = -(-(len({setting.method for _, setting in known}) + 1) // _LEGEND_ROWS)
+            columns = -(-(len({setting.method for _, setting in measured}) + 1) // _LEGEND_ROWS)
             figure = Figure(
                 figsize=(6.0 + 2.2 * columns, 4.8 + 0.6 * (columns > 1)), layout="constrained"
             )
-            _draw(figure.add_subplot(), known, axis, spreads, name, columns)
+            _draw(figure.add_subplot(), measured, axis, spreads, name, columns)
             file = folder / f"{name}-{axis.name}.png"
             with replacing(file, "wb") as image:
                 figure.savefig(image, format="png", dpi=150)
@@ -88,25 +88,25 @@ def plot(settings: Sequence[Setting], folder: Path, name: str) -> list[Path]:
 
 
 def _draw(
-    axes: Any, known: Sequence[Place], axis: Axis, spreads: Spreads, name: str, columns: int
+    axes: Any, measured: Sequence[Place], axis: Axis, spreads: Spreads, name: str, columns: int
 ) -> None:
-    methods = dict.fromkeys(setting.method for _, setting in known if setting.method != BASELINE)
-    for number, method in enumerate(methods):
-        again = number // len(
+    methods = dict.fromkeys(setting.method for _, setting in measured if setting.method != BASELINE)
+    for method_index, method in enumerate(methods):
+        again = method_index // len(
             _COLOURS
         )  # how often each colour has been used: then the marker and the line tell
         style = {
-            "color": _COLOURS[number % len(_COLOURS)],
-            "marker": _MARKERS[(number + again) % len(_MARKERS)],
+            "color": _COLOURS[method_index % len(_COLOURS)],
+            "marker": _MARKERS[(method_index + again) % len(_MARKERS)],
             "linestyle": ("-", "--", "-.", ":")[again % 4],
             "markersize": 5,
             "linewidth": 1.5,
         }
         curve = sorted(
-            (pair for pair in known if pair[1].method == method), key=lambda pair: pair[0]
+            (pair for pair in measured if pair[1].method == method), key=lambda pair: pair[0]
         )
         _line(axes, curve, spreads, style)
-    base = [pair for pair in known if pair[1].method == BASELINE]
+    base = [pair for pair in measured if pair[1].method == BASELINE]
     for pair in base:
         axes.axhline(pair[1].accuracy, color="black", linewidth=0.8, linestyle=":", zorder=0)
         _line(
@@ -116,8 +116,8 @@ def _draw(
             {"color": "black", "marker": "*", "markersize": 13, "linestyle": "", "zorder": 5},
         )
     sign = -1 if axis.more_is_better else 1
-    places = [(value, setting.accuracy) for value, setting in known]
-    front = [places[number] for number in pareto([(sign * x, y) for x, y in places])]
+    places = [(value, setting.accuracy) for value, setting in measured]
+    front = [places[index] for index in pareto([(sign * x, y) for x, y in places])]
     axes.plot(
         *zip(*front, strict=True),
         linestyle="",

@@ -124,9 +124,9 @@ class Study:
     def __post_init__(self) -> None:
         check_name(self.name, "the study's name")
         names = [BASELINE, *(str(method.get("name")) for method in self.methods)]
-        known = {"name", "reducer", "points", "grid", "train"}
+        allowed_keys = {"name", "reducer", "points", "grid", "train"}
         for method in self.methods:
-            if "name" not in method or "reducer" not in method or set(method) - known:
+            if "name" not in method or "reducer" not in method or set(method) - allowed_keys:
                 raise ValueError(
                     f"a method has name, reducer, points or grid, train; not {', '.join(method)}"
                 )
@@ -159,9 +159,11 @@ class Study:
             "timed": self.timed,
             "runs": self.runs,
         }
-        wrong = [name for name, count in counts.items() if not isinstance(count, int) or count < 1]
-        if wrong or not self.seeds:
-            raise ValueError(f"{', '.join(wrong) or 'seeds'}: give at least 1")
+        too_small = [
+            name for name, count in counts.items() if not isinstance(count, int) or count < 1
+        ]
+        if too_small or not self.seeds:
+            raise ValueError(f"{', '.join(too_small) or 'seeds'}: give at least 1")
 
     def candidates(self) -> tuple[list[Point], list[str]]:
         """All points, seed by seed, and what is wrong with those that cannot be made.
@@ -171,7 +173,7 @@ class Study:
                 that are the same.
         """
         points: list[Point] = []
-        wrong: list[str] = []
+        reasons: list[str] = []
         model = fingerprint(model_folder(self.model))
         for method in self._every_method():
             recipe = self._recipe(method.get("train", {}))
@@ -180,17 +182,19 @@ class Study:
                 try:
                     reducer, image_size = _reducer(method, change)
                 except (ValueError, TypeError) as error:
-                    wrong.append(f"{method['name']}, {label}: {error}")
+                    reasons.append(f"{method['name']}, {label}: {error}")
                     continue
-                own = recipe
+                point_recipe = recipe
                 if image_size is not None and recipe is not None:
-                    own = recipe | {"image": _resized(recipe.get("image"), image_size)}
+                    point_recipe = recipe | {"image": _resized(recipe.get("image"), image_size)}
                 points += [
-                    self._point(method["name"], label, reducer, image_size, own, seed, model)
-                    for seed in (self.seeds if own is not None else self.seeds[:1])
+                    self._point(
+                        method["name"], label, reducer, image_size, point_recipe, seed, model
+                    )
+                    for seed in (self.seeds if point_recipe is not None else self.seeds[:1])
                 ]
         _check_once(points)
-        return sorted(points, key=lambda point: self.seeds.index(point.seed)), wrong
+        return sorted(points, key=lambda point: self.seeds.index(point.seed)), reasons
 
     def order(self) -> list[tuple[str, str]]:
         """Methods and labels of all settings as they stand in the study."""
@@ -287,15 +291,15 @@ def read_study(file: str | Path) -> Study:
     """The study that a YAML file describes; raises ValueError for what is missing, unknown or does
     not fit."""
     settings = read_settings(Path(file))
-    known = {field.name for field in fields(Study)}
+    field_names = {field.name for field in fields(Study)}
     missing = sorted(
         name for name in ("name", "model", "task", "methods") if not settings.get(name)
     )
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(set(settings) - field_names)
     if missing or unknown:
-        hint = did_you_mean(unknown[0], known) if unknown else ""
+        hint = did_you_mean(unknown[0], field_names) if unknown else ""
         raise ValueError(
-            f"{file}: a study has {', '.join(sorted(known))}; missing or empty "
+            f"{file}: a study has {', '.join(sorted(field_names))}; missing or empty "
             f"{missing or 'none'}, unknown "
             f"{unknown or 'none'}.{hint}"
         )
@@ -321,11 +325,13 @@ def read_study(file: str | Path) -> Study:
 
 
 def _check_once(points: Iterable[Point]) -> None:
-    seen: dict[str, Point] = {}
+    point_by_id: dict[str, Point] = {}
     for point in points:
-        if point.id in seen:
-            raise ValueError(f"{seen[point.id]} and {point} are the same point: leave one out")
-        seen[point.id] = point
+        if point.id in point_by_id:
+            raise ValueError(
+                f"{point_by_id[point.id]} and {point} are the same point: leave one out"
+            )
+        point_by_id[point.id] = point
 
 
 def _changes(method: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -347,9 +353,10 @@ def _reducer(
     method: Mapping[str, Any], change: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int | None]:
     """All settings of a point's reducer, as JSON has them, and the side of its pictures."""
-    given = method["reducer"]
+    reducer_spec = method["reducer"]
     settings = _merged(
-        given if isinstance(given, Mapping) else to_dict(read_reducer(given)), change
+        reducer_spec if isinstance(reducer_spec, Mapping) else to_dict(read_reducer(reducer_spec)),
+        change,
     )
     image_size = settings.pop("image_size", None)
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):

@@ -104,7 +104,7 @@ def row(
 ) -> dict[str, Any]:
     """The row of a point for `append_rows`, with the machine; `measured` are the columns not known
     beforehand."""
-    known = {
+    all_values = {
         "id": point.id,
         "setting": point.setting,
         "study": study.name,
@@ -121,7 +121,7 @@ def row(
         **environment(device),
         **measured,
     }
-    return {name: known[name] for name in columns}
+    return {name: all_values[name] for name in columns}
 
 
 def read_rows(
@@ -162,9 +162,9 @@ def check_machine(
     """Raise ValueError if rows come from another machine than this device's, as far as `parts` of
     it matter."""
     here = environment(device)
-    for found in rows:
+    for record in rows:
         other = [
-            f"{name} {found[name] or 'none'}" for name in parts if found[name] != str(here[name])
+            f"{name} {record[name] or 'none'}" for name in parts if record[name] != str(here[name])
         ]
         if other:
             now = ", ".join(f"{name} {here[name] or 'none'}" for name in parts)
@@ -194,51 +194,51 @@ def _read(
             f"{path} has other columns (differing in {', '.join(other)}): name another folder"
         )
     rows: dict[str, dict[str, Any]] = {}
-    for number, values in enumerate(lines[1:], start=2):
+    for line_number, values in enumerate(lines[1:], start=2):
         if not values:
             continue
-        line = f"{path}, line {number}"
+        line = f"{path}, line {line_number}"
         if len(values) != len(columns):
             raise ValueError(
                 f"{line}, has {len(values)} columns, not {len(columns)}: take the line out"
             )
-        found = dict(zip(columns, values, strict=True))
-        key = found[columns[0]]
+        record = dict(zip(columns, values, strict=True))
+        key = record[columns[0]]
         if (
             names is not None
             and key not in names
-            and (found["method"], found["label"]) in names.values()
+            and (record["method"], record["label"]) in names.values()
         ):
             continue  # of older defaults
-        if found["study"] != study or (names is not None and key not in names):
+        if record["study"] != study or (names is not None and key not in names):
             raise ValueError(
-                f"{line}, is no point of the study {study}: {found['study']}, {found['method']} "
-                f"{found['label']}. "
+                f"{line}, is no point of the study {study}: {record['study']}, {record['method']} "
+                f"{record['label']}. "
                 "Take the line out, or name another folder"
             )
-        if names is not None and names[key][0] != found["method"]:
+        if names is not None and names[key][0] != record["method"]:
             raise ValueError(
-                f"{line}: the method {found['method']!r} is called {names[key][0]!r} in the "
+                f"{line}: the method {record['method']!r} is called {names[key][0]!r} in the "
                 "study: rename one of them"
             )
-        if key in rows and found["date"] <= rows[key]["date"]:
+        if key in rows and record["date"] <= rows[key]["date"]:
             raise ValueError(f"{line}, repeats a point: take one of the two lines out")
-        rows[key] = found | {name: _number(found[name], f"{line}: {name}") for name in figures}
+        rows[key] = record | {name: _number(record[name], f"{line}: {name}") for name in figures}
     newest: dict[tuple[str, ...], str] = {}
-    for found in rows.values():
-        newest[_of_point(found)] = max(found["date"], newest.get(_of_point(found), ""))
-    return [found for found in rows.values() if found["date"] == newest[_of_point(found)]]
+    for record in rows.values():
+        newest[_of_point(record)] = max(record["date"], newest.get(_of_point(record), ""))
+    return [record for record in rows.values() if record["date"] == newest[_of_point(record)]]
 
 
-def _of_point(found: Mapping[str, Any]) -> tuple[str, ...]:
+def _of_point(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What a row is of, as the study has it: the same for older defaults of a method."""
-    return found["method"], found["label"], str(found.get("seed", ""))
+    return record["method"], record["label"], str(record.get("seed", ""))
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
     """Scores per cluster as text, so that methods can be compared picture by picture: see
     `unpack_scores`."""
-    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = [names[name] for name in clusters]
     hundredths = np.rint(100 * np.bincount(index, weights=np.asarray(scores, dtype=float)))
     table = np.stack([hundredths, np.bincount(index)]).astype("<u4")
@@ -268,10 +268,10 @@ def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(text: str, place: str) -> float | None:
+def _number(text: str, where: str) -> float | None:
     try:
         return float(text) if text else None
     except ValueError:
         raise ValueError(
-            f"{place} is {text!r}, which is no number: mend the line, or take it out"
+            f"{where} is {text!r}, which is no number: mend the line, or take it out"
         ) from None

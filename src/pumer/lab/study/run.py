@@ -107,9 +107,12 @@ def run(
     if not rows:
         raise ValueError(f"{results} has no results yet")
     # Points are finished in any order; tables and legends keep that of the study.
-    order = {setting: number for number, setting in enumerate(study.order())}
+    order = {setting: index for index, setting in enumerate(study.order())}
     rows.sort(
-        key=lambda found: (order.get((found["method"], found["label"]), len(order)), found["seed"])
+        key=lambda record: (
+            order.get((record["method"], record["label"]), len(order)),
+            record["seed"],
+        )
     )
     plots = plot(settings_of(rows, times), out, study.name)
     with replacing(out / f"{study.name}.md") as text:
@@ -132,16 +135,16 @@ class _Work:
     ) -> None:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
         self.device, self.say = torch.device(device), say
-        points, wrong = study.candidates()
+        points, reasons = study.candidates()
         base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
-        points = _fitting(base, points, self.examples[:_TRIED], wrong)
-        _refuse([] if skip_impossible else wrong)
+        points = _fitting(base, points, self.examples[:_TRIED], reasons)
+        _refuse([] if skip_impossible else reasons)
         self.timed = self.examples[: study.timed]
         self.base = base.on(self.timed, study.batch_size)
-        self.macs = _try(study, points, self.examples[:_TRIED], wrong, self.device)
-        _refuse([] if skip_impossible else wrong)
-        for reason in wrong:
+        self.macs = _try(study, points, self.examples[:_TRIED], reasons, self.device)
+        _refuse([] if skip_impossible else reasons)
+        for reason in reasons:
             say(f"left out: {reason}")
         self.points = [point for point in points if point.setting in self.macs]
         self.expected = self._expected(self.look())
@@ -155,14 +158,14 @@ class _Work:
         """See in the files what is left; returns the results there are."""
         rows = read_rows(self.results, self.study.name, self.points)
         check_machine(self.results, rows, self.device, ("gpu",))
-        done = {found["id"] for found in rows}
-        taken = {
-            found["setting"] for found in read_speeds(self.speeds, self.study.name, self.points)
+        done = {record["id"] for record in rows}
+        timed_settings = {
+            record["setting"] for record in read_speeds(self.speeds, self.study.name, self.points)
         }
         self.left = [point for point in self.points if point.id not in done]
         self.untimed: list[Point] = []
         self.gone: list[Point] = []
-        for name in [name for name in self.macs if name not in taken]:
+        for name in [name for name in self.macs if name not in timed_settings]:
             seeds = [point for point in self.points if point.setting == name]
             timeable = [
                 point
@@ -175,17 +178,19 @@ class _Work:
     def plan(self) -> str:
         """Every setting, with how many times fewer FLOPs it has than the unreduced model."""
         settings = {point.setting: point for point in self.points}
-        whole = self.macs[self.points[0].setting]
+        full_macs = self.macs[self.points[0].setting]
         table = [("method", "setting", "x fewer FLOPs", "seeds")]
         for name, point in settings.items():
             seeds = sum(other.setting == name for other in self.points)
-            table.append((point.method, point.label, f"{whole / self.macs[name]:.2f}", str(seeds)))
+            table.append(
+                (point.method, point.label, f"{full_macs / self.macs[name]:.2f}", str(seeds))
+            )
         return "\n".join(align(table, left=2))
 
     def score(self, keep_models: bool) -> None:
         """Train and score what is left, a row for each; other processes may do the same, each at
         points of its own."""
-        told = False
+        announced = False
         while self.left:
             for point in _shown(self.left, self.expected):
                 with claimed(self.folder / point.id) as lock:
@@ -194,9 +199,9 @@ class _Work:
                         self._score(point, lock, keep_models)
             self.look()
             if self.left:
-                if not told:
+                if not announced:
                     self.say(f"other processes are at the last {len(self.left)} points")
-                    told = True
+                    announced = True
                 time.sleep(_POLL)
 
     def _score(self, point: Point, lock: IO[str], keep_models: bool) -> None:
@@ -208,15 +213,17 @@ class _Work:
             train_point(recipe, self.folder / point.id, study.processes, lock)
         trained = time.perf_counter() - start
         if point.recipe is not None:
-            one = read_subject(str(self._model(point)), study.task, device=self.device)
-            one = replace(one, collator=replace(one.collator, blind=point.recipe.get("blind")))
+            subject = read_subject(str(self._model(point)), study.task, device=self.device)
+            subject = replace(
+                subject, collator=replace(subject.collator, blind=point.recipe.get("blind"))
+            )
         else:
-            one = read_subject(
+            subject = read_subject(
                 study.model, study.task, point.reducer, point.image_size, self.device
             )
-        one = one.on(self.timed, study.batch_size)
-        measured = score(one, self.examples, study.batch_size) | cost(
-            one, self.base, len(self.timed)
+        subject = subject.on(self.timed, study.batch_size)
+        measured = score(subject, self.examples, study.batch_size) | cost(
+            subject, self.base, len(self.timed)
         )
         measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
         measured["seconds"] = round(time.perf_counter() - start, 1)
@@ -246,13 +253,13 @@ class _Work:
                 )
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
-                    one = read_subject(str(self._model(point)), study.task, device=self.device)
+                    subject = read_subject(str(self._model(point)), study.task, device=self.device)
                 else:
-                    one = read_subject(
+                    subject = read_subject(
                         study.model, study.task, point.reducer, point.image_size, self.device
                     )
-                one = one.on(self.timed, study.batch_size)
-                measured = speed(one, self.base, len(self.timed), study.runs)
+                subject = subject.on(self.timed, study.batch_size)
+                measured = speed(subject, self.base, len(self.timed), study.runs)
                 append_rows(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
             if not keep_models:
                 for name in ("teacher", *(point.id for point in self.points)):
@@ -286,8 +293,8 @@ class _Work:
             "base"
         ].median
         took: dict[bool, list[float]] = {True: [], False: []}
-        for found in done:
-            took[bool(found["training"])].append(found["seconds"])
+        for record in done:
+            took[bool(record["training"])].append(record["seconds"])
         training: dict[str, float] = {}
         expected = {}
         for point in self.left:
@@ -321,18 +328,18 @@ def _examples(study: Study, task: Task) -> list[Example]:
     return take(every, range(count))
 
 
-def _refuse(wrong: Sequence[str]) -> None:
+def _refuse(reasons: Sequence[str]) -> None:
     """Raise ValueError for impossible settings, if there are any."""
-    if wrong:
+    if reasons:
         raise ValueError(
             "\n".join(
-                [f"{len(wrong)} impossible settings; skip_impossible leaves them out:", *wrong]
+                [f"{len(reasons)} impossible settings; skip_impossible leaves them out:", *reasons]
             )
         )
 
 
 def _fitting(
-    base: Subject, points: Sequence[Point], examples: Sequence[Example], wrong: list[str]
+    base: Subject, points: Sequence[Point], examples: Sequence[Example], reasons: list[str]
 ) -> list[Point]:
     """The points whose reducer and image size fit the model; what is wrong with the others goes
     into `wrong`.
@@ -349,7 +356,7 @@ def _fitting(
                 raise ValueError(f"a patch has {patch} pixels a side: give as many or more")
         except (ValueError, TypeError) as error:
             impossible[point.setting] = f"{point.method}, {point.label}: {error}"
-    wrong += impossible.values()
+    reasons += impossible.values()
     return [point for point in points if point.setting not in impossible]
 
 
@@ -357,7 +364,7 @@ def _try(
     study: Study,
     points: Sequence[Point],
     examples: Sequence[Example],
-    wrong: list[str],
+    reasons: list[str],
     device: torch.device,
 ) -> dict[str, int]:
     """Multiply-accumulates of every setting that fits the model; what is wrong with the others goes
@@ -365,14 +372,14 @@ def _try(
     costs: dict[str, int] = {}
     for point in {point.setting: point for point in points}.values():
         try:
-            one = read_subject(study.model, study.task, point.reducer, point.image_size, device)
-            costs[point.setting], _ = macs(one.on(examples, len(examples)), len(examples))
+            subject = read_subject(study.model, study.task, point.reducer, point.image_size, device)
+            costs[point.setting], _ = macs(subject.on(examples, len(examples)), len(examples))
         except (ValueError, TypeError, RuntimeError) as error:
-            wrong.append(f"{point.method}, {point.label}: {error}")
+            reasons.append(f"{point.method}, {point.label}: {error}")
     return costs
 
 
-def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
+def _shown(points: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
     """The points, with a bar that tells which it is, of how many, and how long the rest will
     take."""
     columns = (
@@ -382,13 +389,13 @@ def _shown(left: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
     )
     start, expected = time.perf_counter(), 0.0
     with _bars(*columns) as progress:
-        bar = progress.add_task("", total=len(left), left="")
-        for number, point in enumerate(left):
+        bar = progress.add_task("", total=len(points), left="")
+        for index, point in enumerate(points):
             # As far as it was off so far, the expectation will be off again.
             ratio = (time.perf_counter() - start) / expected if expected else 1.0
-            rest = ratio * sum(seconds[other.id] for other in left[number:])
+            seconds_left = ratio * sum(seconds[other.id] for other in points[index:])
             progress.update(
-                bar, description=visible(str(point)), left=f", about {_duration(rest)} left"
+                bar, description=visible(str(point)), left=f", about {_duration(seconds_left)} left"
             )
             yield point
             expected += seconds[point.id]

@@ -107,14 +107,18 @@ def matched(
         row = [f"{where:.1f}x", f"{100 * mine.scores.sum() / counts.sum():.1f}"]
         for name in rivals:
             other = place(curves[name], axis, where, error)
-            apart = None if other is None else difference(mine, other, spreads)
-            row.append(_cell(apart))
-            if apart is not None:
-                verdicts[name][apart.verdict].append(f"{where:.1f}x")
+            gap = None if other is None else difference(mine, other, spreads)
+            row.append(_cell(gap))
+            if gap is not None:
+                verdicts[name][gap.verdict].append(f"{where:.1f}x")
         table.append(row)
     said = []
-    for name, found in verdicts.items():
-        parts = [f"{verdict} at {', '.join(places)}" for verdict, places in found.items() if places]
+    for name, places_by_verdict in verdicts.items():
+        parts = [
+            f"{verdict} at {', '.join(places)}"
+            for verdict, places in places_by_verdict.items()
+            if places
+        ]
         said.append(
             f"* {reference} against {name}: "
             f"{'; '.join(parts) or 'the curves have no part in common'}."
@@ -138,16 +142,16 @@ def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]
     methods = [setting.method for setting in settings]
     # Of a curve no setting stands for the method.
     compared = [
-        one
-        for one in settings
-        if one.method in (BASELINE, *references) and methods.count(one.method) == 1
+        candidate
+        for candidate in settings
+        if candidate.method in (BASELINE, *references) and methods.count(candidate.method) == 1
     ]
     towers = any(setting.mean("gflops_towers") for setting in settings)
     head = [
         "method",
         "setting",
         "accuracy (95 %)",
-        *(f"Δ {one.method}" for one in compared),
+        *(f"Δ {reference.method}" for reference in compared),
         "examples/s",
     ]
     head += ["x unreduced", "x without overhead", "GFLOPs (x fewer)", *["without towers"] * towers]
@@ -161,8 +165,10 @@ def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]
                 f"{setting.accuracy:.1f} ({max(setting.accuracy - margin, 0):.1f} - "
                 f"{min(setting.accuracy + margin, 100):.1f})",
                 *(
-                    "" if setting is one else str(difference(at(setting), at(one), spreads))
-                    for one in compared
+                    ""
+                    if setting is reference
+                    else str(difference(at(setting), at(reference), spreads))
+                    for reference in compared
                 ),
                 *_speeds(setting.speed),
                 f"{setting.mean('gflops'):.3g} ({setting.flops_ratio:.2f})",
@@ -201,10 +207,12 @@ def _training(rows: Sequence[dict[str, Any]]) -> str:
 def _machines(rows: Sequence[dict[str, Any]]) -> str:
     """What rows were obtained with, and when."""
     names = ("cpu", "cores", "threads", "gpu", "torch", "transformers")
-    found = {", ".join(f"{name} {row[name]}" for name in names if row[name] != "") for row in rows}
+    descriptions = {
+        ", ".join(f"{name} {row[name]}" for name in names if row[name] != "") for row in rows
+    }
     dates = sorted({row["date"] for row in rows})
     return (
-        "; ".join(sorted(found)) + f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+        "; ".join(sorted(descriptions)) + f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         if rows
         else "not timed"
     )
@@ -221,10 +229,10 @@ def _tokens(setting: Setting) -> str:
     return f"{text:.0f} + {image:.0f}" + (f" ± {spread:.0f}" if spread >= 0.5 else "")
 
 
-def _cell(apart: Difference | None) -> str:
-    if apart is None:
+def _cell(gap: Difference | None) -> str:
+    if gap is None:
         return "no curve"
-    return f"**{apart}**" if apart.verdict == "below" else str(apart)
+    return f"**{gap}**" if gap.verdict == "below" else str(gap)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

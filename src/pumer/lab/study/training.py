@@ -52,13 +52,13 @@ def expected_seconds(
     batch = trainer.get("per_device_train_batch_size", 8)
     steps = trainer.get("max_steps", -1)
     if steps < 1:
-        number = len(
+        num_examples = len(
             build(recipe["task"], vocabulary(base.model)).examples(
                 recipe.get("train_split", "train")
             )
         )
         together = batch * processes * trainer.get("gradient_accumulation_steps", 1)
-        steps = -(-number // together) * trainer.get("num_train_epochs", 3)
+        steps = -(-num_examples // together) * trainer.get("num_train_epochs", 3)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

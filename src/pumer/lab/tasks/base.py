@@ -272,10 +272,11 @@ def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> li
 
 def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
     """Raise ValueError unless every prediction is one of the labels."""
-    wrong = [name for name, label in predictions.items() if label not in labels]
-    if wrong:
+    unknown_names = [name for name, label in predictions.items() if label not in labels]
+    if unknown_names:
         raise ValueError(
-            f"{first(wrong, len(predictions), 'predictions')} are none of {', '.join(labels)}."
+            f"{first(unknown_names, len(predictions), 'predictions')} are none of "
+            f"{', '.join(labels)}."
         )
 
 
@@ -305,7 +306,7 @@ def bootstrap_interval(
     interval is narrower than either's. Efron and Tibshirani, "An Introduction to the Bootstrap",
     1993.
     """
-    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = np.array([names[name] for name in clusters])
     sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
     generator = np.random.default_rng(seed)

@@ -51,24 +51,30 @@ def check_files(
     """
     if not Path(root).is_dir():
         raise ValueError(f"{root} is no folder; give the one with the official files.")
-    found = []
+    checks = []
     for task in _tasks(name, root, images):
         for split in task.splits():
             title = f"{task.dataset} {split}" if isinstance(task, Retrieval) else split
             published = task.published.get(split, {})
-            found.append(_check(task, split, title, published, decode, progress))
-    return found
+            checks.append(_check(task, split, title, published, decode, progress))
+    return checks
 
 
 def _tasks(name: str, root: str | Path, images: str | Path | None) -> Iterator[FileTask]:
-    kind = tasks.get(name)
-    if not issubclass(kind, FileTask):
-        known = [known for known in tasks.list_tasks() if issubclass(tasks.get(known), FileTask)]
-        raise ValueError(f"{name} is not read from official files; there are {', '.join(known)}.")
-    if not issubclass(kind, Retrieval):
-        yield kind(root, images=images)
+    task_class = tasks.get(name)
+    if not issubclass(task_class, FileTask):
+        task_names = [
+            task_name
+            for task_name in tasks.list_tasks()
+            if issubclass(tasks.get(task_name), FileTask)
+        ]
+        raise ValueError(
+            f"{name} is not read from official files; there are {', '.join(task_names)}."
+        )
+    if not issubclass(task_class, Retrieval):
+        yield task_class(root, images=images)
         return
-    both = [kind(root, images=images, dataset=dataset, restval=False) for dataset in DATASETS]
+    both = [task_class(root, images=images, dataset=dataset, restval=False) for dataset in DATASETS]
     yield from [task for task in both if task.file.is_file()] or both
 
 

@@ -171,18 +171,18 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     if not bad:
         return rows
     without = set(bad)
-    left = [row for row in rows if not without.intersection(task.keys(row))]
-    if not left:
+    usable_rows = [row for row in rows if not without.intersection(task.keys(row))]
+    if not usable_rows:
         raise ValueError(
             f"{first(bad, len(keys), 'images')} are missing or broken in {store}: no example is "
             "left."
         )
     warnings.warn(
-        f"{len(rows) - len(left)} of {len(rows)} examples are left out: "
+        f"{len(rows) - len(usable_rows)} of {len(rows)} examples are left out: "
         f"{first(bad, len(keys), 'images')} are missing or broken in {store}",
         stacklevel=3,
     )
-    return left
+    return usable_rows
 
 
 class _Row(Protocol):
@@ -197,10 +197,14 @@ def read_lines(path: Path, parse: Callable[[Any], R], source: str) -> list[R]:
     """The rows of a JSON-lines file; see `read_rows`. `source` says where to get the file."""
     if not path.is_file():
         there = sorted(file.name for file in path.parent.glob(f"*{path.suffix}"))
-        found = ", ".join(there) or f"no {path.suffix} file"
-        raise MissingFileError(path, f"{path.parent} has {found}. The files are at {source}")
+        present = ", ".join(there) or f"no {path.suffix} file"
+        raise MissingFileError(path, f"{path.parent} has {present}. The files are at {source}")
     with path.open("rb") as file:
-        lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+        lines = (
+            (f"{path}:{line_number}", line)
+            for line_number, line in enumerate(file, 1)
+            if line.strip()
+        )
         return read_rows(lines, lambda line: parse(_json(line)))
 
 
@@ -219,24 +223,24 @@ def read_rows(items: Iterable[tuple[str, Any]], parse: Callable[[Any], R]) -> li
     """
     rows: list[R] = []
     places: dict[int | str, str] = {}
-    wrong = []
-    for place, item in items:
+    problems = []
+    for row_place, item in items:
         try:
             row = parse(item)
         except ValueError as error:
-            wrong.append(f"{place}: {error}")
+            problems.append(f"{row_place}: {error}")
             continue
         if row.id in places:
-            wrong.append(f"{place}: id {row.id} repeats that of {places[row.id]}")
+            problems.append(f"{row_place}: id {row.id} repeats that of {places[row.id]}")
             continue
-        places[row.id] = place
+        places[row.id] = row_place
         rows.append(row)
-    if wrong:
-        rest = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        total = len(rows) + len(wrong)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        total = len(rows) + len(problems)
         raise ValueError(
-            f"{len(wrong)} of {total} rows are broken; mend or remove them. "
-            f"{'; '.join(wrong[:5])}{rest}"
+            f"{len(problems)} of {total} rows are broken; mend or remove them. "
+            f"{'; '.join(problems[:5])}{more}"
         )
     return rows
 

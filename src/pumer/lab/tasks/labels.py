@@ -21,10 +21,10 @@ def label_names(config: Any) -> list[str]:
     Those of `id2label`; where it has transformers' LABEL_0, LABEL_1, ... and `label2id` has names,
     of that one.
     """
-    id2label = {int(number): str(name) for number, name in config.id2label.items()}
-    names = [id2label[number] for number in sorted(id2label)]
+    id2label = {int(index): str(name) for index, name in config.id2label.items()}
+    names = [id2label[index] for index in sorted(id2label)]
     if is_unnamed(names):
-        label2id = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+        label2id = {str(name): int(index) for name, index in (config.label2id or {}).items()}
         numbered = sorted(label2id, key=label2id.__getitem__)
         if len(numbered) == len(names) and sorted(label2id.values()) == list(range(len(names))):
             return numbered
@@ -55,13 +55,13 @@ def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
     if names == labels:
         return None
     if same_names(names, labels):
-        position = {name: number for number, name in enumerate(names)}
+        position = {name: index for index, name in enumerate(names)}
         if not set(labels) <= set(position):  # the same words in another case
-            position = {name.casefold(): number for name, number in position.items()}
+            position = {name.casefold(): index for name, index in position.items()}
             labels = [label.casefold() for label in labels]
         order = tuple(position[label] for label in labels)
         return None if order == tuple(range(len(order))) else order
-    numbered = is_unnamed(names) or names == [str(number) for number in range(len(names))]
+    numbered = is_unnamed(names) or names == [str(index) for index in range(len(names))]
     if numbered and len(names) == len(labels):
         _LOG.warning(
             "the model's labels are %s: they are taken for %s, in this order; if it is another "
@@ -84,7 +84,7 @@ def check_fit(model: Any, task: Task) -> None:
     labels."""
     if task.loss_kind == "none":
         return
-    kind = type(model).__name__
+    class_name = type(model).__name__
     bases = [base.__name__ for base in type(model).__mro__]
     ranks = task.loss_kind == "rank"
     if ranks:
@@ -100,14 +100,14 @@ def check_fit(model: Any, task: Task) -> None:
             f"has one image per example and the labels {_some(task.labels)}",
         )
     suits = any(base.endswith(heads) for base in bases)
-    if suits and kind.endswith(_CLASSIFIERS[2]):
+    if suits and class_name.endswith(_CLASSIFIERS[2]):
         suits = model.config.num_images == task.image_count
     if not suits:
         # A pair of images is what the classifier of images and text is for.
         offered = heads if task.image_count > 1 or len(heads) == 1 else heads[:2]
         classes = " or ".join(f"Vilt{head}" for head in offered)
         raise ValueError(
-            f"{kind} does not fit the task {task.name}, which {needs}: take a {classes} (or "
+            f"{class_name} does not fit the task {task.name}, which {needs}: take a {classes} (or "
             "Meter...); "
             "a training gets one with --model.kind"
         )

@@ -86,7 +86,7 @@ class NLVR(Task):
         for score, example in zip(scores, examples, strict=True):
             orders[example.meta["example_id"]].add(example.meta["k"])
             right[example.cluster].append(score == 1)
-        if any(found != _BOX_ORDERS for found in orders.values()):
+        if any(box_orders != _BOX_ORDERS for box_orders in orders.values()):
             return {}
         return {"consistency": round(100 * sum(map(all, right.values())) / len(right), 2)}
 
@@ -96,10 +96,11 @@ class NLVR(Task):
         """Write the CSV that NLVR's metrics_images.py takes; it wants every picture in all six box
         orders."""
         ids = check_ids(predictions, examples)
-        wrong = [name for name, label in predictions.items() if label not in self.labels]
-        if wrong:
+        invalid_names = [name for name, label in predictions.items() if label not in self.labels]
+        if invalid_names:
             raise ValueError(
-                f"{first(wrong, len(predictions), 'predictions')} are neither true nor false."
+                f"{first(invalid_names, len(predictions), 'predictions')} are neither true "
+                "nor false."
             )
         with replacing(path) as file:
             file.writelines(f"{name}.png,{predictions[name]}\n" for name in ids)

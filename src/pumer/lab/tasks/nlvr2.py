@@ -75,9 +75,9 @@ class NLVR2(FileTask):
     def places(self, split: str) -> Sequence[str]:
         words = [word for word in ("train", "dev", "test1", "test2") if word in split] or [split]
         return [
-            place
+            pattern
             for word in words
-            for place in (f"images/{word}", f"images/{word}/*", word, f"{word}/*")
+            for pattern in (f"images/{word}", f"images/{word}/*", word, f"{word}/*")
         ] + [
             "images",
             "",

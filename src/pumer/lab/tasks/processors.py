@@ -166,7 +166,7 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Ima
     begun = bos is not None and prompts[0].startswith(bos)
     batch = processor(
         text=list(prompts),
-        images=[list(own) for own in images] if any(images) else None,
+        images=[list(prompt_images) for prompt_images in images] if any(images) else None,
         padding=True,
         return_tensors="pt",
         **(

@@ -135,8 +135,8 @@ class PromptCollator(WritingCollator):
                 "not 1: a question must "
                 "not contain one, the chat template must put in one"
             )
-        place = ids.index(self.image_token)
-        return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
+        position = ids.index(self.image_token)
+        return ids[:position] + [self.image_token] * self.image_tokens + ids[position + 1 :]
 
     def answer(self, example: Example) -> list[int]:
         """Tokens of an example's best answer, and the one that ends it."""

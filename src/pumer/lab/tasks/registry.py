@@ -51,28 +51,31 @@ def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
     `labels` are a model's own, for tasks whose vocabulary travels with the model.
     Raises ValueError for unknown tasks and settings, and for settings of another type.
     """
-    rest = dict(settings)
-    if "name" not in rest:
+    task_settings = dict(settings)
+    if "name" not in task_settings:
         raise ValueError(
-            f"no task is named for the settings {', '.join(rest)}: name it, as in "
+            f"no task is named for the settings {', '.join(task_settings)}: name it, as in "
             '{"name": "vqav2", "root": "DIR"} or --task vqav2 --task.root DIR'
         )
-    kind = get(str(rest.pop("name")))
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every task is a dataclass
-    unknown = sorted(set(rest) - set(known))
+    task_class = get(str(task_settings.pop("name")))
+    field_names = [field.name for field in fields(task_class)]  # type: ignore[arg-type]  # every task is a dataclass
+    unknown = sorted(set(task_settings) - set(field_names))
     if unknown:
-        hint = did_you_mean(unknown[0], known)
+        hint = did_you_mean(unknown[0], field_names)
         raise ValueError(
-            f"task {kind.name} has no setting {', '.join(unknown)}.{hint} It has {', '.join(known)}"
+            f"task {task_class.name} has no setting {', '.join(unknown)}.{hint} It has "
+            f"{', '.join(field_names)}"
         )
-    if "labels" in known and labels:
-        rest.setdefault("labels", tuple(labels))
+    if "labels" in field_names and labels:
+        task_settings.setdefault("labels", tuple(labels))
     needed = [
         field.name
-        for field in fields(kind)  # type: ignore[arg-type]
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in rest
+        for field in fields(task_class)  # type: ignore[arg-type]
+        if field.default is MISSING
+        and field.default_factory is MISSING
+        and field.name not in task_settings
     ]
     if needed:
-        example = json.dumps({"name": kind.name, **dict.fromkeys(needed, "...")})
-        raise ValueError(f"task {kind.name} needs {', '.join(needed)}: give it as {example}")
-    return kind(**check_settings(kind, rest, f"task {kind.name}"))
+        example = json.dumps({"name": task_class.name, **dict.fromkeys(needed, "...")})
+        raise ValueError(f"task {task_class.name} needs {', '.join(needed)}: give it as {example}")
+    return task_class(**check_settings(task_class, task_settings, f"task {task_class.name}"))

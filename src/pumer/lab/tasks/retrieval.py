@@ -63,10 +63,10 @@ class _Captions:
         arguments."""
         generator = np.random.default_rng((seed, image))
         start, stop = self.starts[image], self.starts[image + 1]
-        own = generator.integers(start, stop)
+        caption = generator.integers(start, stop)
         others = generator.choice(len(self.texts) - (stop - start), size=negatives, replace=False)
         others[others >= start] += stop - start  # over the image's own
-        return self.texts[own], tuple(self.texts[other] for other in others)
+        return self.texts[caption], tuple(self.texts[other] for other in others)
 
 
 class _Row(NamedTuple):
@@ -153,7 +153,7 @@ class Retrieval(FileTask):
                 f"{self.file} has no image of the split {split}; is it the whole file?"
             )
         captions = _Captions(photos)
-        return [_Row(number, photo, captions) for number, photo in enumerate(photos)]
+        return [_Row(index, photo, captions) for index, photo in enumerate(photos)]
 
     @cached_property
     def _photos(self) -> list[_Photo]:
@@ -304,7 +304,7 @@ def recalls(
         raise ValueError(
             "some scores are NaN; a model in half precision may overflow, try float32."
         )
-    own = scores[owner, torch.arange(captions)]
+    matching_scores = scores[owner, torch.arange(captions)]
     caption_rank = torch.zeros(
         captions, dtype=torch.int64
     )  # how many images come before the caption's own
@@ -314,12 +314,12 @@ def recalls(
     for image, row in enumerate(
         scores
     ):  # one by one: the ranks of all at once would take gigabytes
-        caption_rank += (row > own) | ((row == own) & (owner > image))
+        caption_rank += (row > matching_scores) | ((row == matching_scores) & (owner > image))
         mine = (owner == image).nonzero()[:, 0]
-        best = own[mine].max()
-        leader = mine[own[mine] == best][0]
+        best = matching_scores[mine].max()
+        leader = mine[matching_scores[mine] == best][0]
         image_rank[image] = (row > best).sum() + (row[:leader] == best).sum()
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for way, rank, clusters, candidates in (
         ("tr", image_rank, range(images), captions),
         ("ir", caption_rank, owner.tolist(), images),
@@ -329,10 +329,10 @@ def recalls(
                 hits = (rank < k).double()
                 low, high = bootstrap_interval(hits.tolist(), clusters)
                 values = {"": hits.mean().item(), "_low": low, "_high": high}
-                found |= {
+                result |= {
                     f"{way}_r{k}{end}": round(100 * value, 2) for end, value in values.items()
                 }
-    return found
+    return result
 
 
 def check_folds(images: int, folds: int) -> None:

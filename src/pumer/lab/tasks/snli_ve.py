@@ -90,16 +90,16 @@ class SNLIVE(FileTask):
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
         """The accuracy of each class: `label:neutral`, ..."""
-        found = {}
-        for number, label in enumerate(self.labels):
+        result = {}
+        for label_index, label in enumerate(self.labels):
             group = [
                 score
                 for score, example in zip(scores, examples, strict=True)
-                if example.target == number
+                if example.target == label_index
             ]
             if group:
-                found[f"label:{label}"] = round(100 * sum(group) / len(group), 2)
-        return found
+                result[f"label:{label}"] = round(100 * sum(group) / len(group), 2)
+        return result
 
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]

@@ -50,9 +50,9 @@ _CONTRACTIONS = """
 # A contraction is recognised with exactly one of its apostrophes missing: "couldnt've" and
 # "couldn'tve".
 _RESTORED = {
-    word[: place.start()] + word[place.end() :]: word
+    word[: apostrophe.start()] + word[apostrophe.end() :]: word
     for word in _CONTRACTIONS.split()
-    for place in re.finditer("'", word)
+    for apostrophe in re.finditer("'", word)
 }
 _RESTORED["somebody'd"] = "somebodyd"  # the wrong way round in the evaluator
 
@@ -159,10 +159,11 @@ def write_answers(
     rows = [
         {"question_id": key, "answer": predictions[key]} for key in check_ids(predictions, examples)
     ]
-    wrong = [row["question_id"] for row in rows if not isinstance(row["answer"], str)]
-    if wrong:
+    invalid_ids = [row["question_id"] for row in rows if not isinstance(row["answer"], str)]
+    if invalid_ids:
         raise ValueError(
-            f"{first(wrong, len(rows), 'predictions')} are no strings; give the answers' words."
+            f"{first(invalid_ids, len(rows), 'predictions')} are no strings; give the "
+            "answers' words."
         )
     with replacing(path) as file:
         json.dump(rows, file)

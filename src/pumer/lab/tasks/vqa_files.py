@@ -69,15 +69,15 @@ def read_questions(root: Path, split: str) -> list[Question]:
             return Question(
                 _id(row), text, _name(row, "image_id") if "image_id" in row else key, key
             )
-        number = row.get("image_id")
-        if not isinstance(number, int) or isinstance(number, bool):
+        image_id = row.get("image_id")
+        if not isinstance(image_id, int) or isinstance(image_id, bool):
             problem = (
-                f"image_id is {number!r}, not a number"
+                f"image_id is {image_id!r}, not a number"
                 if "image_id" in row
                 else "there is no image_id"
             )
             raise ValueError(f"{problem}; give COCO's, or the image's file name as image")
-        return Question(_id(row), text, number, image.format(number))
+        return Question(_id(row), text, image_id, image.format(image_id))
 
     return _read(path, "questions", parse)
 
@@ -131,13 +131,13 @@ def read_common_answers(root: Path, split: str) -> list[str]:
 
 
 def _common(row: Any) -> _Common:
-    number = _id(row)
+    question_id = _id(row)
     (answer,) = _texts(row, "multiple_choice_answer")
-    return _Common(number, answer)
+    return _Common(question_id, answer)
 
 
 def _annotation(row: Any) -> Annotation:
-    number = _id(row)
+    question_id = _id(row)
     answers = row.get("answers")
     if not isinstance(answers, list):
         problem = (
@@ -154,7 +154,7 @@ def _annotation(row: Any) -> Annotation:
         )
     question_type, answer_type = _texts(row, "question_type", "answer_type")
     image = _name(row, "image_id") if "image_id" in row else None
-    return Annotation(number, image, question_type, answer_type, tuple(answers))
+    return Annotation(question_id, image, question_type, answer_type, tuple(answers))
 
 
 def _read(path: Path, key: str, parse: Callable[[Any], R]) -> list[R]:
@@ -171,9 +171,9 @@ def _read(path: Path, key: str, parse: Callable[[Any], R]) -> list[R]:
 
 def _named(path: Path, key: str, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for index, row in enumerate(rows):
-        number = row.get("question_id") if isinstance(row, dict) else None
-        known = isinstance(number, int | str) and str(number).strip()
-        yield f"{path}: question {number}" if known else f"{path}: {key}[{index}]", row
+        question_id = row.get("question_id") if isinstance(row, dict) else None
+        has_id = isinstance(question_id, int | str) and str(question_id).strip()
+        yield f"{path}: question {question_id}" if has_id else f"{path}: {key}[{index}]", row
 
 
 def _shared_answers(row: dict[str, Any]) -> Any:

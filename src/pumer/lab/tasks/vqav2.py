@@ -144,7 +144,7 @@ class VQAv2(FileTask):
 
     @cached_property
     def _index(self) -> dict[str, int]:
-        return {label: number for number, label in enumerate(self.labels)}
+        return {label: index for index, label in enumerate(self.labels)}
 
     def score(self, prediction: str, example: Example) -> float:
         if example.meta["answers"] is None:
@@ -163,8 +163,8 @@ class VQAv2(FileTask):
         """The accuracy of each kind: `answer_type:number`, ..., `question_type:how many`, ..."""
         groups = defaultdict(list)
         for score, example in zip(scores, examples, strict=True):
-            for kind in ("answer_type", "question_type"):
-                groups[f"{kind}:{example.meta[kind]}"].append(score)
+            for key in ("answer_type", "question_type"):
+                groups[f"{key}:{example.meta[key]}"].append(score)
         return {
             name: round(100 * sum(group) / len(group), 2) for name, group in sorted(groups.items())
         }
@@ -201,8 +201,8 @@ def with_new_answers(task: VQAv2, train_split: str) -> VQAv2:
     splits = task.answer_splits or (OFFICIAL if there else (train_split,))
     answers = read_answers(task.root, splits)
     labels = build_vocabulary(answers, task.min_count)
-    known = set(labels)
-    rare = [answer for answer in map(normalize, answers) if answer not in known]
+    old_labels = set(labels)
+    rare = [answer for answer in map(normalize, answers) if answer not in old_labels]
     if rare:
         _LOG.warning(
             "%d of %d answers have fewer than %d questions and are left out, with %d of %d "

@@ -54,11 +54,11 @@ def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[s
         chosen = {**_BEST, "save_strategy": often, **chosen}  # of every model that is judged
         if "eval_steps" in chosen:
             chosen.setdefault("save_steps", chosen["eval_steps"])
-    known = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
+    setting_names = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
     if ours := sorted(_OURS & set(chosen)):
         raise ValueError(f"trainer.{ours[0]} is set by train itself: leave it out")
-    if unknown := [name for name in chosen if name not in known]:
-        hint = did_you_mean(unknown[0], known)
+    if unknown := [name for name in chosen if name not in setting_names]:
+        hint = did_you_mean(unknown[0], setting_names)
         raise ValueError(
             f"trainer has no setting {', '.join(unknown)}.{hint} It takes those of transformers' "
             "TrainingArguments"

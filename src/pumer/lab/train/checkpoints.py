@@ -16,16 +16,16 @@ _STATES = {
 
 def usable_checkpoints(output: Path) -> bool:
     """Whether there is a checkpoint to go on from; what a kill left unfinished is deleted."""
-    found = False
+    any_usable = False
     for checkpoint in _checkpoints(output):
         try:
             json.loads(
                 (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
             )  # written last
-            found = True
+            any_usable = True
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
-    return found
+    return any_usable
 
 
 def check_last_checkpoint(output: Path) -> None:

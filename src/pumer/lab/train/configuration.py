@@ -26,17 +26,17 @@ def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> di
     """
     parts: dict[str, Any] = getattr(kind, "sub_configs", {})
     default = kind()
-    known = {
+    setting_names = {
         name
         for name in dir(default)
         if not name.startswith("_") and not callable(getattr(default, name, None))
     }
-    known |= set(inspect.signature(kind).parameters) - {"kwargs"} | set(parts)
-    if unknown := [name for name in settings if name not in known]:
-        hint = did_you_mean(unknown[0], known)
+    setting_names |= set(inspect.signature(kind).parameters) - {"kwargs"} | set(parts)
+    if unknown := [name for name in settings if name not in setting_names]:
+        hint = did_you_mean(unknown[0], setting_names)
         raise ValueError(f"{what}: {kind.__name__} has no setting {', '.join(unknown)}.{hint}")
-    own = {name: value for name, value in settings.items() if name not in parts}
-    checked = check_settings(kind.__init__, check_settings(kind, own, what), what)
+    plain_settings = {name: value for name, value in settings.items() if name not in parts}
+    checked = check_settings(kind.__init__, check_settings(kind, plain_settings, what), what)
     for name, value in settings.items():
         if name in parts and isinstance(value, Mapping):
             part = _class_of(parts[name], value)
@@ -50,14 +50,18 @@ def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> di
     return {name: checked[name] for name in settings}
 
 
-def _class_of(kind: type, settings: Mapping[str, Any]) -> type | None:
+def _class_of(config_class: type, settings: Mapping[str, Any]) -> type | None:
     """The class of a part; None where any may be meant."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     name = settings.get("model_type")
     if name is not None:
         return CONFIG_MAPPING.get(name)
-    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedConfig) else None
+    return (
+        config_class
+        if isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)
+        else None
+    )
 
 
 def new_model(kind: Any, config: Any) -> Any:

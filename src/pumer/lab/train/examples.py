@@ -42,10 +42,10 @@ class Examples(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[Example]:
         examples = take(self.examples, indices)
         if self.taught is not None:
-            found = zip(examples, self.taught[indices], strict=True)
+            pairs = zip(examples, self.taught[indices], strict=True)
             examples = [
                 replace(example, meta={**example.meta, "taught": taught})
-                for example, taught in found
+                for example, taught in pairs
             ]
         return list(map(self._augmented, indices, examples)) if self.augment else examples
 

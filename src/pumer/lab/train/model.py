@@ -102,15 +102,15 @@ def _new(
     settings: ModelSettings, task: dict[str, Any], train_split: str, tokenizer: Any
 ) -> tuple[PreTrainedModel, Task]:
     """A new model and the task; the tokenizer of one that writes is made fit for that."""
-    kind = model_class(settings.kind or "ViltForQuestionAnswering")
-    config = check_config(kind.config_class, settings.config)
+    net_class = model_class(settings.kind or "ViltForQuestionAnswering")
+    config = check_config(net_class.config_class, settings.config)
     the_task = _build(task, (), train_split)
     vilt = read_model(settings.start) if settings.start else None
-    if kind.__name__ == "LlavaForConditionalGeneration":
-        return new_llava(kind, config, writing_tokenizer(tokenizer, the_task.labels), vilt), build(
-            task
-        )
-    net = new_model(kind, config | _label_names(the_task))
+    if net_class.__name__ == "LlavaForConditionalGeneration":
+        return new_llava(
+            net_class, config, writing_tokenizer(tokenizer, the_task.labels), vilt
+        ), build(task)
+    net = new_model(net_class, config | _label_names(the_task))
     if net.config.model_type == "vilt":
         start_local(net)
     elif vilt is not None:
@@ -126,26 +126,26 @@ def _trained(
     # has no place.
     ranks = get(str(task.get("name"))).loss_kind == "rank"
     start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
-    kind = model_class(settings.kind) if settings.kind else type(start)
+    net_class = model_class(settings.kind) if settings.kind else type(start)
     if writes(start):
-        if kind is not type(start) or settings.config:
+        if net_class is not type(start) or settings.config:
             raise ValueError(
                 f"a {type(start).__name__} is trained on as it is: leave model.kind and "
                 "model.config out"
             )
         return start, build(task)
-    if kind.config_class is not type(start.config):
+    if net_class.config_class is not type(start.config):
         raise ValueError(
-            f"model.kind {kind.__name__} cannot start from a {type(start).__name__}: take one "
+            f"model.kind {net_class.__name__} cannot start from a {type(start).__name__}: take one "
             "family"
         )
-    config = check_config(kind.config_class, settings.config)
+    config = check_config(net_class.config_class, settings.config)
     labels = vocabulary(start)
-    the_task = _build(task, labels if kind is type(start) else (), train_split)
-    same = kind is type(start) and (
+    the_task = _build(task, labels if net_class is type(start) else (), train_split)
+    same = net_class is type(start) and (
         the_task.loss_kind == "rank" or same_names(labels, the_task.labels)
     )
-    net = start if same and not config else rebuild(start, kind, the_task, config)
+    net = start if same and not config else rebuild(start, net_class, the_task, config)
     if settings.patch_size and settings.patch_size != net.config.patch_size:
         net = resize_patches(net, settings.patch_size)
     return net, the_task
@@ -239,18 +239,20 @@ def rebuild(
         for name, value in start.state_dict().items()
         if name in new
     }
-    wrong = {name for name, value in old.items() if value.shape != new[name].shape}
+    mismatched = {name for name, value in old.items() if value.shape != new[name].shape}
     trunk = f"{net.base_model_prefix}."
-    if bad := [name for name in wrong if name.startswith(trunk)]:
+    if bad := [name for name in mismatched if name.startswith(trunk)]:
         raise ValueError(
             "weights at model.path have other shapes than the settings ask for: "
             f"{', '.join(sorted(bad))}"
         )
-    left = {_head(name) for name in (set(new) - set(old)) | wrong if not name.startswith(trunk)}
+    reset_heads = {
+        _head(name) for name in (set(new) - set(old)) | mismatched if not name.startswith(trunk)
+    }
     if not keeps_labels:
-        left.add("classifier")
-    taken = {name: value for name, value in old.items() if _head(name) not in left}
-    net.load_state_dict(taken, strict=False)
+        reset_heads.add("classifier")
+    kept_weights = {name: value for name, value in old.items() if _head(name) not in reset_heads}
+    net.load_state_dict(kept_weights, strict=False)
     if not changes:
         # The published dropout of text embeddings is on the module, as no setting of the
         # configuration can say it.
@@ -258,7 +260,7 @@ def rebuild(
         for name, module in net.named_modules():
             if isinstance(module, nn.Dropout) and name in before:
                 module.p = before[name].p
-    fresh = sorted({name.rpartition(".")[0] for name in set(new) - set(taken)})
+    fresh = sorted({name.rpartition(".")[0] for name in set(new) - set(kept_weights)})
     if fresh:
         _LOG.warning("weights that start anew: %s", ", ".join(fresh))
     return net
@@ -303,5 +305,5 @@ def _label_names(task: Task) -> dict[str, Any]:
     return {
         "num_labels": len(task.labels),
         "id2label": dict(enumerate(task.labels)),
-        "label2id": {label: number for number, label in enumerate(task.labels)},
+        "label2id": {label: index for index, label in enumerate(task.labels)},
     }

@@ -112,11 +112,11 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
         )
     names = [name for name, _ in model.named_parameters()]
     # Each weight is sent through the conversion as its number, which shows where it ends up.
-    numbers = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
+    numbers = {name: torch.tensor([float(index)]) for index, name in enumerate(names)}
     published = layout.from_ours(numbers, layout.head_of(type(model).__name__))
     return {
-        names[int(number)]: name
+        names[int(index)]: name
         for name, ended_up in published.items()
         if name != layout.position_ids  # which no weight turns into
-        for number in ended_up.tolist()
+        for index in ended_up.tolist()
     }

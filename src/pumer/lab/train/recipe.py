@@ -96,12 +96,13 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     if others := [
         name for name in names if not name.startswith((*_MAY_CHANGE, "eval_split", "distill.cache"))
     ]:
-        told = "; ".join(
+        changes = "; ".join(
             f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in others[:_LISTED]
         )
         more = f"; and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
         raise ValueError(
-            f"the training in {folder} began with other settings ({told}{more}): go on with those "
+            f"the training in {folder} began with other settings ({changes}{more}): go on "
+            "with those "
             f"in its {WRITTEN}, "
             "or give another --output"
         )

@@ -212,14 +212,14 @@ def train(
     arguments = trainer_arguments(out, seed, chosen, learned=settings.learned is not None)
     groups = None
     if optimizer or settings.learned:
-        kind, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
+        optimizer_class, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
         rates = arguments.learning_rate, arguments.weight_decay
         options["params"] = (
             parameter_groups(net, optimizer, *rates)
             if optimizer
             else reducer_groups(net, reducer_lr_multiplier, *rates)
         )
-        groups = (kind, options)
+        groups = (optimizer_class, options)
     collator: Any = replace(
         collator_for(net, the_task, tokenizer, transform, max_length), blind=blind
     )

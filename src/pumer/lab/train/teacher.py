@@ -124,8 +124,9 @@ def taught(
         **({} if collator.order is None else {"order": collator.order}),
     }
     path = Path(folder) / f"{digest(wanted)}.safetensors"
-    (known,) = broadcast_object_list([path.is_file()])  # another training may just be writing it
-    if not known:
+    # Asked once for all processes: another training may just be writing it.
+    (is_cached,) = broadcast_object_list([path.is_file()])
+    if not is_cached:
         asked = copy.copy(arguments)
         for name, value in _ASKING.items():
             setattr(asked, name, value)

@@ -73,12 +73,12 @@ class TaskTrainer(Trainer):
         taught, shown = inputs.pop("taught", None), inputs.pop("teacher_inputs", None)
         collator = getattr(self.data_collator, "student", self.data_collator)
         patch = active(self.model)
-        whole = None
+        full_logits = None
         if patch is not None and patch.reducer.learned and model.training:
             patch.progress = self.state.global_step / max(self.state.max_steps, 1)
             if patch.reducer.learned.self_distils:
                 with unreduced(self.model):
-                    whole = self._logits(
+                    full_logits = self._logits(
                         model(**paired(self.model, inputs, texts)), labels, collator
                     )
         outputs = model(**paired(self.model, inputs, texts))
@@ -88,9 +88,9 @@ class TaskTrainer(Trainer):
             price = patch.budget_loss()
             assert price is not None
             parts["budget"] = price
-        if whole is not None:
-            parts["whole"] = task_loss(whole, labels, self.task.loss_kind)
-            parts["self_distill"] = distillation_loss(logits, whole.detach())
+        if full_logits is not None:
+            parts["whole"] = task_loss(full_logits, labels, self.task.loss_kind)
+            parts["self_distill"] = distillation_loss(logits, full_logits.detach())
         if taught is None and self.teacher is not None and model.training:
             if shown is None:
                 shown = {name: value for name, value in inputs.items() if name != "patch_labels"}

@@ -50,9 +50,9 @@ class ReadableLog(TrainerCallback):
 
 def log_line(logs: Mapping[str, float], step: int, steps: int) -> str:
     """One line of the Trainer's log; accuracy is in percent."""
-    place = f"step {step}/{steps}"
+    step_of_all = f"step {step}/{steps}"
     if "train_runtime" in logs:
-        return f"{place}: trained in {logs['train_runtime'] / 60:.1f} min"
+        return f"{step_of_all}: trained in {logs['train_runtime'] / 60:.1f} min"
     evaluated = any(name.startswith("eval_") for name in logs)
     parts = []
     for name, value in logs.items():
@@ -62,11 +62,11 @@ def log_line(logs: Mapping[str, float], step: int, steps: int) -> str:
         if name == "accuracy":
             parts.append(f"accuracy {value:.2f} %")
         else:
-            number = float(value)
+            figure = float(value)
             parts.append(
-                f"{name.replace('_', ' ')} {number:{'.2e' if name == 'learning_rate' else '.4g'}}"
+                f"{name.replace('_', ' ')} {figure:{'.2e' if name == 'learning_rate' else '.4g'}}"
             )
-    return f"{place}{' evaluated' if evaluated else ''}: {', '.join(parts)}" if parts else ""
+    return f"{step_of_all}{' evaluated' if evaluated else ''}: {', '.join(parts)}" if parts else ""
 
 
 class FirstFailure:

@@ -39,9 +39,11 @@ class WritingTrainer(TaskTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**shown).logits
             learned = labels[:, 1:] != IGNORED
-            own, taught = (logits[:, :-1][learned] for logits in (outputs.logits, taught))
+            student_logits, taught = (
+                logits[:, :-1][learned] for logits in (outputs.logits, taught)
+            )
             parts["distill"] = self.distill_weight * distillation_loss(
-                own, taught, self.temperature
+                student_logits, taught, self.temperature
             )
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]

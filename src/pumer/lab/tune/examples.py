@@ -82,10 +82,10 @@ class Pool:
         """How right a model, reduced or not, is on every example of each of these batches, from 0
         to 1."""
         device = next(model.parameters()).device
-        for number in batches:
-            if self.size(number + 1) == self.size(number):  # the split is at its end
+        for batch_index in batches:
+            if self.size(batch_index + 1) == self.size(batch_index):  # the split is at its end
                 return
-            batch, inputs = self._batches[number], self.inputs(number)
+            batch, inputs = self._batches[batch_index], self.inputs(batch_index)
             moved = model_inputs(inputs, device)
             moved = paired(model, moved, inputs.get("texts_per_image", 1))
             answers = answer(model, moved, self.collator, len(batch.numbers))
@@ -116,14 +116,14 @@ class Pool:
         while len(self._drawn) < count and self._order:
             numbers = self._order[: count - len(self._drawn)]
             del self._order[: len(numbers)]
-            for number, example in zip(numbers, take(self._source, numbers), strict=True):
+            for index, example in zip(numbers, take(self._source, numbers), strict=True):
                 if example.target is None:
                     raise ValueError(
                         "examples without labels cannot be scored: name a labelled --split"
                     )
                 if example.cluster not in self._clusters:
                     self._clusters.add(example.cluster)
-                    self._drawn.append(number)
+                    self._drawn.append(index)
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         collated = self.collator(examples)

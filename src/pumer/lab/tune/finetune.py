@@ -39,25 +39,25 @@ def finetune(
         "processes": processes,
     }
     with locked(folder) as lock:
-        known = folder / "wanted.json"
-        if not known.is_file() and (folder / "training").exists():
+        record_file = folder / "wanted.json"
+        if not record_file.is_file() and (folder / "training").exists():
             raise ValueError(
                 f"nothing tells what the training in {folder} is of: delete it, or give another "
                 "--out"
             )
-        if known.is_file():
-            found = json.loads(known.read_text(encoding="utf-8"))
+        if record_file.is_file():
+            recorded = json.loads(record_file.read_text(encoding="utf-8"))
             other = [
                 name
                 for name, value in json.loads(json.dumps(wanted)).items()
-                if found.get(name) != value
+                if recorded.get(name) != value
             ]
             if other:
                 raise ValueError(
                     f"{folder} holds a training with another {', '.join(other)}: delete it, or "
                     "give another --out"
                 )
-        with replacing(known) as file:
+        with replacing(record_file) as file:
             json.dump(wanted, file)
         words = ["--config", recipe, "--model.path", str(base), "--distill.teacher", str(base)]
         return train_once(folder, [*words, "--reducer", json.dumps(settings)], processes, lock)

@@ -52,7 +52,7 @@ def draw(rows: Sequence[dict[str, Any]], bound: float | None, path: Path) -> Non
         drop, low, high = (
             [_best_known(row, name) for row in chosen] for name in ("drop", "low", "high")
         )
-        found = status == "found"
+        is_answer = status == "found"
         if status not in _PLAIN:
             spans = [
                 [d - a for d, a in zip(drop, low, strict=True)],
@@ -66,17 +66,17 @@ def draw(rows: Sequence[dict[str, Any]], bound: float | None, path: Path) -> Non
             drop,
             marker,
             color=colour,
-            markersize=15 if found else 5,
-            markeredgecolor="white" if found else None,
-            label=f"{label} ({len(chosen)})" if not found else label,
-            zorder=5 if found else 3,
+            markersize=15 if is_answer else 5,
+            markeredgecolor="white" if is_answer else None,
+            label=f"{label} ({len(chosen)})" if not is_answer else label,
+            zorder=5 if is_answer else 3,
             linestyle="none",
         )
-    rest = [row["predicted_x"] for row in rows if not row["examples"]]
+    not_judged = [row["predicted_x"] for row in rows if not row["examples"]]
     axes.plot(
-        rest, [0.02] * len(rest), "|",
+        not_judged, [0.02] * len(not_judged), "|",
         color="#999999", alpha=0.6, transform=axes.get_xaxis_transform(),
-        label=f"not judged ({len(rest)})",
+        label=f"not judged ({len(not_judged)})",
     )  # fmt: skip
     if bound is not None:
         label = f"bound: {bound:g} point{'' if bound == 1 else 's'}"
@@ -106,11 +106,13 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
 
 
 def _title(rows: Sequence[dict[str, Any]]) -> str:
-    found = next((row for row in rows if row["status"] == "found"), None)
-    if found is None:
+    answer = next((row for row in rows if row["status"] == "found"), None)
+    if answer is None:
         return f"nothing accepted of {len(rows)} settings"
-    checked = f"{found['check_drop']:.2f} ({found['check_low']:.2f} to {found['check_high']:.2f})"
+    checked = (
+        f"{answer['check_drop']:.2f} ({answer['check_low']:.2f} to {answer['check_high']:.2f})"
+    )
     return (
-        f"{found['point']}: {found['measured_x']:.2f}x measured,\nloses {checked} points on "
-        f"{found['check_examples']} fresh examples"
+        f"{answer['point']}: {answer['measured_x']:.2f}x measured,\nloses {checked} points on "
+        f"{answer['check_examples']} fresh examples"
     )

@@ -109,16 +109,18 @@ def plan(
     rows = min(batch, _MEMORY_ROWS)
     few = first_rows(inputs, rows)
     unreduced = latency.seconds(base)
-    found = []
+    planned_points = []
     for point in points:
         with pumer.reduced(model, point.reducer):
             planned = report(model, text, None if image == usual else image)
             size = None
             if memory:
                 size = weight_bytes(model) + round(peak_memory(model, few) * batch / rows)
-        found.append(Planned(point, planned.ratio, unreduced / latency.seconds(planned), size))
+        planned_points.append(
+            Planned(point, planned.ratio, unreduced / latency.seconds(planned), size)
+        )
         progress()
-    return sorted(found, key=lambda one: (-one.speedup, one.point.name))
+    return sorted(planned_points, key=lambda candidate: (-candidate.speedup, candidate.point.name))
 
 
 def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -132,23 +134,27 @@ def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 def check_reachable(planned: Sequence[Planned], bounds: Bounds) -> None:
     """Raise ValueError, naming the nearest point, if by the models no point keeps to speed and
     memory bounds."""
-    if any(not one.lacks(bounds) for one in planned):
+    if any(not candidate.lacks(bounds) for candidate in planned):
         return
     parts = []
     if bounds.speedup is not None:
-        fastest = max(planned, key=lambda one: one.speedup)
+        fastest = max(planned, key=lambda candidate: candidate.speedup)
         parts.append(
             f"the fastest, {fastest.point.name}, is predicted to be {fastest.speedup:.2f} times "
             "as fast"
         )
     if bounds.memory is not None:
-        smallest = min(planned, key=lambda one: one.memory or 0)
+        smallest = min(planned, key=lambda candidate: candidate.memory or 0)
         parts.append(
             f"the smallest, {smallest.point.name}, takes {(smallest.memory or 0) / 1e6:.0f} MB"
         )
-    quick = [one for one in planned if bounds.speedup is not None and one.speedup >= bounds.speedup]
+    quick = [
+        candidate
+        for candidate in planned
+        if bounds.speedup is not None and candidate.speedup >= bounds.speedup
+    ]
     if quick and bounds.memory is not None:
-        smallest = min(quick, key=lambda one: one.memory or 0)
+        smallest = min(quick, key=lambda candidate: candidate.memory or 0)
         parts.append(
             f"the smallest that is fast enough, {smallest.point.name}, "
             f"{(smallest.memory or 0) / 1e6:.0f} MB"

@@ -224,8 +224,8 @@ def lost(
     test = PairedDrop(alpha)
     with pumer.reduced(base, pumer.Unreduced()):
         before = list(pool.scores(base, batches))
-    for one, other in zip(before, pool.scores(model, batches), strict=True):
-        test.update(a - b for a, b in zip(one, other, strict=True))
+    for stock_scores, scores in zip(before, pool.scores(model, batches), strict=True):
+        test.update(a - b for a, b in zip(stock_scores, scores, strict=True))
     return test
 
 
@@ -256,14 +256,14 @@ def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
         direction="maximize",
         load_if_exists=True,
     )
-    known = study.user_attrs.get("settings")
-    if known is None:
+    stored = study.user_attrs.get("settings")
+    if stored is None:
         study.set_user_attr("settings", described)
-    elif known != described:
+    elif stored != described:
         other = sorted(
             name
-            for name in known.keys() | described.keys()
-            if known.get(name) != described.get(name)
+            for name in stored.keys() | described.keys()
+            if stored.get(name) != described.get(name)
         )
         raise ValueError(
             f"the study in {journal.parent} is of another {', '.join(other)}: give another --out"
@@ -296,13 +296,14 @@ def _settle(
     speed-up and memory."""
     while (best := search.run()) is not None:
         name, model, bounds = best.point.name, search.model, search.bounds
-        found = search.verify(best)
+        verdict = search.verify(best)
         progress(
-            f"checked {name}: loses {found.drop:.2f} ({found.low:.2f} to {found.high:.2f}) on "
-            f"{found.examples} fresh "
-            f"examples, {found.status}"
+            f"checked {name}: loses {verdict.drop:.2f} ({verdict.low:.2f} to "
+            f"{verdict.high:.2f}) on "
+            f"{verdict.examples} fresh "
+            f"examples, {verdict.status}"
         )
-        if found.status != "accepted":
+        if verdict.status != "accepted":
             continue
         measured = search.study.user_attrs.get(f"measured/{name}")
         if measured is None:
@@ -324,17 +325,17 @@ def _settle(
 def _nearest(search: Search) -> str:
     """Why nothing was accepted, and what comes nearest."""
     bounds = search.bounds
-    judged = [one for one in search.planned if one.point.name in search.judged]
+    judged = [candidate for candidate in search.planned if candidate.point.name in search.judged]
     if not judged:
         return "no point of the grid was judged: allow more --trials, or loosen the bound"
 
-    def found(one: Planned) -> Judged:
-        return search.checked.get(one.point.name) or search.judged[one.point.name]
+    def verdict_on(candidate: Planned) -> Judged:
+        return search.checked.get(candidate.point.name) or search.judged[candidate.point.name]
 
     measured = {
-        one.point.name: search.study.user_attrs[f"measured/{one.point.name}"]
-        for one in judged
-        if search.status(one) == "unfit"
+        candidate.point.name: search.study.user_attrs[f"measured/{candidate.point.name}"]
+        for candidate in judged
+        if search.status(candidate) == "unfit"
     }
     if measured:  # which kept to the bound on the drop
 
@@ -352,15 +353,15 @@ def _nearest(search: Search) -> str:
             "points. Loosen the bound, or widen the grid"
         )
     assert bounds.drop is not None  # without it every point passes its check
-    nearest = min(judged, key=lambda one: found(one).high)
-    known = found(nearest)
+    nearest = min(judged, key=lambda candidate: verdict_on(candidate).high)
+    verdict = verdict_on(nearest)
     return (
         f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; "
         "the nearest is "
         f"{nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, which loses "
-        f"{known.drop:.2f} "
-        f"({known.low:.2f} to {known.high:.2f}) on {known.examples} examples. --max_drop "
-        f"{math.ceil(100 * known.high) / 100:.2f} may take it in; milder settings in the grid or "
+        f"{verdict.drop:.2f} "
+        f"({verdict.low:.2f} to {verdict.high:.2f}) on {verdict.examples} examples. --max_drop "
+        f"{math.ceil(100 * verdict.high) / 100:.2f} may take it in; milder settings in the grid or "
         "more examples may help"
     )
 
@@ -369,24 +370,24 @@ def _evidence(search: Search, study: optuna.Study, best: Planned | None) -> list
     """One row for each point, best first, then by predicted speed."""
     excluded, attributes, rows = search.excluded(), study.user_attrs, []
     where = records.environment(next(search.model.parameters()).device)
-    for one in search.planned:
-        name = one.point.name
+    for candidate in search.planned:
+        name = candidate.point.name
         judged, checked = search.judged.get(name), search.checked.get(name)
         measured = attributes.get(f"measured/{name}", [None, None])
-        status = search.status(one) or excluded.get(name, "not reached")
+        status = search.status(candidate) or excluded.get(name, "not reached")
         rows.append(
             {
                 "point": name,
-                "reducer": json.dumps(to_dict(one.point.reducer)),
-                "status": "found" if one is best else status,
+                "reducer": json.dumps(to_dict(candidate.point.reducer)),
+                "status": "found" if candidate is best else status,
                 "examples": judged.examples if judged else 0,
                 **_drops("", judged),
                 "check_examples": checked.examples if checked else 0,
                 **_drops("check_", checked),
-                "flops_ratio": round(one.flops_ratio, 4),
-                "predicted_x": round(one.speedup, 4),
+                "flops_ratio": round(candidate.flops_ratio, 4),
+                "predicted_x": round(candidate.speedup, 4),
                 "measured_x": "" if measured[0] is None else round(measured[0], 4),
-                "predicted_bytes": "" if one.memory is None else one.memory,
+                "predicted_bytes": "" if candidate.memory is None else candidate.memory,
                 "measured_bytes": "" if measured[1] is None else measured[1],
                 "batch_size": search.pool.batch_size,
                 **where,
@@ -395,8 +396,8 @@ def _evidence(search: Search, study: optuna.Study, best: Planned | None) -> list
     return sorted(rows, key=lambda row: row["status"] != "found")
 
 
-def _drops(prefix: str, found: Judged | None) -> dict[str, Any]:
-    values = (found.drop, found.low, found.high) if found else ("", "", "")
+def _drops(prefix: str, verdict: Judged | None) -> dict[str, Any]:
+    values = (verdict.drop, verdict.low, verdict.high) if verdict else ("", "", "")
     return dict(zip((f"{prefix}drop", f"{prefix}low", f"{prefix}high"), values, strict=True))
 
 

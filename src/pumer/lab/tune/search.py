@@ -102,7 +102,7 @@ class Search:
         self.race, self.check = range(race), range(race, race + check)
         self.alpha, self.trials, self.seed, self.progress = alpha, trials, seed, progress
         self.planned = list(planned)
-        self._milder = milder([one.point for one in self.planned])
+        self._milder = milder([candidate.point for candidate in self.planned])
         self.judged: dict[str, Judged] = {}
         self.checked: dict[str, Judged] = {}
         self._scores: dict[str, list[float]] = {}
@@ -118,15 +118,15 @@ class Search:
                 waiting += 1
         for _ in range(waiting):  # or the next ones would be given their settings
             study.tell(self._ask(), state=optuna.trial.TrialState.FAIL)
-        known = study.user_attrs  # a copy
-        self.corrections: dict[str, float] = known.get("corrections", {})
-        self._unfit: list[str] = known.get("unfit", [])
+        stored = study.user_attrs  # a copy
+        self.corrections: dict[str, float] = stored.get("corrections", {})
+        self._unfit: list[str] = stored.get("unfit", [])
         self._base = {
-            int(key.removeprefix("base/")): known[key] for key in known if key.startswith("base/")
+            int(key.removeprefix("base/")): stored[key] for key in stored if key.startswith("base/")
         }
-        for key in known:
+        for key in stored:
             if key.startswith("check/"):
-                self.checked[key.removeprefix("check/")] = Judged(**known[key])
+                self.checked[key.removeprefix("check/")] = Judged(**stored[key])
 
     # --- the choice ---
 
@@ -137,56 +137,65 @@ class Search:
             ("promising", "accepted") if self.bounds.drop is not None else ("judged", "accepted")
         )
         chosen = [
-            one
-            for one in self.planned
-            if self.status(one) in wanted and not one.lacks(self.bounds, self.corrections)
+            candidate
+            for candidate in self.planned
+            if self.status(candidate) in wanted
+            and not candidate.lacks(self.bounds, self.corrections)
         ]
         if self.bounds.drop is not None:
-            return max(chosen, key=lambda one: one.speedup, default=None)
-        return min(chosen, key=lambda one: self.judged[one.point.name].drop, default=None)
+            return max(chosen, key=lambda candidate: candidate.speedup, default=None)
+        return min(
+            chosen, key=lambda candidate: self.judged[candidate.point.name].drop, default=None
+        )
 
     def excluded(self) -> dict[str, str]:
         """Points that are not judged and need not be (any more), by name, and why."""
         best = self.best()
-        out = np.array([self.status(one) in _OUT for one in self.planned])
-        lacking = [one.lacks(self.bounds, self.corrections) for one in self.planned]
+        out = np.array([self.status(candidate) in _OUT for candidate in self.planned])
+        lacking = [candidate.lacks(self.bounds, self.corrections) for candidate in self.planned]
         fits = np.array([not lack for lack in lacking])
         why = {}
-        for place, (one, lack) in enumerate(zip(self.planned, lacking, strict=True)):
-            milder_ones = self._milder[:, place]
-            if one.point.name in self.judged:
+        for column, (candidate, lack) in enumerate(zip(self.planned, lacking, strict=True)):
+            milder_ones = self._milder[:, column]
+            if candidate.point.name in self.judged:
                 continue
             if lack:
-                why[one.point.name] = lack
+                why[candidate.point.name] = lack
             elif (milder_ones & out).any():
-                why[one.point.name] = (
+                why[candidate.point.name] = (
                     f"harsher than {self.planned[(milder_ones & out).argmax()].point.name}"
                 )
             elif self.bounds.drop is None and (milder_ones & fits).any():
                 # Where speed or memory is bounded, a harsher one than need be loses more than it
                 # has to.
-                why[one.point.name] = (
+                why[candidate.point.name] = (
                     f"harsher than {self.planned[(milder_ones & fits).argmax()].point.name}"
                 )
-            elif self.bounds.drop is not None and best is not None and one.speedup <= best.speedup:
-                why[one.point.name] = "slower than the best"
+            elif (
+                self.bounds.drop is not None
+                and best is not None
+                and candidate.speedup <= best.speedup
+            ):
+                why[candidate.point.name] = "slower than the best"
         return why
 
     def open_points(self) -> list[Planned]:
         """Points that still could be better than the best one."""
         done = self.excluded().keys() | self.judged.keys()
-        return [one for one in self.planned if one.point.name not in done]
+        return [candidate for candidate in self.planned if candidate.point.name not in done]
 
     def status(self, one: Planned) -> str:
         """What is known of a point by now, "" for nothing."""
-        known = self.checked.get(one.point.name) or self.judged.get(one.point.name)
-        return "" if known is None else "unfit" if one.point.name in self._unfit else known.status
+        verdict = self.checked.get(one.point.name) or self.judged.get(one.point.name)
+        return (
+            "" if verdict is None else "unfit" if one.point.name in self._unfit else verdict.status
+        )
 
     @property
     def predictions(self) -> int:
         """Examples predicted so far, the unreduced model's included."""
-        known = (*self.judged.values(), *self.checked.values())
-        return sum(map(len, self._base.values())) + sum(found.examples for found in known)
+        verdicts = (*self.judged.values(), *self.checked.values())
+        return sum(map(len, self._base.values())) + sum(verdict.examples for verdict in verdicts)
 
     # --- the search ---
 
@@ -197,18 +206,19 @@ class Search:
             candidates = self.open_points()
             if not candidates:
                 break
-            trial, one = self._propose(candidates)
-            found, scores = self._judge(one)
-            name = one.point.name
+            trial, candidate = self._propose(candidates)
+            verdict, scores = self._judge(candidate)
+            name = candidate.point.name
             trial.set_user_attr("point", name)
             trial.set_user_attr("scores", scores)
-            trial.set_user_attr("judged", vars(found))
-            self.study.tell(trial, self._value(one, found))
-            self.judged[name], self._scores[name] = found, scores
+            trial.set_user_attr("judged", vars(verdict))
+            self.study.tell(trial, self._value(candidate, verdict))
+            self.judged[name], self._scores[name] = verdict, scores
             self.progress(
-                f"{len(self.judged)}: {name}: {one.speedup:.2f}x predicted, loses {found.drop:.2f} "
-                f"({found.low:.2f} to {found.high:.2f}) on {found.examples} examples, "
-                f"{found.status}; "
+                f"{len(self.judged)}: {name}: {candidate.speedup:.2f}x predicted, loses "
+                f"{verdict.drop:.2f} "
+                f"({verdict.low:.2f} to {verdict.high:.2f}) on {verdict.examples} examples, "
+                f"{verdict.status}; "
                 f"{len(self.open_points())} points open"
             )
         return self.best()
@@ -249,14 +259,14 @@ class Search:
 
     def base(self, batches: range) -> list[float]:
         """The unreduced model's scores on these batches, predicted once."""
-        missing = [number for number in batches if number not in self._base]
+        missing = [batch_index for batch_index in batches if batch_index not in self._base]
         if missing:
             with pumer.reduced(self.model, pumer.Unreduced()):
-                found = zip(missing, self.pool.scores(self.model, missing), strict=False)
-                for number, scores in found:
-                    self.study.set_user_attr(f"base/{number}", scores)
-                    self._base[number] = scores
-        return [score for number in batches for score in self._base.get(number, ())]
+                scored = zip(missing, self.pool.scores(self.model, missing), strict=False)
+                for batch_index, scores in scored:
+                    self.study.set_user_attr(f"base/{batch_index}", scores)
+                    self._base[batch_index] = scores
+        return [score for batch_index in batches for score in self._base.get(batch_index, ())]
 
     # --- inside ---
 
@@ -271,7 +281,8 @@ class Search:
         trial = self._ask()
         wanted = trial.params
         nearest = min(
-            candidates, key=lambda one: self._distance(wanted, self.space.indices(one.point))
+            candidates,
+            key=lambda candidate: self._distance(wanted, self.space.indices(candidate.point)),
         )
         if self.space.indices(nearest.point) == wanted:
             return trial, nearest
@@ -280,17 +291,18 @@ class Search:
         )  # which the sampler does not learn from
         return self._trial_of(nearest)
 
-    def _trial_of(self, one: Planned) -> tuple[optuna.Trial, Planned]:
-        self.study.enqueue_trial(self.space.indices(one.point))
-        return self._ask(), one
+    def _trial_of(self, candidate: Planned) -> tuple[optuna.Trial, Planned]:
+        self.study.enqueue_trial(self.space.indices(candidate.point))
+        return self._ask(), candidate
 
     def _halving(self, candidates: Sequence[Planned]) -> Planned:
         """Of each method in turn the open point of median speed: good or bad, it rules out about
         half of the others."""
-        tomes = sorted({one.point.tome > 0 for one in candidates})
+        tomes = sorted({candidate.point.tome > 0 for candidate in candidates})
         tome = tomes[len(self.judged) % len(tomes)]
         points = sorted(
-            (one for one in candidates if (one.point.tome > 0) == tome), key=lambda one: one.speedup
+            (candidate for candidate in candidates if (candidate.point.tome > 0) == tome),
+            key=lambda candidate: candidate.speedup,
         )
         return points[len(points) // 2]
 
@@ -301,18 +313,21 @@ class Search:
         }
         return self.study.ask(distributions)  # type: ignore[arg-type]
 
-    def _distance(self, one: dict[str, int], other: dict[str, int]) -> float:
+    def _distance(self, indices: dict[str, int], other_indices: dict[str, int]) -> float:
         return sum(
-            abs(one[name] - other[name]) / max(len(self.space.axes[name]) - 1, 1) for name in one
+            abs(indices[name] - other_indices[name]) / max(len(self.space.axes[name]) - 1, 1)
+            for name in indices
         )
 
-    def _value(self, one: Planned, found: Judged) -> float:
+    def _value(self, candidate: Planned, verdict: Judged) -> float:
         """What the sampler is to make as large as it can: speed where the bound is kept, else the
         least drop."""
         if self.bounds.drop is None:
-            return -found.drop
+            return -verdict.drop
         return (
-            one.speedup if found.status == "promising" else min(0.0, self.bounds.drop - found.drop)
+            candidate.speedup
+            if verdict.status == "promising"
+            else min(0.0, self.bounds.drop - verdict.drop)
         )
 
     @property
@@ -323,14 +338,14 @@ class Search:
             else self.alpha
         )
 
-    def _judge(self, one: Planned) -> tuple[Judged, list[float]]:
+    def _judge(self, candidate: Planned) -> tuple[Judged, list[float]]:
         test, rival = PairedDrop(_ERROR), PairedDrop(_ERROR)
         best = self.best() if self.bounds.drop is None else None
         against = self._scores[best.point.name] if best else []
         scores: list[float] = []
         status = ""
         for batches in _looks(self.race):
-            new = self._predict(one.point, batches)
+            new = self._predict(candidate.point, batches)
             test.update(a - b for a, b in zip(self.base(batches), new, strict=True))
             if against:
                 rival.update(a - b for a, b in zip(against[len(scores) :], new, strict=False))

@@ -83,12 +83,12 @@ class PairedDrop:
     @property
     def standard_error(self) -> float:
         """Of the mean, 1 before the second example."""
-        number, mean = self.number, self.mean
-        if number < 2:
+        num_examples, mean = self.number, self.mean
+        if num_examples < 2:
             return 1.0
         spread = sum(count * (value - mean) ** 2 for value, count in self.counts.items())
         # One more example that differs keeps few equal scores from looking like certainty.
-        return math.sqrt((spread + 1) / (number - 1) / number)
+        return math.sqrt((spread + 1) / (num_examples - 1) / num_examples)
 
     def stakes_for(self, total: int, alpha: float) -> np.ndarray:
         """Stakes for a new test of `total` examples like the ones seen."""
@@ -131,8 +131,8 @@ class PairedDrop:
             )
             if not won[-1]:
                 break
-            place = int(won.argmax())
-            possible, refuted = bounds[place - 1], bounds[place]
+            end_index = int(won.argmax())
+            possible, refuted = bounds[end_index - 1], bounds[end_index]
         return float(refuted)
 
 

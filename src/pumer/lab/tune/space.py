@@ -173,10 +173,12 @@ def _combinations(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     ToMe's."""
     first = axes["layers"][0]
     for values in itertools.product(*axes.values()):
-        made = dict(zip(axes, values, strict=True))
-        ours = any(made[name] for name in _RATIOS)
-        if not made["tome"] and (ours or (made["tower"] and made["layers"] == first)):
-            yield made
+        combination = dict(zip(axes, values, strict=True))
+        ours = any(combination[name] for name in _RATIOS)
+        if not combination["tome"] and (
+            ours or (combination["tower"] and combination["layers"] == first)
+        ):
+            yield combination
     for tower, tome in itertools.product(axes["tower"], filter(None, axes["tome"])):
         yield dict.fromkeys(_RATIOS, 0.0) | {"layers": first, "tower": tower, "tome": tome}
 
@@ -218,8 +220,8 @@ def _tome_steps(model: nn.Module, depth: int) -> list[int]:
     rows, columns = find(model).default_grid(model)
     return sorted(
         {
-            max(0, round((1 - left) * rows * columns / depth))
-            for left in (1.0, 0.7, 0.5, 0.35, 0.2, 0.1)
+            max(0, round((1 - share) * rows * columns / depth))
+            for share in (1.0, 0.7, 0.5, 0.35, 0.2, 0.1)
         }
     )
 

@@ -76,7 +76,7 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
             str(name).startswith("LABEL_") for name in config.id2label.values()
         ):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
-            config.label2id = {label: number for number, label in enumerate(LABELS)}
+            config.label2id = {label: index for index, label in enumerate(LABELS)}
         super().__init__(config)
         self.meter = MeterModel(config)
         self.classifier = _classifier(config, 2 * config.hidden_size)
@@ -130,17 +130,17 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             or pixel_values.ndim != 5
             or pixel_values.shape[1] != self.config.num_images
         ):
-            found = None if pixel_values is None else list(pixel_values.shape)
+            shape = None if pixel_values is None else list(pixel_values.shape)
             raise ValueError(
-                f"pixel_values is [batch, {self.config.num_images}, 3, height, width], not {found}"
+                f"pixel_values is [batch, {self.config.num_images}, 3, height, width], not {shape}"
             )
         text, mask = self.meter.encode_text(
             input_ids, attention_mask, token_type_ids, inputs_embeds
         )
         image = self.meter.encode_image(pixel_values.flatten(0, 1), pixel_mask)
         pooled: list[Any] = [
-            self.meter.fuse(text, mask, picture, image_token_type_idx=number).pooler_output
-            for number, picture in enumerate(_per_picture(image, self.config.num_images), 1)
+            self.meter.fuse(text, mask, picture, image_token_type_idx=type_index).pooler_output
+            for type_index, picture in enumerate(_per_picture(image, self.config.num_images), 1)
         ]
         logits = self.classifier(torch.cat(pooled, dim=-1))
         loss = None if labels is None else functional.cross_entropy(logits, labels)
@@ -149,7 +149,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
 
 def _per_picture(image: Any, count: int) -> list[Any]:
     """States of the first pictures of all examples, of the second ones, and so on."""
-    return [image[number::count] for number in range(count)]
+    return [image[image_index::count] for image_index in range(count)]
 
 
 class MeterForImageAndTextRetrieval(MeterPreTrainedModel):

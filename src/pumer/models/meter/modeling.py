@@ -184,10 +184,12 @@ class MeterModel(MeterPreTrainedModel):
         """Projected states of the text [B,T,D], and its mask [B,T]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
+        text_input = input_ids if input_ids is not None else inputs_embeds
+        assert text_input is not None
         if attention_mask is None:
-            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            attention_mask = torch.ones(
+                text_input.shape[:2], dtype=torch.long, device=text_input.device
+            )
         states = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -36,8 +36,8 @@ class MeterImageProcessor(CLIPImageProcessorPil):
         shorter = SizeDict(shortest_edge=min(size.height, size.width))
         resized = super().resize(image, shorter, resample, **kwargs)
         _, height, width = resized.shape
-        top, left = round((height - size.height) / 2), round((width - size.width) / 2)
-        cut: np.ndarray = resized[:, top : top + size.height, left : left + size.width]
+        top, left_edge = round((height - size.height) / 2), round((width - size.width) / 2)
+        cut: np.ndarray = resized[:, top : top + size.height, left_edge : left_edge + size.width]
         return cut
 
 

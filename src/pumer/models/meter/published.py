@@ -215,7 +215,7 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
     if not official and setting(settings, "prune_r", None) is None:
         return None
     prune, merge, merge_text, numbers = published.reduction(settings)
-    layers = tuple(number // 2 for number in numbers or () if number % 2 == 0)
+    layers = tuple(index // 2 for index in numbers or () if index % 2 == 0)
     if not layers or (official and not prune):
         return PuMer(official=official, prune=0, merge=0, merge_text=0, layers=())
     return PuMer(official=official, prune=prune, merge=merge, merge_text=merge_text, layers=layers)

@@ -28,7 +28,7 @@ class ViltForVisualEntailment(ViltPreTrainedModel):
             str(name).startswith("LABEL_") for name in config.id2label.values()
         ):  # nobody has named them
             config.id2label = dict(enumerate(LABELS))
-            config.label2id = {label: number for number, label in enumerate(LABELS)}
+            config.label2id = {label: index for index, label in enumerate(LABELS)}
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vilt = ViltModel(config)

@@ -56,11 +56,13 @@ def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
             f"{', '.join(different) or 'num_hidden_layers'} differ"
         )
     projection = source.embeddings.patch_embeddings.projection
-    kind = source.embeddings.token_type_embeddings.weight[1]
+    image_type_embedding = source.embeddings.token_type_embeddings.weight[1]
     vision.embeddings.patch_embedding.weight.copy_(projection.weight)
-    vision.embeddings.class_embedding.copy_(source.embeddings.cls_token[0, 0] + kind)
+    vision.embeddings.class_embedding.copy_(
+        source.embeddings.cls_token[0, 0] + image_type_embedding
+    )
     vision.embeddings.position_embedding.weight.copy_(source.embeddings.position_embeddings[0])
-    vision.embeddings.position_embedding.weight[1:] += projection.bias + kind
+    vision.embeddings.position_embedding.weight[1:] += projection.bias + image_type_embedding
     # ViLT has no norm there. One that scales by the usual spread changes least.
     vision.pre_layrnorm.weight.fill_(vision.embeddings(plain_pictures(new)).std(-1).mean())
     for layer, block in zip(vision.encoder.layers, source.encoder.layer, strict=False):

@@ -69,8 +69,8 @@ def stage(keep: float, number: int, start: Count, count: Count) -> Count:
     of DynamicViT; at least one stays.
     """
     share = keep**number
-    left = (start.double() * share).long() if isinstance(start, Tensor) else int(start * share)
-    return larger(smaller(left, count), smaller(count, 1))
+    num_kept = (start.double() * share).long() if isinstance(start, Tensor) else int(start * share)
+    return larger(smaller(num_kept, count), smaller(count, 1))
 
 
 def kept(keep: float | int, count: Count) -> Count:
@@ -91,8 +91,8 @@ def kept(keep: float | int, count: Count) -> Count:
 def check_keep(**budgets: float | int) -> None:
     """Raise ValueError unless every budget is a share in (0, 1] or a whole number from 1."""
     for name, keep in budgets.items():
-        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-        if not (whole or (isinstance(keep, float) and 0 < keep <= 1)):
+        is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        if not (is_count or (isinstance(keep, float) and 0 < keep <= 1)):
             raise ValueError(
                 f"{name} is a share such as 0.25 or a whole number of tokens such as 128, not "
                 f"{keep!r}"

@@ -94,7 +94,7 @@ class TextAttention:
         queries_BHRC = tokens.queries_BHNC[:, self.heads, rows]
         queries_BHRC = queries_BHRC.masked_fill(padding_BR[:, None, :, None], 0)
         place_BR = None if tokens.place_BN is None else tokens.place_BN[:, rows]
-        normalizer_BHR, seen = None, self.keys_BHJC.shape[2]
+        normalizer_BHR, num_keys = None, self.keys_BHJC.shape[2]
         if tokens.normalizer_BHN is not None:
             normalizer_BHR = tokens.normalizer_BHN[:, self.heads, rows].masked_fill(
                 padding_BR[:, None], 0
@@ -102,8 +102,8 @@ class TextAttention:
         elif place_BR is not None:
             # Words stand in the order of their places, so none of these rows sees a word behind
             # them.
-            seen -= tokens.text - rows.stop
-        return self._attention(queries_BHRC, place_BR, normalizer_BHR, seen)
+            num_keys -= tokens.text - rows.stop
+        return self._attention(queries_BHRC, place_BR, normalizer_BHR, num_keys)
 
     def row(self, index_B1: Tensor) -> Tensor:
         """Attention of one token a sample to the image, mean over the heads, float32 [B,I]."""
@@ -128,19 +128,19 @@ class TextAttention:
         queries_BHRC: Tensor,
         place_BR: Tensor | None,
         normalizer_BHR: Tensor | None,
-        seen: int,
+        num_keys: int,
     ) -> Tensor:
-        """Attention to the image of rows that see at most the first `seen` keys."""
+        """Attention to the image of rows that see at most the first `num_keys` keys."""
         # Scaled before they are multiplied: in half precision the product alone may be too large.
         queries_BHRC = queries_BHRC / math.sqrt(queries_BHRC.shape[3])
-        logits_BHRJ = (queries_BHRC @ self.keys_BHJC[:, :, :seen].transpose(2, 3)).float()
+        logits_BHRJ = (queries_BHRC @ self.keys_BHJC[:, :, :num_keys].transpose(2, 3)).float()
         context = self.tokens.context
         if context is not None and context.softcap is not None:
             logits_BHRJ = context.softcap * (logits_BHRJ / context.softcap).tanh()
 
-        seen_BRJ = self.valid_BJ[:, None, :seen]
+        seen_BRJ = self.valid_BJ[:, None, :num_keys]
         if place_BR is not None and self.place_BJ is not None:
-            key_B1J, row_BR1 = self.place_BJ[:, None, :seen], place_BR[..., None]
+            key_B1J, row_BR1 = self.place_BJ[:, None, :num_keys], place_BR[..., None]
             seen_BRJ = seen_BRJ & (key_B1J <= row_BR1)
             if context is not None and context.window is not None:
                 seen_BRJ &= key_B1J > row_BR1 - context.window
