@@ -825,7 +825,7 @@ def test_impossible_settings_are_named_before_anything_runs(study, tmp_path, cap
 
 @pytest.mark.slow
 def test_a_training_that_fails_says_why(study, tmp_path):
-    bad = TRAIN | {"trainer": TRAINER | {"nothing": 1}}
+    bad = TRAIN | {"trainer": TRAINER | {"lr_scheduler_type": "nothing"}}
     with pytest.raises(ValueError, match=r"a training failed[\s\S]*nothing"):
         run(
             study(train=bad, processes=1),
