@@ -27,8 +27,7 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
     )
     raise ValueError(
         f"{model} is no model folder.{has_none or did_you_mean(str(model), names)} Shipped models "
-        "are "
-        f"{', '.join(names)}"
+        f"are {', '.join(names)}"
     )
 
 

@@ -15,8 +15,7 @@ def load_yaml(text: str) -> Any:
     """What YAML's safe loader makes of a text.
 
     Raises yaml.YAMLError, also for a text whose aliases would repeat its parts beyond `LARGEST`
-    values
-    or for ever: those load at once and stop whatever then walks through them.
+    values or for ever: those load at once and stop whatever then walks through them.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)

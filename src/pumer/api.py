@@ -82,8 +82,7 @@ def _apply(
     if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
         raise ValueError(
             f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a tower that feeds a "
-            "language model: "
-            f"{adapter.family} has none, take another reducer"
+            f"language model: {adapter.family} has none, take another reducer"
         )
     _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)

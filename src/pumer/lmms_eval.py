@@ -168,8 +168,7 @@ class PumerModel(lmms):
         on the sign."""
         raise NotImplementedError(
             "pumer writes answers, it does not compare given ones: take the form of the task that "
-            "generates, such as "
-            "seedbench in place of seedbench_ppl"
+            "generates, such as seedbench in place of seedbench_ppl"
         )
 
     def answer(
@@ -252,8 +251,7 @@ def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | No
         )
         raise ValueError(
             f"{', '.join(unknown)} is a setting neither of {reader_name}, nor of "
-            f"{type(image_processor).__name__}, "
-            f"which has {', '.join(sorted(valid_settings))}"
+            f"{type(image_processor).__name__}, which has {', '.join(sorted(valid_settings))}"
         )
 
 

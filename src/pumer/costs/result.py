@@ -110,8 +110,7 @@ class Report:
             (text, image), (last_text, last_image) = self.ran[0], self.ran[-1]
             return (
                 f"active: the last forward had the planned lengths in every layer, from {text} + "
-                f"{image} "
-                f"to {last_text} + {last_image} tokens (text + image)"
+                f"{image} to {last_text} + {last_image} tokens (text + image)"
             )
         pairs = zip(self.ran, self.planned, strict=True)
         position, (real, planned) = next(
@@ -184,12 +183,11 @@ class Report:
                 *align(rows),
                 "",
                 f"{2 * self.macs / GIGA:.2f} GFLOPs per example instead of "
-                f"{2 * self.base_macs / GIGA:.2f}: "
-                f"{self.ratio:.2f} times fewer (FLOPs = 2 x MACs of matrix products and "
+                f"{2 * self.base_macs / GIGA:.2f}: {self.ratio:.2f} times fewer (FLOPs = 2 x MACs "
+                "of matrix products and "
                 "convolutions)",
                 f"on average {average_text:.1f} text and {average_image:.1f} image tokens after a "
-                "layer, "
-                f"{(average_text + average_image) / entry_length * 100:.0f} % of those at "
+                f"layer, {(average_text + average_image) / entry_length * 100:.0f} % of those at "
                 "the entry",
                 f"the reducer's own part is {self.parts['reducer'] / self.macs * 100:.2f} % of "
                 "the FLOPs",

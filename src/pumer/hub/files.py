@@ -195,8 +195,7 @@ def read_answers(file: Path) -> list[str]:
     if not valid or len(set(content)) != len(content) or not content:
         raise ValueError(
             f"{file} should be a list of answers, or an object of answers and their numbers from "
-            "0, each once: "
-            "get it again, or delete it"
+            "0, each once: get it again, or delete it"
         )
     return content
 

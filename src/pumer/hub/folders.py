@@ -28,8 +28,7 @@ def load(
     """Read a saved model, from a folder or the Hub: in eval mode, with the same reduction in force.
 
     What `save` wrote, or a reduced model's own `save_pretrained` or `push_to_hub`. A folder of
-    PEFT's
-    gives a PeftModel: its base model, the adapter, then the reduction.
+    PEFT's gives a PeftModel: its base model, the adapter, then the reduction.
 
     Args:
         path: the folder, the name of a model that comes with the package (`pumer list`), or an
@@ -86,16 +85,15 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
     if info["missing_keys"]:
         raise ValueError(
             f"the weights in {source.name} lack {some(info['missing_keys'])}, which the "
-            f"{cls.__name__} of its "
-            "config.json has: restore its config.json, or save the model again"
+            f"{cls.__name__} of its config.json has: restore its config.json, or save the model "
+            "again"
         )
     # What a learned reducer has trained stays among the weights that the Trainer goes on from.
     unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
     if unexpected:
         raise ValueError(
             f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of "
-            "its "
-            "config.json has not: restore its config.json, or save the model again"
+            "its config.json has not: restore its config.json, or save the model again"
         )
     return model
 
@@ -193,14 +191,12 @@ def load_stock(
     """
     from transformers import AutoModelForImageTextToText
 
-    if (Path(source) / "config.json").is_file():
+    if (Path(source) / CONFIG).is_file():
         model_type = read_config(Path(source), "save the model again").get("model_type")
         if model_type in _ENCODERS:
             raise ValueError(
-                f"{source} is a {model_type} as transformers saved it, without the image "
-                "transform of "
-                "pumer: turn it into a "
-                f"model folder with `pumer convert {source} FOLDER`"
+                f"{source} is a {model_type} as transformers saved it, without the image transform "
+                f"of pumer: turn it into a model folder with `pumer convert {source} FOLDER`"
             )
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -210,8 +206,7 @@ def load_stock(
         reason = str(error).partition("Model type should be one of")[0].strip().rstrip(".")
         raise ValueError(
             f"{source} cannot be read as a model that answers questions about images: {reason}. "
-            "`pumer list` names "
-            "the models that can be reduced"
+            "`pumer list` names the models that can be reduced"
         ) from None
     return model.to(device or "cpu").eval()
 
@@ -243,6 +238,5 @@ def class_in(config: dict[str, Any], where: Path) -> Any:
     except ValueError:
         raise ValueError(
             f"config.json in {where} names the model class {names!r}, which neither transformers "
-            "nor pumer has: read "
-            "it with its own class, then call pumer.apply"
+            "nor pumer has: read it with its own class, then call pumer.apply"
         ) from None

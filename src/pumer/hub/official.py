@@ -317,8 +317,7 @@ def save_official(model: Any, directory: str | Path) -> None:
     if other := [name for name in OURS if name in settings]:
         _warn(
             f"the published code ignores {' and '.join(other)} in config.json, and computes "
-            "otherwise than this model: "
-            "it was trained or reduced in another way"
+            "otherwise than this model: it was trained or reduced in another way"
         )
     with new_folder(directory) as folder:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

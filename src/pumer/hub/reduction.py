@@ -126,9 +126,8 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
         raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
     if version > FORMAT:
         raise ValueError(
-            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is "
-            f"pumer {__version__}, "
-            f"which reads format {FORMAT}: upgrade pumer"
+            f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer "
+            f"{__version__}, which reads format {FORMAT}: upgrade pumer"
         )
     needed = {field.name for field in fields(_Saved) if field.default is MISSING}
     names = sorted(needed | {"renumber"} & set(settings))

@@ -24,8 +24,7 @@ from pumer.lab.tasks.prompts import MAX_ANSWER, WritingCollator
 
 NOT_NUMBERS = (
     "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
-    "overflow in half "
-    "precision; get the model again, or use float32"
+    "overflow in half precision; get the model again, or use float32"
 )
 _NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
 

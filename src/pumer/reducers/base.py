@@ -378,9 +378,8 @@ class Reducer:
         if "layer" in names:
             (layer,) = beyond
             raise ValueError(
-                f"{self.name} has layer={layer + self.layer_offset}, but the model has layers 0 "
-                f"to {depth - 1}: "
-                f"give layer {self.layer_offset} to {depth - 1 + self.layer_offset}"
+                f"{self.name} has layer={layer + self.layer_offset}, but the model has layers 0 to "
+                f"{depth - 1}: give layer {self.layer_offset} to {depth - 1 + self.layer_offset}"
             )
         raise ValueError(
             f"{self.name} reduces in layers {beyond}, but the model has layers 0 to {depth - 1}: "

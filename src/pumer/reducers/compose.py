@@ -20,8 +20,7 @@ class Compose(Reducer):
     """One reducer inside the vision tower, another one after it, as one.
 
     What stays of the tower's tokens, and how many patches each stands for, is what the second one
-    starts from. In all
-    else this is the second one: its layers, its lengths, its plans.
+    starts from. In all else this is the second one: its layers, its lengths, its plans.
 
     Args:
         tower: acts in the layers of the vision tower. There is no text there, so methods guided by
@@ -54,8 +53,7 @@ class Compose(Reducer):
         if self.tower.weighs_by_size and self.inside.learned is not None:
             raise ValueError(
                 f"{self.inside.name} is trained by an attention that knows no sizes: give "
-                f"{self.tower.name} "
-                "proportional=False"
+                f"{self.tower.name} proportional=False"
             )
 
     def resolve(self, model: ModelShape) -> Self:

@@ -41,9 +41,9 @@ def check_backend(config: Any, where: str = "") -> None:
     if name not in BACKENDS:
         part = f'{{"{where}": ...}}' if where else "..."
         raise ValueError(
-            f"attention {name!r}{f' of the {where}' if where else ''} cannot be given fewer "
-            "tokens or looked into: "
-            f"call model.set_attn_implementation({part}) first, with one of {', '.join(BACKENDS)}"
+            f"attention {name!r}{f' of the {where}' if where else ''} cannot be given fewer tokens "
+            f"or looked into: call model.set_attn_implementation({part}) first, with one of "
+            f"{', '.join(BACKENDS)}"
         )
     kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
     sliding = getattr(config, "sliding_window", None) and "sliding_attention" in kinds

@@ -52,8 +52,8 @@ class EncodedImages:
                 return list(images)
         raise ValueError(
             "nothing is known of the images in mm_encoder_outputs: give what get_image_features "
-            "returns while "
-            "this reducer is in force, all in one prefill (leave prefill_chunk_size unset)"
+            "returns while this reducer is in force, all in one prefill (leave prefill_chunk_size "
+            "unset)"
         )
 
 

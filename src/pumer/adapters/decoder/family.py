@@ -141,9 +141,8 @@ class DecoderAdapter(Adapter):
             if reducer.inside.reduces_at(EMBEDDINGS):
                 raise ValueError(
                     "what the vision tower merged is gathered before the language model, where "
-                    f"{reducer.inside.name} "
-                    "would act, too: compose it with a reducer inside the language model, or with "
-                    "none"
+                    f"{reducer.inside.name} would act, too: compose it with a reducer inside the "
+                    "language model, or with none"
                 )
             return replace(reducer, inside=self.settle(reducer.inside))
         if reducer.published or reducer.needs_attention:
@@ -169,8 +168,7 @@ class DecoderAdapter(Adapter):
             first = reducer.layer_offset
             raise ValueError(
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
-                "left to be saved: "
-                f"give layers {first} to {first + depth - 2}"
+                f"left to be saved: give layers {first} to {first + depth - 2}"
             )
         if {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.needs and not self.tower_class(model):
             raise ValueError(

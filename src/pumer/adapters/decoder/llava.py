@@ -42,9 +42,9 @@ class LlavaAdapter(DecoderAdapter):
         vision = self.vision(model)
         if not is_a(vision, TOWERS):
             raise ValueError(
-                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, "
-                "of which it is not "
-                f"known where its patches come to lie: supported are {', '.join(TOWERS)}"
+                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, of "
+                "which it is not known where its patches come to lie: supported are "
+                f"{', '.join(TOWERS)}"
             )
         super().patch(model, patch)
 

@@ -34,9 +34,8 @@ def check_inputs(inputs: dict[str, Any]) -> None:
     if restarts or any(inputs.get(name) is not None for name in PACKED):
         raise ValueError(
             "several samples are packed into one row, whose images cannot be reduced as if each "
-            "was alone: give every "
-            "sample a row of its own, padded, or take the reducer off (pumer.remove) for packed "
-            "batches"
+            "was alone: give every sample a row of its own, padded, or take the reducer off "
+            "(pumer.remove) for packed batches"
         )
 
 
@@ -171,7 +170,6 @@ def _of_tokens(mask: Tensor, word_BS: Tensor) -> Tensor:
     if mask.ndim != 2 or len(mask) != batch or mask.shape[1] < length:
         raise ValueError(
             f"question_mask is [{batch},{length}] for these prompts, 1 for words of the question "
-            "and 0 for others, "
-            f"not {list(mask.shape)}"
+            f"and 0 for others, not {list(mask.shape)}"
         )
     return mask[:, -length:].to(word_BS.device).bool()

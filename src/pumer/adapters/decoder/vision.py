@@ -164,8 +164,7 @@ def assign(
     copies, odd = divmod(have, need) if need else (0, 1)
     mismatch = ValueError(
         f"the prompts have {have} image placeholders and the images {need} features: give every "
-        "image its own "
-        "placeholders, all in one prefill (leave prefill_chunk_size unset)"
+        "image its own placeholders, all in one prefill (leave prefill_chunk_size unset)"
     )
     if odd or not copies or len(placeholders) % copies:
         raise mismatch

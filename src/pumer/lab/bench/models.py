@@ -94,8 +94,8 @@ def _config(name: str) -> ViltConfig | MeterConfig:
     if name not in CONFIGS:
         raise ValueError(
             f"no model to measure is named {name!r}.{did_you_mean(name, CONFIGS)} There are "
-            f"{', '.join(CONFIGS)}; "
-            "`pumer bench llm` has decoders, `pumer bench model` takes a saved model"
+            f"{', '.join(CONFIGS)}; `pumer bench llm` has decoders, `pumer bench model` takes a "
+            "saved model"
         )
     return CONFIGS[name]
 
@@ -129,8 +129,7 @@ def inputs(
     if not 1 <= few <= many <= text <= config.max_position_embeddings:
         raise ValueError(
             f"{few} to {many} real tokens padded to {text}: give 1 <= fewest <= most <= padded "
-            "length "
-            f"<= {config.max_position_embeddings}"
+            f"length <= {config.max_position_embeddings}"
         )
     if batch < 1 or size < config.patch_size:
         raise ValueError(

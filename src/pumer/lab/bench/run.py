@@ -170,8 +170,7 @@ def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
     if odd:
         raise ValueError(
             f"{' and '.join(odd)} of this model {'are' if odd[1:] else 'is'} not a row per "
-            "example, as other models "
-            "have it, so that a part of a batch cannot be measured"
+            "example, as other models have it, so that a part of a batch cannot be measured"
         )
     return {
         name: value[:rows] if torch.is_tensor(value) else value for name, value in inputs.items()

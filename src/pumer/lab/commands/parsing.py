@@ -16,8 +16,8 @@ from pumer._suggest import did_you_mean
 from pumer._yaml import read_yaml
 from pumer.lab.commands.help import Option
 from pumer.lab.commands.words import misplaced, with_settings
+from pumer.lab.train.recipe import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 _PARTS = {
     "TEXT": "text",
     "N": "a whole number",

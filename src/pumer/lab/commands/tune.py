@@ -128,10 +128,8 @@ def tune_(
         )
         screen.print(
             f"fine-tuned, {trained} loses {after.mean * 100:.2f} points ({after.lower * 100:.2f} "
-            "to "
-            f"{after.upper * 100:.2f}) on {after.number} fresh examples; before that "
-            f"{tuned.checked.drop:.2f} on "
-            f"{tuned.checked.examples} of them"
+            f"to {after.upper * 100:.2f}) on {after.number} fresh examples; before that "
+            f"{tuned.checked.drop:.2f} on {tuned.checked.examples} of them"
         )
 
 

@@ -66,8 +66,8 @@ def read_processor(
     except Exception as error:  # whatever transformers makes of wrong settings
         raise ValueError(
             f"{directory}: transformers makes no image processor of its settings "
-            f"({_reason(error)}); "
-            "save the model's processor there again, or name its image_processor_type."
+            f"({_reason(error)}); save the model's processor there again, or name its "
+            "image_processor_type."
         ) from error
     try:
         transform = _ours(processor) or Stock(settings, processor)
@@ -80,8 +80,8 @@ def read_processor(
     if any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
         raise ValueError(
             f"{directory}: {type(processor).__name__} makes {sorted(map(tuple, shapes))} of an "
-            "image, "
-            "not [3, height, width]; give the model a processor that takes an image as a whole."
+            "image, not [3, height, width]; give the model a processor that takes an image as a "
+            "whole."
         )
     if len(shapes) > 1 and not isinstance(processor, ViltImageProcessorPil):
         raise ValueError(

@@ -92,9 +92,8 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(
-            f"{folder} has none of the files of a tokenizer ({', '.join(_VOCABULARIES)}): save "
-            "the model's there, with "
-            f"tokenizer.save_pretrained({str(folder)!r})"
+            f"{folder} has none of the files of a tokenizer ({', '.join(_VOCABULARIES)}): save the "
+            f"model's there, with tokenizer.save_pretrained({str(folder)!r})"
         )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -44,8 +44,7 @@ def write_vqav2(
     if pictures < 1 or not 1 <= per_picture <= 1000:
         raise ValueError(
             f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 "
-            "to 1000 questions a "
-            "picture (VQAv2's question ids leave room for no more)."
+            "to 1000 questions a picture (VQAv2's question ids leave room for no more)."
         )
     check_name(split, "split")
     folder = Path(out)

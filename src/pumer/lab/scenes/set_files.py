@@ -220,8 +220,7 @@ def _numbers(dataset: str, splits: Mapping[str, int], size: int) -> list[tuple[s
     if unknown or not splits or min(splits.values()) < 1:
         raise ValueError(
             f"the splits {dict(splits)} do not fit; {dataset} has {', '.join(SPLITS[dataset])}, "
-            "each with a picture at "
-            "least."
+            "each with a picture at least."
         )
     ends = list(itertools.accumulate(-(-pictures // size) for pictures in splits.values()))
     return [

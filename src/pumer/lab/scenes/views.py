@@ -35,8 +35,7 @@ class View:
             colour, shape, size = self.traits[k]
             for description in (
                 (-1, colour, -1), (-1, -1, shape), (-1, colour, shape), (size, colour, -1),
-                (size, -1, shape),
-                (size, colour, shape),
+                (size, -1, shape), (size, colour, shape),
             ):  # fmt: skip
                 self.fits.setdefault(description, []).append(k)
         self._names: dict[int, list[Description]] = {}

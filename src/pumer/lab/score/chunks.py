@@ -107,8 +107,7 @@ class Matrix:
         if differing:
             raise ValueError(
                 f"{self.folder} holds scores of something else (other {', '.join(differing)}): "
-                "give another folder, "
-                "the same settings, or delete it"
+                "give another folder, the same settings, or delete it"
             )
 
     @property

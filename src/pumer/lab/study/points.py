@@ -300,8 +300,7 @@ def read_study(file: str | Path) -> Study:
         hint = did_you_mean(unknown[0], field_names) if unknown else ""
         raise ValueError(
             f"{file}: a study has {', '.join(sorted(field_names))}; missing or empty "
-            f"{missing or 'none'}, unknown "
-            f"{unknown or 'none'}.{hint}"
+            f"{missing or 'none'}, unknown {unknown or 'none'}.{hint}"
         )
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(settings["task"], str):

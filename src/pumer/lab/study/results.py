@@ -213,8 +213,7 @@ def _read(
         if record["study"] != study or (names is not None and key not in names):
             raise ValueError(
                 f"{line}, is no point of the study {study}: {record['study']}, {record['method']} "
-                f"{record['label']}. "
-                "Take the line out, or name another folder"
+                f"{record['label']}. Take the line out, or name another folder"
             )
         if names is not None and names[key][0] != record["method"]:
             raise ValueError(

@@ -149,9 +149,8 @@ class _Work:
         self.points = [point for point in points if point.setting in self.macs]
         self.expected = self._expected(self.look())
         say(
-            f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of "
-            "them done; "
-            f"about {_duration(sum(self.expected.values()))} to go"
+            f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of them "
+            f"done; about {_duration(sum(self.expected.values()))} to go"
         )
 
     def look(self) -> list[dict[str, Any]]:
@@ -266,10 +265,9 @@ class _Work:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.gone:
                 self.say(
-                    f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of "
-                    "their weights, which are "
-                    f"gone. To train them again take their lines out of {self.results}; "
-                    "keep_models keeps the weights"
+                    f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of their "
+                    "weights, which are gone. To train them again take their lines out of "
+                    f"{self.results}; keep_models keeps the weights"
                 )
 
     def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:

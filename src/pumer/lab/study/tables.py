@@ -57,8 +57,7 @@ def markdown(
         f"# {first['study']}",
         "",
         f"Model {first['model']}, task `{first['task']}`, {first['examples']} examples of "
-        f"{first['split']}; "
-        f"{_training(rows)}, seeds "
+        f"{first['split']}; {_training(rows)}, seeds "
         f"{', '.join(map(str, sorted({int(row['seed']) for row in rows})))}; "
         f"batches of {first['batch_size']}.",
         f"Results: {_machines(rows)}. Speeds: {_machines(speeds)}.",

@@ -82,8 +82,7 @@ class Inputs:
         if not isinstance(self.collator, ProcessorCollator) and counts != [self._image_count()]:
             raise ValueError(
                 f"texts have {', '.join(map(str, counts))} images; {type(self.model).__name__} "
-                "takes "
-                f"{self._image_count()} each"
+                f"takes {self._image_count()} each"
             )
         collator = replace(self.collator, task=_Asking(counts[0]))
         examples = [

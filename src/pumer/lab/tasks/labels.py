@@ -73,9 +73,8 @@ def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
         return None
     raise ValueError(
         f"the model's labels ({_some(names)}) are not those of the task {task.name} "
-        f"({_some(labels)}): "
-        "take a model that was trained on the task, or, if they mean the same, set id2label in its "
-        "config.json to the task's words"
+        f"({_some(labels)}): take a model that was trained on the task, or, if they mean the same, "
+        "set id2label in its config.json to the task's words"
     )
 
 
@@ -108,14 +107,12 @@ def check_fit(model: Any, task: Task) -> None:
         classes = " or ".join(f"Vilt{head}" for head in offered)
         raise ValueError(
             f"{class_name} does not fit the task {task.name}, which {needs}: take a {classes} (or "
-            "Meter...); "
-            "a training gets one with --model.kind"
+            "Meter...); a training gets one with --model.kind"
         )
     if not ranks and is_unnamed(task.labels):
         raise ValueError(
-            f"the model's config.json names no answers ({_some(task.labels)}): set its id2label "
-            "to the "
-            "answers that the head was trained on, or give the task its labels"
+            f"the model's config.json names no answers ({_some(task.labels)}): set its id2label to "
+            "the answers that the head was trained on, or give the task its labels"
         )
 
 

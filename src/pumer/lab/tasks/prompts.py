@@ -87,8 +87,8 @@ class PromptCollator(WritingCollator):
         if self.text.tokenizer.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template to put questions into: set "
-                "tokenizer.chat_template to the one that "
-                "the model was trained with, and save it again"
+                "tokenizer.chat_template to the one that the model was trained with, and save it "
+                "again"
             )
         if self.text.tokenizer.eos_token_id is None:
             raise ValueError(
@@ -132,8 +132,7 @@ class PromptCollator(WritingCollator):
         if ids.count(self.image_token) != 1:
             raise ValueError(
                 f"the prompt of question {name} has {ids.count(self.image_token)} image tokens, "
-                "not 1: a question must "
-                "not contain one, the chat template must put in one"
+                "not 1: a question must not contain one, the chat template must put in one"
             )
         position = ids.index(self.image_token)
         return ids[:position] + [self.image_token] * self.image_tokens + ids[position + 1 :]
@@ -204,9 +203,8 @@ def image_tokens(config: Any) -> int:
     another make."""
     if config.model_type != "llava":
         raise ValueError(
-            "without a processor prompts are written for LlavaForConditionalGeneration alone, "
-            "not for "
-            f"{config.model_type}: save the model's processor beside it"
+            "without a processor prompts are written for LlavaForConditionalGeneration alone, not "
+            f"for {config.model_type}: save the model's processor beside it"
         )
     side = config.vision_config.image_size // config.vision_config.patch_size
     return int(side**2) + (config.vision_feature_select_strategy == "full")

@@ -297,8 +297,7 @@ def recalls(
     if owner.shape != (captions,) or not torch.equal(owner.unique(), torch.arange(images)):
         raise ValueError(
             f"scores are for {images} images and {captions} captions; image_of must give one of "
-            "those images for "
-            "each caption, and each image must have one."
+            "those images for each caption, and each image must have one."
         )
     if scores.isnan().any():
         raise ValueError(

@@ -111,8 +111,7 @@ def read_annotations(
     if other:
         raise ValueError(
             f"{path}: {first(other, len(questions), 'questions')} have another image_id than in "
-            "the "
-            "questions file; are the two of one release?"
+            "the questions file; are the two of one release?"
         )
     return rows
 

@@ -39,10 +39,8 @@ def check_last_checkpoint(output: Path) -> None:
     if lacking:
         raise ValueError(
             f"{checkpoint} lacks the state of its {' and '.join(lacking)}, without which a "
-            "training does not go on as "
-            "it began (trainer.save_only_model leaves it out): delete this checkpoint to go on "
-            "from one before it, or "
-            "start anew with another --output"
+            "training does not go on as it began (trainer.save_only_model leaves it out): delete "
+            "this checkpoint to go on from one before it, or start anew with another --output"
         )
 
 

@@ -48,15 +48,13 @@ def check(
         )
     if learned and learned.self_distils and trainer.get("gradient_checkpointing"):
         raise ValueError(
-            f"{reducer.name} is its own teacher, which a layer that is run again knows nothing "
-            "of: leave "
-            "trainer.gradient_checkpointing out"
+            f"{reducer.name} is its own teacher, which a layer that is run again knows nothing of: "
+            "leave trainer.gradient_checkpointing out"
         )
     if learned and (trainer.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
         raise ValueError(
             "a layer that is run again by the reentrant way has no gradient for what decides in "
-            "it: leave "
-            "trainer.gradient_checkpointing_kwargs.use_reentrant out"
+            "it: leave trainer.gradient_checkpointing_kwargs.use_reentrant out"
         )
     if optimizer and writes(net):
         raise ValueError(f"the published optimizer knows no {type(net).__name__}: leave it out")
@@ -67,8 +65,7 @@ def check(
     if trainer.get("dataloader_persistent_workers") and (augment or task.loss_kind == "rank"):
         raise ValueError(
             "workers that stay from epoch to epoch would show the same pictures and texts in all "
-            "of them: leave "
-            "trainer.dataloader_persistent_workers out"
+            "of them: leave trainer.dataloader_persistent_workers out"
         )
 
 
@@ -112,9 +109,8 @@ def check_teacher(net: PreTrainedModel, task: Task, teacher: PreTrainedModel) ->
     if task.loss_kind != "rank" and not same_names(names, task.labels):
         others = ", others" if len(names) == len(task.labels) else ""
         raise ValueError(
-            f"the teacher has {len(names)} answers, the student {len(task.labels)}{others}: "
-            "distil from a model that "
-            "was trained for the same answers"
+            f"the teacher has {len(names)} answers, the student {len(task.labels)}{others}: distil "
+            "from a model that was trained for the same answers"
         )
 
 

@@ -102,8 +102,7 @@ def count_without_target(examples: Sequence[Example], task: Task, split: str) ->
         answers = ", ".join(task.labels[:_NAMED])
         raise ValueError(
             f"none of the {without} examples of {task.name} {split} has an answer among the "
-            f"model's {len(task.labels)} "
-            f"({answers}, ...): give --task.answers data for a new list of answers, counted in "
-            "the data"
+            f"model's {len(task.labels)} ({answers}, ...): give --task.answers data for a new list "
+            "of answers, counted in the data"
         )
     return without

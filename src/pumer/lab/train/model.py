@@ -92,8 +92,8 @@ def prepare(
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
         raise ValueError(  # RoBERTa counts its positions by it
             f"the tokenizer pads with {tokenizer.pad_token_id}, METER's text encoder takes "
-            f"{padding} for padding: give "
-            f"model.config.text_config.pad_token_id {tokenizer.pad_token_id}"
+            f"{padding} for padding: give model.config.text_config.pad_token_id "
+            f"{tokenizer.pad_token_id}"
         )
     return net, tokenizer, the_task
 

@@ -87,8 +87,7 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         if any(folder.glob("checkpoint-*")):
             raise ValueError(
                 f"{folder} has checkpoints and no {WRITTEN}, so that nobody knows with which "
-                "settings they began: put "
-                "that of their training there, or give another --output"
+                "settings they began: put that of their training there, or give another --output"
             )
         return
     before, now = dict(_flat(read_settings(folder / WRITTEN))), dict(_flat(_plain(recipe)))
@@ -101,10 +100,8 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         )
         more = f"; and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
         raise ValueError(
-            f"the training in {folder} began with other settings ({changes}{more}): go on "
-            "with those "
-            f"in its {WRITTEN}, "
-            "or give another --output"
+            f"the training in {folder} began with other settings ({changes}{more}): go on with "
+            f"those in its {WRITTEN}, or give another --output"
         )
 
 

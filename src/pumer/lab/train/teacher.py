@@ -67,9 +67,8 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
         if different:
             raise ValueError(
                 f"the teacher {path} has another {' and another '.join(different)} than the "
-                "student: a model that "
-                "writes is taught on its own tokens, so take a teacher that was trained with the "
-                "same"
+                "student: a model that writes is taught on its own tokens, so take a teacher that "
+                "was trained with the same"
             )
         return student
     order = None if student.task.loss_kind == "rank" else label_order(teacher.config, student.task)

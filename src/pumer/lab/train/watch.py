@@ -128,8 +128,6 @@ class StopAtNaN(TrainerCallback):
         if step is not None:
             raise ValueError(
                 f"{what} not finite at step {step}, and nothing after it was saved: lower "
-                "trainer.learning_rate (it is "
-                f"{args.learning_rate:g}), warm up for longer, or set trainer.max_grad_norm; "
-                "checkpoints of earlier "
-                f"steps stay in {args.output_dir}"
+                f"trainer.learning_rate (it is {args.learning_rate:g}), warm up for longer, or set "
+                f"trainer.max_grad_norm; checkpoints of earlier steps stay in {args.output_dir}"
             )

@@ -234,9 +234,9 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
     total = min(choose + check, examples) // batch_size
     if total < _FEWEST or min(choose, check) < 1:
         raise ValueError(
-            f"{min(choose + check, examples)} examples, of a picture no more than one, are too "
-            "few to choose and to "
-            f"check on: give {_FEWEST * batch_size} or more, or a smaller --batch_size"
+            f"{min(choose + check, examples)} examples, of a picture no more than one, are too few "
+            f"to choose and to check on: give {_FEWEST * batch_size} or more, or a smaller "
+            "--batch_size"
         )
     return min(max(1, total * choose // (choose + check)), total - 1), total
 
@@ -298,10 +298,8 @@ def _settle(
         name, model, bounds = best.point.name, search.model, search.bounds
         verdict = search.verify(best)
         progress(
-            f"checked {name}: loses {verdict.drop:.2f} ({verdict.low:.2f} to "
-            f"{verdict.high:.2f}) on "
-            f"{verdict.examples} fresh "
-            f"examples, {verdict.status}"
+            f"checked {name}: loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) "
+            f"on {verdict.examples} fresh examples, {verdict.status}"
         )
         if verdict.status != "accepted":
             continue
@@ -346,23 +344,19 @@ def _nearest(search: Search) -> str:
         name = min(measured, key=short)
         speedup, memory = measured[name]
         return (
-            "none of the settings that passed their check keeps to the bound when it is "
-            "measured; the nearest is "
-            f"{name}, {speedup:.2f} times as fast, {memory / 1e6:.0f} MB, which loses "
-            f"{search.checked[name].drop:.2f} "
-            "points. Loosen the bound, or widen the grid"
+            "none of the settings that passed their check keeps to the bound when it is measured; "
+            f"the nearest is {name}, {speedup:.2f} times as fast, {memory / 1e6:.0f} MB, which "
+            f"loses {search.checked[name].drop:.2f} points. Loosen the bound, or widen the grid"
         )
     assert bounds.drop is not None  # without it every point passes its check
     nearest = min(judged, key=lambda candidate: verdict_on(candidate).high)
     verdict = verdict_on(nearest)
     return (
         f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; "
-        "the nearest is "
-        f"{nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, which loses "
-        f"{verdict.drop:.2f} "
-        f"({verdict.low:.2f} to {verdict.high:.2f}) on {verdict.examples} examples. --max_drop "
-        f"{math.ceil(100 * verdict.high) / 100:.2f} may take it in; milder settings in the grid or "
-        "more examples may help"
+        f"the nearest is {nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, "
+        f"which loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
+        f"{verdict.examples} examples. --max_drop {math.ceil(100 * verdict.high) / 100:.2f} may "
+        "take it in; milder settings in the grid or more examples may help"
     )
 
 

@@ -216,10 +216,9 @@ class Search:
             self.judged[name], self._scores[name] = verdict, scores
             self.progress(
                 f"{len(self.judged)}: {name}: {candidate.speedup:.2f}x predicted, loses "
-                f"{verdict.drop:.2f} "
-                f"({verdict.low:.2f} to {verdict.high:.2f}) on {verdict.examples} examples, "
-                f"{verdict.status}; "
-                f"{len(self.open_points())} points open"
+                f"{verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
+                f"{verdict.examples} examples, {verdict.status}; {len(self.open_points())} points "
+                "open"
             )
         return self.best()
 

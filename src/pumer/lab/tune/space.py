@@ -156,10 +156,8 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
         name, reason = next(iter(impossible.items()))
         raise ValueError(
             f"{len(impossible)} settings of the grid are impossible "
-            f"({', '.join(list(impossible)[:5])}"
-            f"{', ...' if len(impossible) > 5 else ''}); of {name}: {reason}. Change the grid, or "
-            "skip them with "
-            "--skip_impossible true"
+            f"({', '.join(list(impossible)[:5])}{', ...' if len(impossible) > 5 else ''}); of "
+            f"{name}: {reason}. Change the grid, or skip them with --skip_impossible true"
         )
     if not points:
         raise ValueError(

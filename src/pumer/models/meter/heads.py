@@ -101,8 +101,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
         if config.modality_type_vocab_size <= config.num_images:
             raise ValueError(
                 f"{config.num_images} images need modality_type_vocab_size "
-                f"{config.num_images + 1}, "
-                f"not {config.modality_type_vocab_size}"
+                f"{config.num_images + 1}, not {config.modality_type_vocab_size}"
             )
         super().__init__(config)
         self.meter = MeterModel(config)
