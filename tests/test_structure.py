@@ -266,7 +266,8 @@ def state():
 
 before = state()
 assert {"torch.nn.functional.scaled_dot_product_attention", "ViltLayer.forward"} <= set(before)
-import pumer pumer.apply, pumer.load, pumer.report, pumer.ToMe
+import pumer
+pumer.apply, pumer.load, pumer.report, pumer.ToMe
 after = state()
 names = sorted(before.keys() | after.keys())
 print(json.dumps([name for name in names if before.get(name) != after.get(name)]))
@@ -281,7 +282,8 @@ import pumer
 from pumer.cli import main
 main(["--help"]), main(["--version"]), main(["evall"])
 heavy = sorted({"torch", "transformers", "jsonargparse", "rich"} & set(sys.modules))
-import pumer.costs.report assert callable(pumer.report) and set(pumer.__all__) <= set(dir(pumer))
+import pumer.costs.report
+assert callable(pumer.report) and set(pumer.__all__) <= set(dir(pumer))
 assert all(getattr(pumer, name) is not None for name in pumer.__all__)
 sys.stdout.write("\\n" + json.dumps(heavy))
 """

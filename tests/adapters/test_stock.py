@@ -123,8 +123,9 @@ def test_the_method_is_the_one_we_know(kind, method):
     found = fingerprint(getattr(kind, method))
     assert found == known, (
         f"{kind.__module__}.{kind.__name__}.{method} changed in transformers "
-        f"{transformers.__version__}. Read it and compare it with {ours}, which stands in for it; "
-        f"when that does the same again, put {found!r} here"
+        f"{transformers.__version__}. Read it and "
+        f"compare it with {ours}, which stands in for it; when that does the same again, put "
+        f"{found!r} here"
     )
 
 
