@@ -22,7 +22,7 @@ class Captured:
         needs: fields of `Encoder` that the reducer reads.
         features_RPD: what goes into the projector.
         heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for
-            each run of its attention.
+            each state of its attention.
         last_heads: those of the tower's last layer, where that is another one.
         inputs: what `get_image_features` was called with.
         plan: by which they were merged before the projector.

@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, plain, tower_layers
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import VisionCapture, vision_features
+from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, one_span_each, tower_layers
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
 from pumer.reducers.base import Encoder, Grid
 
@@ -48,11 +48,11 @@ class LlavaAdapter(DecoderAdapter):
             )
         super().patch(model, patch)
 
-    def tower_class(self, model: nn.Module) -> bool:
+    def has_class_token(self, model: nn.Module) -> bool:
         return is_a(self.vision(model), ("CLIPVisionModel",))
 
     def tower_depth(self, model: nn.Module) -> int:
-        if not self.tower_class(model):
+        if not self.has_class_token(model):
             return 0
         return feature_depth(self.vision(model), config_of(model).vision_feature_layer)
 
@@ -74,20 +74,20 @@ class LlavaAdapter(DecoderAdapter):
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        cls, full = self.tower_class(trunk), _takes_all(trunk, captured)
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        cls, full = self.has_class_token(trunk), _takes_all(trunk, captured)
         # Where not all are taken a tower's first token is dropped, whether that is [CLS] or a
         # patch.
         return vision_features(captured, cls or not full, cls and full)
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         tokens = len(output.pooler_output[0])
-        first_is_class = self.tower_class(trunk) and _takes_all(trunk, captured)
+        first_is_class = self.has_class_token(trunk) and _takes_all(trunk, captured)
         structure = torch.arange(tokens) == 0 if first_is_class else None
         rows, columns = grid = self.default_grid(trunk)
         fills_grid = rows * columns == tokens - int(first_is_class)
-        facts = self.image_facts(trunk, captured)
-        return plain(output.pooler_output, grid if fills_grid else None, facts, structure)
+        facts = self.vision_facts(trunk, captured)
+        return one_span_each(output.pooler_output, grid if fills_grid else None, facts, structure)
 
 
 class _Packed(LlavaAdapter):
@@ -106,10 +106,10 @@ class _Packed(LlavaAdapter):
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        return vision_features(captured, self.tower_class(trunk))
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        return vision_features(captured, self.has_class_token(trunk))
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         shapes, assemble = captured.packed
         # Newlines among nothing: the model's own way of putting images together says where they
         # come.
@@ -117,7 +117,7 @@ class _Packed(LlavaAdapter):
         marks, _ = assemble(blank, image_newline=torch.ones(1))
         facts = {
             name: _assembled(value, shapes, assemble)
-            for name, value in self.image_facts(trunk, captured).items()
+            for name, value in self.vision_facts(trunk, captured).items()
         }
         crops = _crops(shapes, assemble)
         images = []
@@ -131,7 +131,7 @@ class _Packed(LlavaAdapter):
             grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
             crop_I = crops[image_index][~structure] if shapes[image_index][0] > 1 else None
             images.append(
-                Picture(
+                ImageSpan(
                     len(mark),
                     structure,
                     grid,
@@ -176,7 +176,7 @@ def _reduced_tower(
     the same states.
 
     So what follows the tower finds as many tokens as ever; the language model then gets one of each
-    group. Layers behind the `depth` ones that the features come from are not run. Where it is
+    group. Layers behind the `depth` ones that the features come from are not state. Where it is
     called by itself, it is the stock one.
     """
     captured = capture.current
@@ -184,9 +184,11 @@ def _reduced_tower(
         return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
     spread: list[Tensor | None] = []
-    for states, axis in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
-        spread.append(axis.expand(states))
-        captured.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
+    for states, layout in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
+        spread.append(layout.expand(states))
+        captured.merged = layout.plan and layout.plan.tail(
+            1
+        )  # without [CLS], which is never merged
     spread += [None] * (len(vision.encoder.layers) - depth)
     return BaseModelOutputWithPooling(
         hidden_states=tuple(spread)
