@@ -63,7 +63,9 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
         if held is None:
             continue
         mark = torch.zeros(batch, length, dtype=torch.int64)
-        filled = torch.ones_like(held.position_BK) if held.filled_BK is None else held.filled_BK.long()
+        filled = (
+            torch.ones_like(held.position_BK) if held.filled_BK is None else held.filled_BK.long()
+        )
         marks[number] = mark.scatter_add(1, held.position_BK, filled).bool()
     return marks
 

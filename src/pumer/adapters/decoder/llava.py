@@ -30,8 +30,8 @@ class LlavaAdapter(DecoderAdapter):
     """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP
     one, which has none.
 
-    Pixtral's, which takes pictures of any size and marks the ends of their rows in the prompt, is
-    not supported.
+    Pixtral's, which takes images of any size and marks the ends of their rows in the prompt, is not
+    supported.
     """
 
     family = "LLaVA 1.5"
@@ -42,14 +42,14 @@ class LlavaAdapter(DecoderAdapter):
         vision = self.vision(model)
         if not is_a(vision, TOWERS):
             raise ValueError(
-                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, of "
-                "which it is not known where its patches come to lie: supported are "
+                f"unsupported vision tower {type(vision).__name__} in this {type(model).__name__}: "
+                "expected one of "
                 f"{', '.join(TOWERS)}"
             )
         super().patch(model, patch)
 
     def has_class_token(self, model: nn.Module) -> bool:
-        return is_a(self.vision(model), ("CLIPVisionModel",))
+        return config_of(model).vision_config.model_type == "clip_vision_model"
 
     def tower_depth(self, model: nn.Module) -> int:
         if not self.has_class_token(model):
@@ -82,7 +82,7 @@ class LlavaAdapter(DecoderAdapter):
 
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         tokens = len(output.pooler_output[0])
-        first_is_class = self.has_class_token(trunk) and _takes_all(trunk, captured)
+        first_is_class = _takes_all(trunk, captured) and self.has_class_token(trunk)
         structure = torch.arange(tokens) == 0 if first_is_class else None
         rows, columns = grid = self.default_grid(trunk)
         fills_grid = rows * columns == tokens - int(first_is_class)
@@ -91,13 +91,12 @@ class LlavaAdapter(DecoderAdapter):
 
 
 class _Packed(LlavaAdapter):
-    """Images are put together from a small picture of the whole and crops, with a newline token at
-    every row's end."""
+    """An image is put together from a thumbnail and crops, with a newline token at the end of every
+    row."""
 
     on_host = ("image_sizes",)
-    projects_tokens = (
-        False  # it does, but parts of crops are cut off behind it, and of what was merged there
-    )
+    # The projector does, but behind it crops are trimmed, and would lose parts of merged tokens.
+    projects_tokens = False
 
     def tower_depth(self, model: nn.Module) -> int:
         # Crops lose tokens when they are put together; merged ones would lose parts of themselves.
@@ -183,16 +182,15 @@ def _reduced_tower(
     if captured is None:
         return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-    spread: list[Tensor | None] = []
+    expanded: list[Tensor | None] = []
     for states, layout in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
-        spread.append(layout.expand(states))
+        expanded.append(layout.expand(states))
         captured.merged = layout.plan and layout.plan.tail(
             1
         )  # without [CLS], which is never merged
-    spread += [None] * (len(vision.encoder.layers) - depth)
-    return BaseModelOutputWithPooling(
-        hidden_states=tuple(spread)
-    )  # what else it gives nobody reads here
+    expanded += [None] * (len(vision.encoder.layers) - depth)
+    # The families read the hidden states alone.
+    return BaseModelOutputWithPooling(hidden_states=tuple(expanded))
 
 
 def _pack(

@@ -154,9 +154,9 @@ def _question(
     An answer that is trained on, scored or verified must not guide what is kept: at inference it
     is not there yet. The prompt ends before the first token with a label, and before the last
     `logits_to_keep - 1` ones where these are being scored: that is so in assisted generation, which
-    gives a cache, and with trainers of policies, which give `use_cache=False`. Who asks for the
-    last logits of a prompt does neither. `question_mask` says outright which words are the prompt.
-    The question itself is the text behind the last image, if there is any.
+    gives a cache, and with trainers of policies, which give `use_cache=False`. A plain
+    call that asks for the last logits of a prompt does neither. `question_mask` says outright which
+    words are the prompt. The question itself is the text behind the last image, if there is any.
     """
     length = word_BS.shape[1]
     prompt_BS = word_BS

@@ -17,7 +17,7 @@ from pumer.reducers.base import Grid
 
 @register
 class SmolVLMAdapter(DecoderAdapter):
-    """An image is a grid of crops and a picture of the whole at the end, with tokens before each
+    """An image is a grid of crops and a thumbnail at the end, with tokens before each
     that say which."""
 
     family = "SmolVLM"

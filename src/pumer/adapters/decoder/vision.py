@@ -35,14 +35,13 @@ _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=Non
 
 
 class VisionCapture:
-    """What is asked of a vision tower: queries and keys of one layer, and what goes into the
-    projector."""
+    """Captures queries and keys of one layer of a vision tower, and the input of the projector."""
 
     def __init__(self, needs: frozenset[str]) -> None:
         self.needs = needs
 
     def install(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
-        """Begin to look, if a reducer needs anything."""
+        """Hook in, if a reducer needs anything."""
         if not self.needs:
             return
         projector = spec.projector(model)
@@ -63,7 +62,7 @@ class VisionCapture:
 
     @property
     def current(self) -> Captured | None:
-        """What this call has seen so far; None where the tower runs outside of
+        """What this call has captured so far; None where the tower runs outside of
         `get_image_features`."""
         captured = _current.get()
         return captured if captured is not None and captured.capture is self else None
@@ -118,12 +117,11 @@ class VisionCapture:
 def vision_features(
     captured: Captured, tower: bool = False, projected: bool = False
 ) -> dict[str, Tensor]:
-    """What a vision tower knows of the patches of every crop [R,P,...], from the layer that its
-    features come from.
+    """Facts about the patches of every crop [R,P,...], from the layer that the features come from.
 
     Args:
-        captured: what was seen of the tower.
-        tower: whether its tokens begin with one that is no patch of the picture's.
+        captured: of the tower.
+        tower: whether its tokens begin with one that is no patch of the image.
         projected: whether what goes into the projector does.
     """
     features, needs = captured.features_RPD, captured.needs
@@ -154,8 +152,7 @@ def attention_of(
         logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
         facts[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
     if {RECEIVED, GIVEN} & needs:
-        # Never all at once, which for the thousands of patches of a large picture would be
-        # gigabytes.
+        # In parts: all at once would take gigabytes for the thousands of patches of a large image.
         received, paid = [], []
         for part in queries_RHPC.split(AT_ONCE, 2):
             attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
@@ -195,7 +192,7 @@ class EncodedImages:
         self._known: Any = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, in which nobody holds the features."""
+        """For copies and pickles, which hold no features."""
         return {}
 
     def __setstate__(self, _: Any) -> None:
@@ -223,7 +220,7 @@ class EncodedImages:
                 return list(images)
         raise ValueError(
             "nothing is known of the images in mm_encoder_outputs: give what get_image_features "
-            "returns while this reducer is in force, all in one prefill (leave prefill_chunk_size "
+            "returns while this reducer is active, all in one prefill (leave prefill_chunk_size "
             "unset)"
         )
 
