@@ -126,7 +126,7 @@ def test_one_share_is_the_same_in_every_stage():
 def test_nothing_inside_is_unreduced():
     assert Compose(ToMe(), inside=None) == Compose(ToMe(), Unreduced())
     model = pumer.apply(tiny_llm.model("llava"), Compose(ToMe(r=2), inside=None))
-    assert pumer.active(model).reducer.in_tower.depth == find(model).tower_depth(model)
+    assert pumer.active(model).reducer.traits.vision_reducer.depth == find(model).tower_depth(model)
 
 
 def test_cutoffs_of_a_shallow_tower_can_be_read():

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pumer.reducers import EMBEDDINGS, Encoder, Tokens
-from pumer.reducers.base import Embeddings
+from pumer.reducers.tokens import Embeddings
 
 GRIDS, WORDS = ((6, 5), (4, 4), (2, 7), (1, 3)), (7, 1, 5, 3)
 FULL = {"grids": ((6, 6),), "words": (5,), "padding": 0}

@@ -16,7 +16,7 @@ from fuzz_settings import DEPTH, members
 from torch import Tensor
 
 from pumer.reducers import EMBEDDINGS, Encoder, Reducer, Tokens
-from pumer.reducers.base import Context, Embeddings, Grid
+from pumer.reducers.tokens import Context, Embeddings, Grid
 
 HEADS, CHANNELS = 2, 4
 WIDTH = HEADS * CHANNELS
@@ -224,9 +224,11 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     """
     seed = torch.Generator().manual_seed(rng.randrange(2**40))
     inside = layer != EMBEDDINGS
-    joint = reducer.published or reducer.learned is not None  # in joint encoders and nowhere else
+    joint = (
+        reducer.traits.official or reducer.traits.learned is not None
+    )  # in joint encoders and nowhere else
     in_decoder = inside and not joint and rng.random() < 0.5
-    prefix = 0 if in_decoder or reducer.needs else rng.choice([0, 1])
+    prefix = 0 if in_decoder or reducer.traits.needs_encoder else rng.choice([0, 1])
     prefix = 1 if joint else prefix
     cross = inside and prefix == 1 and rng.random() < 0.3
     rows = rng.randint(1, 4)
@@ -241,7 +243,9 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     features = Features(
         dtype=rng.choice(DTYPES),
         patterns=[rng.choice(PATTERNS) for _ in range(rows)],
-        padding=rng.choice(["zero", "noise", "noise", "huge"] + ["nan"] * (not reducer.published)),
+        padding=rng.choice(
+            ["zero", "noise", "noise", "huge"] + ["nan"] * (not reducer.traits.official)
+        ),
         seed=seed,
     )
     overflows = inside and rng.random() < 0.05
@@ -258,18 +262,20 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     if prefix == 0 and rng.random() < 0.5:
         some_BT = torch.rand(rows, text, generator=seed) < 0.5
         more["question_BT"] = mask_BN[:, :text] & some_BT
-    if in_decoder and reducer.reads_embeddings and rng.random() < 0.8:
+    if in_decoder and reducer.traits.needs_embeddings and rng.random() < 0.8:
         # Of the whole prompt: earlier layers may have dropped some image tokens.
         gone_BI = torch.rand(rows, rng.randint(0, 5), generator=seed) < 0.5
         valid_BI = torch.cat([mask_BN[:, text:], gone_BI], 1)
         text_BTD = features.of(mask_BN[:, :text], WIDTH)
         more["embeddings"] = Embeddings(text_BTD, features.of(valid_BI, WIDTH), valid_BI)
-    if reducer.needs and not inside:
-        more["encoder"] = some_encoder(reducer.needs, mask_BN[:, text + prefix :], features, rng)
-    if reducer.learned is not None:
+    if reducer.traits.needs_encoder and not inside:
+        more["encoder"] = some_encoder(
+            reducer.traits.needs_encoder, mask_BN[:, text + prefix :], features, rng
+        )
+    if reducer.traits.learned is not None:
         with torch.random.fork_rng():
             torch.manual_seed(rng.randrange(99))
-            parts = reducer.learned.parts(WIDTH, HEADS, DEPTH, cross)
+            parts = reducer.traits.learned.parts(WIDTH, HEADS, DEPTH, cross)
             more["part"] = parts[str(layer)].eval().to(features.dtype)
             for parameter in more["part"].parameters():
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -340,7 +346,7 @@ def some_attention(
     largest = features.limit if overflows else largest
     queries_BHNC = queries_BHNC.clamp(-largest, largest)[:, :, : text if cross else count]
     attention_BHNN = None
-    if reducer.needs_attention:
+    if reducer.traits.needs_attention:
         first = text if cross else 0
         shape = (rows, HEADS, queries_BHNC.shape[2], count - first)
         logits_BHNN = torch.randn(shape, generator=features.seed)

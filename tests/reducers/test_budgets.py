@@ -23,6 +23,7 @@ from pumer.reducers import (
     PyramidDrop,
     Spectra,
     SVDPrune,
+    TokenShape,
     ToMe,
     VisionZip,
     VisPruner,
@@ -146,15 +147,17 @@ def test_a_chain_acts_where_its_members_do():
     first, second = VisionZip(keep=0.5), PyramidDrop(keep=(0.5, 0.25), layers=(1, 3))
     chain = Chain((first, second))
     assert chain.layers == (EMBEDDINGS, 1, 3)
-    assert chain.needs == first.needs
-    assert not chain.leaves_gaps
-    assert Chain((PruMerge(), second)).leaves_gaps
+    assert chain.traits.needs_encoder == first.traits.needs_encoder
+    assert not chain.traits.dynamic_length
+    assert Chain((PruMerge(), second)).traits.dynamic_length
     for layer, member in ((EMBEDDINGS, first), (1, second), (3, second)):
         tokens = batch(0, layer=layer)
         plan = chain.plan(tokens)
         assert torch.equal(plan.slot_BN, member.plan(tokens).slot_BN)
-        assert chain.lengths(9, 32, layer, 0) == member.lengths(9, 32, layer, 0)
-    assert chain.lengths(9, 32, 2, 0) == (9, 32)
+        assert chain.lengths(TokenShape(9, 32, layer, 0)) == member.lengths(
+            TokenShape(9, 32, layer, 0)
+        )
+    assert chain.lengths(TokenShape(9, 32, 2, 0)) == (9, 32)
     chain.check(4)
     with pytest.raises(ValueError, match=r"pyramiddrop reduces in layers \[3\]"):
         chain.check(3)
@@ -165,7 +168,7 @@ def test_a_chain_around_a_tower():
     reducer = Compose(
         ToMe(r=2, depth=3), Chain((FasterVLM(keep=8), PyramidDrop(keep=(0.5,), layers=(1,))))
     )
-    assert reducer.needs == {"class_attention_BN"}
+    assert reducer.traits.needs_encoder == {"class_attention_BN"}
     assert from_dict(to_dict(reducer)) == reducer
     with pytest.raises(ValueError, match="around a chain"):
         Chain((reducer, DivPrune()))

@@ -25,10 +25,11 @@ from pumer.reducers import (
     PyramidDrop,
     SparseVLM,
     Tokens,
+    TokenShape,
     from_dict,
     to_dict,
 )
-from pumer.reducers.base import Context
+from pumer.reducers.base import Traits
 from pumer.reducers.ops import blocks
 from pumer.reducers.ops import saliency as scores
 from pumer.reducers.ops.saliency import (
@@ -38,6 +39,7 @@ from pumer.reducers.ops.saliency import (
     text_saliency,
 )
 from pumer.reducers.sparsevlm import raters
+from pumer.reducers.tokens import Context
 
 LAYER = 2
 SELECTORS = {
@@ -111,7 +113,7 @@ class Shown(FastV):
 
     name = "shown"
     noted: tuple = field(default=(), compare=False)
-    reads_embeddings = True
+    traits = Traits(needs_embeddings=True)
 
     def chosen(self, tokens, kept_B, most):
         self.noted[0].append(tokens)
@@ -339,7 +341,7 @@ def test_pyramiddrop_rounds_down_as_published():
     reducer = PyramidDrop().resolve(LLAVA)
     lengths, counts = [575], torch.tensor([575])
     for layer in reducer.layers:
-        lengths.append(reducer.lengths(0, lengths[-1], layer, 0)[1])
+        lengths.append(reducer.lengths(TokenShape(0, lengths[-1], layer, 0))[1])
         counts = torch.cat([counts, reducer.budget(counts[-1:], layer)])
     assert lengths == counts.tolist() == [575, 287, 143, 71]
     for first in range(1, 700):

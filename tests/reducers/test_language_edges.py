@@ -10,7 +10,7 @@ from pictures import GRIDS, alone, batch, shares
 from test_language import LAYER, REDUCERS, causal, every
 from test_selectors import same
 
-from pumer.reducers import PuMer
+from pumer.reducers import PuMer, TokenShape
 from pumer.reducers.ops.clustering import density_peaks
 from pumer.reducers.ops.saliency import last_text_attention, text_saliency
 
@@ -23,15 +23,15 @@ every_and_merging = pytest.mark.parametrize(
 def check(plan, reducer, tokens):
     """Slots are in range, and as many are filled as `lengths` promises."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
-    assert plan.slots == sum(reducer.lengths(text, image, LAYER, tokens.prefix))
+    assert plan.slots == sum(reducer.lengths(TokenShape(text, image, LAYER, tokens.prefix)))
     assert (plan.slot_BN < plan.slots).all()
     real = plan.sources() & tokens.mask_BN[:, None]
     assert torch.equal(real.any(2), plan.mask_BK)
     for row, mask in enumerate(tokens.mask_BN):
         counts = int(mask[:text].sum()), int(mask[text:].sum())
-        promised = sum(reducer.lengths(*counts, LAYER, tokens.prefix))
+        promised = sum(reducer.lengths(TokenShape(*counts, LAYER, tokens.prefix)))
         assert int(plan.mask_BK[row].sum()) == promised
-        assert reducer.lengths(*counts, LAYER, tokens.prefix)[1] >= min(counts[1], 1)
+        assert reducer.lengths(TokenShape(*counts, LAYER, tokens.prefix))[1] >= min(counts[1], 1)
 
 
 @every
@@ -69,7 +69,7 @@ def test_a_row_without_image_has_nothing_to_reduce(reducer, causal):
     for tokens in (nothing, replace(nothing, prefix=1)):
         plan = reducer.plan(tokens)
         assert plan.slots == text
-        assert reducer.lengths(text, 0, LAYER, tokens.prefix) == (text, 0)
+        assert reducer.lengths(TokenShape(text, 0, LAYER, tokens.prefix)) == (text, 0)
         assert torch.equal(plan.mask_BK, tokens.mask_BN)
 
 
@@ -99,7 +99,8 @@ def test_pumer_leaves_an_image_token_at_every_ratio(prefix, prune):
             check(reducer.plan(tokens), reducer, tokens)
             counts = torch.arange(1, 60)
             lengths = [
-                reducer.lengths(0, prefix + count, LAYER, prefix)[1] for count in counts.tolist()
+                reducer.lengths(TokenShape(0, prefix + count, LAYER, prefix))[1]
+                for count in counts.tolist()
             ]
             assert lengths[0] == prefix + 1
             assert lengths == sorted(lengths)

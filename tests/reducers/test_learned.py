@@ -11,7 +11,17 @@ from test_parity import MODEL, folder, inputs_of, publish, read, same  # noqa: F
 from test_parity_meter import publish as publish_meter
 
 import pumer
-from pumer.reducers import Chain, Compose, DynamicViT, Plan, PuMer, SmartTrim, Tokens, ToMe
+from pumer.reducers import (
+    Chain,
+    Compose,
+    DynamicViT,
+    Plan,
+    PuMer,
+    SmartTrim,
+    Tokens,
+    TokenShape,
+    ToMe,
+)
 from pumer.reducers.learned import Draw, decide
 from pumer.reducers.smarttrim import HeadTrimmer
 
@@ -56,9 +66,9 @@ def test_the_published_pruner(folder):  # noqa: F811
             part=parts[str(setting["layer"])],
         )
         plan = reducer.plan(tokens)
-        assert plan.slots == sum(reducer.lengths(text, states.shape[1] - text, setting["layer"])), (
-            case
-        )
+        assert plan.slots == sum(
+            reducer.lengths(TokenShape(text, states.shape[1] - text, setting["layer"]))
+        ), case
         assert plan.slots == text + setting["out_tokens"], case
         assert torch.equal(plan.index_BK[:, text + 1 :] - text - 1, data[f"{case}.keep_idx"]), case
         same(plan.reduce(states)[:, text:], data[f"{case}.out_states"], case)
@@ -135,7 +145,8 @@ def test_training_leaves_out_what_using_drops(kind, name, monkeypatch):
             "_logits",
             lambda self, tokens: tokens.states_BND[:, tokens.text + tokens.prefix :, :2],
         )
-        monkeypatch.setattr(DynamicViT, "leaves_gaps", True)
+        traits = replace(reducer.traits, dynamic_length=True)
+        monkeypatch.setattr(DynamicViT, "traits", traits)
         monkeypatch.setattr(
             DynamicViT, "plan", lambda self, tokens: keep(tokens, liked(self._logits(tokens)))
         )

@@ -20,6 +20,7 @@ from pumer.reducers import (
     Random,
     SmartTrim,
     Tokens,
+    TokenShape,
     ToMe,
     Uniform,
 )
@@ -82,11 +83,11 @@ def tokens_of(counts, width, text=3, seed=0, part=None, dtype=torch.float32):
 
 def part_of(reducer, dtype=torch.float32):
     """New trained parts for layer 0, the same ones every time."""
-    if reducer.learned is None:
+    if reducer.traits.learned is None:
         return None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return reducer.learned.parts(WIDTH, HEADS, 1, False)["0"].eval().to(dtype)
+        return reducer.traits.learned.parts(WIDTH, HEADS, 1, False)["0"].eval().to(dtype)
 
 
 def poison(tokens, row, value, patches=slice(None)):
@@ -118,7 +119,7 @@ def check(plan, tokens, reducer):
     to one."""
     count = tokens.mask_BN.shape[1]
     text, image = reducer.lengths(
-        tokens.text, count - tokens.text, tokens.layer, tokens.prefix, tokens.grid
+        TokenShape(tokens.text, count - tokens.text, tokens.layer, tokens.prefix, tokens.grid)
     )
     assert plan.slots == text + image
     assert plan.mask_BK.shape == (len(tokens.mask_BN), text + image)
@@ -199,7 +200,7 @@ def test_merging_8000_words_takes_memory_linear_in_them(prefix):
             plan = reducer.plan(tokens)
             states = plan.reduce(tokens.states_BND)
         sizes.append(largest.size)
-        assert states.shape[1] == sum(reducer.lengths(words, 16 + prefix, 0, prefix))
+        assert states.shape[1] == sum(reducer.lengths(TokenShape(words, 16 + prefix, 0, prefix)))
     assert max(sizes) <= 4 * blocks.BLOCK, [size / 2**20 for size in sizes]
 
 
@@ -329,9 +330,9 @@ def test_an_image_without_patches_is_left_alone(reducer, structure):
     )
     if isinstance(reducer, Pool):
         tokens = replace(tokens, grid=(0, 0))
-    assert reducer.lengths(9, structure, 0, 1, tokens.grid)[1] == structure
+    assert reducer.lengths(TokenShape(9, structure, 0, 1, tokens.grid))[1] == structure
     plan = plan_of(reducer, tokens)
-    assert plan.slots == sum(reducer.lengths(tokens.text, structure, 0, 1, tokens.grid))
+    assert plan.slots == sum(reducer.lengths(TokenShape(tokens.text, structure, 0, 1, tokens.grid)))
     assert (plan.slot_BN[:, tokens.text :] >= 0).all()
 
 

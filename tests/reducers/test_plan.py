@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pumer.reducers import Plan, PuMer, Tokens
+from pumer.reducers import Plan, PuMer, Tokens, TokenShape
 from pumer.reducers.ops.budget import merge_schedule, portion, prune_then_merge
 from pumer.reducers.ops.matching import bipartite
 
@@ -96,8 +96,8 @@ def cut(tokens, row, sample):
 def at(tokens, layer, reducer):
     """The tokens in another layer, with what a learned reducer has trained for it."""
     part = None
-    if reducer.learned:
-        part = reducer.learned.parts(HEADS * CHANNELS, HEADS, 4, False)[str(layer)].eval()
+    if reducer.traits.learned:
+        part = reducer.traits.learned.parts(HEADS * CHANNELS, HEADS, 4, False)[str(layer)].eval()
     return replace(tokens, layer=layer, part=part)
 
 
@@ -121,7 +121,9 @@ def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
         tokens = at(tokens_of(*batch), layer, reducer)
         plan = reducer.plan(tokens)
         batch_size, count = tokens.mask_BN.shape
-        text, image = reducer.lengths(tokens.text, count - tokens.text, layer, grid=tokens.grid)
+        text, image = reducer.lengths(
+            TokenShape(tokens.text, count - tokens.text, layer, grid=tokens.grid)
+        )
         assert plan.slots == text + image
         assert plan.slot_BN.shape == (batch_size, count)
         assert int(plan.slot_BN.min()) >= -1

@@ -19,10 +19,10 @@ from selector_parity import Case
 from torch import Tensor
 
 from pumer.reducers import DART, FastV, Plan, PyramidDrop, SparseVLM, Tokens
-from pumer.reducers.base import Embeddings
 from pumer.reducers.dart import take_unlike
 from pumer.reducers.ops.saliency import last_text_attention, text_saliency
 from pumer.reducers.sparsevlm import raters
+from pumer.reducers.tokens import Embeddings
 
 LAYER = 5
 OTHER_ORDER = {

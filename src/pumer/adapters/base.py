@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Encoder, Grid, ModelShape
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Encoder, Grid
 
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
@@ -114,7 +115,7 @@ class Patch:
     def budget_loss(self) -> Tensor | None:
         """The price of what a learned reducer decided in the last forward in training; None if it
         decided nothing."""
-        learned = self.reducer.learned
+        learned = self.reducer.traits.learned
         if learned is None or not self.decided:
             return None
         losses = [learned.budget_loss(spent, self.progress, heads) for spent, heads in self.decided]
@@ -227,12 +228,12 @@ class Adapter:
             depth,
             last=depth - 1,
             image=image - self.prefix,
+            co_attention=self.crosses,
             tower=ModelShape(tower, last=tower - 1) if tower else None,
         )
 
-    def settle(self, reducer: Reducer) -> Reducer:
-        """The reducer as this family takes it, where a setting means something else in each."""
-        return reducer
+    def check(self, reducer: Reducer) -> None:
+        """Raise ValueError for a reducer that this family cannot run; it is resolved already."""
 
     def encoder_facts(
         self, model: nn.Module, needs: frozenset[str], image: int, place: str
@@ -392,7 +393,7 @@ def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]
 
     Trained parts stay under it, as their weights expect.
     """
-    if reducer.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
+    if reducer.traits.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

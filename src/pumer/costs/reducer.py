@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pumer.reducers.base import EMBEDDINGS, Encoder, Grid, Reducer, Tokens
+from pumer.reducers.base import Reducer
+from pumer.reducers.tokens import EMBEDDINGS, Encoder, Grid, Tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def own_costs(
             None if layer == EMBEDDINGS else states.view(1, count, heads, channels).transpose(1, 2)
         )
         mask = torch.ones(
-            1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool
+            1,
+            count,
+            device=place,
+            dtype=torch.float32 if reducer.traits.needs_attention else torch.bool,
         )
         tokens = Tokens(
             mask_BN=mask,
@@ -122,7 +126,7 @@ def own_costs(
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
             attention_BHNN=torch.ones(1, heads, *attention_shape, device=place)
-            if reducer.needs_attention
+            if reducer.traits.needs_attention
             else None,
             cross=cross,
             encoder=encoder if layer == EMBEDDINGS else None,

@@ -15,8 +15,9 @@ from pumer.api import active
 from pumer.costs.decoder import decoding
 from pumer.costs.reducer import NOTHING, Own, own_costs
 from pumer.costs.result import LayerCost, Lengths, Report
-from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
-from pumer.reducers.base import Grid, ModelShape
+from pumer.reducers import EMBEDDINGS, Reducer, TokenShape, Unreduced, to_dict
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Grid
 
 
 def report(model: nn.Module, text: int | None = None, image: int | None = None) -> Report:
@@ -47,7 +48,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     tower, lengths, reducer_costs = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
     layers = zip(
-        adapter.layer_macs(model, lengths, reducer.after_layer),
+        adapter.layer_macs(model, lengths, reducer.traits.post_layer),
         adapter.layer_macs(model, base),
         strict=True,
     )
@@ -68,7 +69,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
             )
             for layer_index, (macs, base_macs) in enumerate(layers)
         ),
-        parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer)
+        parts=adapter.macs(model, lengths, entry, tower, reducer.traits.post_layer)
         | {"reducer": spent.macs},
         base_parts=adapter.macs(model, base) | {"reducer": 0},
         passes=passes,
@@ -97,10 +98,10 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
     ran = (
-        (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None
+        (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.traits.dynamic_length else None
     )  # the data have decided
     tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
-    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
+    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.traits.post_layer)
     return macs | {"reducer": adapter.passes(model) * sum(reducer_costs.values(), NOTHING).macs}
 
 
@@ -120,10 +121,10 @@ def planned_lengths(
     """
     reducer = reducer.resolve(ModelShape(depth, depth - 1, max(image - prefix, 0)))
     lengths = []
-    entered = image
+    entered: int | None = None
     for layer in range(EMBEDDINGS, depth):
         if reducer.reduces_at(layer):
-            text, image = reducer.lengths_from(entered, text, image, layer, prefix, grid)
+            text, image = reducer.lengths(TokenShape(text, image, layer, prefix, grid, entered))
             grid = None  # what is left is no grid any more
         if layer == EMBEDDINGS:
             entered = image
@@ -149,13 +150,16 @@ def _plan(
     device = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
     first, spent = (text, image), NOTHING
-    if reducer.in_tower is not None:
+    if reducer.traits.vision_reducer is not None:
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
         pictures, _ = adapter.tower_entry(model, image)
         spent = pictures * sum(
-            own_costs(reducer.in_tower, shape, inside[0], inside, grid, device).values(), NOTHING
+            own_costs(
+                reducer.traits.vision_reducer, shape, inside[0], inside, grid, device
+            ).values(),
+            NOTHING,
         )
         first = text, adapter.tower_exit(model, image, tower[-1])
         grid = None if tower[-1] != tower[0] else grid
@@ -174,7 +178,7 @@ def _plan(
         device,
         adapter.crosses,
         None if patch is None else patch.parts,
-        adapter.encoder_facts(model, reducer.needs, first[1], device),
+        adapter.encoder_facts(model, reducer.traits.needs_encoder, first[1], device),
         adapter.prefix,
     )
     reducer_costs[EMBEDDINGS] += spent
@@ -187,9 +191,12 @@ def _planned_tower(
     """Image tokens before the first layer of the vision tower and after every one."""
     depth = adapter.tower_depth(model)
     _, entered = adapter.tower_entry(model, image)
-    if reducer.in_tower is None:
+    if reducer.traits.vision_reducer is None:
         return (entered,) * (depth + 1) if depth else ()
-    return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, entered, grid))
+    return tuple(
+        length
+        for _, length in planned_lengths(reducer.traits.vision_reducer, depth, 0, entered, grid)
+    )
 
 
 def _last_forward(
@@ -213,10 +220,10 @@ def _last_forward(
         grid_after,
         adapter.prefix,
     )
-    if patch.reducer.in_tower is not None:
+    if patch.reducer.traits.vision_reducer is not None:
         ran = (*((text, length) for length in patch.tower), *ran)
         planned = (*((text, length) for length in tower), *planned)
-    if patch.reducer.leaves_gaps and all(
+    if patch.reducer.traits.dynamic_length and all(
         max(real) <= max(most) and sum(real) <= sum(most)
         for real, most in zip(ran, planned, strict=True)
     ):

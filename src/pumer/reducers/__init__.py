@@ -1,6 +1,6 @@
 """Methods of token reduction as pure maths: tensors in, a `Plan` out. No model is known here."""
 
-from pumer.reducers.base import EMBEDDINGS, Encoder, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.cdpruner import CDPruner
 from pumer.reducers.compose import Chain, Compose
 from pumer.reducers.dart import DART
@@ -23,6 +23,7 @@ from pumer.reducers.simple import NoVision, Pool, Random, Uniform, Unreduced
 from pumer.reducers.smarttrim import SmartTrim
 from pumer.reducers.sparsevlm import SparseVLM
 from pumer.reducers.svd_prune import SVDPrune
+from pumer.reducers.tokens import EMBEDDINGS, Encoder, Tokens, TokenShape
 from pumer.reducers.tome import ToMe
 from pumer.reducers.visionzip import VisionZip
 from pumer.reducers.vispruner import FasterVLM, VisPruner
@@ -60,7 +61,9 @@ __all__ = [
     "SparseVLM",
     "Spectra",
     "ToMe",
+    "TokenShape",
     "Tokens",
+    "Traits",
     "Uniform",
     "Unreduced",
     "VisPruner",

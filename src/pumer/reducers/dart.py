@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens, check_layers
+from pumer.reducers.base import check_layers
 from pumer.reducers.ops.matching import rank, unit_vectors
 from pumer.reducers.ops.saliency import question_words
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens
 
 
 @register

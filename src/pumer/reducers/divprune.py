@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.greedy import cosines, farthest_first
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens
 
 
 @register

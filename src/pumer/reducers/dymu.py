@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.ops.budget import check_keep, halves, portion, smaller
 from pumer.reducers.ops.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 _UNCALIBRATED = 0.85
 """The threshold where none was calibrated."""
@@ -31,17 +32,11 @@ class _Merging(Reducer):
     """Merge whatever is more alike than a threshold."""
 
     @property
-    def weighs_by_size(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(proportional_attention=True, dynamic_length=True)
 
-    @property
-    def leaves_gaps(self) -> bool:
-        return True
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image  # it may be that nothing is alike
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged  # it may be that nothing is alike
 
     def plan(self, tokens: Tokens) -> Plan:
         first = tokens.text + tokens.prefix

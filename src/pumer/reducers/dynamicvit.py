@@ -13,12 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
+from pumer.reducers.base import ModelShape, Traits, check_layers
 from pumer.reducers.learned import Gate, Learned, decide, mean_of
 from pumer.reducers.ops.budget import Count, stage, stage_layers
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @register
@@ -67,12 +68,8 @@ class DynamicViT(Learned):
         )
 
     @property
-    def published(self) -> bool:
-        return self.official
-
-    @property
-    def after_layer(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, official=self.official, post_layer=True)
 
     def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
         assert self.layers is not None
@@ -80,32 +77,15 @@ class DynamicViT(Learned):
             {str(layer): Predictor(width, whole=not self.official) for layer in self.layers}
         )
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        """As after the first stage; what is left of a later one depends on what entered: see
-        `lengths_from`."""
-        if not self.reduces_at(layer):
-            return text, image
-        structure = min(prefix, image)
-        patches = image - structure
-        return text, structure + self._kept(patches, patches, 1)
-
-    def lengths_from(
-        self,
-        entered: int,
-        text: int,
-        image: int,
-        layer: int,
-        prefix: int = 1,
-        grid: Grid | None = None,
-    ) -> tuple[int, int]:
-        if not self.reduces_at(layer):
-            return text, image
-        structure = min(prefix, image)
-        return text, structure + self._kept(
-            max(entered - prefix, 0), image - structure, self._stage(layer)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        # A share of the image tokens that entered; as of the first stage where that is not known.
+        entered, stage_index = shape.patches, 1
+        if shape.entered is not None:
+            entered, stage_index = max(shape.entered - shape.prefix, 0), self._stage(shape.layer)
+        num_keep = self._kept(entered, shape.patches, stage_index)
+        return shape.text, shape.structure + num_keep
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]

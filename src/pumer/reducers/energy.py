@@ -16,13 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.divprune import DivPrune
 from pumer.reducers.ops.budget import check_keep, kept
 from pumer.reducers.ops.spectral import directions_for, energies
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register, to_dict
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @register
@@ -69,29 +70,13 @@ class Energy(Reducer):
         return self.selector.layers
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.selector.needs
+    def traits(self) -> Traits:
+        return replace(self.selector.traits, dynamic_length=True, before_projector=False)
 
-    @property
-    def needs_attention(self) -> bool:
-        return self.selector.needs_attention
-
-    @property
-    def per_crop(self) -> bool:
-        return self.selector.per_crop
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return True
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (
-            (text, prefix + kept(self.most, image - prefix))
-            if self.reduces_at(layer)
-            else (text, image)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        return shape.text, shape.structure + kept(self.most, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
@@ -163,10 +148,8 @@ class Spectra(Reducer):
     layers: tuple[int, ...] = (-1,)
     noted: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates
+from pumer.reducers.tokens import Tokens
 
 
 @register

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.ops.matching import rank, rank_in_groups
 from pumer.reducers.registry import register
@@ -26,6 +26,7 @@ from pumer.reducers.selector import (
     encoded,
     image_states,
 )
+from pumer.reducers.tokens import Tokens
 
 ATTENTION, VARIETY = 1000.0, 0.09
 """Published weights of attention and of how much a token's similarities to the others of its chunk
@@ -61,8 +62,8 @@ class HoloV(Selector):
             raise ValueError(f'chunks is "auto" or at least one chunk, not {self.chunks!r}')
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency]})
+    def traits(self) -> Traits:
+        return Traits(needs_encoder=frozenset({SALIENCY[self.saliency]}))
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)

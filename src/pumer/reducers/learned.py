@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Reducer, Tokens
+from pumer.reducers.base import Reducer, Traits
+from pumer.reducers.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Learned(Reducer):
     """A reducer that decides by trained parts."""
 
     @property
-    def learned(self) -> Learned:
-        return self
+    def traits(self) -> Traits:
+        return Traits(learned=self)
 
     @property
     def trims_heads(self) -> bool:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.ops.saliency import text_saliency
 from pumer.reducers.plan import Plan
+from pumer.reducers.tokens import Tokens
 
 STYLES = ("tome", "tip", "diff")
 EPSILON = 1e-6

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.budget import Count, check_keep, smaller
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import Plan, tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
 """What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what
@@ -67,12 +68,11 @@ class PruMerge(Selector):
             check_keep(keep=self.keep)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({ATTENTION[self.saliency], "last_keys_BNC"})
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return self.keep is None
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({ATTENTION[self.saliency], "last_keys_BNC"}),
+            dynamic_length=self.keep is None,
+        )
 
     def budget(self, count: Count, layer: int) -> Count:
         """How many stay, the extra token included; without `keep` the most that may.

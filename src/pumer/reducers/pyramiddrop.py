@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import ModelShape, Tokens, check_layers
+from pumer.reducers.base import ModelShape, check_layers
 from pumer.reducers.ops.budget import Count, check_keep, kept, smaller, stage_layers
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates
+from pumer.reducers.tokens import Tokens
 
 
 @register

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines, coverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import (
@@ -24,6 +24,7 @@ from pumer.reducers.selector import (
     encoded,
     image_states,
 )
+from pumer.reducers.tokens import Tokens
 
 COMBINE = ("multiply", "add")
 
@@ -61,12 +62,10 @@ class SCOPE(Selector):
             raise ValueError(f"combine is one of {', '.join(COMBINE)}, not {self.combine!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency], "features_BND"})
-
-    @property
-    def per_crop(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({SALIENCY[self.saliency], "features_BND"}), per_crop=True
+        )
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         saliency_BI = encoded(tokens, SALIENCY[self.saliency]).double()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
+from pumer.reducers.base import Reducer
 from pumer.reducers.ops.budget import Count, check_keep, kept
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
+from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 SALIENCY = {"class": "class_attention_BN", "received": "received_BN"}
 """What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no
@@ -45,14 +46,10 @@ class Selector(Reducer):
         """How many of `count` image tokens stay in this layer."""
         return kept(self.keep, count)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (
-            (text, prefix + self.budget(image - prefix, layer))
-            if self.reduces_at(layer)
-            else (text, image)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        return shape.text, shape.structure + self.budget(shape.patches, shape.layer)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)

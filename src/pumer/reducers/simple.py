@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.base import Reducer, Traits, check_layers, check_ratios
 from pumer.reducers.ops.budget import remaining
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 
 @register
@@ -29,10 +30,8 @@ class Unreduced(Reducer):
     def layers(self) -> tuple[int, ...]:
         return ()
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         return Plan.identity(tokens.mask_BN)
@@ -49,13 +48,10 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if layer not in self.layers:
-            return text, image
-        structure = min(prefix, image)
-        return text, structure + remaining(self.prune, image - structure)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if shape.layer not in self.layers:
+            return shape.unchanged
+        return shape.text, shape.structure + remaining(self.prune, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
@@ -132,21 +128,20 @@ class Pool(Reducer):
         check_layers([self.layer])
 
     @property
+    def traits(self) -> Traits:
+        return Traits(needs_grid=True)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if layer != self.layer:
-            return text, image
-        structure = min(prefix, image)
-        patches = image - structure
-        side = round(patches**0.5)
-        rows, columns = grid or (side, side)
-        # No more windows than patches hold one: a batch of small pictures may be cut short of its
-        # grid.
-        return text, structure + min(self._windows(rows, columns), patches)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if shape.layer != self.layer:
+            return shape.unchanged
+        side = round(shape.patches**0.5)
+        rows, columns = shape.grid or (side, side)
+        # At most one window per patch: a batch of small images may be cut short of its grid.
+        return shape.text, shape.structure + min(self._windows(rows, columns), shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:
@@ -186,13 +181,15 @@ class NoVision(Reducer):
     name = "no-vision"
 
     @property
+    def traits(self) -> Traits:
+        return Traits(drops_image=True)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return (EMBEDDINGS,)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (text, 0) if layer == EMBEDDINGS else (text, image)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return (shape.text, 0) if shape.layer == EMBEDDINGS else shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         count = tokens.mask_BN.shape[1]

@@ -19,10 +19,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
+from pumer.reducers.base import ModelShape, Traits, check_layers
 from pumer.reducers.learned import Draw, Gate, Learned, decide, keep_surest, mean_of, start_open
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 _ATTENTION = 1 / 3
 """Share of attention in the cost of a layer: four products of the width with itself, next to the
@@ -83,8 +84,8 @@ class SmartTrim(Learned):
         )
 
     @property
-    def leaves_gaps(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, dynamic_length=True)
 
     @property
     def trims_heads(self) -> bool:
@@ -111,11 +112,9 @@ class SmartTrim(Learned):
             layers[str(layer)] = nn.ModuleDict(trimmers)
         return nn.ModuleDict(layers)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
         """The most that may stay: everything."""
-        return text, image
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         keep_BN = self._keep(tokens, None).bool() & tokens.valid_BN

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.ops.blocks import row_blocks
 from pumer.reducers.ops.budget import Count, kept, smaller, spread
 from pumer.reducers.ops.clustering import density_peaks
@@ -25,6 +25,7 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
 from pumer.reducers.selector import best, candidates, image_states
+from pumer.reducers.tokens import Tokens, TokenShape
 
 MERGES = ("mean", "sum", "rating")
 """What a cluster becomes: the mean of its tokens, their sum, or their mean weighed by ratings."""
@@ -90,16 +91,14 @@ class SparseVLM(Reducer):
         return replace(self, keep=keep, layers=layers)
 
     @property
-    def reads_embeddings(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(needs_embeddings=True)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if not self.reduces_at(layer):
-            return text, image
-        chosen, recycled = self._budget(image - prefix, layer)
-        return text, prefix + chosen + self._clusters(recycled)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        chosen, recycled = self._budget(shape.patches, shape.layer)
+        return shape.text, shape.structure + chosen + self._clusters(recycled)
 
     def _budget(self, count: Count, layer: int) -> tuple[Count, Count]:
         """(kept, recycled) of `count` image tokens."""

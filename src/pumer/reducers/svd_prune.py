@@ -16,11 +16,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import ModelShape, Tokens
+from pumer.reducers.base import ModelShape, Traits
 from pumer.reducers.ops.matching import unit_vectors
 from pumer.reducers.ops.spectral import leverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
+from pumer.reducers.tokens import Tokens
 
 FEATURES = ("encoder", "states")
 
@@ -71,12 +72,11 @@ class SVDPrune(Selector):
         )
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset() if self.features == "states" else frozenset({"features_BND"})
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return self.mass is not None
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset() if self.features == "states" else frozenset({"features_BND"}),
+            dynamic_length=self.mass is not None,
+        )
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.budget import portion
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import DROPPED, Plan
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -58,16 +59,12 @@ class VisionZip(Selector):
             )
 
     @property
-    def per_crop(self) -> bool:
-        return True
-
-    @property
-    def before_projector(self) -> bool:
-        return True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency], "keys_BNC"})
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({SALIENCY[self.saliency], "keys_BNC"}),
+            per_crop=True,
+            before_projector=True,
+        )
 
     def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
         valid_BI = candidates(tokens)

@@ -9,16 +9,17 @@ Shape suffixes: B batch, I image tokens, L places in the list of remaining ones,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 AT_ONCE = 8
 """Tokens that VisPruner removes between two comparisons, as published."""
@@ -45,12 +46,8 @@ class FasterVLM(Selector):
         check_saliency(self.saliency)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency]})
-
-    @property
-    def per_crop(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(needs_encoder=frozenset({SALIENCY[self.saliency]}), per_crop=True)
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
@@ -82,8 +79,9 @@ class VisPruner(FasterVLM):
             raise ValueError(f"important is a share in [0, 1], not {self.important}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"features_BND"}
+    def traits(self) -> Traits:
+        traits = super().traits
+        return replace(traits, needs_encoder=traits.needs_encoder | {"features_BND"})
 
     def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)

@@ -20,8 +20,8 @@ from pumer.adapters.decoder import kv_cache, vision_capture
 from pumer.adapters.decoder import vision as before_llm
 from pumer.adapters.decoder.prompt import Picture
 from pumer.reducers import FastV, Tokens
-from pumer.reducers.base import Encoder
 from pumer.reducers.ops.saliency import text_attention
+from pumer.reducers.tokens import Encoder
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2))
 RECEIVED = FasterVLM(keep=4, saliency="received")

@@ -383,7 +383,7 @@ def test_a_composition_needs_a_tower_and_two_single_reducers():
     for make, message in (
         (
             lambda: Compose(tower=PuMer(), inside=PuMer()),
-            "a vision tower has none: give `tower` ToMe",
+            "a vision tower has none: give tower=ToMe",
         ),
         (lambda: Compose(tower=ToMe(), inside=Compose()), "inside is itself a composition"),
         (lambda: Compose(tower="tome"), "tower is a reducer, not 'tome'"),

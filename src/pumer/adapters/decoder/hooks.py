@@ -57,7 +57,7 @@ class DecoderHooks:
         self.patch, self.spec = patch, spec
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
-        self.capture = VisionCapture(patch.reducer.needs)
+        self.capture = VisionCapture(patch.reducer.traits.needs_encoder)
         self.encoded = EncodedImages()
         self._install(model)
 
@@ -176,7 +176,7 @@ class DecoderHooks:
         if layer_index < len(state.axes):  # it is computed again: what was decided then holds
             plan = state.plans[layer_index]
             return states_BKD if plan is None else plan.to(states_BKD.device).reduce(states_BKD)
-        if layer_index == 0 and self.patch.reducer.reads_embeddings:
+        if layer_index == 0 and self.patch.reducer.traits.needs_embeddings:
             state.embeddings_BSD = states_BKD.detach()
         states_BKD, plan = reduce_llm.reduce(
             self.patch, state, layer_index - 1, states_BKD, self.spec.causal

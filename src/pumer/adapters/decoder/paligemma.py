@@ -11,7 +11,7 @@ from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
 from pumer.adapters.decoder.prompt import Picture
 from pumer.adapters.decoder.vision_capture import vision_features
-from pumer.reducers.base import Grid
+from pumer.reducers.tokens import Grid
 
 
 @register

@@ -24,9 +24,9 @@ from pumer.adapters.decoder.prompt import (
     place,
     to_device,
 )
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
-from pumer.reducers.base import Context, Embeddings, Grid
+from pumer.reducers import EMBEDDINGS, Plan, Tokens, TokenShape
 from pumer.reducers.plan import tokens_at
+from pumer.reducers.tokens import Context, Embeddings, Grid
 
 
 def reduce(
@@ -52,7 +52,7 @@ def reduce(
     before = axis.counts
     grids: list[Grid | None] = [None] * len(axis.counts)
     if layer == EMBEDDINGS:
-        rows = before_llm.rows(run.pictures, run.owners, reducer.per_crop)
+        rows = before_llm.rows(run.pictures, run.owners, reducer.traits.per_crop)
         view = before_llm.view(axis, rows, states_BKD, causal)
         before = tuple((axis.counts[row.sample][0], len(row.at_I)) for row in rows)
         grids = [row.grid for row in rows]
@@ -65,9 +65,10 @@ def reduce(
     with torch.no_grad(), exact(reducer, states_BKD.device):
         plan = reducer.plan(view.tokens)
     after = [
-        reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)
+        reducer.lengths(TokenShape(*count, layer, 0, grid))
+        for count, grid in zip(before, grids, strict=True)
     ]
-    unsure = reducer.leaves_gaps
+    unsure = reducer.traits.dynamic_length
     if unsure and patch.trim and not torch.compiler.is_compiling():
         # The data have decided: the one kind of reducer for which the host waits.
         unsure = False
@@ -92,7 +93,7 @@ def _gather(
     # to be asked.
     num_kept = (
         merged.mask_BK.sum(1).tolist()
-        if patch.reducer.leaves_gaps
+        if patch.reducer.traits.dynamic_length
         else [merged.slots] * len(run.pictures)
     )
     after = [(axis.counts[row][0], count) for row, count in zip(run.owners, num_kept, strict=True)]

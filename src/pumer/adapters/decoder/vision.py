@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pumer.adapters.decoder.prompt import Axis, Picture, View, to_device
 from pumer.reducers import EMBEDDINGS, Tokens
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder, Grid
 
 
 @dataclass(frozen=True)

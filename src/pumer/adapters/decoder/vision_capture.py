@@ -19,7 +19,7 @@ from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.reducers import EMBEDDINGS, Tokens
-from pumer.reducers.base import Encoder
+from pumer.reducers.tokens import Encoder
 
 CLASS_ATTENTION = "class_attention_BN"
 LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
@@ -45,7 +45,7 @@ class VisionCapture:
             return
         projector = spec.projector(model)
         patch.hook(projector.register_forward_pre_hook(self._on_projector))
-        if patch.reducer.before_projector and spec.projects_tokens:
+        if patch.reducer.traits.before_projector and spec.projects_tokens:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
             patch.hook(projector.register_forward_hook(self._expand))

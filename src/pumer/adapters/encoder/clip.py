@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pumer.adapters.base import Patch, run_block
-from pumer.adapters.encoder import attention as probes
+from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder import inplace
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.reduce import Axis
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Grid
+from pumer.reducers.tokens import Grid
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Encoded:
 def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
     """Every token of a `CLIPVisionModel` after its last layer, normed; reduced on the way if the
     patch says so."""
-    reducer = patch.reducer.in_tower
+    reducer = patch.reducer.traits.vision_reducer
     grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
     if reducer is None:
         states = vision(pixel_values, interpolate_pos_encoding=True).last_hidden_state
@@ -80,7 +80,7 @@ def layers(
         patch: whose reducer acts.
         grid: rows and columns of patches.
     """
-    reducer = patch.reducer.in_tower
+    reducer = patch.reducer.traits.vision_reducer
     assert reducer is not None
     states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)
@@ -120,19 +120,23 @@ def _attend_and_reduce(
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
     attention_bias = None
-    if axis.plan is not None and (reducer.weighs_by_size or reducer.leaves_gaps):
-        attention_bias = probes.visibility(
-            axis.mask_BN, axis.sizes_BN if reducer.weighs_by_size else None, states.dtype
+    if axis.plan is not None and (
+        reducer.traits.proportional_attention or reducer.traits.dynamic_length
+    ):
+        attention_bias = kernels.attention_bias(
+            axis.mask_BN,
+            axis.sizes_BN if reducer.traits.proportional_attention else None,
+            states.dtype,
         )
     dropout = module.dropout if module.training else 0.0
-    context, attention = probes.attend(
+    context, attention = kernels.attend(
         queries,
         keys,
         values,
         attention_bias,
         patch.attention,
         dropout,
-        reducer.needs_attention and reducer.reduces_at(layer_index),
+        reducer.traits.needs_attention and reducer.reduces_at(layer_index),
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
     return encoder.reduce(patch, layer_index, states, axis, queries, keys, attention, tower=True)[

@@ -20,7 +20,6 @@ from pumer.adapters.base import (
     Patch,
     Step,
     config_of,
-    exactly_one,
     extent,
     head_macs,
     inside,
@@ -28,13 +27,13 @@ from pumer.adapters.base import (
     register,
     run_block,
 )
-from pumer.adapters.encoder import attention as probes
 from pumer.adapters.encoder import clip as tower
-from pumer.adapters.encoder import inplace
+from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
+from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.reduce import Axis
-from pumer.reducers import EMBEDDINGS, Compose, Plan, PuMer, Reducer
+from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
     "MeterForQuestionAnswering",
@@ -66,17 +65,6 @@ class MeterAdapter(Adapter):
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         vision = config_of(model).vision_config
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
-
-    def settle(self, reducer: Reducer) -> Reducer:
-        if isinstance(reducer, Compose):
-            return replace(reducer, inside=self.settle(reducer.inside))
-        if isinstance(reducer, PuMer) and reducer.official:
-            if reducer.layers == "all":
-                raise ValueError(
-                    "METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)"
-                )
-            return replace(reducer, official="meter")
-        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         meter = _meter(model)
@@ -148,25 +136,16 @@ def _meter(model: nn.Module) -> Any:
 
 
 def _encode_text(
-    meter: Any,
-    patch: Patch,
-    pooled: bool,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
+    meter: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch, its mask
     is not."""
-    text_input = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    given_mask = attention_mask = encoder.check_mask(attention_mask, text_input)
-    # The published code counts padded text.
-    if patch.trim and pooled and not patch.reducer.published and not torch.compiler.is_compiling():
+    text = TextInputs(*args, **kwargs)
+    given_mask = attention_mask = text.mask
+    official = patch.reducer.traits.official  # the published code counts padded text
+    if patch.trim and pooled and not official and not torch.compiler.is_compiling():
         length = int(extent(attention_mask))
-        attention_mask = attention_mask[:, :length]
-        input_ids, token_type_ids, inputs_embeds = (
-            None if x is None else x[:, :length] for x in (input_ids, token_type_ids, inputs_embeds)
-        )
+        text, attention_mask = text.trimmed(length), attention_mask[:, :length]
     # A mask of four dimensions is taken as it is; of two, transformers would ask the device whether
     # it masks anything.
     dtype = meter.text_projection.weight.dtype
@@ -174,10 +153,7 @@ def _encode_text(
     hidden = hidden.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)
     length = attention_mask.shape[1]
     states = meter.text_model(
-        input_ids=input_ids,
-        attention_mask=hidden[:, None, None].expand(-1, 1, length, length),
-        token_type_ids=token_type_ids,
-        inputs_embeds=inputs_embeds,
+        attention_mask=hidden[:, None, None].expand(-1, 1, length, length), **text.embedded
     ).last_hidden_state
     return meter.text_projection(states), given_mask
 
@@ -224,10 +200,10 @@ def _fuse(
         add_modality(meter, text_BTD, 0),
         add_modality(meter, encoded.states_BID, image_token_type_idx),
     )
-    joint = torch.cat([text, picture], dim=1)
-    joint, axis, _ = encoder.reduce(patch, EMBEDDINGS, joint, axis)
-    text, picture = joint[:, : axis.text], joint[:, axis.text :]
-    del joint
+    states = torch.cat([text, picture], dim=1)
+    states, axis, _ = encoder.reduce(patch, EMBEDDINGS, states, axis)
+    text, picture = states[:, : axis.text], states[:, axis.text :]
+    del states
     lengths, texts, images = [axis.lengths], [], []
     for layer in (None, *meter.layers):
         if layer is not None:
@@ -256,33 +232,27 @@ def _fuse(
 def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
     """The token axis before the first fusion layer, with what the tower has made of the image."""
     batch, text = mask_BT.shape
-    states = image.states_BID
-    ones_BI = torch.ones(batch, states.shape[1], device=states.device)
-    sizes_BI = ones_BI if image.sizes_BI is None else image.sizes_BI
-    real_BI = ones_BI.bool() if image.plan is None else image.plan.mask_BK
-    mask = torch.cat([mask_BT.bool(), real_BI], dim=1)
-    sizes = torch.cat([torch.ones(batch, text, device=states.device), sizes_BI], dim=1)
-    plan = (
-        None
-        if image.plan is None
-        else Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
-    )
-    count = states.shape[1] if image.plan is None else image.plan.slot_BN.shape[1]
+    states, plan = image.states_BID, None
+    if image.plan is None:
+        real_BI = torch.ones(batch, states.shape[1], device=states.device, dtype=torch.bool)
+        count = states.shape[1]
+    else:
+        real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
+        plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
     # Patches lie behind [CLS] in raster order.
     position_S = torch.arange(count, device=states.device) - 1
     patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
     if plan is not None and patch.steps is not None:
         patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
-    axis = Axis(text, mask, sizes, plan, image.grid, patch_BS)
-    return replace(axis, mask_BN=mask.float()) if patch.reducer.published else axis
+    return joint.axis_of(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
 
 
 def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
     if axis.plan is None:
         return text, image
-    joint = axis.expand(torch.cat([text, image], dim=1))
-    return joint[:, :whole_text], joint[:, whole_text:]
+    states = axis.expand(torch.cat([text, image], dim=1))
+    return states[:, :whole_text], states[:, whole_text:]
 
 
 def _layer(
@@ -301,10 +271,10 @@ def _block(
     attended, image_keys, axis, queries, attention = _look(
         layer, patch, layer_index, "text_cross", attended, image, axis
     )
-    if not patch.reducer.after_layer:
+    if not patch.reducer.traits.post_layer:
         before = axis.text
         keys = torch.cat([text_keys, image_keys], dim=2)
-        looked_at = attention if patch.reducer.needs_attention else None
+        looked_at = attention if patch.reducer.traits.needs_attention else None
         attended, image, axis, plan = _reduce(
             patch, layer_index, attended, image, axis, queries, keys, looked_at
         )
@@ -315,7 +285,7 @@ def _block(
     asked = new_text if layer.sequential else text
     image, _, axis = _look(layer, patch, layer_index, "image_cross", image, asked, axis)[:3]
     text, image = new_text, _feed_forward(layer.image, image)
-    if patch.reducer.after_layer:
+    if patch.reducer.traits.post_layer:
         text, image, axis, _ = _reduce(patch, layer_index, text, image, axis)
     return text, image, axis
 
@@ -333,11 +303,11 @@ def _reduce(
     """Text, image and axis after the reducer acted."""
     if not patch.reducer.reduces_at(layer_index):
         return text, image, axis, None
-    joint = torch.cat([text, image], dim=1)
-    joint, axis, plan = encoder.reduce(
-        patch, layer_index, joint, axis, queries, keys, attention, cross=True
+    states = torch.cat([text, image], dim=1)
+    states, axis, plan = encoder.reduce(
+        patch, layer_index, states, axis, queries, keys, attention, cross=True
     )
-    return joint[:, : axis.text], joint[:, axis.text :], axis, plan
+    return states[:, : axis.text], states[:, axis.text :], axis, plan
 
 
 def _look(
@@ -354,7 +324,17 @@ def _look(
     half = getattr(layer, stream)
     is_self_attention = at == "self"
     of_text = is_self_attention == (stream == "text")
-    heard, axis = _hear(patch, layer_index, name, states, other, axis, stream == "text", of_text)
+    columns = {"text": slice(0, axis.text), "image": slice(axis.text, None)}
+    head_mask, axis = encoder.head_mask(
+        patch,
+        layer_index,
+        name,
+        axis,
+        states,
+        other,
+        columns[stream],
+        columns["text" if of_text else "image"],
+    )
     states, queries, keys, attention = _attend(
         half.attention if is_self_attention else half.crossattention,
         patch,
@@ -363,28 +343,9 @@ def _look(
         axis,
         of_text,
         is_self_attention,
-        heard,
+        head_mask,
     )
     return states, keys, axis, queries, attention
-
-
-def _hear(
-    patch: Patch,
-    layer_index: int,
-    name: str,
-    states: Tensor,
-    other: Tensor,
-    axis: Axis,
-    from_text: bool,
-    of_text: bool,
-) -> tuple[Tensor | None, Axis]:
-    learned = patch.reducer.learned
-    if learned is None or not learned.trims_heads:
-        return None, axis
-    columns = {True: slice(0, axis.text), False: slice(axis.text, None)}
-    return encoder.hear(
-        patch, layer_index, name, axis, states, other, columns[from_text], columns[of_text]
-    )
 
 
 def _attend(
@@ -395,7 +356,7 @@ def _attend(
     axis: Axis,
     of_text: bool,
     is_self_attention: bool,
-    heard: Tensor | None,
+    head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In place of `BertAttention.forward` -> states that have looked at others, queries, keys,
     probabilities.
@@ -403,7 +364,7 @@ def _attend(
     Args:
         of_text: `other` are the states of the text, else those of the image.
         is_self_attention: they are `states` themselves.
-        heard: which heads are heard, [B,H]; None for all.
+        head_mask: 1 or 0 for every head, [B,H]; None for all.
     """
     module = attention.self
     queries, keys, values = (
@@ -414,32 +375,21 @@ def _attend(
             (module.value, other),
         )
     )
-    columns = slice(0, axis.text) if of_text else slice(axis.text, None)
-    mask = axis.mask_BN[:, columns]
-    dropout = module.dropout.p if module.training else 0.0
-    probabilities: Tensor | None
-    if axis.gate_BN is not None:
-        gate = axis.gate_BN[:, columns]
-        context, probabilities = probes.attend_gated(
-            queries, keys, values, mask, gate, is_self_attention, dropout
-        )
-    elif patch.reducer.published:
-        context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
-    else:
-        weighs = patch.reducer.weighs_by_size and axis.plan is not None
-        attention_bias = None
-        if of_text or weighs or patch.reducer.leaves_gaps:  # pictures have no padding
-            attention_bias = probes.visibility(
-                mask, axis.sizes_BN[:, columns] if weighs else None, states.dtype
-            )
-        wanted = patch.reducer.needs_attention
-        context, probabilities = probes.attend(
-            queries, keys, values, attention_bias, patch.attention, dropout, wanted
-        )
-    if heard is not None:
-        context = context * heard[..., None, None].to(context.dtype)
+    context, probabilities = joint.attend(
+        patch,
+        axis,
+        queries,
+        keys,
+        values,
+        slice(0, axis.text) if of_text else slice(axis.text, None),
+        dtype=states.dtype,
+        is_self_attention=is_self_attention,
+        padded=of_text,  # images have no padding
+        dropout=module.dropout.p if module.training else 0.0,
+        head_mask=head_mask,
+    )
     output = attention.output
-    projected = output.dropout(output.dense(context.transpose(1, 2).flatten(2)))
+    projected = output.dropout(output.dense(context))
     return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities
 
 

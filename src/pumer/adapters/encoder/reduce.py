@@ -96,19 +96,6 @@ def _first_sources(plan: Plan) -> Tensor:
     return first_BK.scatter_reduce(1, slot_BN, positions_BN, "amin")[:, :-1]
 
 
-def check_mask(attention_mask: Tensor | None, text: Tensor) -> Tensor:
-    """The mask of a text, [B,T] or [B,T,D]: ones if there is none; raises ValueError for one of
-    another shape."""
-    if attention_mask is None:
-        return torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
-    if attention_mask.shape != text.shape[:2]:
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)} for texts of {list(text.shape[:2])}: "
-            "give it one entry per token"
-        )
-    return attention_mask
-
-
 def reduce(
     patch: Patch,
     layer: int,
@@ -133,11 +120,11 @@ def reduce(
         queries_BHNC, keys_BHNC, attention_BHNN, cross: as in `Tokens`.
         tower: whether it is the reducer of the vision tower that acts.
     """
-    reducer = patch.reducer.in_tower if tower else patch.reducer
+    reducer = patch.reducer.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
     if patch.whole or not reducer.reduces_at(layer):
         return states_BND, axis, None
-    unreduced = axis.plan is None
+    traits, unreduced = reducer.traits, axis.plan is None
     tokens = Tokens(
         mask_BN=axis.mask_BN,
         text=axis.text,
@@ -151,12 +138,12 @@ def reduce(
         attention_BHNN=attention_BHNN,
         cross=cross,
         entered_BI=axis.entered_BI,
-        part=patch.part(layer) if reducer.learned else None,
+        part=patch.part(layer) if traits.learned else None,
         gate_BN=axis.gate_BN,
         progress=patch.progress,
     )
-    if reducer.learned and tokens.part is not None and tokens.part.training:
-        gate = reducer.learned.gate(tokens)
+    if traits.learned and tokens.part is not None and tokens.part.training:
+        gate = traits.learned.gate(tokens)
         return (
             states_BND,
             replace(axis, gate_BN=gate.token_BN, spent=(*axis.spent, gate.spent)),
@@ -166,8 +153,8 @@ def reduce(
     # is kept.
     with torch.no_grad(), exact(reducer, states_BND.device):
         plan = reducer.plan(tokens)
-        text, _ = reducer.lengths(*axis.lengths, layer, grid=tokens.grid)
-        if reducer.leaves_gaps and patch.trim and not torch.compiler.is_compiling():
+        text, _ = reducer.lengths(tokens.shape)
+        if traits.dynamic_length and patch.trim and not torch.compiler.is_compiling():
             lengths = _used(plan.mask_BK, text)
             plan, text = plan.cut(text, lengths), lengths[0]
     if patch.steps is not None and not tower:
@@ -208,7 +195,7 @@ def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
     return bucketed[0], bucketed[1]
 
 
-def hear(
+def head_mask(
     patch: Patch,
     layer: int,
     name: str,
@@ -218,8 +205,8 @@ def hear(
     asking: slice,
     asked: slice,
 ) -> tuple[Tensor | None, Axis]:
-    """Which heads of an attention a learned reducer lets be heard, [B,H]: 1 or 0; None if it has no
-    say.
+    """The head mask of an attention that a learned reducer decides on, [B,H]: 1 or 0; None if it
+    has no say.
 
     Args:
         patch: whose reducer decides.
@@ -229,14 +216,14 @@ def hear(
         asking_BAD, asked_BED: states of those who ask, and of those who are asked.
         asking, asked: where on the axis they are.
     """
-    learned = patch.reducer.learned
+    learned = patch.reducer.traits.learned
     if patch.whole or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
         return None, axis
-    seen_BN = axis.mask_BN.float() if axis.gate_BN is None else axis.gate_BN
+    weight_BN = axis.mask_BN.float() if axis.gate_BN is None else axis.gate_BN
     part = patch.part(layer)
     pooled = []
     for states, columns in ((asking_BAD, asking), (asked_BED, asked)):
-        weights = seen_BN[:, columns, None].to(states.dtype)
+        weights = weight_BN[:, columns, None].to(states.dtype)
         pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
-    heard_BH = part[name](*pooled, learned.draw_at(patch.progress) if part.training else None)
-    return heard_BH, replace(axis, heads=(*axis.heads, heard_BH.mean(1))) if part.training else axis
+    mask_BH = part[name](*pooled, learned.draw_at(patch.progress) if part.training else None)
+    return mask_BH, replace(axis, heads=(*axis.heads, mask_BH.mean(1))) if part.training else axis
