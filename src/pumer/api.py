@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pumer.adapters import Adapter, Patch, Step, find, supported
 from pumer.adapters.active import PATCH, active, patched_module
-from pumer.adapters.base import PARTS, execution_device
+from pumer.adapters.base import PARTS
 from pumer.adapters.encoder.attention import BACKENDS
+from pumer.adapters.forward import execution_device
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import EMBEDDINGS, Reducer, TokenShape
 

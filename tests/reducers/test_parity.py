@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import pumer
 from pumer.adapters.encoder.patches import embed_patches
-from pumer.models.vilt.published import from_transformers
+from pumer.models.vilt.published import LAYOUT
 from pumer.reducers import Plan, PuMer, Tokens, TokenShape
 from pumer.reducers import official as published
 from pumer.reducers.ops.budget import merge_schedule
@@ -434,7 +434,7 @@ def test_gradients(folder, tmp_path):
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in model.named_parameters()
         }
-        gradients = from_transformers(gradients, "vqa_classifier")
+        gradients = LAYOUT.from_ours(gradients, "vqa_classifier")
         for name, expected in stored.items():
             if name.startswith(f"{case}."):
                 same(gradients[name.removeprefix(f"{case}.")], expected, name, FUNCTION)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
@@ -43,6 +43,7 @@ from pumer.adapters.decoder.prompt import (
 )
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.vision_capture import VisionCapture, normalize_qk_scale
+from pumer.adapters.forward import exact
 
 QUESTION_MASK = "question_mask"
 STATE = "pumer_state"

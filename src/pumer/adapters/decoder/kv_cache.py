@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pumer.adapters.base import extent
 from pumer.adapters.decoder.prompt import current_state
+from pumer.adapters.forward import extent
 
 _ATTRIBUTE = "_pumer_held"
 NAMES = ("cache", "past_key_values")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, Step, exact
+from pumer.adapters.base import Patch, Step
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder import vision as before_llm
 from pumer.adapters.decoder.prompt import (
@@ -24,6 +24,7 @@ from pumer.adapters.decoder.prompt import (
     place,
     to_device,
 )
+from pumer.adapters.forward import exact
 from pumer.reducers import EMBEDDINGS, Plan, Tokens, TokenShape
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.tokens import Context, Embeddings, Grid

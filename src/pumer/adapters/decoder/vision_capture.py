@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.forward import exact
 from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.tokens import Encoder
 

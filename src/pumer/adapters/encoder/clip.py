@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, run_block
+from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder import inplace
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.forward import run_block
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.tokens import Grid
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, exactly_one
+from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.forward import exactly_one
 from pumer.reducers import Plan
 
 

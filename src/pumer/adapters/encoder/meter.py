@@ -15,24 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import (
-    Adapter,
-    Patch,
-    Step,
-    config_of,
-    extent,
-    head_macs,
-    inside,
-    is_a,
-    register,
-    run_block,
-)
+from pumer.adapters.base import Adapter, Patch, Step, config_of, head_macs, inside, is_a, register
 from pumer.adapters.encoder import clip as tower
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.forward import extent, run_block
 from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, Step, exact, extent
+from pumer.adapters.base import Patch, Step
+from pumer.adapters.forward import exact, extent
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
 
 BUCKET = 8

@@ -15,23 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters.base import (
-    Adapter,
-    Patch,
-    config_of,
-    exactly_one,
-    extent,
-    head_macs,
-    inside,
-    is_a,
-    register,
-    run_block,
-)
+from pumer.adapters.base import Adapter, Patch, config_of, head_macs, inside, is_a, register
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
 from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.forward import exactly_one, extent, run_block
 from pumer.reducers import EMBEDDINGS
 
 POOLED = (
