@@ -38,7 +38,7 @@ class Look(Reducer):
         return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
-        self.seen[tokens.layer].append(text_saliency(tokens)[:, tokens.prefix :])
+        self.seen[tokens.layer].append(text_saliency(tokens)[:, tokens.num_prefix_tokens :])
         return Plan.identity(tokens.mask_BN)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find, supported
+from pumer.adapters import Adapter, Patch, ReductionStep, find, supported
 from pumer.adapters.active import PATCH, active, patched_module
 from pumer.adapters.base import PARTS
 from pumer.adapters.encoder.attention import BACKENDS
@@ -91,8 +91,16 @@ def _apply(
     _check_lengths(adapter, model, reducer)
     parts = _fitting(model, adapter, reducer, parts)
     remove(model)
-    passes = adapter.passes(model)
-    patch = Patch(reducer, adapter, attention, trim, parts, renumber=renumber, passes=passes)
+    forwards_per_example = adapter.forwards_per_example(model)
+    patch = Patch(
+        reducer,
+        adapter,
+        attention,
+        trim,
+        parts,
+        renumber=renumber,
+        forwards_per_example=forwards_per_example,
+    )
     try:
         adapter.patch(model, patch)
         if parts is not None:
@@ -115,7 +123,7 @@ def _fitting(
     if learned is None:
         return None
     heads, channels = adapter.attention_shape(model)
-    new = learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
+    new = learned.parts(heads * channels, heads, adapter.depth(model), adapter.has_cross_attention)
     fitting = parts if parts is not None and _shapes(parts) == _shapes(new) else new
     layers, dtype = adapter.layers(model), next(model.parameters()).dtype
     for layer, part in fitting.items():
@@ -148,7 +156,7 @@ def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
 
 
 def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
-    """Raise ValueError if nothing would be left of a picture of the configured size."""
+    """Raise ValueError if nothing would be left of an image of the configured size."""
     if reducer.traits.drops_image:
         return
     text, image = adapter.default_lengths(model)
@@ -160,8 +168,10 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
         image = adapter.tower_exit(model, image, length)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
         grid = adapter.default_grid(model)
-        text, image = reducer.lengths(TokenShape(text, image, layer, adapter.prefix, grid))
-        if image <= adapter.prefix:
+        text, image = reducer.lengths(
+            TokenShape(text, image, layer, adapter.num_prefix_tokens, grid)
+        )
+        if image <= adapter.num_prefix_tokens:
             raise ValueError(
                 f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or "
                 "reduce in fewer layers"
@@ -213,11 +223,11 @@ def unreduced(model: nn.Module) -> Iterator[None]:
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
-    patch.whole = True
+    patch.bypassed = True
     try:
         yield
     finally:
-        patch.whole = False
+        patch.bypassed = False
 
 
 def kept(model: nn.Module) -> Tensor:
@@ -246,12 +256,12 @@ def kept(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def trace(model: nn.Module) -> Iterator[list[Step]]:
+def trace(model: nn.Module) -> Iterator[list[ReductionStep]]:
     """Collect every reduction of the forwards inside the with block, in order."""
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
-    steps: list[Step] = []
+    steps: list[ReductionStep] = []
     before, patch.steps = patch.steps, steps
     try:
         yield steps

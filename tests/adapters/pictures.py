@@ -78,7 +78,7 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS,
         if inside
         else torch.ones(mask.shape),
         layer=layer,
-        prefix=0,
+        num_prefix_tokens=0,
         grid=grid,
         patch_BN=patch,
         states_BND=near + near.mean(1, keepdim=True) * 4,

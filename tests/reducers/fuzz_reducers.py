@@ -118,9 +118,9 @@ def structure(
 ) -> Iterator[str]:
     """What holds for the slots, masks and shares of a plan."""
     tokens = batch.tokens
-    layer, prefix = tokens.layer, tokens.prefix
+    layer, num_prefix_tokens = tokens.layer, tokens.num_prefix_tokens
     rows, count = tokens.mask_BN.shape
-    shape = (tokens.text, count - tokens.text, layer, prefix, tokens.grid)
+    shape = (tokens.text, count - tokens.text, layer, num_prefix_tokens, tokens.grid)
     text, image = promise(reducer, tokens, shape, None)
     slots = text + image
     if plan.slots != slots:
@@ -154,7 +154,7 @@ def structure(
         yield "padding merged"
     for row, (words, patches) in enumerate(batch.counts):
         grid = None if batch.grids is None else batch.grids[row]
-        promised = promise(reducer, tokens, (words, patches, layer, prefix, grid), row)
+        promised = promise(reducer, tokens, (words, patches, layer, num_prefix_tokens, grid), row)
         axes = ((0, tokens.text, 0, text), (tokens.text, count, text, slots))
         for axis, (start, _, low, high) in enumerate(axes):
             filled = mask_BK[row, low:high]
@@ -169,9 +169,14 @@ def structure(
                 kept < promised[axis] and not reducer.traits.dynamic_length
             ):
                 yield "count"
-            if real > prefix and axis and kept <= prefix and reducer.name != "no-vision":
+            if (
+                real > num_prefix_tokens
+                and axis
+                and kept <= num_prefix_tokens
+                and reducer.name != "no-vision"
+            ):
                 yield "no image token"
-            if prefix and real and promised[axis]:
+            if num_prefix_tokens and real and promised[axis]:
                 heads = sources_BKN[row, low, start : start + real]
                 if int(slot_N[0]) != low or int(heads.sum()) != 1:
                     yield "structure token"
@@ -189,10 +194,10 @@ def promise(
     row."""
     if tokens.entered_BI is None:
         return reducer.lengths(TokenShape(*shape))
-    prefix = shape[3]  # counted by `lengths`, and no part of the mask
+    num_prefix_tokens = shape[3]  # counted by `lengths`, and no part of the mask
     width = tokens.entered_BI.shape[1]
     entered = width if row is None else int(tokens.entered_BI[row].sum())
-    return reducer.lengths(TokenShape(*shape, entered=prefix + entered))
+    return reducer.lengths(TokenShape(*shape, entered=num_prefix_tokens + entered))
 
 
 def finite(reducer: Reducer, batch: Batch, plan: Plan) -> Iterator[str]:
@@ -320,7 +325,7 @@ def describe(name: str, seed: int) -> str:
     lines = [
         repr(reducer),
         f"layer {tokens.layer}, text {tokens.text}, shape {tuple(tokens.mask_BN.shape)}, "
-        f"prefix {tokens.prefix}, grid {tokens.grid}, cross {tokens.cross}, "
+        f"prefix {tokens.num_prefix_tokens}, grid {tokens.grid}, cross {tokens.cross}, "
         f"causal {tokens.place_BN is not None}, context {tokens.context is not None}, "
         f"{tokens.states_BND.dtype}, (text, image) {batch.counts}, grids {batch.grids}, "
         f"row with NaN {nan_row}",

@@ -115,9 +115,9 @@ class Shown(FastV):
     noted: tuple = field(default=(), compare=False)
     traits = Traits(needs_embeddings=True)
 
-    def chosen(self, tokens, kept_B, most):
+    def select(self, tokens, num_keep_B, most):
         self.noted[0].append(tokens)
-        return super().chosen(tokens, kept_B, most)
+        return super().select(tokens, num_keep_B, most)
 
 
 def test_a_decoder_shows_what_entered_its_first_layer():
@@ -169,7 +169,7 @@ def prompt(seed, batch_size=3, image=20, words=12, heads=3, width=6):
         text=words,
         sizes_BN=torch.ones(batch_size, length),
         layer=LAYER,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=states,
         queries_BHNC=queries,
         keys_BHNC=keys,
@@ -210,9 +210,9 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
     tokens = prompt(seed)
     whole = cut(tokens, [], **settings)
     generator = torch.Generator().manual_seed(seed)
-    prefix = list(range(int(torch.randint(1, 4, (), generator=generator))))
+    num_prefix_tokens = list(range(int(torch.randint(1, 4, (), generator=generator))))
     scattered = torch.randperm(tokens.text - 1, generator=generator)[:5].sort().values.tolist()
-    for hidden in (prefix, scattered):
+    for hidden in (num_prefix_tokens, scattered):
         shown = [word for word in range(tokens.text) if word not in hidden]
         parts = cut(tokens, hidden, **settings)
         torch.testing.assert_close(
@@ -224,7 +224,7 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
             torch.testing.assert_close(
                 text_saliency(parts, score), text_saliency(whole, score, rows), rtol=1e-5, atol=1e-6
             )
-    parts = cut(tokens, prefix, **settings)
+    parts = cut(tokens, num_prefix_tokens, **settings)
     for reducer in (
         *(reducer for reducer, _ in SELECTORS.values()),
         MERGERS["sparsevlm-rating"][0],
@@ -232,7 +232,7 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
         image = slice(-(tokens.mask_BN.shape[1] - tokens.text), None)
         ours, expected = reducer.plan(parts), reducer.plan(whole)
         dropped = expected.slot_BN[:, image] < 0
-        moved = (expected.slot_BN[:, image] - len(prefix)).masked_fill(dropped, -1)
+        moved = (expected.slot_BN[:, image] - len(num_prefix_tokens)).masked_fill(dropped, -1)
         assert torch.equal(ours.slot_BN[:, image], moved)
 
 
@@ -384,7 +384,7 @@ def test_dart_worked_case():
         text=14,
         sizes_BN=torch.ones(1, 78),
         layer=1,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=states[:, order],
         queries_BHNC=keys[:, :, order],
         keys_BHNC=keys[:, :, order],

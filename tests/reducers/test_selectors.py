@@ -276,7 +276,9 @@ def test_rows_are_planned_alone_and_padding_stays_out(reducer, seed):
     tokens = batch(seed, layer=layer)
     plan = reducer.plan(tokens)
     image = tokens.mask_BN.shape[1] - tokens.text
-    text, slots = reducer.lengths(TokenShape(tokens.text, image, layer, prefix=0, grid=tokens.grid))
+    text, slots = reducer.lengths(
+        TokenShape(tokens.text, image, layer, num_prefix_tokens=0, grid=tokens.grid)
+    )
     assert (text, text + slots) == (tokens.text, plan.slots)
     real = plan.sources() & tokens.mask_BN[:, None]
     assert torch.equal(real.any(2), plan.mask_BK)
@@ -439,7 +441,7 @@ def test_schedules(reducer, expected):
     lengths = [576]
     reducer = reducer.resolve(ModelShape(depth=32, last=30, image=576))
     for layer in reducer.layers:
-        text, image = reducer.lengths(TokenShape(60, lengths[-1], layer, prefix=0))
+        text, image = reducer.lengths(TokenShape(60, lengths[-1], layer, num_prefix_tokens=0))
         assert text == 60
         lengths.append(image)
     assert lengths == expected

@@ -17,12 +17,12 @@ from pumer.reducers import (
     DivPrune,
     Encoder,
     Energy,
+    EnergyCalibrator,
     FasterVLM,
     FoPru,
     HoloV,
     PruMerge,
     PyramidDrop,
-    Spectra,
     SVDPrune,
     TokenShape,
     VisionZip,
@@ -323,7 +323,7 @@ def test_relevance_alone_decides_at_the_end_of_theta():
 
 
 def test_a_calibration_on_what_has_no_energy():
-    probe = Spectra()
+    probe = EnergyCalibrator()
     probe.plan(changed(batch(0), set_row(torch.nan)))
     ((energy_BR, count_B),) = probe.noted
     assert energy_BR.isfinite().all()

@@ -30,7 +30,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
     """Where a reducer chooses: outside the user's autocast, which would round its float32 products
     to half precision.
 
@@ -49,7 +49,7 @@ def exactly_one(**inputs: Tensor | None) -> Tensor:
     return inputs_set[0]
 
 
-def extent(mask_BN: Tensor) -> Tensor:
+def max_length(mask_BN: Tensor) -> Tensor:
     """Position after the last real token of any row."""
     places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
     return (places * mask_BN.bool()).max()

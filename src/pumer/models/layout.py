@@ -120,7 +120,7 @@ class Layout:
         """Weights as a start for another task, as the published code has it: the old heads are
         gone.
 
-        The second picture of `nlvr2_classifier` is of the kind that the first one is, and
+        The second image of `nlvr2_classifier` is of the kind that the first one is, and
         `rank_output` says what `itm_score` says for yes, where the checkpoint has it; other new
         heads are for the caller to make.
         """

@@ -218,7 +218,7 @@ def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
-    """Raise ValueError if pictures of this size, in pixels, have no whole number of patches."""
+    """Raise ValueError if images of this size, in pixels, have no whole number of patches."""
     if image_size < 1 or image_size % patch_size:
         raise ValueError(
             f"image_size {image_size} is no multiple of the patches' {patch_size} pixels"
@@ -228,13 +228,13 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 def set_labels(
     config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None
 ) -> None:
-    """Give a configuration the classes of a head and their names, and the number of pictures.
+    """Give a configuration the classes of a head and their names, and the number of images.
 
     Args:
         config: to change.
         head: its published name.
         state: weights under the published names; those of a new head are not there.
-        pooled: channels that one picture gives to the head.
+        pooled: channels that one image gives to the head.
         answers: of question answering, in order.
 
     Raises:

@@ -5,9 +5,9 @@ from pumer.reducers.cdpruner import CDPruner
 from pumer.reducers.compose import Chain, Compose
 from pumer.reducers.dart import DART
 from pumer.reducers.divprune import DivPrune
-from pumer.reducers.dymu import Cutoffs, DyMU
+from pumer.reducers.dymu import DyMU, DyMUCalibrator
 from pumer.reducers.dynamicvit import DynamicViT
-from pumer.reducers.energy import Energy, Spectra
+from pumer.reducers.energy import Energy, EnergyCalibrator
 from pumer.reducers.fastv import FastV
 from pumer.reducers.fopru import FoPru
 from pumer.reducers.holov import HoloV
@@ -35,12 +35,13 @@ __all__ = [
     "CDPruner",
     "Chain",
     "Compose",
-    "Cutoffs",
     "DivPrune",
     "DyMU",
+    "DyMUCalibrator",
     "DynamicViT",
     "Encoder",
     "Energy",
+    "EnergyCalibrator",
     "FastV",
     "FasterVLM",
     "FoPru",
@@ -59,7 +60,6 @@ __all__ = [
     "Selector",
     "SmartTrim",
     "SparseVLM",
-    "Spectra",
     "ToMe",
     "TokenShape",
     "Tokens",

@@ -57,13 +57,13 @@ class CDPruner(Selector):
     def traits(self) -> Traits:
         return Traits(per_crop=True)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI, image_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
         text_BD = mean_direction(tokens.states_BND[:, : tokens.text], question_words(tokens))
         weight_BI = self.weights(image_BID, text_BD, valid_BI)
         kernel_BII = cosines(image_BID) * weight_BI[:, :, None] * weight_BI[:, None]
-        return determinantal(kernel_BII, valid_BI, kept_B, most)
+        return determinantal(kernel_BII, valid_BI, num_keep_B, most)
 
     def weights(self, image_BID: Tensor, text_BD: Tensor, valid_BI: Tensor) -> Tensor:
         """How relevant each image token is to the text, float64 [B,I], 0 at padding.

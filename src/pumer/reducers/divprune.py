@@ -33,5 +33,5 @@ class DivPrune(Selector):
     name = "divprune"
     keep: float | int = 0.098
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return farthest_first(cosines(image_states(tokens)), candidates(tokens), kept_B, most)
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        return farthest_first(cosines(image_states(tokens)), candidates(tokens), num_keep_B, most)

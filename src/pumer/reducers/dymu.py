@@ -1,4 +1,4 @@
-"""DyMU: merging by a threshold, so that a simple picture is left with fewer tokens than a busy one.
+"""DyMU: merging by a threshold, so that a simple image is left with fewer tokens than a busy one.
 
 Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv
 2504.17040. This is its dynamic merging; its virtual unmerging, in the language model, is not here.
@@ -39,17 +39,19 @@ class _Merging(Reducer):
         return shape.unchanged  # it may be that nothing is alike
 
     def plan(self, tokens: Tokens) -> Plan:
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         valid_BN = tokens.valid_BN[:, first:]
         if valid_BN.shape[1] < 2:
             return Plan.identity(tokens.mask_BN)
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
-        similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.prefix)
+        similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.num_prefix_tokens)
         # Of an odd number without [CLS] there is one source more than pairs: the least alike one
         # stays.
         paired_BS = rank(similarity_BS) < self._most(valid_BN.sum(1, keepdim=True))
         merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
-        image = absorb(merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.prefix)
+        image = absorb(
+            merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.num_prefix_tokens
+        )
         return tokens.with_structure(None, image)
 
     def _most(self, count_B1: Tensor) -> Tensor:
@@ -69,8 +71,8 @@ class DyMU(_Merging):
     For vision towers; attention counts a merged token as often as its size says.
 
     Args:
-        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs`
-            finds them. None: 0.85 in every layer.
+        thresholds: cosine of keys above which two tokens are merged, for every layer;
+            `DyMUCalibrator` finds them. None: 0.85 in every layer.
         cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
             those that arrive there (float), or a whole number (int). None: half of them, all that
             one layer can merge.
@@ -117,14 +119,14 @@ class DyMU(_Merging):
 
 
 @dataclass(frozen=True)
-class Cutoffs(_Merging):
-    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per picture on average,
+class DyMUCalibrator(_Merging):
+    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per image on average,
     and note the cut.
 
-    Put it on a model, run typical pictures through, then read `thresholds`.
+    Put it on a model, run typical images through, then read `thresholds`.
 
     Args:
-        r: pairs per picture and layer to merge, on average over a batch.
+        r: pairs per image and layer to merge, on average over a batch.
         depth: layers that merge, the first ones; None: all of the model's.
     """
 
@@ -151,10 +153,9 @@ class Cutoffs(_Merging):
         return cut
 
     def thresholds(self) -> tuple[float, ...]:
-        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no picture was seen."""
+        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no image was seen."""
         if not self.noted or (self.depth is not None and set(self.noted) != set(self.layers)):
             raise ValueError(
-                "there is nothing to average: run pictures through the model with this reducer "
-                "first"
+                "there is nothing to average: run images through the model with this reducer first"
             )
         return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in sorted(self.noted))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.divprune import DivPrune
-from pumer.reducers.ops.budget import check_keep, kept
+from pumer.reducers.ops.budget import check_keep, num_keep
 from pumer.reducers.ops.spectral import directions_for, energies
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register, to_dict
@@ -76,21 +76,21 @@ class Energy(Reducer):
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if not self.reduces_at(shape.layer):
             return shape.unchanged
-        return shape.text, shape.structure + kept(self.most, shape.patches)
+        return shape.text, shape.structure + num_keep(self.most, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
         if valid_BI.shape[1] == 0:
             return Plan.identity(tokens.mask_BN)
-        kept_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
-        image = self.selector.reduce_to(tokens, kept_B, kept(self.most, valid_BI.shape[1]))
+        num_keep_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
+        image = self.selector.reduce_to(tokens, num_keep_B, num_keep(self.most, valid_BI.shape[1]))
         return tokens.with_structure(None, image)
 
     def count(self, energy_BR: Tensor, count_B: Tensor) -> Tensor:
         """How many tokens of each image stay, int64 [B], given its energies and how many it has."""
         wanted_B = directions_for(self.tau, energy_BR)
         return torch.minimum(
-            torch.maximum(wanted_B, kept(self.least, count_B)), kept(self.most, count_B)
+            torch.maximum(wanted_B, num_keep(self.least, count_B)), num_keep(self.most, count_B)
         )
 
     def matched(self, spectra: Sequence[tuple[Tensor, Tensor]], keep: float | int) -> Energy:
@@ -102,7 +102,7 @@ class Energy(Reducer):
 
         Args:
             spectra: of every batch of a calibration set the energies [B,R] and the image tokens
-                [B]; `Spectra` collects them.
+                [B]; `EnergyCalibrator` collects them.
             keep: the fixed budget.
 
         Raises:
@@ -111,7 +111,7 @@ class Energy(Reducer):
         """
         if not spectra:
             raise ValueError("give the spectra of some images")
-        target = torch.cat([kept(keep, count) for _, count in spectra]).double().mean()
+        target = torch.cat([num_keep(keep, count) for _, count in spectra]).double().mean()
 
         def excess(tau: float) -> float:
             counts = torch.cat([replace(self, tau=tau).count(*spectrum) for spectrum in spectra])
@@ -134,7 +134,7 @@ class Energy(Reducer):
 
 
 @dataclass(frozen=True)
-class Spectra(Reducer):
+class EnergyCalibrator(Reducer):
     """Calibration of `Energy`: changes nothing, and collects what `Energy.matched` takes.
 
     Put it on a model and run typical images through.

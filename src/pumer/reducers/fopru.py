@@ -93,13 +93,13 @@ class FoPru(Selector):
         _, slots = self.lengths(tokens.shape)
         place_BI, _, rows_B = self._rows(tokens)
         keep_BI = candidates(tokens) & (place_BI < portion(self.keep, rows_B).clamp_min(1)[:, None])
-        return tokens.with_structure(None, Plan.keep(keep_BI, slots - tokens.prefix))
+        return tokens.with_structure(None, Plan.keep(keep_BI, slots - tokens.num_prefix_tokens))
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         if self.strategy == "rank":
-            return best(self._saliency(tokens), candidates(tokens), kept_B)
+            return best(self._saliency(tokens), candidates(tokens), num_keep_B)
         _, order_BI, _ = self._rows(tokens)
-        return candidates(tokens) & (order_BI < kept_B[:, None])
+        return candidates(tokens) & (order_BI < num_keep_B[:, None])
 
     def _saliency(self, tokens: Tokens) -> Tensor:
         """How much attention each token gets, [B,I]."""
@@ -112,10 +112,10 @@ class FoPru(Selector):
 
     def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Place of every token's row among the rows, its own place when these stand in that order,
-        and how many rows each picture has."""
+        and how many rows each image has."""
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError(
-                'rows need all patches of the picture in a grid: take strategy="rank" here'
+                'rows need all patches of the image in a grid: take strategy="rank" here'
             )
         rows, columns = tokens.grid
         valid_BI, score_BI = candidates(tokens), self._saliency(tokens)

@@ -168,7 +168,7 @@ def plan(
 
 
 def _most_attended(tokens: Tokens, score: str, kept: int) -> tuple[Plan, Tensor]:
-    """The `kept` image tokens with the highest scores, in order of these, and the scores [B,K]."""
+    """The image tokens with the highest scores, in that order, and their scores [B,K]."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
     rows_BT = torch.ones(
         tokens.mask_BN.shape[0], text, device=tokens.mask_BN.device

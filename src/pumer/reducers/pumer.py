@@ -149,7 +149,7 @@ class PuMer(Reducer):
         if self.official:
             return published.lengths(text, shape.image, *ratios, self.style)
         kept, merged = prune_then_merge(shape.patches, self.prune, self.merge)
-        mergeable = max(text - (shape.prefix or 2), 0)
+        mergeable = max(text - (shape.num_prefix_tokens or 2), 0)
         return text - self._merged_text(mergeable), shape.structure + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -159,17 +159,17 @@ class PuMer(Reducer):
             return published.plan(
                 tokens, self.prune, self.merge, self.merge_text, self.score, self.style
             )
-        prefix, keys_BNC = tokens.prefix, tokens.mean_keys_BNC
-        image = slice(tokens.text + prefix, keys_BNC.shape[1])
+        num_prefix_tokens, keys_BNC = tokens.num_prefix_tokens, tokens.mean_keys_BNC
+        image = slice(tokens.text + num_prefix_tokens, keys_BNC.shape[1])
         text_slots, image_slots = self.lengths(tokens.shape)
-        slots = max(image_slots - prefix, 0)
+        slots = max(image_slots - num_prefix_tokens, 0)
 
         # Text-informed image pruning: the least attended go, the others keep their order.
         valid_BI = tokens.valid_BN[:, image]
         kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
         reduction = Plan.identity(valid_BI)
         if self.prune:
-            saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(
+            saliency = text_saliency(tokens, self.score)[:, num_prefix_tokens:].masked_fill(
                 ~valid_BI, -torch.inf
             )
             most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
@@ -185,14 +185,14 @@ class PuMer(Reducer):
             reduction = reduction.then(merging)
         text = None
         if self.merge_text:
-            text = (self._merge_text if prefix else self._merge_between)(
+            text = (self._merge_text if num_prefix_tokens else self._merge_between)(
                 tokens, keys_BNC, text_slots
             )
         return tokens.with_structure(text, reduction)
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
-        text = slice(tokens.prefix, tokens.text)
-        slots = max(slots - tokens.prefix, 0)
+        text = slice(tokens.num_prefix_tokens, tokens.text)
+        slots = max(slots - tokens.num_prefix_tokens, 0)
         return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots)
 
     def _merge(

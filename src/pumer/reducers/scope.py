@@ -67,7 +67,7 @@ class SCOPE(Selector):
             needs_encoder=frozenset({SALIENCY[self.saliency], "features_BND"}), per_crop=True
         )
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         saliency_BI = encoded(tokens, SALIENCY[self.saliency]).double()
         if self.combine == "add":
             weight_BI, bonus_BI = torch.ones_like(saliency_BI), self.alpha * saliency_BI
@@ -79,4 +79,4 @@ class SCOPE(Selector):
         by_encoder = encoder is not None and encoder.features_BND is not None
         features_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
         cosine_BII = cosines(features_BID)
-        return coverage(cosine_BII, weight_BI, bonus_BI, candidates(tokens), kept_B, most)
+        return coverage(cosine_BII, weight_BI, bonus_BI, candidates(tokens), num_keep_B, most)

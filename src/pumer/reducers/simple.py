@@ -54,14 +54,14 @@ class _Selection(Reducer):
         return shape.text, shape.structure + remaining(self.prune, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
-        valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
-        kept_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
-        keep_BN = valid_BN & self._chosen(valid_BN, kept_B1, tokens.layer)
+        valid_BN = tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
+        num_keep_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
+        keep_BN = valid_BN & self._select(valid_BN, num_keep_B1, tokens.layer)
         return tokens.with_structure(
             None, Plan.keep(keep_BN, remaining(self.prune, valid_BN.shape[1]))
         )
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         raise NotImplementedError
 
 
@@ -79,7 +79,7 @@ class Random(_Selection):
     name = "random"
     seed: int = 0
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         # A hash of the place instead of a generator: no state, and the row of a batch gets what it
         # gets alone.
         position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
@@ -87,7 +87,7 @@ class Random(_Selection):
         for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
             hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
         score = (hashed ^ (hashed >> 15)).double().expand(valid_BN.shape)
-        return rank(score.masked_fill(~valid_BN, -1.0)) < kept_B1
+        return rank(score.masked_fill(~valid_BN, -1.0)) < num_keep_B1
 
 
 @register
@@ -102,16 +102,16 @@ class Uniform(_Selection):
 
     name = "uniform"
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
         real_B1 = valid_BN.sum(1, keepdim=True).clamp_min(1)
-        return (position + 1) * kept_B1 // real_B1 > position * kept_B1 // real_B1
+        return (position + 1) * num_keep_B1 // real_B1 > position * num_keep_B1 // real_B1
 
 
 @register
 @dataclass(frozen=True)
 class Pool(Reducer):
-    """Average the patches of every window of the picture, edge windows included.
+    """Average the patches of every window of the image, edge windows included.
 
     Args:
         window: patches on a side of a window.
@@ -146,17 +146,17 @@ class Pool(Reducer):
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError(
-                "pooling needs all patches of the picture: let it be the first to reduce"
+                "pooling needs all patches of the image: let it be the first to reduce"
             )
         rows, columns = tokens.grid
         windows = self._windows(rows, columns)
         across = -(-columns // self.window)
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         valid_BN, patch_BN = tokens.valid_BN[:, first:], tokens.patch_BN[:, first:]
         window_BN = patch_BN // columns // self.window * across + patch_BN % columns // self.window
         window_BN = torch.where(valid_BN, window_BN, windows)
 
-        # A window that holds no real patch gets no slot, so that a padded picture is pooled as it
+        # A window that holds no real patch gets no slot, so that a padded image is pooled as it
         # would be alone.
         used_BW = torch.zeros(
             valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.ops.blocks import row_blocks
-from pumer.reducers.ops.budget import Count, kept, smaller, spread
+from pumer.reducers.ops.budget import Count, num_keep, smaller, spread
 from pumer.reducers.ops.clustering import density_peaks
 from pumer.reducers.ops.matching import unit_vectors
 from pumer.reducers.ops.saliency import UNSEEN, question_words, text_saliency
@@ -104,7 +104,7 @@ class SparseVLM(Reducer):
         """(kept, recycled) of `count` image tokens."""
         assert self.keep is not None
         assert self.layers is not None
-        chosen = kept(self.keep[self.layers.index(layer)], count)
+        chosen = num_keep(self.keep[self.layers.index(layer)], count)
         return chosen, smaller(
             (count - chosen) * 3 // 10 + 1, count - chosen
         ) if self.recycle else count * 0
@@ -115,10 +115,10 @@ class SparseVLM(Reducer):
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
-        kept_B, recycled_B = self._budget(valid_BI.sum(1), tokens.layer)
+        num_keep_B, recycled_B = self._budget(valid_BI.sum(1), tokens.layer)
         most_kept, most = self._budget(valid_BI.shape[1], tokens.layer)
-        score_BI = text_saliency(tokens, rows_BT=raters(tokens))[:, tokens.prefix :]
-        chosen_BI = best(score_BI, valid_BI, kept_B)
+        score_BI = text_saliency(tokens, rows_BT=raters(tokens))[:, tokens.num_prefix_tokens :]
+        chosen_BI = best(score_BI, valid_BI, num_keep_B)
         if most == 0:
             return tokens.with_structure(None, Plan.keep(chosen_BI, most_kept))
 
@@ -158,7 +158,10 @@ def raters(tokens: Tokens) -> Tensor:
         assert tokens.states_BND is not None
         states_BND = unit_vectors(tokens.states_BND) * tokens.states_BND.shape[2] ** 0.25
         text_BTD = states_BND[:, : tokens.text]
-        image_BID, valid_BI = states_BND[:, tokens.text + tokens.prefix :], candidates(tokens)
+        image_BID, valid_BI = (
+            states_BND[:, tokens.text + tokens.num_prefix_tokens :],
+            candidates(tokens),
+        )
     mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
     # Words that are all alike stand out by the last bit of a sum, which means nothing.
     above_BT = words_BT & (mean_BT * words_BT.sum(1, keepdim=True) > 1 + 1e-5)

@@ -78,7 +78,7 @@ class SVDPrune(Selector):
             dynamic_length=self.mass is not None,
         )
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
         by_encoder = self.features != "states"
         x_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
@@ -91,5 +91,5 @@ class SVDPrune(Selector):
         leverage_BI = leverage(x_BID, self.energy)
         if self.mass is not None:
             falling = leverage_BI.sort(1, descending=True).values
-            kept_B = torch.minimum(kept_B, (falling.cumsum(1) < self.mass).sum(1) + 1)
-        return best(leverage_BI, valid_BI, kept_B)
+            num_keep_B = torch.minimum(num_keep_B, (falling.cumsum(1) < self.mass).sum(1) + 1)
+        return best(leverage_BI, valid_BI, num_keep_B)

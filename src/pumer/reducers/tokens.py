@@ -28,7 +28,7 @@ class TokenShape:
         text: text tokens, structure tokens and padding included.
         image: image tokens, structure tokens and padding included.
         layer: index of the layer, `EMBEDDINGS` before the first.
-        prefix: structure tokens at the head of each modality, never candidates.
+        num_prefix_tokens: structure tokens at the head of each modality, never candidates.
         grid: rows and columns of patches, for methods that go by position.
         entered: image tokens that entered the first layer, structure tokens included; None where
             nothing was reduced before. A later stage of DynamicViT keeps a share of these.
@@ -37,7 +37,7 @@ class TokenShape:
     text: int
     image: int
     layer: int = 0
-    prefix: int = 1
+    num_prefix_tokens: int = 1
     grid: Grid | None = None
     entered: int | None = None
 
@@ -49,7 +49,7 @@ class TokenShape:
     @property
     def structure(self) -> int:
         """Structure tokens of the image."""
-        return min(self.prefix, self.image)
+        return min(self.num_prefix_tokens, self.image)
 
     @property
     def patches(self) -> int:
@@ -151,7 +151,7 @@ class Tokens:
             text.
         sizes_BN: how many source tokens each token stands for, float32.
         layer: number of the layer, `EMBEDDINGS` before the first.
-        prefix: structure tokens at the head of each modality, never candidates.
+        num_prefix_tokens: structure tokens at the head of each modality, never candidates.
         grid: rows and columns of patches, if the image tokens are still all the patches of such a
             grid.
         patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are
@@ -189,7 +189,7 @@ class Tokens:
     text: int
     sizes_BN: Tensor
     layer: int = 0
-    prefix: int = 1
+    num_prefix_tokens: int = 1
     grid: Grid | None = None
     patch_BN: Tensor | None = None
     states_BND: Tensor | None = None
@@ -222,7 +222,7 @@ class Tokens:
     def shape(self) -> TokenShape:
         """How many tokens there are, for `Reducer.lengths`."""
         image = self.mask_BN.shape[1] - self.text
-        return TokenShape(self.text, image, self.layer, self.prefix, self.grid)
+        return TokenShape(self.text, image, self.layer, self.num_prefix_tokens, self.grid)
 
     @property
     def mean_keys_BNC(self) -> Tensor:
@@ -241,7 +241,7 @@ class Tokens:
         """
         plans = []
         for start, stop, plan in ((0, self.text, text), (self.text, self.mask_BN.shape[1], image)):
-            head = min(start + self.prefix, stop) if plan is not None else stop
+            head = min(start + self.num_prefix_tokens, stop) if plan is not None else stop
             plans.append(Plan.identity(self.mask_BN[:, start:head]))
             if plan is not None:
                 plans.append(plan)

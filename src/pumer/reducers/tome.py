@@ -86,15 +86,15 @@ class ToMe(Reducer):
         return shape.text, shape.image - merged
 
     def plan(self, tokens: Tokens) -> Plan:
-        image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
+        image = slice(tokens.text + tokens.num_prefix_tokens, tokens.mask_BN.shape[1])
         count = image.stop - tokens.text
         _, length_after = self.lengths(tokens.shape)
         matching = bipartite(
             tokens.mean_keys_BNC[:, image],
             tokens.valid_BN[:, image],
             self.schedule[tokens.layer],
-            length_after - min(tokens.prefix, count),
+            length_after - min(tokens.num_prefix_tokens, count),
             tokens.sizes_BN[:, image],
-            tokens.prefix,
+            tokens.num_prefix_tokens,
         )
         return tokens.with_structure(None, matching)

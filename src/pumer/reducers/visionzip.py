@@ -66,14 +66,14 @@ class VisionZip(Selector):
             before_projector=True,
         )
 
-    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+    def reduce_to(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Plan:
         valid_BI = candidates(tokens)
         if isinstance(self.contextual, int):
-            contextual_B = kept_B.clamp_max(self.contextual)
+            contextual_B = num_keep_B.clamp_max(self.contextual)
         else:
-            contextual_B = portion(self.contextual, kept_B)
+            contextual_B = portion(self.contextual, num_keep_B)
         attention_BI = encoded(tokens, SALIENCY[self.saliency])
-        dominant_BI = best(attention_BI, valid_BI, kept_B - contextual_B)
+        dominant_BI = best(attention_BI, valid_BI, num_keep_B - contextual_B)
 
         # Targets at even distances among the others.
         rest_BI = valid_BI & ~dominant_BI

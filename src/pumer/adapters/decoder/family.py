@@ -36,7 +36,7 @@ class DecoderAdapter(Adapter):
     Its parts go by the names that nearly all of them have; a family overrides what is different.
     """
 
-    prefix = 0
+    num_prefix_tokens = 0
     renumbers = True
     projects_tokens: ClassVar[bool] = False
     """Whether the projector takes every token by itself, and gives as many in their order."""

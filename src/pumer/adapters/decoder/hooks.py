@@ -43,7 +43,7 @@ from pumer.adapters.decoder.prompt import (
 )
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.vision_capture import VisionCapture, normalize_qk_scale
-from pumer.adapters.forward import exact
+from pumer.adapters.forward import no_autocast
 
 QUESTION_MASK = "question_mask"
 STATE = "pumer_state"
@@ -295,7 +295,7 @@ def _image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), exact(hooks.patch.reducer, device):
+        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
             images = spec.pictures(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pumer.adapters.decoder.prompt import current_state
-from pumer.adapters.forward import extent
+from pumer.adapters.forward import max_length
 
 _ATTRIBUTE = "_pumer_held"
 NAMES = ("cache", "past_key_values")
@@ -70,7 +70,7 @@ class Held:
             stays_BK = self.place_BK < length
             if self.filled_BK is not None:
                 stays_BK = stays_BK & self.filled_BK
-            slots = int(extent(stays_BK))
+            slots = int(max_length(stays_BK))
             stays_BK = stays_BK[:, :slots]
             place_BK = torch.where(
                 stays_BK, self.place_BK[:, :slots], 0

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, Step
+from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder import vision as before_llm
 from pumer.adapters.decoder.prompt import (
@@ -24,7 +24,7 @@ from pumer.adapters.decoder.prompt import (
     place,
     to_device,
 )
-from pumer.adapters.forward import exact
+from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Plan, Tokens, TokenShape
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.tokens import Context, Embeddings, Grid
@@ -63,7 +63,7 @@ def reduce(
             grids = [picture.grid for picture in run.pictures]
     # Which tokens go is a choice, not a function to differentiate; the gradient flows through what
     # is kept.
-    with torch.no_grad(), exact(reducer, states_BKD.device):
+    with torch.no_grad(), no_autocast(reducer, states_BKD.device):
         plan = reducer.plan(view.tokens)
     after = [
         reducer.lengths(TokenShape(*count, layer, 0, grid))
@@ -136,7 +136,7 @@ def _take(
         )
         step = PromptStep(run.plan.slot_BN, axis.image_BK if axis.whole else None, images)
         patch.steps.append(
-            Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
+            ReductionStep(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
         )
     return placed.reduce(states_BKD), placed
 
@@ -161,7 +161,7 @@ def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal:
         text=text,
         sizes_BN=axis.sizes_BK.gather(1, at_BN),
         layer=layer,
-        prefix=0,
+        num_prefix_tokens=0,
         grid=grid,
         patch_BN=patch_BN,
         states_BND=tokens_at(states_BKD, at_BN),

@@ -79,7 +79,7 @@ def view(axis: Axis, rows: Sequence[Row], states_BSD: Tensor, causal: bool) -> V
         text=text,
         sizes_BN=axis.sizes_BK.flatten()[flat].view(at_RN.shape),
         layer=EMBEDDINGS,
-        prefix=0,
+        num_prefix_tokens=0,
         grid=grid,
         patch_BN=None if patch_RI is None else nn.functional.pad(patch_RI, (text, 0), value=-1),
         states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),

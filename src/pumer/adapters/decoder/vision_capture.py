@@ -18,7 +18,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.spec import DecoderSpec
-from pumer.adapters.forward import exact
+from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.tokens import Encoder
 
@@ -95,12 +95,12 @@ class VisionCapture:
             text=0,
             sizes_BN=real_RP.float(),
             layer=EMBEDDINGS,
-            prefix=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
+            num_prefix_tokens=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
             encoder=encoder,
         )
-        with torch.no_grad(), exact(patch.reducer, features_RPD.device):
+        with torch.no_grad(), no_autocast(patch.reducer, features_RPD.device):
             captured.plan = patch.reducer.plan(tokens)
-        captured.merged = captured.plan.tail(tokens.prefix).averaging()
+        captured.merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
         return (captured.plan.reduce(features_RPD), *args[1:])
 
     def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:

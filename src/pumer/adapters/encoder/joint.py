@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
-from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.encoder.reduce import TokenLayout
 from pumer.adapters.forward import exactly_one
 from pumer.reducers import Plan
 
@@ -60,7 +60,7 @@ class TextInputs:
         )
 
 
-def axis_of(
+def joint_layout(
     patch: Patch,
     mask_BT: Tensor,
     mask_BI: Tensor,
@@ -68,7 +68,7 @@ def axis_of(
     patch_BS: Tensor | None,
     sizes_BI: Tensor | None = None,
     plan: Plan | None = None,
-) -> Axis:
+) -> TokenLayout:
     """The token axis before the first layer, text first.
 
     Args:
@@ -86,12 +86,12 @@ def axis_of(
         sizes_BN = torch.cat([sizes_BN[:, : mask_BT.shape[1]], sizes_BI], dim=1)
     if patch.reducer.traits.official:  # the published code works with fractional masks
         mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
-    return Axis(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
+    return TokenLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
 
 
 def attend(
     patch: Patch,
-    axis: Axis,
+    layout: TokenLayout,
     queries_BHQC: Tensor,
     keys_BHKC: Tensor,
     values_BHKC: Tensor,
@@ -109,7 +109,7 @@ def attend(
 
     Args:
         patch: whose reducer is active.
-        axis: the token axis.
+        layout: the token axis.
         queries_BHQC, keys_BHKC, values_BHKC: of this attention.
         keys_at: where the keys are on the axis.
         dtype: of the states.
@@ -119,15 +119,15 @@ def attend(
         probabilities: whether somebody wants them; a reducer that needs them gets them anyway.
         head_mask: 1 or 0 for every head, [B,H]; None for all heads.
     """
-    traits, mask = patch.reducer.traits, axis.mask_BN[:, keys_at]
+    traits, mask = patch.reducer.traits, layout.mask_BN[:, keys_at]
     attention: Tensor | None
-    if axis.gate_BN is not None:
+    if layout.gate_BN is not None:
         context, attention = kernels.attend_gated(
             queries_BHQC,
             keys_BHKC,
             values_BHKC,
             mask,
-            axis.gate_BN[:, keys_at],
+            layout.gate_BN[:, keys_at],
             is_self_attention,
             dropout,
         )
@@ -137,8 +137,8 @@ def attend(
         )
     else:
         sizes = None
-        if axis.plan is not None and _counts_sizes(traits):
-            sizes = axis.sizes_BN[:, keys_at]
+        if layout.plan is not None and _counts_sizes(traits):
+            sizes = layout.sizes_BN[:, keys_at]
         bias = None
         if padded or sizes is not None or traits.dynamic_length:
             bias = kernels.attention_bias(mask, sizes, dtype)

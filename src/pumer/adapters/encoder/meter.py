@@ -15,14 +15,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Adapter, Patch, Step, config_of, head_macs, inside, is_a, register
+from pumer.adapters.base import (
+    Adapter,
+    Patch,
+    ReductionStep,
+    attention_and_mlp_lengths,
+    config_of,
+    head_macs,
+    is_a,
+    register,
+)
 from pumer.adapters.encoder import clip as tower
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.joint import TextInputs
-from pumer.adapters.encoder.reduce import Axis
-from pumer.adapters.forward import extent, run_block
+from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.forward import max_length, run_block
 from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
@@ -43,7 +52,7 @@ class MeterAdapter(Adapter):
     family = "METER"
     classes = POOLED + PER_TOKEN
     modules: ClassVar[dict[str, str]] = dict.fromkeys(classes, "pumer.models.meter")
-    crosses = True
+    has_cross_attention = True
     separate = ("MeterForImagesAndTextClassification",)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -74,7 +83,7 @@ class MeterAdapter(Adapter):
     ) -> list[tuple[int, int]]:
         width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
         costs = []
-        for (text, image), (new_text, new_image) in inside(lengths, after_layer):
+        for (text, image), (new_text, new_image) in attention_and_mlp_lengths(lengths, after_layer):
             attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
             attention += _attention_macs(new_image, new_image, width) + _attention_macs(
                 new_image, new_text, width
@@ -90,11 +99,11 @@ class MeterAdapter(Adapter):
         tower: Sequence[int] = (),
         after_layer: bool = False,
     ) -> dict[str, int]:
-        config, passes = config_of(model), self.passes(model)
+        config, forwards_per_example = config_of(model), self.forwards_per_example(model)
         text_config, vision = config.text_config, config.vision_config
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
-        # The text is encoded and projected once, however many pictures there are.
+        # The text is encoded and projected once, however many images there are.
         text_layer = _attention_macs(text, text, text_config.hidden_size)
         text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
         vision_layers = sum(
@@ -106,14 +115,18 @@ class MeterAdapter(Adapter):
         layers = self.layer_macs(model, lengths, after_layer)
         times = text if is_a(model, PER_TOKEN) else 1
         return {
-            "embedding": passes * patches,
+            "embedding": forwards_per_example * patches,
             "text encoder": text_config.num_hidden_layers * text_layer
             + text * text_config.hidden_size * config.hidden_size,
-            "vision tower": passes * vision_layers,
-            "projection": passes * tower[-1] * vision.hidden_size * config.hidden_size,
-            "attention": passes * sum(attention for attention, _ in layers),
-            "mlp": passes * sum(mlp for _, mlp in layers),
-            "head": passes * 2 * config.hidden_size**2 + times * head_macs(model, _meter(model)),
+            "vision tower": forwards_per_example * vision_layers,
+            "projection": forwards_per_example
+            * tower[-1]
+            * vision.hidden_size
+            * config.hidden_size,
+            "attention": forwards_per_example * sum(attention for attention, _ in layers),
+            "mlp": forwards_per_example * sum(mlp for _, mlp in layers),
+            "head": forwards_per_example * 2 * config.hidden_size**2
+            + times * head_macs(model, _meter(model)),
         }
 
 
@@ -134,7 +147,7 @@ def _encode_text(
     given_mask = attention_mask = text.mask
     official = patch.reducer.traits.official  # the published code counts padded text
     if patch.trim and pooled and not official and not torch.compiler.is_compiling():
-        length = int(extent(attention_mask))
+        length = int(max_length(attention_mask))
         text, attention_mask = text.trimmed(length), attention_mask[:, :length]
     # A mask of four dimensions is taken as it is; of two, transformers would ask the device whether
     # it masks anything.
@@ -152,9 +165,9 @@ def _encode_image(
     meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_mask: Tensor | None = None
 ) -> Encoded:
     """In place of `MeterModel.encode_image`."""
-    from pumer.models.meter.modeling import check_pictures
+    from pumer.models.meter.modeling import check_images
 
-    check_pictures(pixel_values, pixel_mask)
+    check_images(pixel_values, pixel_mask)
     assert pixel_values is not None
     encoded = tower.encode(meter.vision_model, pixel_values, patch)
     projected = meter.image_projection(encoded.states_BID)
@@ -183,43 +196,47 @@ def _fuse(
     )
     encoded, given_text, trimmed = encoded.to(text_BTD.device), mask_BT.shape[1], text_BTD.shape[1]
     mask_BT = mask_BT.to(text_BTD.device)[:, :trimmed]
-    axis = _axis(patch, mask_BT, encoded)
-    source = axis.plan.slot_BN.shape[1] if axis.plan is not None else sum(axis.lengths)
-    entry = (axis.text, source - axis.text, encoded.grid)
-    text, picture = (
+    layout = _layout(patch, mask_BT, encoded)
+    source = layout.plan.slot_BN.shape[1] if layout.plan is not None else sum(layout.lengths)
+    entry = (layout.text, source - layout.text, encoded.grid)
+    text, image_states = (
         add_modality(meter, text_BTD, 0),
         add_modality(meter, encoded.states_BID, image_token_type_idx),
     )
-    states = torch.cat([text, picture], dim=1)
-    states, axis, _ = encoder.reduce(patch, EMBEDDINGS, states, axis)
-    text, picture = states[:, : axis.text], states[:, axis.text :]
+    states = torch.cat([text, image_states], dim=1)
+    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, states, layout)
+    text, image_states = states[:, : layout.text], states[:, layout.text :]
     del states
-    lengths, texts, images = [axis.lengths], [], []
+    lengths, texts, images = [layout.lengths], [], []
     for layer in (None, *meter.layers):
         if layer is not None:
-            text, picture, axis = layer(text, picture, axis)
-            lengths.append(axis.lengths)
+            text, image_states, layout = layer(text, image_states, layout)
+            lengths.append(layout.lengths)
         if output_hidden_states:
-            full_length = _expand(axis, trimmed, text, picture)
+            full_length = _expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
-    patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(trimmed, given_text)
-    patch.note(axis.spent, axis.heads)
+    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
+    patch.record_decisions(layout.keep_ratios, layout.heads)
     # Without any image token, the pooled image is that of nothing.
-    first = picture if picture.shape[1] else picture.new_zeros(len(picture), 1, picture.shape[2])
+    first = (
+        image_states
+        if image_states.shape[1]
+        else image_states.new_zeros(len(image_states), 1, image_states.shape[2])
+    )
     pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
     if not pooled:
-        text, picture = _expand(axis, trimmed, text, picture)
+        text, image_states = _expand(layout, trimmed, text, image_states)
     return MeterModelOutput(
         text_states=text,
-        image_states=picture,
+        image_states=image_states,
         pooler_output=pooler_output,
         text_hidden_states=tuple(texts) if output_hidden_states else None,
         image_hidden_states=tuple(images) if output_hidden_states else None,
     )
 
 
-def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
+def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
     """The token axis before the first fusion layer, with what the tower has made of the image."""
     batch, text = mask_BT.shape
     states, plan = image.states_BID, None
@@ -233,51 +250,55 @@ def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
     position_S = torch.arange(count, device=states.device) - 1
     patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
     if plan is not None and patch.steps is not None:
-        patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
-    return joint.axis_of(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
+        patch.steps.append(ReductionStep(EMBEDDINGS, text, plan, image.grid, patch_BS))
+    return joint.joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
 
 
-def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def _expand(
+    layout: TokenLayout, whole_text: int, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
-    if axis.plan is None:
+    if layout.plan is None:
         return text, image
-    states = axis.expand(torch.cat([text, image], dim=1))
+    states = layout.expand(torch.cat([text, image], dim=1))
     return states[:, :whole_text], states[:, whole_text:]
 
 
 def _layer(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Tensor, TokenLayout]:
     """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers
     wraps around it."""
-    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, axis)
+    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, layout)
 
 
 def _block(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Tensor, TokenLayout]:
     """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
-    attended, text_keys, axis = _look(layer, patch, layer_index, "text_self", text, text, axis)[:3]
-    attended, image_keys, axis, queries, attention = _look(
-        layer, patch, layer_index, "text_cross", attended, image, axis
+    attended, text_keys, layout = _look(layer, patch, layer_index, "text_self", text, text, layout)[
+        :3
+    ]
+    attended, image_keys, layout, queries, attention = _look(
+        layer, patch, layer_index, "text_cross", attended, image, layout
     )
     if not patch.reducer.traits.post_layer:
-        before = axis.text
+        before = layout.text
         keys = torch.cat([text_keys, image_keys], dim=2)
         looked_at = attention if patch.reducer.traits.needs_attention else None
-        attended, image, axis, plan = _reduce(
-            patch, layer_index, attended, image, axis, queries, keys, looked_at
+        attended, image, layout, plan = _reduce(
+            patch, layer_index, attended, image, layout, queries, keys, looked_at
         )
         if plan is not None and not layer.sequential:
-            text = plan.head(before, axis.text).reduce(text)
+            text = plan.head(before, layout.text).reduce(text)
     new_text = _feed_forward(layer.text, attended)
-    image, _, axis = _look(layer, patch, layer_index, "image_self", image, image, axis)[:3]
+    image, _, layout = _look(layer, patch, layer_index, "image_self", image, image, layout)[:3]
     asked = new_text if layer.sequential else text
-    image, _, axis = _look(layer, patch, layer_index, "image_cross", image, asked, axis)[:3]
+    image, _, layout = _look(layer, patch, layer_index, "image_cross", image, asked, layout)[:3]
     text, image = new_text, _feed_forward(layer.image, image)
     if patch.reducer.traits.post_layer:
-        text, image, axis, _ = _reduce(patch, layer_index, text, image, axis)
-    return text, image, axis
+        text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
+    return text, image, layout
 
 
 def _reduce(
@@ -285,24 +306,30 @@ def _reduce(
     layer_index: int,
     text: Tensor,
     image: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     queries: Tensor | None = None,
     keys: Tensor | None = None,
     attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Axis, Plan | None]:
+) -> tuple[Tensor, Tensor, TokenLayout, Plan | None]:
     """Text, image and axis after the reducer acted."""
     if not patch.reducer.reduces_at(layer_index):
-        return text, image, axis, None
+        return text, image, layout, None
     states = torch.cat([text, image], dim=1)
-    states, axis, plan = encoder.reduce(
-        patch, layer_index, states, axis, queries, keys, attention, cross=True
+    states, layout, plan = encoder.reduce(
+        patch, layer_index, states, layout, queries, keys, attention, cross=True
     )
-    return states[:, : axis.text], states[:, axis.text :], axis, plan
+    return states[:, : layout.text], states[:, layout.text :], layout, plan
 
 
 def _look(
-    layer: Any, patch: Patch, layer_index: int, name: str, states: Tensor, other: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis, Tensor, Tensor | None]:
+    layer: Any,
+    patch: Patch,
+    layer_index: int,
+    name: str,
+    states: Tensor,
+    other: Tensor,
+    layout: TokenLayout,
+) -> tuple[Tensor, Tensor, TokenLayout, Tensor, Tensor | None]:
     """One of a layer's four attentions -> states, keys, axis, queries, and probabilities.
 
     Args:
@@ -314,12 +341,12 @@ def _look(
     half = getattr(layer, stream)
     is_self_attention = at == "self"
     of_text = is_self_attention == (stream == "text")
-    columns = {"text": slice(0, axis.text), "image": slice(axis.text, None)}
-    head_mask, axis = encoder.head_mask(
+    columns = {"text": slice(0, layout.text), "image": slice(layout.text, None)}
+    head_mask, layout = encoder.head_mask(
         patch,
         layer_index,
         name,
-        axis,
+        layout,
         states,
         other,
         columns[stream],
@@ -330,12 +357,12 @@ def _look(
         patch,
         states,
         other,
-        axis,
+        layout,
         of_text,
         is_self_attention,
         head_mask,
     )
-    return states, keys, axis, queries, attention
+    return states, keys, layout, queries, attention
 
 
 def _attend(
@@ -343,7 +370,7 @@ def _attend(
     patch: Patch,
     states: Tensor,
     other: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     of_text: bool,
     is_self_attention: bool,
     head_mask: Tensor | None,
@@ -367,11 +394,11 @@ def _attend(
     )
     context, probabilities = joint.attend(
         patch,
-        axis,
+        layout,
         queries,
         keys,
         values,
-        slice(0, axis.text) if of_text else slice(axis.text, None),
+        slice(0, layout.text) if of_text else slice(layout.text, None),
         dtype=states.dtype,
         is_self_attention=is_self_attention,
         padded=of_text,  # images have no padding

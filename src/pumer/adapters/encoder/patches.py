@@ -20,8 +20,8 @@ def embed_patches(
     """In place of `ViltEmbeddings.visual_embed`: no loop over the batch, no random order, no host
     reads.
 
-    The stock method draws the patches of a picture at random; here they come in raster order, real
-    ones first. Of a picture with more patches than `config.max_image_length`, evenly spaced ones
+    The stock method draws the patches of an image at random; here they come in raster order, real
+    ones first. Of an image with more patches than `config.max_image_length`, evenly spaced ones
     are taken.
 
     Args:
@@ -70,7 +70,7 @@ def embed_patches(
 def _resize_positions(
     table_SSD: Tensor, height_B: Tensor, width_B: Tensor, rows: int, columns: int
 ) -> Tensor:
-    """Bilinear resize (corners aligned) of a square position table to each picture's own size ->
+    """Bilinear resize (corners aligned) of a square position table to each image's own size ->
     [B,R,L,D]."""
     side = table_SSD.shape[0]
     down_BRS = _hat_weights(height_B, rows, side)
@@ -80,7 +80,7 @@ def _resize_positions(
 
 
 def _hat_weights(size_B: Tensor, length: int, side: int) -> Tensor:
-    """Share [B,length,side] of every table entry in every place, for pictures `size_B` patches
+    """Share [B,length,side] of every table entry in every place, for images `size_B` patches
     long."""
     position_L = torch.arange(length, device=size_B.device)
     source_BL = position_L * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]

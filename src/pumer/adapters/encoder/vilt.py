@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters.base import Adapter, Patch, config_of, head_macs, inside, is_a, register
+from pumer.adapters.base import (
+    Adapter,
+    Patch,
+    attention_and_mlp_lengths,
+    config_of,
+    head_macs,
+    is_a,
+    register,
+)
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
-from pumer.adapters.encoder.reduce import Axis
-from pumer.adapters.forward import exactly_one, extent, run_block
+from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.forward import exactly_one, max_length, run_block
 from pumer.reducers import EMBEDDINGS
 
 POOLED = (
@@ -81,7 +89,7 @@ class ViltAdapter(Adapter):
                 4 * sum(before) * width**2 + 2 * sum(before) ** 2 * width,
                 2 * sum(after) * width * inner,
             )
-            for before, after in inside(lengths, after_layer)
+            for before, after in attention_and_mlp_lengths(lengths, after_layer)
         ]
 
     def macs(
@@ -92,7 +100,11 @@ class ViltAdapter(Adapter):
         tower: Sequence[int] = (),
         after_layer: bool = False,
     ) -> dict[str, int]:
-        config, vilt, passes = config_of(model), _vilt(model), self.passes(model)
+        config, vilt, forwards_per_example = (
+            config_of(model),
+            _vilt(model),
+            self.forwards_per_example(model),
+        )
         text, image = entry or lengths[0]
         layers = self.layer_macs(model, lengths, after_layer)
         patch_size = config.num_channels * config.patch_size**2
@@ -100,10 +112,10 @@ class ViltAdapter(Adapter):
         times = text if is_a(model, PER_TOKEN) else 1
         pooler = config.hidden_size**2 if vilt.pooler is not None else 0
         return {
-            "embedding": passes * (image - 1) * patch_size * config.hidden_size,
-            "attention": passes * sum(attention for attention, _ in layers),
-            "mlp": passes * sum(mlp for _, mlp in layers),
-            "head": passes * pooler + times * head_macs(model, vilt),
+            "embedding": forwards_per_example * (image - 1) * patch_size * config.hidden_size,
+            "attention": forwards_per_example * sum(attention for attention, _ in layers),
+            "mlp": forwards_per_example * sum(mlp for _, mlp in layers),
+            "head": forwards_per_example * pooler + times * head_macs(model, vilt),
         }
 
 
@@ -167,7 +179,7 @@ def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -
         raise ValueError(
             f"{len(text)} texts and {len(inputs.image)} images: the batch sizes must agree"
         )
-    states, axis, all_states, all_attentions = _encode(
+    states, layout, all_states, all_attentions = _encode(
         vilt,
         patch,
         text.shape[1],
@@ -180,7 +192,7 @@ def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -
     states = vilt.layernorm(states)
     pooler_output = vilt.pooler(states) if vilt.pooler is not None else None
     output = BaseModelOutputWithPooling(
-        last_hidden_state=states if pooled else axis.expand(states),
+        last_hidden_state=states if pooled else layout.expand(states),
         pooler_output=pooler_output,
         hidden_states=all_states,
         attentions=all_attentions,
@@ -213,7 +225,7 @@ def _embed(
 
 def _embed_trimmed(
     embeddings: Any, patch: Patch, inputs: ViltInputs, pooled: bool
-) -> tuple[Tensor, Axis]:
+) -> tuple[Tensor, TokenLayout]:
     """States [B,N,D] and their axis, without the padding that all texts and all images have at
     the end."""
     text = inputs.text
@@ -230,7 +242,9 @@ def _embed_trimmed(
     if patch.trim and not torch.compiler.is_compiling():
         # The one place where the host reads lengths; a collator that trims, or trim=False, saves
         # even that.
-        text_length, image_length = torch.stack([extent(text_mask), extent(image_mask)]).tolist()
+        text_length, image_length = torch.stack(
+            [max_length(text_mask), max_length(image_mask)]
+        ).tolist()
         image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
         patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
         if pooled and not patch.reducer.traits.official:  # the published code counts padded text
@@ -244,37 +258,42 @@ def _embed_trimmed(
     states = torch.cat([text_embeds + type_embeds[0], image_embeds + type_embeds[image_type]], 1)
     if patch_BI is not None:
         patch_BI = nn.functional.pad(patch_BI, (text_embeds.shape[1], 0), value=-1)
-    return states, joint.axis_of(patch, text_mask, image_mask, grid, patch_BI)
+    return states, joint.joint_layout(patch, text_mask, image_mask, grid, patch_BI)
 
 
 def _encode(
-    vilt: Any, patch: Patch, text: int, start: tuple[Tensor, Axis], attentions: bool, hidden: bool
-) -> tuple[Tensor, Axis, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    vilt: Any,
+    patch: Patch,
+    text: int,
+    start: tuple[Tensor, TokenLayout],
+    attentions: bool,
+    hidden: bool,
+) -> tuple[Tensor, TokenLayout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """All layers; hidden states come back in the original length, attention maps in the reduced
     one.
 
     `text`: text tokens of the input, before they were trimmed.
     """
     entry = (*start[1].lengths, start[1].grid)
-    states, axis, _ = encoder.reduce(patch, EMBEDDINGS, *start)
+    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, *start)
     del start
     all_states, all_attentions, lengths = (
-        [axis.expand(states)] if hidden else [],
+        [layout.expand(states)] if hidden else [],
         [],
-        [axis.lengths],
+        [layout.lengths],
     )
     for layer in vilt.encoder.layer:
-        states, axis, attention = layer(states, axis, attentions)
-        lengths.append(axis.lengths)
+        states, layout, attention = layer(states, layout, attentions)
+        lengths.append(layout.lengths)
         if hidden:
-            all_states.append(axis.expand(states))
+            all_states.append(layout.expand(states))
         if attentions:
             all_attentions.append(attention)
-    patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(entry[0], text)
-    patch.note(axis.spent, axis.heads)
+    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(entry[0], text)
+    patch.record_decisions(layout.keep_ratios, layout.heads)
     return (
         states,
-        axis,
+        layout,
         tuple(all_states) if hidden else None,
         tuple(all_attentions) if attentions else None,
     )
@@ -285,12 +304,12 @@ def _layer(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     attentions: bool = False,
-) -> tuple[Tensor, Axis, Tensor | None]:
+) -> tuple[Tensor, TokenLayout, Tensor | None]:
     """In place of `ViltLayer.forward`, and of the gradient checkpointing that transformers wraps
     around it."""
-    return run_block(layer, partial(_block, layer, patch, layer_index), states, axis, attentions)
+    return run_block(layer, partial(_block, layer, patch, layer_index), states, layout, attentions)
 
 
 def _block(
@@ -298,17 +317,17 @@ def _block(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     attentions: bool,
-) -> tuple[Tensor, Axis, Tensor | None]:
+) -> tuple[Tensor, TokenLayout, Tensor | None]:
     """One block: the stock one has no opening between attention and MLP."""
-    states, axis, attention = _attend_and_reduce(
-        layer, patch, layer_index, states, axis, attentions
+    states, layout, attention = _attend_and_reduce(
+        layer, patch, layer_index, states, layout, attentions
     )
     states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
     if patch.reducer.traits.post_layer:
-        states, axis, _ = encoder.reduce(patch, layer_index, states, axis)
-    return states, axis, attention
+        states, layout, _ = encoder.reduce(patch, layer_index, states, layout)
+    return states, layout, attention
 
 
 def _attend_and_reduce(
@@ -316,29 +335,31 @@ def _attend_and_reduce(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     attentions: bool,
-) -> tuple[Tensor, Axis, Tensor | None]:
+) -> tuple[Tensor, TokenLayout, Tensor | None]:
     """Parts of a block are functions of their own, so that large tensors of one are gone when the
     next one runs."""
-    text, image = slice(0, axis.text), slice(axis.text, None)
-    head_mask, axis = encoder.head_mask(
-        patch, layer_index, "joint", axis, states[:, text], states[:, image], text, image
+    text, image = slice(0, layout.text), slice(layout.text, None)
+    head_mask, layout = encoder.head_mask(
+        patch, layer_index, "joint", layout, states[:, text], states[:, image], text, image
     )
-    states, queries, keys, attention = _attend(layer, patch, states, axis, attentions, head_mask)
+    states, queries, keys, attention = _attend(layer, patch, states, layout, attentions, head_mask)
     # Scores come from queries and keys wherever they can, so that the kernel makes no difference to
     # what is kept.
     looked_at = attention if patch.reducer.traits.needs_attention else None
     if not patch.reducer.traits.post_layer:
-        states, axis, _ = encoder.reduce(patch, layer_index, states, axis, queries, keys, looked_at)
-    return states, axis, attention if attentions else None
+        states, layout, _ = encoder.reduce(
+            patch, layer_index, states, layout, queries, keys, looked_at
+        )
+    return states, layout, attention if attentions else None
 
 
 def _attend(
     layer: Any,
     patch: Patch,
     states: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     attentions: bool,
     head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -352,7 +373,7 @@ def _attend(
     )
     context, attention = joint.attend(
         patch,
-        axis,
+        layout,
         queries,
         keys,
         values,

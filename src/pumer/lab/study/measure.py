@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import pumer
 from pumer._shipped import model_folder
-from pumer.adapters.base import Step
+from pumer.adapters.base import ReductionStep
 from pumer.costs.report import last_forward_parts
 from pumer.costs.result import GIGA, PICTURES, TOWERS
 from pumer.hub import is_stock, load, load_stock
@@ -271,7 +271,7 @@ def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)
 
 
-def _left(step: Step) -> Tensor:
+def _left(step: ReductionStep) -> Tensor:
     """(text, image) tokens that a reduction left in every row: int64 [B, 2]."""
     plan, slots = step.plan, step.plan.slots
     filled = []

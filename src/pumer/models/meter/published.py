@@ -178,10 +178,10 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: MeterConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights for pictures of another size, which the configuration is told.
+    """The weights for images of another size, which the configuration is told.
 
     Raises:
-        ValueError: if the pictures have no whole number of patches.
+        ValueError: if the images have no whole number of patches.
     """
     published.check_image_size(image_size, config.patch_size)
     config.vision_config.image_size = image_size

@@ -125,10 +125,10 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: ViltConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights as they are: ViLT's grid of positions is resized to every picture at run time.
+    """The weights as they are: ViLT's grid of positions is resized to every image at run time.
 
     Raises:
-        ValueError: if the pictures have no whole number of patches.
+        ValueError: if the images have no whole number of patches.
     """
     published.check_image_size(image_size, config.patch_size)
     return state
