@@ -37,7 +37,7 @@ from pumer.reducers import (
     from_dict,
     to_dict,
 )
-from pumer.reducers.ops.budget import kept as budget
+from pumer.reducers.ops.budget import num_keep as budget
 from pumer.reducers.ops.clustering import density_peaks
 
 SEEDS = range(4)
