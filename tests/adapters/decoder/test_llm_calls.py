@@ -21,8 +21,8 @@ from pumer.adapters.decoder import view as decoder_view
 from pumer.adapters.decoder import vision as decoder_vision
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.reducers import FastV, Tokens
-from pumer.reducers.base import Encoder
 from pumer.reducers.ops.saliency import text_attention
+from pumer.reducers.tokens import Encoder
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2))
 RECEIVED = FasterVLM(keep=4, saliency="received")

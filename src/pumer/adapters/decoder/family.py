@@ -23,8 +23,9 @@ from pumer.adapters.decoder.vision import (
     VisionCapture,
     vision_features,
 )
-from pumer.reducers import EMBEDDINGS, Compose, Reducer
-from pumer.reducers.base import Encoder, Grid, ModelShape
+from pumer.reducers import EMBEDDINGS, Reducer
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Encoder, Grid
 
 
 class DecoderAdapter(Adapter):
@@ -34,7 +35,7 @@ class DecoderAdapter(Adapter):
     Its parts go by the names that nearly all of them have; a family overrides what is different.
     """
 
-    prefix = 0
+    num_prefix_tokens = 0
     renumbers = True
     projects_tokens: ClassVar[bool] = False
     """Whether the projector takes every token by itself, and gives as many in their order."""
@@ -133,32 +134,32 @@ class DecoderAdapter(Adapter):
 
     def shape(self, model: nn.Module) -> ModelShape:
         shape = super().shape(model)
-        return replace(shape, last=shape.depth - 2, proportional=False, encoder=True)
+        return replace(
+            shape, last=shape.depth - 2, proportional=False, encoder=True, co_attention=None
+        )
 
-    def settle(self, reducer: Reducer) -> Reducer:
-        if isinstance(reducer, Compose):
-            if reducer.inside.reduces_at(EMBEDDINGS):
-                raise ValueError(
-                    "what the vision tower merged is gathered before the language model, where "
-                    f"{reducer.inside.name} would act, too: compose it with a reducer inside the "
-                    "language model, or with none"
-                )
-            return replace(reducer, inside=self.settle(reducer.inside))
-        if reducer.published or reducer.needs_attention:
+    def check(self, reducer: Reducer) -> None:
+        traits = reducer.traits
+        if traits.vision_reducer is not None and reducer.reduces_at(EMBEDDINGS):
+            raise ValueError(
+                "what the vision tower merged is gathered before the language model, where "
+                f"{reducer.name} would act, too: compose it with a reducer inside the language "
+                "model, or with none"
+            )
+        if traits.official or traits.needs_attention:
             raise ValueError(
                 f"{reducer.name} needs whole attention maps, which decoders do not make: give "
                 "official=False"
             )
-        if reducer.weighs_by_size:
+        if traits.proportional_attention:
             raise ValueError(
                 f"{reducer.name}: decoders do not count merged tokens by size; give "
                 "proportional=False"
             )
-        if reducer.learned is not None:
+        if traits.learned is not None:
             raise ValueError(
                 f"{reducer.name} decides by trained parts, which decoders cannot train yet"
             )
-        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         reducer, depth = patch.reducer, self.depth(model)
@@ -169,9 +170,8 @@ class DecoderAdapter(Adapter):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
             )
-        if {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.needs and not self.has_class_token(
-            model
-        ):
+        needs_class = {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.traits.needs_encoder
+        if needs_class and not self.has_class_token(model):
             raise ValueError(
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of "
                 f"{type(model).__name__} has no "

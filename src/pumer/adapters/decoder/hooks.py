@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
@@ -41,6 +41,7 @@ from pumer.adapters.decoder.prompt import (
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
+from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
@@ -59,11 +60,11 @@ class DecoderHooks:
         self.patch, self.spec = patch, spec
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
-        self.capture = VisionCapture(patch.reducer.needs)
+        self.capture = VisionCapture(patch.reducer.traits.needs_encoder)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
         self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
-        self.keeps_embeddings = reducer.reads_embeddings
+        self.keeps_embeddings = reducer.traits.needs_embeddings
         self._install(model)
 
     def _install(self, model: nn.Module) -> None:
@@ -318,7 +319,7 @@ def _image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), exact(hooks.patch.reducer, device):
+        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
             images = spec.image_spans(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged

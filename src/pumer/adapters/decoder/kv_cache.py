@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pumer.adapters.base import extent
 from pumer.adapters.decoder.prompt import current_state
+from pumer.adapters.forward import max_length
 
 _ATTRIBUTE = "_pumer_layout"
 NAMES = ("cache", "past_key_values")
@@ -68,7 +68,7 @@ class CacheLayout:
             stays_BK = self.position_BK < length
             if self.filled_BK is not None:
                 stays_BK = stays_BK & self.filled_BK
-            slots = int(extent(stays_BK))
+            slots = int(max_length(stays_BK))
             stays_BK = stays_BK[:, :slots]
             position_BK = torch.where(
                 stays_BK, self.position_BK[:, :slots], 0

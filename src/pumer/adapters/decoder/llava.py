@@ -18,7 +18,7 @@ from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, one_spa
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder, Grid
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 """Vision towers that are known."""
@@ -61,7 +61,7 @@ class LlavaAdapter(DecoderAdapter):
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        if patch.reducer.in_tower is not None:
+        if patch.reducer.traits.vision_reducer is not None:
             grid, depth = self.default_grid(model), self.tower_depth(model)
             patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumer.reducers import Plan
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder, Grid
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, attention_of
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder, Grid
 
 
 @register

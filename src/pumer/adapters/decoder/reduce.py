@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, Step, exact
+from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.decoder.prompt import ForwardState, PromptStep, TokenLayout, to_device
 from pumer.adapters.decoder.view import View, image_rows, view_images, view_samples
-from pumer.reducers import EMBEDDINGS, Plan
-from pumer.reducers.base import Grid
+from pumer.adapters.forward import no_autocast
+from pumer.reducers import EMBEDDINGS, Plan, TokenShape
+from pumer.reducers.tokens import Grid
 
 
 def reduce(
@@ -42,7 +43,7 @@ def reduce(
     counts_before = layout.counts
     grids: list[Grid | None] = [None] * len(layout.counts)
     if layer == EMBEDDINGS:
-        rows = image_rows(state.images, state.sample_index, reducer.per_crop)
+        rows = image_rows(state.images, state.sample_index, reducer.traits.per_crop)
         view = view_images(state, layout, rows, states_BKD, causal)
         counts_before = tuple((layout.counts[row.sample][0], len(row.patch_I)) for row in rows)
         grids = [row.grid for row in rows]
@@ -52,13 +53,13 @@ def reduce(
             grids = [image.grid for image in state.images]
     # Which tokens to drop is a choice, not a function to differentiate; the gradient flows through
     # those that are kept.
-    with torch.no_grad(), exact(reducer, states_BKD.device):
+    with torch.no_grad(), no_autocast(reducer, states_BKD.device):
         plan = reducer.plan(view.tokens)
     counts_after = [
-        reducer.lengths(*count, layer, 0, grid)
+        reducer.lengths(TokenShape(*count, layer, 0, grid))
         for count, grid in zip(counts_before, grids, strict=True)
     ]
-    gaps = reducer.leaves_gaps
+    gaps = reducer.traits.dynamic_length
     if gaps and patch.trim and not torch.compiler.is_compiling():
         # How many tokens are left depends on the data: only for such reducers does the host wait.
         gaps = False
@@ -87,7 +88,7 @@ def _gather_merged(
     # The tower has trimmed its slots to the fullest image; the others may fill fewer.
     num_kept = (
         merged.mask_BK.sum(1).tolist()
-        if patch.reducer.leaves_gaps
+        if patch.reducer.traits.dynamic_length
         else [merged.slots] * len(state.images)
     )
     counts_after = [
@@ -132,7 +133,7 @@ def _apply(
         image_BS = layout.image_BK if layout.unreduced else None
         step = PromptStep(state.plan.slot_BN, image_BS, images)
         patch.steps.append(
-            Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
+            ReductionStep(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
         )
     return lifted.reduce(states_BKD), lifted
 

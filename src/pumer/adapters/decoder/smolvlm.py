@@ -12,7 +12,7 @@ from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, one_span_each, pool_squares, tower_layers
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan
 from pumer.adapters.decoder.vision import vision_features
-from pumer.reducers.base import Grid
+from pumer.reducers.tokens import Grid
 
 
 @register

@@ -26,8 +26,8 @@ from pumer.adapters.decoder.prompt import (
     to_device,
 )
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
-from pumer.reducers.base import Context, Embeddings, Encoder, Grid
 from pumer.reducers.plan import tokens_at
+from pumer.reducers.tokens import Context, Embeddings, Encoder, Grid
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _tokens(
         text=text,
         sizes_BN=of_tokens(layout.sizes_BK),
         layer=layer,
-        prefix=0,
+        num_prefix_tokens=0,
         grid=grid,
         patch_BN=None if patch_RI is None else nn.functional.pad(patch_RI, (text, 0), value=-1),
         states_BND=of_tokens(states_BKD),

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
-from pumer.reducers.base import Encoder
+from pumer.reducers.tokens import Encoder
 
 CLASS_ATTENTION = "class_attention_BN"
 LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
@@ -46,7 +47,7 @@ class VisionCapture:
             return
         projector = spec.projector(model)
         patch.hook(projector.register_forward_pre_hook(self._on_projector))
-        if patch.reducer.before_projector and spec.projects_tokens:
+        if patch.reducer.traits.before_projector and spec.projects_tokens:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
             patch.hook(projector.register_forward_hook(self._expand))
@@ -95,12 +96,12 @@ class VisionCapture:
             text=0,
             sizes_BN=real_RP.float(),
             layer=EMBEDDINGS,
-            prefix=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
+            num_prefix_tokens=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
             encoder=encoder,
         )
-        with torch.no_grad(), exact(patch.reducer, features_RPD.device):
+        with torch.no_grad(), no_autocast(patch.reducer, features_RPD.device):
             captured.plan = patch.reducer.plan(tokens)
-        captured.merged = captured.plan.tail(tokens.prefix).averaging()
+        captured.merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
         return (captured.plan.reduce(features_RPD), *args[1:])
 
     def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
