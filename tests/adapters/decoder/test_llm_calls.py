@@ -128,7 +128,7 @@ def test_towers_that_are_not_known_are_refused():
     for reducer in (FastV(keep=0.5, layer=1), DivPrune(keep=0.5)):
         with pytest.raises(
             ValueError,
-            match=r"PixtralVisionModel.*supported are CLIPVisionModel, SiglipVisionModel",
+            match=r"PixtralVisionModel.*expected one of CLIPVisionModel, SiglipVisionModel",
         ):
             pumer.apply(model, reducer)
         assert pumer.active(model) is None
