@@ -92,9 +92,10 @@ class DecoderHooks:
         patch.wrap(trunk, "get_image_features", _image_features, self)
         if hasattr(trunk, "get_video_features"):
             patch.wrap(trunk, "get_video_features", _video_features, self)
-        in_place = spec.placeholder_hook == "get_placeholder_mask"
-        find_placeholders = _placeholder_mask if in_place else _inputs_merger
-        patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
+        if spec.placeholder_hook is not None:
+            in_place = spec.placeholder_hook == "get_placeholder_mask"
+            find_placeholders = _placeholder_mask if in_place else _inputs_merger
+            patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
         spec.install(patch, model, self.capture)
         if hasattr(language, "_deepstack_process"):
             patch.wrap(language, "_deepstack_process", _deepstack, self)
@@ -292,6 +293,8 @@ def _language_forward(
         state.language_entered = True
         if not state.inputs:  # it is called by itself, maybe to go on with a reduced prompt
             state.inputs = dict(kwargs)
+        if state.tower_images and hooks.spec.placeholder_hook is None:
+            _find_placeholders(hooks, state, kwargs["inputs_embeds"])
         output = stock(*args, **kwargs, **{STATE: state})
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
@@ -356,11 +359,23 @@ def _placeholder_mask(
     features = arguments.get("image_features")
     if state is None or not state.trunk_entered or features is None:
         return stock(*args, **kwargs)
-    image, others = hooks.spec.placeholder_mask(
+    masks = hooks.spec.placeholder_mask(
         trunk, arguments.get("input_ids"), arguments["inputs_embeds"]
     )
-    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
-    return image[..., None] if others is None else (image[..., None], others[..., None])
+    num_features = features.numel() // features.shape[-1]
+    prefill.begin_prefill(hooks.spec, trunk, state, masks[0], num_features)
+    columns = tuple(mask[..., None] for mask in masks)
+    return columns if len(columns) > 1 else columns[0]
+
+
+def _find_placeholders(hooks: DecoderHooks, state: ForwardState, embeddings: Tensor) -> None:
+    """Begin the prefill of a family whose placeholders are marked by a method that is not told of
+    the features: behind it."""
+    image, *_ = hooks.spec.placeholder_mask(
+        hooks.trunk, state.inputs.get("input_ids"), embeddings
+    )
+    num_features = sum(span.length for span in state.tower_images)
+    prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
 
 
 def _inputs_merger(
@@ -376,7 +391,7 @@ def _inputs_merger(
     if state is None or not state.trunk_entered:
         merged: Tensor = stock(input_ids, inputs_embeds, image_hidden_states)
         return merged
-    image, _ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
+    image, *_ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
     features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
     prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return inputs_embeds.masked_scatter(image[..., None], features)

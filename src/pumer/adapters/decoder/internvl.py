@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from pumer.adapters.base import config_of, register
-from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, one_span_each, pool_squares, tower_layers
-from pumer.adapters.decoder.prompt import CropGroups, ImageSpan
-from pumer.adapters.decoder.vision import vision_features
-from pumer.reducers.tokens import Grid
+from pumer.adapters.decoder.family import DecoderAdapter
 
 
 @register
@@ -22,37 +18,10 @@ class InternVLAdapter(DecoderAdapter):
     family = "InternVL"
     classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration", "InternVLModel")
     image_delimiters = (1, 1)
+    crop_gap = 0
 
     def has_class_token(self, model: nn.Module) -> bool:
         return True
 
-    def tower_attention(self, model: nn.Module) -> Any:
-        layers = tower_layers(self.trunk(model).vision_tower)
-        return layers[config_of(model).vision_feature_layer].attention
-
-    def default_grid(self, model: nn.Module) -> Grid:
-        rows, columns = super().default_grid(model)
-        factor = self._factor(model)
-        return rows // factor, columns // factor
-
-    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        rows, columns = self.default_grid(trunk)
-        return pool_squares(vision_features(captured, tower=True), rows * columns)
-
-    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
-        return one_span_each(
-            output.pooler_output, self.default_grid(trunk), self.vision_facts(trunk, captured)
-        )
-
-    def crop_groups(
-        self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]
-    ) -> CropGroups:
-        rows, columns = self.default_grid(trunk)
-        return CropGroups.of(image_BS, rows * columns, features, None)
-
     def patches_per_token(self, model: nn.Module) -> int:
-        return self._factor(model) ** 2
-
-    @staticmethod
-    def _factor(model: nn.Module) -> int:
-        return round(1 / config_of(model).downsample_ratio)
+        return round(1 / config_of(model).downsample_ratio) ** 2

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, one_span_each, tower_layers
+from pumer.adapters.decoder.family import DecoderAdapter, one_span_each
+from pumer.adapters.decoder.parts import feature_depth, tower_layers
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
@@ -64,12 +65,6 @@ class LlavaAdapter(DecoderAdapter):
         if patch.reducer.traits.vision_reducer is not None:
             grid, depth = self.default_grid(model), self.tower_depth(model)
             patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
-
-    def tower_attention(self, model: nn.Module) -> Any:
-        vision: Any = self.vision(model)
-        return tower_layers(vision)[
-            feature_depth(vision, config_of(model).vision_feature_layer) - 1
-        ].self_attn
 
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn

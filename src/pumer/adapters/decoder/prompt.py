@@ -62,13 +62,18 @@ class CropGroups:
 
     @classmethod
     def of(
-        cls, image_BS: Tensor, crop_length: int, num_features: int, ids_BS: Tensor | None
+        cls,
+        image_BS: Tensor,
+        crop_length: int,
+        num_features: int,
+        ids_BS: Tensor | None = None,
+        gap: int = 0,
     ) -> CropGroups:
         """Crops of `crop_length` placeholders each.
 
-        Crops that follow one another without a token in between are of one image. Where there
-        are tokens in between (`ids_BS` given), every image ends with a crop that has the same token
-        before it: that which the last crop of the sample has.
+        Crops that follow one another with at most `gap` tokens in between are of one image. Where
+        `ids_BS` is given, every image ends with a crop that has the same token before it: that
+        which the last crop of the sample has.
         """
         length = image_BS.shape[1]
         flat = (~image_BS).flatten().to(torch.uint8).argsort(stable=True)[:num_features]
@@ -76,7 +81,7 @@ class CropGroups:
         row_P = first_P // length
         same_P = row_P[1:] == row_P[:-1]
         if ids_BS is None:
-            same_P = same_P & (first_P[1:] == last_P[:-1] + 1)
+            same_P = same_P & (first_P[1:] <= last_P[:-1] + 1 + gap)
         else:
             label_P = ids_BS.flatten()[(first_P - 1).clamp_min(0)]
             final_P = torch.searchsorted(row_P, row_P, right=True) - 1

@@ -46,9 +46,6 @@ class QwenVLAdapter(DecoderAdapter):
         full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
         return blocks[max(full) if full else -1].attn
 
-    def vision(self, model: nn.Module) -> nn.Module:
-        return self.trunk(model).visual
-
     def patches_per_token(self, model: nn.Module) -> int:
         return int(config_of(model).vision_config.spatial_merge_size ** 2)
 

@@ -1,0 +1,153 @@
+"""What a decoder costs up to the first token of its answer, counted from the modules that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from pumer.adapters.base import config_of, head_macs
+from pumer.adapters.decoder.parts import ATTENTION, DecoderParts, named, tower_layers
+from pumer.reducers.tokens import Encoder
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+"""How configurations call the number of experts that a token goes through."""
+
+
+class DecoderCosts(DecoderParts):
+    """Multiply-accumulates of every part."""
+
+    def layer_macs(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
+    ) -> list[tuple[int, int]]:
+        """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
+        pairs of tokens, and of the experts of a layer those that one token goes through."""
+        heads, channels = self.attention_shape(model)
+        top_k = experts_per_token(config_of(model).get_text_config())
+        result = []
+        for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
+            count, attention = sum(pair), named(layer, ATTENTION)
+            projections = linear_weights(attention)
+            result.append(
+                (
+                    count * projections + 2 * count**2 * heads * channels,
+                    count * (linear_weights(layer) - projections + expert_weights(layer, top_k)),
+                )
+            )
+        return result
+
+    def head_macs(self, model: nn.Module) -> int:
+        """Multiply-accumulates of one token's way to the vocabulary."""
+        return head_macs(model, self.trunk(model))
+
+    def macs(
+        self,
+        model: nn.Module,
+        lengths: Sequence[tuple[int, int]],
+        entry: tuple[int, int] | None = None,
+        tower: Sequence[int] = (),
+        after_layer: bool = False,
+    ) -> dict[str, int]:
+        """Costs up to the first token of the answer: of the head, that token's alone."""
+        _, image = entry or lengths[0]
+        layers = self.layer_macs(model, lengths)
+        vision, projection = self.vision_macs(model, image, tower)
+        return {
+            "embedding": 0,
+            "vision tower": vision,
+            "projection": projection,
+            "attention": sum(attention for attention, _ in layers),
+            "mlp": sum(mlp for _, mlp in layers),
+            "head": self.head_macs(model),
+        }
+
+    def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
+        rows, columns = self.default_grid(model)
+        crops = max(1, round(image / (rows * columns)))
+        return crops, image * self.patches_per_token(model) // crops + int(
+            self.has_class_token(model)
+        )
+
+    def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        """(layers, channels, heads) of the vision tower."""
+        config = config_of(model).vision_config
+        depth = getattr(config, "num_hidden_layers", None) or config.depth
+        width = getattr(config, "embed_dim", None) or config.hidden_size
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        return depth, width, heads
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """Multiply-accumulates of the vision tower, and of the projector, for an image of so many
+        tokens.
+
+        Every weight of theirs meets every patch; attention is within crops of the usual size.
+        `tower` is as in `macs`: what is merged in a layer of the tower is spared its MLP and all
+        that comes after.
+        """
+        vision, projector = self.vision(model), self.projector(model)
+        crops, crop_length = self.tower_entry(model, image)
+        inside = set(projector.modules())
+        weights = sum(
+            part.weight.numel()
+            for part in vision.modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)) and part not in inside
+        )
+        depth, width, _ = self.tower_shape(model)
+        pairs = 2 * crop_length**2 * width * depth
+        project = linear_weights(projector)
+        spared = 0
+        layer: Any
+        # Layers behind those that the features come from are run by the stock model alone.
+        passes = (
+            [*pairwise(tower), *[(0, 0)] * (depth + 1 - len(tower))] if len(set(tower)) > 1 else []
+        )
+        for layer, (before, after) in zip(
+            tower_layers(vision) if passes else (), passes, strict=True
+        ):
+            spared += (crop_length - before) * linear_weights(layer.self_attn) + (
+                crop_length - after
+            ) * linear_weights(layer.mlp)
+            spared += 2 * (crop_length**2 - before**2) * width
+        return crops * (crop_length * weights + pairs - spared), image * project
+
+    def encoder_facts(
+        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+    ) -> Encoder | None:
+        if not needs:
+            return None
+        _, width, heads = self.tower_shape(model)
+        shapes = {"features_BND": (1, image, width), "keys_BNC": (1, image, width // heads)}
+        shapes["queries_BNC"] = shapes["keys_BNC"]
+        shapes["last_keys_BNC"] = shapes["features_BND"]
+        return Encoder(
+            **{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs}
+        )
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers."""
+    return sum(
+        part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, nn.Linear)
+    )
+
+
+def expert_weights(layer: nn.Module, top_k: int) -> int:
+    """Weights of a layer's experts that one token meets: `top_k` of those that are kept in one
+    tensor, whose first axis counts them."""
+    return sum(
+        min(top_k, len(weight)) * weight[0].numel()
+        for weight in layer.parameters()
+        if weight.ndim == 3
+    )
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts a token goes through; 1 where there are none."""
+    return next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 1)
