@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pumer
+from pumer.adapters import find
 from pumer.adapters.decoder import kv_cache
 
 Kept = dict[int, Tensor]
@@ -17,8 +18,7 @@ Kept = dict[int, Tensor]
 
 def decoder(model: nn.Module) -> nn.Module:
     """The language model."""
-    trunk = model.model if hasattr(model, "lm_head") else model
-    return trunk.language_model if hasattr(trunk, "language_model") else trunk.text_model
+    return find(model).language(model)
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

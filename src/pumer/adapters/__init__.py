@@ -2,7 +2,7 @@
 families."""
 
 from pumer.adapters.base import Adapter, Patch, ReductionStep
-from pumer.adapters.decoder import internvl, llava, paligemma, qwen_vl, smolvlm  # noqa: F401
+from pumer.adapters import decoder  # noqa: F401
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped
 

@@ -32,6 +32,8 @@ class QwenVLAdapter(DecoderAdapter):
         "Qwen2_5_VLModel",
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLModel",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeModel",
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)

@@ -1,0 +1,102 @@
+"""What holds for every family of decoders, in one matrix: the families that the other files do not
+go through."""
+
+import oracle_llm
+import pytest
+import tiny_llm
+import torch
+from tiny_llm import answer, logits, near
+
+import pumer
+from pumer import PuMer, Random, Uniform
+from pumer.reducers import FastV
+
+FAMILIES = [family for family in tiny_llm.FAMILIES if family not in tiny_llm.BUILDERS]
+LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
+PRUNING = {
+    "random": Random(prune=0.4, layers=(-1, 1)),
+    "fastv": FastV(keep=0.5, layer=1),
+}
+MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2))
+LOGITS = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return tiny_llm.model(family)
+
+
+def test_reducing_nothing_changes_nothing(model, family):
+    inputs = tiny_llm.batch(family, LAYOUT)
+    stock, said = logits(model, inputs), answer(model, inputs, max_new_tokens=16)
+    with pumer.reduced(model, Uniform(prune=0, layers=(-1, 1))):
+        near(logits(model, inputs), stock)
+        assert answer(model, inputs, max_new_tokens=16) == said
+    assert torch.equal(logits(model, inputs), stock)  # and nothing is left behind
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_dropping_is_masking(model, family, name):
+    inputs = tiny_llm.batch(family, LAYOUT)
+    with pumer.reduced(model, PRUNING[name]):
+        marks = oracle_llm.kept(model, inputs, generating=True)
+        reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS))
+        assert pumer.report(model).active
+    with oracle_llm.masked(model, marks):
+        expected = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS))
+    assert reduced.sequences.tolist() == expected.sequences.tolist()
+    for got, wanted in zip(reduced.logits, expected.logits, strict=True):
+        near(got, wanted)
+    stock = logits(model, inputs)[:2, -1]
+    assert (reduced.logits[0][:2] - stock).abs().max() > 1e-2, "the tokens dropped do not matter"
+    is_image = inputs["input_ids"] == tiny_llm.IMAGE
+    gone = ~marks[max(marks)]
+    assert not (gone & ~is_image).any()
+
+
+def test_a_row_of_a_batch_is_the_sample_alone(model, family):
+    inputs = tiny_llm.batch(family, LAYOUT)
+    with pumer.reduced(model, MERGING):
+        together, said = logits(model, inputs), answer(model, inputs)
+        for row in range(len(LAYOUT)):
+            alone = tiny_llm.alone(family, LAYOUT, row)
+            length = alone["input_ids"].shape[1]
+            near(together[row : row + 1, -length:], logits(model, alone))
+            assert answer(model, alone) == said[row : row + 1]
+
+
+def test_a_reducer_sees_every_patch_and_no_structure(model, family):
+    patches = tiny_llm.patches(family, 3)
+    with pumer.reduced(model, Random(prune=0.5)), pumer.trace(model) as steps:
+        logits(model, tiny_llm.batch(family, LAYOUT))
+    images = steps[0].prompt.images
+    per_sample = [sum(count for at, count, _ in images if at == row) for row in range(3)]
+    assert per_sample == [patches[0], patches[1] + patches[2], 0]
+    assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
+
+
+def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family):
+    reducer = pumer.FoPru(keep=0.5)
+    if not pumer.active(pumer.apply(model, "none")).adapter.reads_tower:
+        pumer.remove(model)
+        with pytest.raises(ValueError, match="cannot be read"):
+            pumer.apply(model, reducer)
+        return
+    with pumer.reduced(model, reducer):
+        together = logits(model, tiny_llm.batch(family, LAYOUT))
+        for row in range(2):
+            alone = logits(model, tiny_llm.alone(family, LAYOUT, row))
+            near(together[row : row + 1, -alone.shape[1] :], alone)
+
+
+def test_the_report_counts_what_is_saved(model, family):
+    with pumer.reduced(model, Random(prune=0.5)):
+        logits(model, tiny_llm.batch(family, ((4, "i", 6),)))
+        report = pumer.report(model)
+    assert 0 < report.macs < report.base_macs
+    assert report.cache_bytes < report.base_cache_bytes
