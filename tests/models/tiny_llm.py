@@ -31,6 +31,7 @@ from torch import Tensor, nn
 BUILDERS = tuple(FAMILIES)
 """Families that go through every test of decoders; the others go through `test_families.py`."""
 
+import tiny_any_size  # noqa: E402, F401
 import tiny_families  # noqa: E402, F401
 
 

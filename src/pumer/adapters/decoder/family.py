@@ -53,6 +53,11 @@ class DecoderAdapter(DecoderCosts):
     other_tokens: ClassVar[tuple[str, ...]] = ("video_token_id",)
     """And those of other media, in the order of the masks that `placeholder_hook` gives behind that
     of images; what the configuration lacks has none."""
+    structure_tokens: ClassVar[tuple[str, ...]] = ()
+    """Names of ids in the configuration, or of lists of them, that are no text but the structure of
+    images."""
+    along_tokens: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a layer that have an entry for every token, besides masks and positions."""
     crop_gap: ClassVar[int | None] = None
     """Tokens that the prompt has at most between two crops of one image; None where `image_spans`
     are whole images."""
@@ -84,6 +89,14 @@ class DecoderAdapter(DecoderCosts):
         tokens = [getattr(trunk.config, name, None) for name in self.other_tokens]
         return [token for token in tokens if token is not None]
 
+    def _structure(self, trunk: Any) -> list[int]:
+        values = [getattr(trunk.config, name) for name in self.structure_tokens]
+        return [
+            token
+            for value in values
+            for token in (value if isinstance(value, (list, tuple)) else [value])
+        ]
+
     def _is(self, trunk: Any, token: int, input_ids: Tensor | None, embeddings: Tensor) -> Tensor:
         if input_ids is not None:
             return (input_ids == token).to(embeddings.device)
@@ -101,7 +114,8 @@ class DecoderAdapter(DecoderCosts):
         for step in range(-before, behind + 1):
             around_BS = around_BS | shift(none_BS, step)
         ids = inputs.get("input_ids")
-        for token in () if ids is None else self._others(trunk):
+        no_text = [*self._others(trunk), *self._structure(trunk)]
+        for token in () if ids is None else no_text:
             around_BS = around_BS | (ids == token).to(image_BS.device)
         return around_BS
 

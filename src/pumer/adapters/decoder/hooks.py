@@ -165,8 +165,15 @@ class DecoderHooks:
         if layout is None and cached is None:
             return args, kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
+        more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
         select = partial(self._select, state, layer_index, along, layout, cached, states_BKD)
         kwargs |= state.memoize((*along.values(), layout, cached), select)
+        if layout is not None:
+            gather = partial(
+                decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
+            )
+            kwargs |= {name: gather(value) for name, value in more.items()}
+            args = (*args[:1], *map(gather, args[1:]))
         if not args:
             return (), kwargs | {"hidden_states": states_BKD}
         return (states_BKD, *args[1:]), kwargs

@@ -16,7 +16,12 @@ class InternVLAdapter(DecoderAdapter):
     patches make a token."""
 
     family = "InternVL"
-    classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration", "InternVLModel")
+    classes: ClassVar[tuple[str, ...]] = (
+        "InternVLForConditionalGeneration",
+        "InternVLModel",
+        "QianfanOCRForConditionalGeneration",
+        "QianfanOCRModel",
+    )
     image_delimiters = (1, 1)
     crop_gap = 0
 

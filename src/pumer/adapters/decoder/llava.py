@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -85,6 +86,15 @@ class LlavaAdapter(DecoderAdapter):
         return one_span_each(output.pooler_output, grid if fills_grid else None, facts, structure)
 
 
+@register
+class VideoLlavaAdapter(LlavaAdapter):
+    """Video-LLaVA (Lin et al., 2024), whose images have a tower of their own; videos are left as
+    they are."""
+
+    family = "Video-LLaVA"
+    classes: ClassVar[tuple[str, ...]] = ("VideoLlavaForConditionalGeneration", "VideoLlavaModel")
+
+
 class _Packed(LlavaAdapter):
     """An image is put together from a thumbnail and crops, with a newline token at the end of every
     row."""
@@ -138,10 +148,15 @@ class _Packed(LlavaAdapter):
 
 @register
 class LlavaNextAdapter(_Packed):
-    """LLaVA-NeXT."""
+    """LLaVA-NeXT, and its form for videos, which are left as they are."""
 
     family = "LLaVA-NeXT"
-    classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+    classes: ClassVar[tuple[str, ...]] = (
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextModel",
+        "LlavaNextVideoForConditionalGeneration",
+        "LlavaNextVideoModel",
+    )
 
 
 @register
@@ -193,16 +208,19 @@ def _pack(
     stock: Callable[..., Any],
     capture: VisionCapture,
     image_features: Sequence[Tensor],
-    image_sizes: Tensor,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     """In place of `pack_image_features`: the same, and how it was done noted."""
     captured = capture.current
-    again = {name: value for name, value in kwargs.items() if name != "image_newline"}
+    names = [*inspect.signature(type(trunk).pack_image_features).parameters][2:]
+    again = dict(zip(names, args, strict=False)) | kwargs
+    again.pop("image_newline", None)
     shapes = [tuple(features.shape) for features in image_features]
     if captured is not None:
-        captured.packed = shapes, partial(stock, image_sizes=image_sizes.cpu(), **again)
-    return stock(image_features, image_sizes, **kwargs)
+        again["image_sizes"] = again["image_sizes"].cpu()
+        captured.packed = shapes, partial(stock, **again)
+    return stock(image_features, *args, **kwargs)
 
 
 def _takes_all(trunk: Any, captured: Captured) -> bool:

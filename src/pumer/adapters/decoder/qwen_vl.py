@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (Wang et al., 2024; Bai et al., 2025) as transformers has them.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (Wang et al., 2024; Bai et al., 2025), and the thinkers of
+Qwen-Omni, as transformers has them.
 
 Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself:
 neither changes, as the model goes on counting every token.
@@ -8,21 +9,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from pumer.adapters.base import Patch, config_of, register
+from pumer.adapters.base import config_of, register
+from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter
-from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.vision import VisionCapture, attention_of
-from pumer.reducers.tokens import Encoder, Grid
 
 
 @register
-class QwenVLAdapter(DecoderAdapter):
-    """Images of any size, four patches to a token; no [CLS]; videos are left as they are."""
+class QwenVLAdapter(AnySizeAdapter):
+    """Four patches make a token."""
 
     family = "Qwen-VL"
     classes: ClassVar[tuple[str, ...]] = (
@@ -37,87 +34,59 @@ class QwenVLAdapter(DecoderAdapter):
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)
-    on_host = ("image_grid_thw",)
 
     def projector(self, model: nn.Module) -> nn.Module:
-        return self.trunk(model).visual.merger
+        return self.vision(model).merger
 
     def tower_attention(self, model: nn.Module) -> Any:
         # The last block; in Qwen2.5-VL the last one that sees the whole image.
-        blocks = self.trunk(model).visual.blocks
         full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
-        return blocks[max(full) if full else -1].attn
+        return self.vision(model).blocks[max(full) if full else -1].attn
 
-    def patches_per_token(self, model: nn.Module) -> int:
-        return int(config_of(model).vision_config.spatial_merge_size ** 2)
-
-    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        patch.hook(self.trunk(model).visual.register_forward_pre_hook(_to_device, with_kwargs=True))
-
-    def default_grid(self, model: nn.Module) -> Grid:
-        return DEFAULT_GRID
-
-    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
-        merge = trunk.visual.spatial_merge_size
-        frames = captured.inputs["image_grid_thw"]
-        grids = [(rows // merge, columns // merge) for _, rows, columns in frames.tolist()]
-        encoders = self._known(
-            trunk, frames, captured, [len(features) for features in output.pooler_output]
-        )
-        return [
-            ImageSpan(
-                len(features), None, grid if grid[0] * grid[1] == len(features) else None, encoder
-            )
-            for features, grid, encoder in zip(output.pooler_output, grids, encoders, strict=True)
-        ]
-
-    def _known(
-        self, trunk: Any, frames: Tensor, captured: Captured, lengths: list[int]
-    ) -> list[Encoder | None]:
-        """What the tower knows of every image's tokens, each the mean of its four patches."""
-        features, heads = captured.features_RPD, captured.heads
-        if not captured.needs:
-            return [None] * len(lengths)
-        group = trunk.visual.spatial_merge_size**2
-        back = torch.arange(sum(lengths))
-        if hasattr(trunk.visual, "window_size"):  # patches stand in the order of windows
-            back = get_vision_window_index(
-                frames,
-                trunk.visual.spatial_merge_size,
-                trunk.visual.window_size,
-                trunk.visual.patch_size,
-            )[0].argsort()
-        # Chunks of the sequence are given one by one, or all in one.
-        wide = None if not heads else [torch.cat(part, 2) for part in zip(*heads, strict=True)]
-        encoders: list[Encoder | None] = []
-        for image_index, length in enumerate(lengths):
-            start = sum(lengths[:image_index])
-            # An image's tokens are a stretch of the sequence in either order.
-            stretch = slice(start * group, (start + length) * group)
-            facts = {} if features is None else {"features_BND": features[None, stretch]}
-            if wide is not None:
-                queries, keys = (part[:, :, stretch] for part in wide)
-                facts |= attention_of(captured.needs, queries, keys, first=False)
-            order = (back[start : start + length] - start).to(trunk.visual.device)
-            encoders.append(
-                Encoder(
-                    **{
-                        name: facts[name].unflatten(1, (length, group)).mean(2)[:, order]
-                        for name in captured.needs
-                    }
-                )
-            )
-        return encoders
+    def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
+        tower = self.vision(trunk)
+        if not hasattr(tower, "window_size"):
+            return None
+        return get_vision_window_index(  # patches stand in the order of windows
+            captured.inputs["image_grid_thw"],
+            tower.spatial_merge_size,
+            tower.window_size,
+            tower.patch_size,
+        )[0].argsort()
 
 
-DEFAULT_GRID = (24, 24)
-"""Rows and columns of tokens of an image of 672 pixels on a side."""
+@register
+class QwenOmniAdapter(QwenVLAdapter):
+    """The part of Qwen-Omni that thinks, and writes text; audio is left as it is."""
+
+    family = "Qwen-Omni"
+    classes: ClassVar[tuple[str, ...]] = (
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        "Qwen2_5OmniThinkerModel",
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        "Qwen3OmniMoeThinkerModel",
+    )
+    other_tokens = ("video_token_id", "audio_token_id")
 
 
-def _to_device(visual: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The tower's grids, which the host has read, back on the device of the pixels."""
-    pixels = args[0] if args else kwargs["hidden_states"]
-    return args, {
-        name: value.to(pixels.device) if name == "grid_thw" else value
-        for name, value in kwargs.items()
-    }
+@register
+class Exaone45Adapter(QwenVLAdapter):
+    """EXAONE 4.5 (LG AI Research, 2026): Qwen2.5-VL's tower, and one position to a token."""
+
+    family = "EXAONE 4.5"
+    classes: ClassVar[tuple[str, ...]] = ("Exaone4_5_ForConditionalGeneration", "Exaone4_5_Model")
+    renumbers = True
+
+
+@register
+class HyperCLOVAXAdapter(Exaone45Adapter):
+    """HyperCLOVA X Vision: the same with a projector behind the tower's own."""
+
+    family = "HyperCLOVA X"
+    classes: ClassVar[tuple[str, ...]] = (
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+        "HyperCLOVAXVisionV2Model",
+    )
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).projector

@@ -1,0 +1,124 @@
+"""Families whose images may have any size: the tower takes the patches of all images in one row, or
+each image's in a row of its own with padding behind them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters.base import Patch, config_of
+from pumer.adapters.decoder.captured import Captured
+from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.vision import VisionCapture, attention_of
+from pumer.reducers.tokens import Encoder, Grid
+
+DEFAULT_GRID = (24, 24)
+"""Rows and columns of tokens of an image of 672 pixels on a side."""
+
+
+class AnySizeAdapter(DecoderAdapter):
+    """Squares of patches make a token; no [CLS]; videos are left as they are.
+
+    As it is, it fits families whose processor gives `image_grid_thw`, such as Qwen-VL.
+    """
+
+    on_host = ("image_grid_thw",)
+    grouped: ClassVar[bool] = True
+    """Whether the tower has the patches of one token side by side; otherwise rows of patches."""
+    padded: ClassVar[bool] = False
+    """Whether every image is a row of its own in the tower."""
+
+    def patches_per_token(self, model: nn.Module) -> int:
+        vision = config_of(model).vision_config
+        return int(getattr(vision, "spatial_merge_size", 1) ** 2)
+
+    def default_grid(self, model: nn.Module) -> Grid:
+        return DEFAULT_GRID
+
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
+        tower = self.vision(model)
+        patch.hook(tower.register_forward_pre_hook(_to_device, with_kwargs=True))
+
+    def token_grids(self, trunk: Any, captured: Captured) -> list[Grid]:
+        """Rows and columns of tokens of every image."""
+        side = math.isqrt(self.patches_per_token(trunk))
+        frames = captured.inputs["image_grid_thw"].tolist()
+        return [(rows // side, columns // side) for _, rows, columns in frames]
+
+    def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
+        """Index of every token among those of the tower, where it has them in another order."""
+        return None
+
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
+        grids, lengths = self.token_grids(trunk, captured), list(map(len, output.pooler_output))
+        encoders = self._encoders(trunk, captured, grids, lengths)
+        return [
+            ImageSpan(length, None, grid if grid[0] * grid[1] == length else None, encoder)
+            for length, grid, encoder in zip(lengths, grids, encoders, strict=True)
+        ]
+
+    def _encoders(
+        self, trunk: Any, captured: Captured, grids: list[Grid], lengths: list[int]
+    ) -> list[Encoder | None]:
+        """What the tower knows of every image's tokens, each the mean of its patches."""
+        if not captured.needs:
+            return [None] * len(lengths)
+        order = self.token_order(trunk, captured)
+        features, heads = captured.features_RPD, captured.heads
+        # Chunks of the sequence are given one by one, or all in one.
+        wide = None if not heads else [torch.cat(part, 2) for part in zip(*heads, strict=True)]
+        group = self.patches_per_token(trunk)
+        if wide is not None and not self.padded:
+            group = wide[0].shape[2] // sum(lengths)
+        encoders: list[Encoder | None] = []
+        for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
+            row = slice(image_index, image_index + 1) if self.padded else slice(None)
+            start = 0 if self.padded else sum(lengths[:image_index])
+            # An image's tokens are a stretch of the sequence in either order.
+            stretch = slice(start * group, (start + length) * group)
+            facts = {}
+            if features is not None:
+                flat = features[row] if self.padded else features.flatten(0, -2)[None]
+                # Some families gather the patches of a token before the projector, in the prompt's
+                # order.
+                gathered = not self.padded and flat.shape[1] == sum(lengths)
+                facts["features_BND"] = flat[
+                    :, slice(start, start + length) if gathered else stretch
+                ]
+            if wide is not None:
+                queries, keys = (part[row, :, stretch] for part in wide)
+                facts |= attention_of(captured.needs, queries, keys, first=False)
+            known = {}
+            for name in captured.needs:
+                value = facts[name]
+                if value.shape[1] != length:
+                    value = self._per_token(value, grid, group)
+                    if order is not None:
+                        index = order[start : start + length] - start
+                        value = value[:, index.to(value.device)]
+                known[name] = value
+            encoders.append(Encoder(**known))
+        return encoders
+
+    def _per_token(self, value: Tensor, grid: Grid, group: int) -> Tensor:
+        if self.grouped:
+            return value.unflatten(1, (-1, group)).mean(2)
+        (rows, columns), side = grid, math.isqrt(group)
+        return value.unflatten(1, (rows, side, columns, side)).mean((2, 4)).flatten(1, 2)
+
+
+def _to_device(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The tower's grids, which the host has read, back on the device of the pixels."""
+    pixels = next(
+        value
+        for value in (*args, *kwargs.values())
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
+    return args, {
+        name: value.to(pixels.device) if name == "grid_thw" else value
+        for name, value in kwargs.items()
+    }

@@ -1,0 +1,33 @@
+"""GLM-4V, GLM-4.6V, their mixtures of experts and GLM-OCR (GLM-V Team, 2025) as transformers has
+them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from pumer.adapters.base import register
+from pumer.adapters.decoder.any_size import AnySizeAdapter
+
+
+@register
+class Glm4vAdapter(AnySizeAdapter):
+    """A convolution makes a token of four patches before the projector sees them."""
+
+    family = "GLM-V"
+    classes: ClassVar[tuple[str, ...]] = (
+        "Glm4vForConditionalGeneration",
+        "Glm4vModel",
+        "Glm46VForConditionalGeneration",
+        "Glm46VModel",
+        "Glm4vMoeForConditionalGeneration",
+        "Glm4vMoeModel",
+        "GlmOcrForConditionalGeneration",
+        "GlmOcrModel",
+    )
+    renumbers = False  # an image token has three positions: time, row and column
+    image_delimiters = (1, 1)
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return self.vision(model).merger
