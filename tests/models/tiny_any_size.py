@@ -210,6 +210,9 @@ def paddleocr_vl() -> nn.Module:
     return transformers.PaddleOCRVLForConditionalGeneration(config)
 
 
+ERNIE_ROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+
+
 def experts_by_type(inputs: Inputs) -> Inputs:
     """Which tokens go to the experts of images."""
     types = image_types(inputs)
@@ -226,8 +229,58 @@ def ernie4_5_vl() -> nn.Module:
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     }
     config = transformers.Ernie4_5_VLMoeConfig(
-        text_config=QWEN_TEXT | experts,
+        text_config=QWEN_TEXT | experts | ERNIE_ROPE,
         vision_config=VISION | {"temporal_merge_size": 2},
         **GLM_IDS,
     )
     return transformers.Ernie4_5_VLMoeForConditionalGeneration(config)
+
+
+def patches_with_places(index: int, generator: Generator) -> Image:
+    """An image as Gemma 4's processor gives it: patches and their places, made up with none."""
+    rows, columns = ((4, 6), (8, 4), (6, 10))[index % 3]
+    patches = torch.zeros(1, 64, 3 * 16)
+    patches[0, : rows * columns] = torch.rand(rows * columns, 3 * 16, generator=generator)
+    places = torch.full((1, 64, 2), -1)
+    raster = torch.arange(rows * columns)
+    places[0, : rows * columns] = torch.stack([raster % columns, raster // columns], 1)
+    ids = [51, *[IMAGE] * (rows * columns // 4), 52]
+    return {"pixel_values": patches, "image_position_ids": places}, ids
+
+
+@family(patches_with_places, extras=image_types)
+def gemma4() -> nn.Module:
+    """Of six layers, two of which read the keys of others."""
+    config = transformers.Gemma4Config(
+        text_config=TEXT
+        | {
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": 60,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 8,
+        },
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+        },
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=58,
+        audio_token_id=59,
+    )
+    return transformers.Gemma4ForConditionalGeneration(config)

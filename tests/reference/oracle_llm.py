@@ -67,6 +67,9 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
             torch.ones_like(held.position_BK) if held.filled_BK is None else held.filled_BK.long()
         )
         marks[number] = mark.scatter_add(1, held.position_BK, filled).bool()
+    for number, source in enumerate(find(model).key_layers(model)):  # some read those of others
+        if source in marks:
+            marks[number] = marks[source]
     return marks
 
 

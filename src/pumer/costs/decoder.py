@@ -144,11 +144,10 @@ def _cached(
 
 
 def _cache(model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, int], ...]) -> int:
-    config = config_of(model).get_text_config()
-    _, channels = adapter.attention_shape(model)
     weight: torch.Tensor = next(adapter.language(model).layers.parameters())
     width = weight.element_size() if weight.is_floating_point() else 2
-    return 2 * config.num_key_value_heads * channels * width * sum(_cached(model, adapter, lengths))
+    held = zip(adapter.cache_channels(model), _cached(model, adapter, lengths), strict=True)
+    return width * sum(channels * count for channels, count in held)
 
 
 def _further(

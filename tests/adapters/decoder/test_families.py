@@ -17,7 +17,7 @@ PRUNING = {
     "random": Random(prune=0.4, layers=(-1, 1)),
     "fastv": FastV(keep=0.5, layer=1),
 }
-MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2))
+MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
 LOGITS = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -100,3 +100,15 @@ def test_the_report_counts_what_is_saved(model, family):
         report = pumer.report(model)
     assert 0 < report.macs < report.base_macs
     assert report.cache_bytes < report.base_cache_bytes
+
+
+def test_llama_4_scales_queries_by_the_positions_of_the_prompt():
+    """Which it counts by what is there: from 8192 on they tell; here from 4 on."""
+    model = tiny_llm.model("llama4")
+    for layer in model.language_model.model.layers:
+        layer.self_attn.floor_scale = 4
+    inputs = tiny_llm.batch("llama4", LAYOUT[1:2])
+    with pumer.reduced(model, PRUNING["random"]):
+        marks, reduced = oracle_llm.kept(model, inputs), logits(model, inputs)
+    with oracle_llm.masked(model, marks):
+        near(reduced[:, -1], logits(model, inputs)[:, -1])

@@ -76,21 +76,18 @@ class AnySizeAdapter(DecoderAdapter):
             group = wide[0].shape[2] // sum(lengths)
         encoders: list[Encoder | None] = []
         for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
-            row = slice(image_index, image_index + 1) if self.padded else slice(None)
-            start = 0 if self.padded else sum(lengths[:image_index])
-            # An image's tokens are a stretch of the sequence in either order.
-            stretch = slice(start * group, (start + length) * group)
+            start = sum(lengths[:image_index])
             facts = {}
             if features is not None:
-                flat = features[row] if self.padded else features.flatten(0, -2)[None]
-                # Some families gather the patches of a token before the projector, in the prompt's
-                # order.
-                gathered = not self.padded and flat.shape[1] == sum(lengths)
-                facts["features_BND"] = flat[
-                    :, slice(start, start + length) if gathered else stretch
-                ]
+                # An image's tokens are a stretch of the sequence, in any order. Some families
+                # gather the patches of a token before the projector, in the prompt's order.
+                per_token = features[..., 0].numel() // sum(lengths)
+                stretch = slice(start * per_token, (start + length) * per_token)
+                facts["features_BND"] = features.flatten(0, -2)[None, stretch]
             if wide is not None:
-                queries, keys = (part[row, :, stretch] for part in wide)
+                row = slice(image_index, image_index + 1) if self.padded else slice(None)
+                first = 0 if self.padded else start * group
+                queries, keys = (part[row, :, first : first + length * group] for part in wide)
                 facts |= attention_of(captured.needs, queries, keys, first=False)
             known = {}
             for name in captured.needs:
@@ -112,13 +109,13 @@ class AnySizeAdapter(DecoderAdapter):
 
 
 def _to_device(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The tower's grids, which the host has read, back on the device of the pixels."""
+    """What the host has read, back on the device of the pixels."""
     pixels = next(
         value
         for value in (*args, *kwargs.values())
         if isinstance(value, Tensor) and value.is_floating_point()
     )
     return args, {
-        name: value.to(pixels.device) if name == "grid_thw" else value
+        name: value.to(pixels.device) if isinstance(value, Tensor) else value
         for name, value in kwargs.items()
     }

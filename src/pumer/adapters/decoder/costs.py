@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from pumer.adapters.base import config_of, head_macs
-from pumer.adapters.decoder.parts import ATTENTION, DecoderParts, named, tower_layers
+from pumer.adapters.decoder.parts import (
+    ATTENTION,
+    DecoderParts,
+    head_channels,
+    named,
+    tower_layers,
+)
 from pumer.reducers.tokens import Encoder
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -31,6 +37,7 @@ class DecoderCosts(DecoderParts):
         for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
             count, attention = sum(pair), named(layer, ATTENTION)
             projections = linear_weights(attention)
+            channels = head_channels(layer) or channels
             result.append(
                 (
                     count * projections + 2 * count**2 * heads * channels,

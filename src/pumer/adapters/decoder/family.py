@@ -179,6 +179,14 @@ class DecoderAdapter(DecoderCosts):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
             )
+        shared = {key for layer, key in enumerate(self.key_layers(model)) if key != layer}
+        if any(reducer.reduces_at(layer) for layer in range(min(shared, default=depth), depth)):
+            first = reducer.layer_offset
+            raise ValueError(
+                f"{reducer.name} would reduce behind layer {min(shared)}, whose keys the last "
+                f"layers of {type(model).__name__} read: give layers {first} to "
+                f"{first + min(shared) - 1}"
+            )
         needs_class = {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.traits.needs_encoder
         if needs_class and not self.has_class_token(model):
             raise ValueError(

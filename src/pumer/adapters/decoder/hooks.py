@@ -58,8 +58,10 @@ class DecoderHooks:
 
     def __init__(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
         self.patch, self.spec = patch, spec
+        self.model: Any = model
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
+        self.key_layers = spec.key_layers(model)
         self.capture = VisionCapture(patch.reducer.traits.needs_encoder)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
@@ -161,12 +163,13 @@ class DecoderHooks:
             states_BKD = self._reduced(state, layer_index, states_BKD)
         layout = state.layouts[layer_index] if state.layouts else None
         layout = None if layout is None or layout.unreduced else layout
-        cached = kv_cache.layout(state.cache, layer_index) if state.past else None
+        key_layer = self.key_layers[layer_index]
+        cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
             return args, kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
-        select = partial(self._select, state, layer_index, along, layout, cached, states_BKD)
+        select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
         kwargs |= state.memoize((*along.values(), layout, cached), select)
         if layout is not None:
             gather = partial(
@@ -288,7 +291,10 @@ def _trunk_forward(
     with hooks.enter(lambda state: state.trunk_entered) as state:
         if question_mask is not None:
             state.call_kwargs[QUESTION_MASK] = question_mask
-        hooks.begin(state, _bind(signature, args, kwargs))
+        inputs = _bind(signature, args, kwargs)
+        if trunk is hooks.model:  # which has no model around it that would have done so
+            state.call_kwargs |= inputs
+        hooks.begin(state, inputs)
         return stock(*args, **kwargs)
 
 

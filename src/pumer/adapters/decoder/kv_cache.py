@@ -28,6 +28,8 @@ from pumer.adapters.forward import max_length
 _ATTRIBUTE = "_pumer_layout"
 NAMES = ("cache", "past_key_values")
 """What transformers calls the cache, from 5.24 on and before."""
+HOLDS_NOTHING = "DummyLayer"
+"""The class of a layer of a cache whose attention reads the keys of another layer, from 5.24 on."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,12 @@ def check(cache: Any) -> None:
     layers = () if cache is None else cache.layers
     supported = (DynamicLayer, DynamicSlidingWindowLayer, ReducedDynamicLayer, ReducedSlidingLayer)
     unsupported = next(
-        (type(layer).__name__ for layer in layers if type(layer) not in supported), None
+        (
+            type(layer).__name__
+            for layer in layers
+            if type(layer) not in supported and type(layer).__name__ != HOLDS_NOTHING
+        ),
+        None,
     )
     if unsupported is not None:
         raise ValueError(

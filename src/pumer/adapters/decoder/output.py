@@ -104,7 +104,8 @@ def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheL
     layouts: dict[Any, kv_cache.CacheLayout] = {}
     result = {}
     for layer_index, layout in enumerate(state.layouts):
-        if layout.unreduced or layer_index >= len(cache.layers):
+        shares_keys = state.hooks.key_layers[layer_index] != layer_index
+        if layout.unreduced or shares_keys or layer_index >= len(cache.layers):
             continue
         if not cache.layers[layer_index].is_initialized:
             continue

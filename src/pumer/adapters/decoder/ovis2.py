@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -21,7 +22,13 @@ class Ovis2Adapter(DecoderAdapter):
     crop_gap = 1
 
     def projector(self, model: nn.Module) -> nn.Module:
-        return self.trunk(model).visual_embeddings_table
+        return self.vision(model).head_linear
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        vision, projection = super().vision_macs(model, image, tower)
+        return vision, projection + image * self.trunk(model).visual_embeddings_table.weight.numel()
 
     def patches_per_token(self, model: nn.Module) -> int:
         return int(config_of(model).vision_config.hidden_stride ** 2)

@@ -59,6 +59,10 @@ class DecoderParts(Adapter):
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return list(self.language(model).layers)
 
+    def key_layers(self, model: nn.Module) -> list[int]:
+        """The layer whose keys every layer reads: its own, where they are not shared."""
+        return list(range(self.depth(model)))
+
     def patches_per_token(self, model: nn.Module) -> int:
         """How many patches of the vision tower become one token of the language model."""
         return 1
@@ -76,7 +80,19 @@ class DecoderParts(Adapter):
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
         config = config_of(model).get_text_config()
         heads = config.num_attention_heads
-        return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+        channels = head_channels(self.layers(model)[0])
+        return heads, channels or getattr(config, "head_dim", None) or config.hidden_size // heads
+
+    def cache_channels(self, model: nn.Module) -> list[int]:
+        """Numbers that the cache of every layer holds of one token."""
+        heads, channels = self.attention_shape(model)
+        result = []
+        for layer_index, key_layer in enumerate(self.key_layers(model)):
+            layer = self.layers(model)[layer_index]
+            groups = getattr(named(layer, ATTENTION), "num_key_value_groups", 1)
+            held = 2 * (heads // groups) * (head_channels(layer) or channels)
+            result.append(held if key_layer == layer_index else 0)
+        return result
 
 
 class SquareMerge(DecoderParts):
@@ -96,6 +112,11 @@ def named(module: Any, names: Sequence[str]) -> Any:
     return getattr(module, name)
 
 
+def head_channels(layer: nn.Module) -> int | None:
+    """Channels of one head of a layer's attention; None where it does not say."""
+    return getattr(named(layer, ATTENTION), "head_dim", None)
+
+
 def side_length(size: Any) -> int:
     """A side's length, which some configurations give twice."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
@@ -104,7 +125,7 @@ def side_length(size: Any) -> int:
 def tower_layers(tower: Any) -> nn.ModuleList:
     """The layers of a vision tower."""
     inner = tower
-    for name in ("vision_model", "transformer", "encoder"):
+    for name in ("vision_model", "transformer", "model", "encoder"):
         inner = getattr(inner, name, inner)
     return named(inner, LAYERS)
 

@@ -46,7 +46,7 @@ class VisionCapture:
         if not self.needs:
             return
         projector = spec.projector(model)
-        patch.hook(projector.register_forward_pre_hook(self._on_projector))
+        patch.hook(projector.register_forward_pre_hook(self._on_projector, with_kwargs=True))
         if patch.reducer.traits.before_projector and spec.projects_tokens:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
@@ -78,9 +78,9 @@ class VisionCapture:
         finally:
             _current.reset(token)
 
-    def _on_projector(self, _: nn.Module, args: Any) -> None:
+    def _on_projector(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.current is not None:
-            self.current.features_RPD = args[0].detach()
+            self.current.features_RPD = next(iter((*args, *kwargs.values()))).detach()
 
     def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
