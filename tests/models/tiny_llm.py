@@ -33,6 +33,7 @@ BUILDERS = tuple(FAMILIES)
 
 import tiny_any_size  # noqa: E402, F401
 import tiny_families  # noqa: E402, F401
+import tiny_more  # noqa: E402, F401
 
 
 def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:

@@ -4,6 +4,7 @@ each image's in a row of its own with padding behind them."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -53,12 +54,20 @@ class AnySizeAdapter(DecoderAdapter):
         """Index of every token among those of the tower, where it has them in another order."""
         return None
 
+    def structure(self, grid: Grid) -> Tensor | None:
+        """Which of the placeholders of an image are no patches, bool [N]; None where all are."""
+        return None
+
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
-        grids, lengths = self.token_grids(trunk, captured), list(map(len, output.pooler_output))
-        encoders = self._encoders(trunk, captured, grids, lengths)
+        grids, spans = self.token_grids(trunk, captured), []
+        for grid, features in zip(grids, output.pooler_output, strict=True):
+            span = ImageSpan(len(features), self.structure(grid))
+            fills_grid = grid[0] * grid[1] == span.num_patches
+            spans.append(replace(span, grid=grid if fills_grid else None))
+        patches = [span.num_patches for span in spans]
+        encoders = self._encoders(trunk, captured, grids, patches)
         return [
-            ImageSpan(length, None, grid if grid[0] * grid[1] == length else None, encoder)
-            for length, grid, encoder in zip(lengths, grids, encoders, strict=True)
+            replace(span, encoder=encoder) for span, encoder in zip(spans, encoders, strict=True)
         ]
 
     def _encoders(

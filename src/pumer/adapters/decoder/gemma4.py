@@ -51,6 +51,31 @@ class Gemma4Adapter(AnySizeAdapter):
         patch.wrap(self.language(model), "_maybe_slice_kv_shared_inputs", _unsliced)
 
 
+@register
+class Gemma4UnifiedAdapter(Gemma4Adapter):
+    """Patches go into the language model without a tower."""
+
+    family = "Gemma 4 Unified"
+    classes: ClassVar[tuple[str, ...]] = (
+        "Gemma4UnifiedForConditionalGeneration",
+        "Gemma4UnifiedModel",
+    )
+    reads_tower = False
+
+    def vision(self, model: nn.Module) -> nn.Module:
+        return self.trunk(model).embed_vision
+
+    def token_grids(self, trunk: Any, captured: Captured) -> list[Grid]:
+        last = captured.inputs["image_position_ids"].amax(1).tolist()
+        return [(row + 1, column + 1) for column, row in last]
+
+    def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        return 0, 1, 1
+
+    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
+        AnySizeAdapter.install(self, patch, model, capture)
+
+
 def _unsliced(
     language: Any, stock: Callable[..., Any], states: Tensor, *along_tokens: Any, **_: Any
 ) -> Any:

@@ -31,6 +31,10 @@ class QwenVLAdapter(AnySizeAdapter):
         "Qwen3VLModel",
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3VLMoeModel",
+        "Cosmos3OmniForConditionalGeneration",
+        "Cosmos3OmniModel",
+        "CohereCompassForConditionalGeneration",
+        "CohereCompassModel",
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)

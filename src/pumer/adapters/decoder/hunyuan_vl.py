@@ -1,0 +1,33 @@
+"""Hunyuan-VL (Tencent, 2025) as transformers has it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pumer.adapters.base import register
+from pumer.adapters.decoder.any_size import AnySizeAdapter
+from pumer.reducers.tokens import Grid
+
+
+@register
+class HunYuanVLAdapter(AnySizeAdapter):
+    """Among an image's placeholders are one that opens it, one behind every row, and one that
+    closes it."""
+
+    family = "Hunyuan-VL"
+    classes: ClassVar[tuple[str, ...]] = ("HunYuanVLForConditionalGeneration", "HunYuanVLModel")
+    renumbers = False  # an image token has several positions
+    other_tokens = ()
+    grouped = False
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return self.vision(model).patch_merger
+
+    def structure(self, grid: Grid) -> Tensor:
+        rows, columns = grid
+        place = torch.arange(rows * (columns + 1) + 2) - 1
+        last = len(place) - 2
+        return (place < 0) | (place % (columns + 1) == columns) | (place == last)
