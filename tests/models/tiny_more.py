@@ -18,6 +18,7 @@ from tiny_parts import (
     CLIP,
     IMAGE,
     QWEN_IDS,
+    QWEN_TEXT,
     TEXT,
     Image,
     family,
@@ -25,7 +26,8 @@ from tiny_parts import (
     patches_of_any_size,
     squares,
 )
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 SIZES = ((4, 6), (8, 4), (6, 10))
 """Rows and columns of patches of every image."""
@@ -47,8 +49,16 @@ def cosmos3_omni() -> nn.Module:
 
 @any_size
 def cohere_compass() -> nn.Module:
+    rope = {
+        kind: QWEN_TEXT["rope_parameters"] for kind in ("sliding_attention", "full_attention")
+    }
     config = transformers.CohereCompassConfig(
-        text_config=TEXT | {"sliding_window": 16, "rope_parameters": None},
+        text_config=TEXT
+        | {
+            "sliding_window": 16,
+            "layer_types": list(rope) * 2,
+            "rope_parameters": rope,
+        },
         vision_config=DEEPSTACK,
         **QWEN_IDS,
     )
@@ -150,19 +160,20 @@ def fuyu() -> nn.Module:
 
 @family(squares(16, around=([51], [52])))
 def chameleon() -> nn.Module:
-    tokens = {f"IMGIMG{chr(65 + code)}Z": 50 + code for code in range(4)}
+    letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+    words = {f"IMGIMG{str(code).translate(letters)}Z": 2 + code for code in range(48)}
     config = transformers.ChameleonConfig(
         **TEXT | {"num_key_value_heads": 4},
         vq_config={
             "embed_dim": 4,
-            "num_embeddings": 4,
+            "num_embeddings": 48,
             "latent_channels": 4,
             "resolution": 32,
             "base_channels": 32,
             "channel_multiplier": [1, 1, 1, 1],
             "num_res_blocks": 1,
         },
-        vocabulary_map=tokens | {"<image>": IMAGE},
+        vocabulary_map=words | {"<image>": IMAGE},
     )
     return transformers.ChameleonForConditionalGeneration(config)
 
@@ -219,15 +230,22 @@ def perception_lm() -> nn.Module:
     return transformers.PerceptionLMForConditionalGeneration(config)
 
 
-@family(squares(16, side=64))
+@family(squares(16))
 def fast_vlm() -> nn.Module:
-    """On a tower of convolutions: timm's are not installed everywhere."""
-    vision = transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 8, 24], depths=[1, 1, 1, 1])
-    vision.hidden_size = 24
+    """On a tower of one convolution: timm's are not installed everywhere."""
     config = transformers.FastVlmConfig(
-        vision_config=vision,
+        vision_config=transformers.CLIPVisionConfig(**CLIP),
         text_config=transformers.Qwen2Config(**TEXT),
         image_token_id=IMAGE,
         image_seq_length=16,
     )
-    return transformers.FastVlmForConditionalGeneration(config)
+    model = transformers.FastVlmForConditionalGeneration(config)
+    model.model.vision_tower = Convolution(3, CLIP["hidden_size"], 8, stride=8)
+    return model
+
+
+class Convolution(nn.Conv2d):
+    """A tower of one convolution."""
+
+    def forward(self, pixel_values: Tensor, **_) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=super().forward(pixel_values))

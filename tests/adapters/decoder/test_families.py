@@ -18,6 +18,8 @@ PRUNING = {
     "fastv": FastV(keep=0.5, layer=1),
 }
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
+ROWS_DIFFER = ("hunyuan_vl",)
+"""Whose stock model gives a sample with two images other logits in a batch than alone."""
 LOGITS = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -59,11 +61,16 @@ def test_dropping_is_masking(model, family, name):
     assert not (gone & ~is_image).any()
 
 
+def rows(family):
+    """Samples of `LAYOUT` that the stock model answers as if they were alone."""
+    return [0, 2] if family in ROWS_DIFFER else [0, 1, 2]
+
+
 def test_a_row_of_a_batch_is_the_sample_alone(model, family):
     inputs = tiny_llm.batch(family, LAYOUT)
     with pumer.reduced(model, MERGING):
         together, said = logits(model, inputs), answer(model, inputs)
-        for row in range(len(LAYOUT)):
+        for row in rows(family):
             alone = tiny_llm.alone(family, LAYOUT, row)
             length = alone["input_ids"].shape[1]
             near(together[row : row + 1, -length:], logits(model, alone))
@@ -89,7 +96,7 @@ def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family):
         return
     with pumer.reduced(model, reducer):
         together = logits(model, tiny_llm.batch(family, LAYOUT))
-        for row in range(2):
+        for row in rows(family):
             alone = logits(model, tiny_llm.alone(family, LAYOUT, row))
             near(together[row : row + 1, -alone.shape[1] :], alone)
 
