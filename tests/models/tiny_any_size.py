@@ -154,7 +154,8 @@ def glm_ocr() -> nn.Module:
 @family(patches_of_any_size)
 def exaone4_5() -> nn.Module:
     config = transformers.Exaone4_5_Config(
-        text_config=TEXT | {"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": 4},
+        text_config=TEXT
+        | {"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": 4},
         vision_config=WINDOWS | {"num_key_value_heads": 3},
         image_token_id=IMAGE,
         video_token_id=58,

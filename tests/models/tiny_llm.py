@@ -8,21 +8,10 @@ from collections.abc import Sequence
 import tiny_decoders  # noqa: F401  # registers its families
 import torch
 from tiny_parts import (
-    CACHE,
-    CLIP,
     FAMILIES,
     GREEDY,
     IMAGE,
-    LAYERS,
     PAD,
-    PINPOINTS,
-    QWEN_IDS,
-    QWEN_TEXT,
-    QWEN_VISION,
-    SIDES,
-    SIGLIP,
-    TEXT,
-    VOCABULARY,
     Image,
     Inputs,
 )

@@ -13,7 +13,6 @@ from tiny_any_size import (
     patches_of_pixels,
     patches_with_places,
 )
-from tiny_families import PLAIN
 from tiny_parts import (
     CLIP,
     IMAGE,
@@ -49,9 +48,7 @@ def cosmos3_omni() -> nn.Module:
 
 @any_size
 def cohere_compass() -> nn.Module:
-    rope = {
-        kind: QWEN_TEXT["rope_parameters"] for kind in ("sliding_attention", "full_attention")
-    }
+    rope = dict.fromkeys(("sliding_attention", "full_attention"), QWEN_TEXT["rope_parameters"])
     config = transformers.CohereCompassConfig(
         text_config=TEXT
         | {

@@ -1,8 +1,8 @@
 """Model knowledge: the only place that touches a foreign module. Importing it registers
 families."""
 
-from pumer.adapters.base import Adapter, Patch, ReductionStep
 from pumer.adapters import decoder  # noqa: F401
+from pumer.adapters.base import Adapter, Patch, ReductionStep
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pumer._suggest import did_you_mean
 from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
+from pumer.adapters.decoder import refused
 
 MERGES_IMAGES = ("ColQwen2ForRetrieval",)
 """Classes that contain a supported model, and hand it image features among the words'
@@ -38,6 +39,9 @@ def find(model: nn.Module) -> Adapter:
 
 def _hint(model: Any, name: str) -> str:
     """What to do in place of giving a model of an unsupported class."""
+    reason = refused.reason(model)
+    if reason is not None:
+        return f" {reason}"
     inner = _inside(model)
     if is_a(model, MERGES_IMAGES):
         return (

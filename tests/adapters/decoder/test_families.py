@@ -119,3 +119,21 @@ def test_llama_4_scales_queries_by_the_positions_of_the_prompt():
         marks, reduced = oracle_llm.kept(model, inputs), logits(model, inputs)
     with oracle_llm.masked(model, marks):
         near(reduced[:, -1], logits(model, inputs)[:, -1])
+
+
+def test_layers_that_keep_a_state_are_refused():
+    """Where the language model of a known family is a hybrid one."""
+    model = tiny_llm.model("internvl")
+    layer = model.model.language_model.layers[2]
+    layer.short_conv = layer.self_attn
+    del layer.self_attn
+    with pytest.raises(ValueError, match=r"layer 2 .* has no attention"):
+        pumer.apply(model, PRUNING["fastv"])
+    assert pumer.active(model) is None
+
+
+def test_reductions_come_before_layers_whose_keys_others_read():
+    model = tiny_llm.model("gemma4")
+    with pytest.raises(ValueError, match="give layers 1 to 2"):
+        pumer.apply(model, FastV(keep=0.5, layer=3))
+    pumer.remove(pumer.apply(model, FastV(keep=0.5, layer=2)))

@@ -27,7 +27,7 @@ class AnySizeAdapter(DecoderAdapter):
     As it is, it fits families whose processor gives `image_grid_thw`, such as Qwen-VL.
     """
 
-    on_host = ("image_grid_thw",)
+    on_host: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
     grouped: ClassVar[bool] = True
     """Whether the tower has the patches of one token side by side; otherwise rows of patches."""
     padded: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""What a decoder costs up to the first token of its answer, counted from the modules that it has."""
+"""What a decoder costs up to the first token of its answer, counted from its modules."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
+from pumer.adapters.decoder.parts import has_attention
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
+from pumer.adapters.decoder.refused import STATES
 from pumer.adapters.decoder.vision import (
     CLASS_ATTENTION,
     LAST_CLASS_ATTENTION,
@@ -116,7 +118,8 @@ class DecoderAdapter(DecoderCosts):
         ids = inputs.get("input_ids")
         no_text = [*self._others(trunk), *self._structure(trunk)]
         for token in () if ids is None else no_text:
-            around_BS = around_BS | (ids == token).to(image_BS.device)
+            is_token_BS: Tensor = ids == token
+            around_BS = around_BS | is_token_BS.to(image_BS.device)
         return around_BS
 
     def crop_groups(
@@ -178,6 +181,14 @@ class DecoderAdapter(DecoderCosts):
             raise ValueError(
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
+            )
+        without = [
+            index for index, layer in enumerate(self.layers(model)) if not has_attention(layer)
+        ]
+        if without:
+            raise ValueError(
+                f"layer {without[0]} of the language model of this {type(model).__name__} has no "
+                f"attention. {STATES}"
             )
         shared = {key for layer, key in enumerate(self.key_layers(model)) if key != layer}
         if any(reducer.reduces_at(layer) for layer in range(min(shared, default=depth), depth)):

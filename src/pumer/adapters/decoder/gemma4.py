@@ -79,6 +79,6 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
 def _unsliced(
     language: Any, stock: Callable[..., Any], states: Tensor, *along_tokens: Any, **_: Any
 ) -> Any:
-    """In place of `_maybe_slice_kv_shared_inputs`, which leaves the last layers only the tokens that
-    logits are asked of: all, as the layers before them have it."""
+    """In place of `_maybe_slice_kv_shared_inputs`, which leaves the last layers only the tokens
+    that logits are asked of: all, as the layers before them have it."""
     return states, *along_tokens[:3]

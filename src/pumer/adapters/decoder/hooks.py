@@ -20,16 +20,14 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
-from pumer.adapters.decoder import kv_cache, positions, prefill
+from pumer.adapters.decoder import kv_cache, media, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.prompt import (
@@ -41,7 +39,6 @@ from pumer.adapters.decoder.prompt import (
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
-from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
@@ -91,16 +88,16 @@ class DecoderHooks:
                     normalizer=spec.causal,
                 )
         self.capture.install(patch, spec, model)
-        patch.wrap(trunk, "get_image_features", _image_features, self)
+        patch.wrap(trunk, "get_image_features", media.image_features, self)
         if hasattr(trunk, "get_video_features"):
-            patch.wrap(trunk, "get_video_features", _video_features, self)
+            patch.wrap(trunk, "get_video_features", media.video_features, self)
         if spec.placeholder_hook is not None:
             in_place = spec.placeholder_hook == "get_placeholder_mask"
-            find_placeholders = _placeholder_mask if in_place else _inputs_merger
+            find_placeholders = media.placeholder_mask if in_place else media.inputs_merger
             patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
         spec.install(patch, model, self.capture)
         if hasattr(language, "_deepstack_process"):
-            patch.wrap(language, "_deepstack_process", _deepstack, self)
+            patch.wrap(language, "_deepstack_process", media.deepstack, self)
 
     def enter(self, begun: Callable[[ForwardState], bool]) -> AbstractContextManager[ForwardState]:
         """The state of the call that is running, or a new one where there is none or it has already
@@ -307,123 +304,8 @@ def _language_forward(
         if not state.inputs:  # it is called by itself, maybe to go on with a reduced prompt
             state.inputs = dict(kwargs)
         if state.tower_images and hooks.spec.placeholder_hook is None:
-            _find_placeholders(hooks, state, kwargs["inputs_embeds"])
+            media.find_placeholders(hooks, state, kwargs["inputs_embeds"])
         output = stock(*args, **kwargs, **{STATE: state})
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output
-
-
-def _image_features(
-    trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
-) -> Any:
-    """In place of `get_image_features`: the same, and the images recorded."""
-    spec = hooks.spec
-    names = list(inspect.signature(type(trunk).get_image_features).parameters)[1:]
-
-    def on_host(name: str, value: Any) -> Any:
-        return value.cpu() if name in spec.on_host and isinstance(value, Tensor) else value
-
-    args = tuple(on_host(name, value) for name, value in zip(names, args, strict=False))
-    kwargs = {name: on_host(name, value) for name, value in kwargs.items()}
-    inputs = dict(zip(names, args, strict=False)) | kwargs
-    with hooks.capture.call(inputs) as captured:
-        output = stock(*args, **kwargs)
-        # A replica has no parameters that would say where it is.
-        device = next(
-            value.device
-            for value in inputs.values()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        )
-        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
-            images = spec.image_spans(trunk, output, captured)
-        if captured.merged is not None:
-            merged = captured.merged
-            images = [replace(image, merged=merged.rows([row])) for row, image in enumerate(images)]
-    state = current_state(hooks)
-    if state is not None and state.trunk_entered:
-        state.tower_images = images
-    hooks.encoded.remember(output, images)  # for those who give it as `mm_encoder_outputs`
-    return output
-
-
-def _video_features(
-    trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
-) -> Any:
-    """In place of `get_video_features`, which may call `get_image_features`: the call keeps its
-    images."""
-    state = current_state(hooks)
-    images = None if state is None else state.tower_images
-    output = stock(*args, **kwargs)
-    if state is not None and images is not None:
-        state.tower_images = images
-    return output
-
-
-def _placeholder_mask(
-    trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
-) -> Any:
-    """In place of `get_placeholder_mask`: the same masks, in the one transfer to the host that the
-    prefill needs anyway."""
-    state = current_state(hooks)
-    arguments = (
-        inspect.signature(type(trunk).get_placeholder_mask).bind(trunk, *args, **kwargs).arguments
-    )
-    features = arguments.get("image_features")
-    if state is None or not state.trunk_entered or features is None:
-        return stock(*args, **kwargs)
-    masks = hooks.spec.placeholder_mask(
-        trunk, arguments.get("input_ids"), arguments["inputs_embeds"]
-    )
-    num_features = features.numel() // features.shape[-1]
-    prefill.begin_prefill(hooks.spec, trunk, state, masks[0], num_features)
-    columns = tuple(mask[..., None] for mask in masks)
-    return columns if len(columns) > 1 else columns[0]
-
-
-def _find_placeholders(hooks: DecoderHooks, state: ForwardState, embeddings: Tensor) -> None:
-    """Begin the prefill of a family whose placeholders are marked by a method that is not told of
-    the features: behind it."""
-    image, *_ = hooks.spec.placeholder_mask(
-        hooks.trunk, state.inputs.get("input_ids"), embeddings
-    )
-    num_features = sum(span.length for span in state.tower_images)
-    prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
-
-
-def _inputs_merger(
-    trunk: Any,
-    stock: Callable[..., Any],
-    hooks: DecoderHooks,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor,
-    image_hidden_states: Tensor,
-) -> Tensor:
-    """In place of `inputs_merger`, which also puts the features there."""
-    state = current_state(hooks)
-    if state is None or not state.trunk_entered:
-        merged: Tensor = stock(input_ids, inputs_embeds, image_hidden_states)
-        return merged
-    image, *_ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
-    features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
-    return inputs_embeds.masked_scatter(image[..., None], features)
-
-
-def _deepstack(
-    language: Any,
-    stock: Callable[..., Any],
-    hooks: DecoderHooks,
-    states: Tensor,
-    visual_pos_masks: Tensor,
-    planes: Tensor,
-) -> Tensor:
-    """In place of `_deepstack_process`, which adds visual features to the states of a layer."""
-    state = current_state(hooks)
-    if state is None or state.plan is None:
-        added: Tensor = stock(states, visual_pos_masks, planes)
-        return added
-    mask = visual_pos_masks.to(states.device)[..., None]
-    full = states.new_zeros(*mask.shape[:2], states.shape[2])
-    full = full.masked_scatter(mask, planes.to(states.device, states.dtype))
-    return states + state.plan.to(states.device).reduce(full)

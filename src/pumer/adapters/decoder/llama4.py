@@ -51,9 +51,7 @@ class Llama4Adapter(DecoderAdapter):
         return linear_weights(self.trunk(model).language_model.lm_head)
 
     def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        captured.heads = [
-            (queries.roll(1, 2), keys.roll(1, 2)) for queries, keys in captured.heads
-        ]
+        captured.heads = [(queries.roll(1, 2), keys.roll(1, 2)) for queries, keys in captured.heads]
         return super().vision_facts(trunk, captured)
 
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
@@ -61,9 +59,8 @@ class Llama4Adapter(DecoderAdapter):
         return one_span_each(output.last_hidden_state, self.default_grid(trunk), facts)
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        layer: Any
         for layer_index, layer in enumerate(self.layers(model)):
-            attention = layer.self_attn
+            attention: Any = layer.self_attn
             if attention.attn_temperature_tuning and not attention.use_rope:
                 patch.set(attention, "attn_temperature_tuning", False)
                 scale = partial(_scaled, attention, layer_index)

@@ -112,6 +112,11 @@ def named(module: Any, names: Sequence[str]) -> Any:
     return getattr(module, name)
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether a layer looks at keys, in place of a state that it keeps."""
+    return any(hasattr(layer, name) for name in ATTENTION)
+
+
 def head_channels(layer: nn.Module) -> int | None:
     """Channels of one head of a layer's attention; None where it does not say."""
     return getattr(named(layer, ATTENTION), "head_dim", None)

@@ -1,4 +1,4 @@
-"""Mistral 3, Mistral Large 4 and LightOnOCR, whose tower is Pixtral (Agrawal et al., 2024), as
+"""Mistral 3 and LightOnOCR, whose tower is Pixtral (Agrawal et al., 2024), as
 transformers has them."""
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ class PixtralAdapter(AnySizeAdapter):
     classes: ClassVar[tuple[str, ...]] = (
         "Mistral3ForConditionalGeneration",
         "Mistral3Model",
-        "MistralLarge4ForConditionalGeneration",
-        "MistralLarge4Model",
         "LightOnOcrForConditionalGeneration",
         "LightOnOcrModel",
     )
