@@ -1,7 +1,7 @@
 """Which image-text-to-text models of transformers are reduced, and where: docs/models.md.
 
-`python tests/adapters/models_document.py` writes it; `decoder/test_models_document.py` holds it to the
-truth.
+`python tests/adapters/models_document.py` writes it; `decoder/test_models_document.py` holds it
+to the truth.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def table() -> str:
     lines = [
         "# Models",
         "",
-        "Written by `PYTHONPATH=tests/models:tests/adapters python tests/adapters/models_document.py`"
-        " and held true by a test.",
+        "Written by `PYTHONPATH=tests/models:tests/adapters python "
+        "tests/adapters/models_document.py` and held true by a test.",
         "",
         f"Of the {len(CLASSES)} image-text-to-text classes of transformers, "
         f"{sum(name in reduced for name in CLASSES)} are reduced: before the language model "

@@ -118,7 +118,7 @@ class DecoderAdapter(DecoderCosts):
         ids = inputs.get("input_ids")
         no_text = [*self._others(trunk), *self._structure(trunk)]
         for token in () if ids is None else no_text:
-            is_token_BS: Tensor = ids == token
+            is_token_BS: Any = ids == token
             around_BS = around_BS | is_token_BS.to(image_BS.device)
         return around_BS
 

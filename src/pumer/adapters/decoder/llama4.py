@@ -71,13 +71,13 @@ def _scaled(
     attention: Any, layer_index: int, _: nn.Module, args: Any, queries_BKD: Tensor
 ) -> Tensor:
     """Queries scaled by their positions as the model counts them; it would count those left."""
-    batch, length, _ = queries_BKD.shape
+    batch, length = queries_BKD.shape[:2]
     state = current_state()
     if state is None:
         position_BK = torch.arange(length, device=queries_BKD.device)[None]
     else:
         layout = state.layouts[layer_index] if state.layouts else None
-        position_BK, _ = state.positions_of(layout, batch, queries_BKD.device)
+        position_BK = state.positions_of(layout, batch, queries_BKD.device)[0]
     steps_BK = ((position_BK.float() + 1) / attention.floor_scale).floor()
     scale_BK = torch.log1p(steps_BK) * attention.attn_scale + 1
     return (queries_BKD * scale_BK[..., None]).to(queries_BKD.dtype)
