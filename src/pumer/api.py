@@ -52,6 +52,13 @@ def apply(
     Raises:
         ValueError: if the model is not supported or the settings do not fit it; the model is then
             as it was.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> model = pumer.apply(model, pumer.PuMer(prune=0.1, merge=0.3))
+        >>> model = pumer.apply(model, "tome")  # by name, in place of the one before
+        >>> pumer.active(model).reducer.name
+        'tome'
     """
     before = active(model)
     _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
@@ -184,6 +191,11 @@ def remove(model: M) -> M:
     What others have wrapped around its methods since (torch.compile, autocast, offloading) stays,
     around the original methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is
     restored inside its wrapper.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> pumer.active(pumer.remove(model)) is None
+        True
     """
     patched = patched_module(model)
     if patched is not None:
@@ -201,7 +213,16 @@ def reduced(
     renumber: bool = False,
 ) -> Iterator[M]:
     """`apply` for the length of a with block; whatever was in force before is in force again
-    afterwards."""
+    afterwards.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> with pumer.reduced(model, pumer.ToMe(r=16)):
+        ...     pumer.active(model).reducer.r
+        16
+        >>> pumer.active(model) is None
+        True
+    """
     before = active(model)
     apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
     try:
@@ -244,8 +265,13 @@ def kept(model: nn.Module) -> Tensor:
         ValueError: if the model carries no reducer, or has reduced nothing yet.
 
     Example:
-        >>> places = pumer.kept(model)  # after model(**inputs)
-        >>> words = inputs["input_ids"].gather(1, places.clamp_min(0))
+        >>> from PIL import Image
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> image = Image.new("RGB", (96, 96))
+        >>> inputs = pumer.processor("scenes-vilt")("is there a red circle?", image)
+        >>> answer = model(**inputs)
+        >>> pumer.kept(model).shape
+        torch.Size([1, 37])
     """
     patch = active(model)
     if patch is None or patch.kept is None:
@@ -257,7 +283,18 @@ def kept(model: nn.Module) -> Tensor:
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[list[ReductionStep]]:
-    """Collect every reduction of the forwards inside the with block, in order."""
+    """Collect every reduction of the forwards inside the with block, in order.
+
+    Example:
+        >>> from PIL import Image
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> image = Image.new("RGB", (96, 96))
+        >>> inputs = pumer.processor("scenes-vilt")("is there a red circle?", image)
+        >>> with pumer.trace(model) as steps:
+        ...     answer = model(**inputs)
+        >>> [step.layer for step in steps]
+        [1, 2, 3]
+    """
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")

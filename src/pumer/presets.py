@@ -60,6 +60,11 @@ def read_reducer(spec: ReducerSpec) -> Reducer:
 
     Raises:
         ValueError: if there is no such reducer, or it has no such setting.
+
+    Example:
+        >>> from pumer.presets import read_reducer
+        >>> read_reducer({"reducer": "tome", "r": 16})
+        ToMe(r=16, depth=None, proportional=None)
     """
     if isinstance(spec, Reducer):
         return spec

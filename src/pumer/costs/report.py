@@ -32,6 +32,12 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
 
     Raises:
         ValueError: for an unsupported model, or lengths below 1.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> report = pumer.report(model)  # print it: a table, layer by layer
+        >>> report.lengths[-1], round(report.ratio, 2)
+        ((21, 32), 1.87)
     """
     model = supported(model)
     adapter, patch = find(model), active(model)

@@ -56,6 +56,11 @@ class Report:
             forwards of an example together, too.
         ran: lengths of the last forward, None if there was none.
         planned: what they had to be for its texts and images, None if there was none.
+
+    Example:
+        >>> report = pumer.report(pumer.apply(pumer.load("scenes-vilt"), "tome"))
+        >>> sum(report.parts.values()) == report.macs
+        True
     """
 
     model: str

@@ -20,6 +20,9 @@ class PumerCallback(TrainerCallback):
     something
     has wrapped since, PEFT for example, does: `Trainer(..., callbacks=[PumerCallback()])`. From the
     beginning of the training the wrapper's `save_pretrained` and `push_to_hub` do so too.
+
+    Example:
+        >>> callbacks = [pumer.PumerCallback()]  # for Trainer(..., callbacks=callbacks)
     """
 
     def on_train_begin(

@@ -42,6 +42,11 @@ def load(
     Raises:
         ValueError: if there is no such model, or a file is missing or damaged or was written by a
             newer pumer, or if `from_pretrained` does not take an argument.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt-pumer")  # or a folder, or a name on the Hub
+        >>> pumer.active(model).reducer.name
+        'pumer'
     """
     if device is not None and arguments.get("device_map") is not None:
         raise ValueError("device and device_map both say where the model goes: give one of them")

@@ -99,6 +99,10 @@ def load_official(
     Raises:
         ValueError: if a file is missing or damaged or holds pickled code, if weights are missing or
             have wrong shapes, and for learned pruning by other predictors than those of the states.
+
+    Example:
+        >>> pumer.save_official(pumer.load("scenes-vilt"), "official")
+        >>> model = pumer.load_official("official")
     """
     read = read_official(source, image_size, answers=answers, kind=kind)
     if read.unknown:
@@ -296,6 +300,10 @@ def save_official(model: Any, directory: str | Path) -> None:
     Raises:
         ValueError: if the published layout has no place for the model or its reducer, or the folder
             holds files.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> pumer.save_official(model, "official")  # in the layout of csarron/PuMer
     """
     from safetensors.torch import save_file
 

@@ -37,6 +37,12 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
 
     Raises:
         ValueError: if the folder holds files already, or the model is none of Hugging Face's.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
+        >>> pumer.save(model, "my-model")
+        >>> pumer.active(pumer.load("my-model")).reducer.r
+        16
     """
     if not hasattr(model, "save_pretrained"):
         raise ValueError(

@@ -42,6 +42,10 @@ class Traits:
             None.
         vision_reducer: what acts inside the vision tower before this reducer does, a `Reducer`; or
             None. See `Compose`.
+
+    Example:
+        >>> pumer.VisionZip().traits.before_projector
+        True
     """
 
     needs_attention: bool = False
@@ -103,6 +107,12 @@ class Reducer:
 
     A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model.
     A setting whose default depends on the model is None until `resolve` fits it to one.
+
+    Example:
+        >>> isinstance(pumer.ToMe(), pumer.Reducer)
+        True
+        >>> pumer.ToMe(r=16).settings()
+        {'r': 16, 'depth': None, 'proportional': None}
     """
 
     name: ClassVar[str]

@@ -42,6 +42,11 @@ class CDPruner(Selector):
             relevance as it is.
         inverted: count the least similar tokens as the most relevant, as published for the towers
             of CLIP, where patches that the text is about are less like it.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.CDPruner(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "cdpruner"

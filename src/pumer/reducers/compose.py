@@ -27,6 +27,10 @@ class Compose(Reducer):
         tower: acts in the layers of the vision tower. There is no text there, so methods guided by
             it cannot.
         inside: acts in the layers where text and image meet; None for nothing there.
+
+    Example:
+        >>> reducer = pumer.Compose(tower=pumer.ToMe(r=2), inside=pumer.FastV(keep=0.5, layer=1))
+        >>> llava = pumer.apply(llava, reducer)
     """
 
     name = "compose"
@@ -104,6 +108,12 @@ class Chain(Reducer):
 
     Args:
         reducers: no two of them act in the same layer.
+
+    Example:
+        >>> reducers = pumer.DivPrune(keep=0.5), pumer.FastV(keep=0.5, layer=1)
+        >>> llava = pumer.apply(llava, pumer.Chain(reducers))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "chain"

@@ -45,6 +45,11 @@ class DART(Selector):
         layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1.
             Before the first layer (-1), where there are no keys, the size of the embeddings stands
             for theirs.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.DART(keep=0.25, layer=1))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "dart"

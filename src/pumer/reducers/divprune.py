@@ -28,6 +28,11 @@ class DivPrune(Selector):
     Args:
         keep: image tokens that stay: a share of the image's own number (float), or a whole number
             (int).
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.DivPrune(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "divprune"

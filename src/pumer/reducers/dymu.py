@@ -76,6 +76,10 @@ class DyMU(_Merging):
         cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
             those that arrive there (float), or a whole number (int). None: half of them, all that
             one layer can merge.
+
+    Example:
+        >>> reducer = pumer.Compose(tower=pumer.DyMU(), inside=None)
+        >>> llava = pumer.apply(llava, reducer)
     """
 
     name = "dymu"
@@ -128,6 +132,12 @@ class DyMUCalibrator(_Merging):
     Args:
         r: pairs per image and layer to merge, on average over a batch.
         depth: layers that merge, the first ones; None: all of the model's.
+
+    Example:
+        >>> from pumer.reducers import DyMUCalibrator
+        >>> calibrator = DyMUCalibrator(r=2)
+        >>> llava = pumer.apply(llava, pumer.Compose(tower=calibrator, inside=None))
+        >>> # run typical images through, then: pumer.DyMU(calibrator.thresholds())
     """
 
     name = "dymu-cutoffs"

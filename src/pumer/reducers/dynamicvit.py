@@ -42,6 +42,11 @@ class DynamicViT(Learned):
             whole image, a count that includes [CLS], tokens in the order of their scores, and the
             published softmax, which padding has a say in; not while training, so that with padding
             the two differ in the third digit of a logit.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.DynamicViT(keep=0.7))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 50)
     """
 
     name = "dynamicvit"

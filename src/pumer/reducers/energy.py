@@ -40,6 +40,11 @@ class Energy(Reducer):
             keeps a given number on average.
         least: lower bound of the number: a share of the image's tokens, or a whole number.
         most: upper bound, in the same way.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.Energy(pumer.DivPrune(), tau=0.99, most=0.5))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 8)
     """
 
     name = "energy"
@@ -142,6 +147,12 @@ class EnergyCalibrator(Reducer):
     Args:
         layers: where the energy rule is to act.
         noted: the energies [B,R] and numbers of image tokens [B] of every batch.
+
+    Example:
+        >>> from pumer.reducers import EnergyCalibrator
+        >>> calibrator = EnergyCalibrator()
+        >>> llava = pumer.apply(llava, calibrator)
+        >>> # run typical images through, then: pumer.Energy().matched(calibrator.noted, keep=0.25)
     """
 
     name = "energy-spectra"

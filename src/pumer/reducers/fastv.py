@@ -25,6 +25,11 @@ class FastV(Selector):
             (int).
         layer: the first layer that runs without the others; the attention is that of the layer
             before.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FastV(keep=0.25, layer=1))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fastv"

@@ -42,6 +42,11 @@ class FoPru(Selector):
             token to token of the image.
         fill: with "row": make up the exact budget from the best tokens of the next row. Without it,
             the share of the rows, rounded, at least one; `keep` is a share then.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FoPru(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fopru"

@@ -49,6 +49,11 @@ class HoloV(Selector):
         chunks: how many, in raster order; what does not divide goes to the first of them. "auto" is
             the published number for Qwen2.5-VL, int(1024 / 576 * tokens / kept tokens).
         saliency: attention of the "class" token, or that "received" from all.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.HoloV(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "holov"

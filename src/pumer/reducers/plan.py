@@ -32,6 +32,11 @@ class Plan:
         shares_BKN: for plans where a source enters several slots, every slot's share of every
             source: `reduce` is the product with it. `slot_BN` then says which slot stands for the
             source.
+
+    Example:
+        >>> keep = pumer.Plan.keep(torch.tensor([[True, False, True]]), slots=2)
+        >>> keep.reduce(torch.tensor([[5.0, 6.0, 7.0]]))
+        tensor([[5., 7.]])
     """
 
     slot_BN: Tensor

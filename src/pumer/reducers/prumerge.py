@@ -51,6 +51,11 @@ class PruMerge(Selector):
         saliency: attention of the "class" token, or that "received" from all.
         neighbours: how many tokens are added to each kept one; published: 32. 0 leaves the kept
             ones as they are.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.PruMerge(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "prumerge"

@@ -53,6 +53,11 @@ class PuMer(Reducer):
             needs `layers`. In ViLT `merge` >= 1 with `prune` 0 is a count, for matching text and
             image together.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.PuMer(prune=0.1, merge=0.3))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (21, 32)
     """
 
     name = "pumer"

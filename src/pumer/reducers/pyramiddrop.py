@@ -43,6 +43,11 @@ class PyramidDrop(Selector):
         layers: the layers after which it acts, counted from 0, one for each number. None: the ends
             of stages of equal length but for the last, which nothing follows; with one share, of
             three.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.PyramidDrop(keep=(0.5, 0.25), layers=(0, 1)))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "pyramiddrop"

@@ -26,7 +26,13 @@ def register(reducer: R) -> R:
 
 def get(name: str) -> type[Reducer]:
     """The reducer class of that name, ours or a plugin's; raises ValueError listing the known
-    ones."""
+    ones.
+
+    Example:
+        >>> from pumer.reducers import get
+        >>> get("fastv")(keep=0.25)
+        FastV(keep=0.25, layer=2)
+    """
     if not is_reducer(name):
         names = list_reducers()
         raise ValueError(
@@ -50,13 +56,25 @@ def _register_plugin(plugin: Any) -> None:
 
 
 def list_reducers() -> list[str]:
-    """Names of all reducers, those of plugins included, sorted."""
+    """Names of all reducers, those of plugins included, sorted.
+
+    Example:
+        >>> from pumer.reducers import list_reducers
+        >>> list_reducers()[:3]
+        ['cdpruner', 'chain', 'compose']
+    """
     _plugins.load(_plugins.REDUCERS, _register_plugin)
     return sorted(_REDUCERS)
 
 
 def to_dict(reducer: Reducer) -> dict[str, Any]:
-    """A reducer as plain data: its name and settings, less `Reducer.added` at the default."""
+    """A reducer as plain data: its name and settings, less `Reducer.added` at the default.
+
+    Example:
+        >>> from pumer.reducers import to_dict
+        >>> to_dict(pumer.FastV(keep=0.25))
+        {'reducer': 'fastv', 'keep': 0.25, 'layer': 2}
+    """
     usual = {field.name: field.default for field in dataclasses.fields(reducer)}
     settings = {
         name: value
@@ -68,7 +86,13 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> Reducer:
     """The reducer that `to_dict` described; raises ValueError for unknown names, settings and
-    types."""
+    types.
+
+    Example:
+        >>> from pumer.reducers import from_dict
+        >>> from_dict({"reducer": "fastv", "keep": 0.25})
+        FastV(keep=0.25, layer=2)
+    """
     settings = {key: _read(value) for key, value in data.items()}
     cls = get(str(settings.pop("reducer", None)))
     settings = cls.upgraded(settings)

@@ -46,6 +46,11 @@ class SCOPE(Selector):
         combine: "multiply" coverage and saliency; or "add" `alpha` times the saliency, a variant in
             the published code, which sums attention over the heads where the mean is taken here:
             with `alpha` = the number of the tower's heads it is the published one.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SCOPE(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "scope"

@@ -31,6 +31,11 @@ class Selector(Reducer):
     Args:
         keep: how many image tokens stay: a share of the image's own number (float), or a whole
             number (int). Images that have fewer stay whole.
+
+    Example:
+        >>> from pumer.reducers import Selector
+        >>> issubclass(pumer.FastV, Selector)
+        True
     """
 
     keep: float | int = 0.25

@@ -22,7 +22,13 @@ from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 @register
 @dataclass(frozen=True)
 class Unreduced(Reducer):
-    """Reduce nothing: the model with fused attention and trimmed text, the base to compare with."""
+    """Reduce nothing: the model with fused attention and trimmed text, the base to compare with.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Unreduced())
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 145)
+    """
 
     name = "none"
 
@@ -74,6 +80,11 @@ class Random(_Selection):
         prune: share of the image tokens to prune at each layer.
         layers: layers that reduce; -1 is before the first.
         seed: of the random order.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Random(prune=0.5))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 73)
     """
 
     name = "random"
@@ -98,6 +109,11 @@ class Uniform(_Selection):
     Args:
         prune: share of the image tokens to prune at each layer.
         layers: layers that reduce; -1 is before the first.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Uniform(prune=0.5))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 73)
     """
 
     name = "uniform"
@@ -116,6 +132,11 @@ class Pool(Reducer):
     Args:
         window: patches on a side of a window.
         layer: the layer that reduces; -1 is before the first.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Pool(window=2))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 37)
     """
 
     name = "pool"
@@ -176,7 +197,13 @@ class Pool(Reducer):
 @register
 @dataclass(frozen=True)
 class NoVision(Reducer):
-    """Drop the whole image before the first layer: what the text alone is worth."""
+    """Drop the whole image before the first layer: what the text alone is worth.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.NoVision())
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 0)
+    """
 
     name = "no-vision"
 

@@ -60,6 +60,11 @@ class SmartTrim(Learned):
         weight: of the loss on the cost, next to 1 for the task's.
         curriculum: share of the training in which the target goes down from 1.
         temperature: of the decisions while training, at its beginning; at its end half of that.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.SmartTrim(target=0.5))
+        >>> sorted(pumer.active(model).parts["0"])  # what it trains in the first layer
+        ['image', 'joint', 'text']
     """
 
     name = "smarttrim"

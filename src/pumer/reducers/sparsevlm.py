@@ -58,6 +58,11 @@ class SparseVLM(Reducer):
         recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
         merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the
             formula of the paper.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SparseVLM(keep=(0.5, 0.25), layers=(0, 1)))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 3)
     """
 
     name = "sparsevlm"

@@ -47,6 +47,11 @@ class SVDPrune(Selector):
             to that mean.
         normalize: scale every feature to length 1 first, so that tokens of large norm count no more
             than others.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SVDPrune(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "svd-prune"

@@ -32,6 +32,11 @@ class TokenShape:
         grid: rows and columns of patches, for methods that go by position.
         entered: image tokens that entered the first layer, structure tokens included; None where
             nothing was reduced before. A later stage of DynamicViT keeps a share of these.
+
+    Example:
+        >>> from pumer.reducers import TokenShape
+        >>> pumer.PuMer(layers=(2, 5, 8)).lengths(TokenShape(text=40, image=145, layer=2))
+        (32, 87)
     """
 
     text: int
@@ -75,6 +80,11 @@ class Encoder:
             all heads taken as one: the softmax over all tokens of the products of whole queries
             and keys, divided by the root of their width.
         last_keys_BNC: keys of that layer, those of all heads side by side.
+
+    Example:
+        >>> from pumer.reducers import Encoder
+        >>> Encoder(received_BN=torch.tensor([[0.1, 0.7, 0.2]])).at(torch.tensor([1])).received_BN
+        tensor([[0.7000]])
     """
 
     features_BND: Tensor | None = None
@@ -183,6 +193,13 @@ class Tokens:
         gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None
             before the first.
         progress: of that training, 0 to 1.
+
+    Example:
+        >>> from pumer.reducers import Tokens
+        >>> mask = torch.ones(1, 5, dtype=torch.bool)
+        >>> tokens = Tokens(mask_BN=mask, text=2, sizes_BN=torch.ones(1, 5))
+        >>> tokens.shape.patches  # three image tokens, of which the first is [CLS]
+        2
     """
 
     mask_BN: Tensor

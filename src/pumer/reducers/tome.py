@@ -36,6 +36,11 @@ class ToMe(Reducer):
         proportional: let attention count a merged token as often as its size says (the paper's
             proportional attention; meant for use without training). None: wherever the model's
             attention can.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 49)
     """
 
     name = "tome"

@@ -42,6 +42,11 @@ class VisionZip(Selector):
         contextual: how many of the kept tokens others are merged into: a share of them (float), or
             a whole number (int). Published: 10 of 64, 20 of 128, 30 of 192.
         saliency: attention of the "class" token, or that "received" from all.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.VisionZip(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "visionzip"

@@ -36,6 +36,11 @@ class FasterVLM(Selector):
         keep: image tokens that stay: a share of the image's own number (float), or a whole number
             (int).
         saliency: attention of the "class" token, or that "received" from all.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FasterVLM(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fastervlm"
@@ -68,6 +73,11 @@ class VisPruner(FasterVLM):
         important: share of the kept tokens that are chosen by attention, rounded down. Published:
             0.5, at 64 tokens 0.75.
         saliency: what attention rates a token, one of `SALIENCY`.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.VisPruner(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "vispruner"

@@ -24,6 +24,11 @@ def stage_layers(count: int, depth: int, last: int) -> tuple[int, ...]:
 
     Three stages of 12 layers end after layers 2, 5 and 8 (PuMer), of 32 layers after 7, 15 and 23
     (PyramidDrop).
+
+    Example:
+        >>> from pumer.reducers.ops.budget import stage_layers
+        >>> stage_layers(3, depth=12, last=11)
+        (2, 5, 8)
     """
     return spread([(stage + 1) / (count + 1) for stage in range(count)], depth, last)
 
@@ -139,6 +144,11 @@ def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> l
             the numbers from decreasing (-1) over constant (0) to increasing (1) at the same mean;
             or a list, one per layer (missing ones are zero).
         layers: number of layers.
+
+    Example:
+        >>> from pumer.reducers.ops.budget import merge_schedule
+        >>> merge_schedule((8, -1.0), 3)  # decreasing
+        [16, 8, 0]
     """
     inflection = 0.0
     if not isinstance(r, int):
