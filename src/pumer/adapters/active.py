@@ -1,4 +1,4 @@
-"""What is in force on a model."""
+"""The active patch of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def patched_module(model: nn.Module) -> nn.Module | None:
 
 
 def active(model: nn.Module) -> Patch | None:
-    """What is in force on this model, None if nothing is.
+    """The patch of this model with its reducer, None if it is not reduced.
 
     Example:
         >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
