@@ -1,4 +1,4 @@
-"""Seam A inside a vision tower: CLIP's encoder, as transformers has it.
+"""Reduction inside a vision tower: CLIP's encoder, as transformers has it.
 
 Shape suffixes: B batch, I image tokens, D channels, H heads, C channels of a head.
 """
@@ -25,12 +25,12 @@ from pumer.reducers.tokens import Grid
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a vision tower gives; rows can be taken like those of a tensor.
+    """The output of a vision tower; indexing selects rows as for a tensor.
 
     Args:
         states_BID: with [CLS] first.
-        sizes_BI: patches that each token stands for, None if one each.
-        plan: where the tower's own tokens went, None if nothing was reduced.
+        sizes_BI: patches that each token stands for; None if one each.
+        plan: where the tower's tokens went; None without a reduction.
         grid: rows and columns of patches.
     """
 
@@ -55,8 +55,8 @@ class Encoded:
 
 
 def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
-    """Every token of a `CLIPVisionModel` after its last layer, normed; reduced on the way if the
-    patch says so."""
+    """The normed tokens of a `CLIPVisionModel` after its last layer, reduced by the tower's
+    reducer."""
     reducer = patch.reducer.traits.vision_reducer
     grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
     if reducer is None:
@@ -64,7 +64,7 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
         patch.tower = [states.shape[1]] * (len(vision.encoder.layers) + 1)
         return Encoded(vision.post_layernorm(states), grid=grid)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=True)
-    for states, layout in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are what is wanted
+    for states, layout in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are used
         pass
     return Encoded(vision.post_layernorm(states), layout.sizes_BN, layout.plan, grid)
 
@@ -72,13 +72,13 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
 def layers(
     vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = None
 ) -> Iterator[tuple[Tensor, TokenLayout]]:
-    """States and axis before the first layer of a `CLIPVisionModel` and after every one, the
-    tower's reducer at work.
+    """States and layout before the first layer of a `CLIPVisionModel` and after every layer, with
+    the tower's reducer active.
 
     Args:
         vision: the tower.
-        embedded_BID: what its embeddings give, [CLS] first.
-        patch: whose reducer acts.
+        embedded_BID: output of its embeddings, [CLS] first.
+        patch: of the model.
         grid: rows and columns of patches.
     """
     reducer = patch.reducer.traits.vision_reducer
@@ -115,7 +115,7 @@ def _block(
     states: Tensor,
     layout: TokenLayout,
 ) -> tuple[Tensor, TokenLayout]:
-    """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
+    """Replaces `CLIPEncoderLayer.forward`, which has no hook between attention and MLP."""
     states, layout = _attend_and_reduce(layer, patch, reducer, layer_index, states, layout)
     return inplace.add(layer.mlp(layer.layer_norm2(states)), states), layout
 
@@ -128,7 +128,7 @@ def _attend_and_reduce(
     states: Tensor,
     layout: TokenLayout,
 ) -> tuple[Tensor, TokenLayout]:
-    """A function of its own, so that queries, keys and values are gone when the MLP runs."""
+    """A separate function, so that queries, keys and values are freed before the MLP."""
     module = layer.self_attn
     normed = layer.layer_norm1(states)
     queries, keys, values = (
