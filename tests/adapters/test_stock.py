@@ -51,9 +51,15 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in encoder/co_attention.py"),
     (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in encoder/co_attention.py"),
-    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in encoder/co_attention.py"),
+    (bert.BertCrossAttention, "forward"): (
+        "867aa213dc901f2a",
+        "_attend in encoder/co_attention.py",
+    ),
     (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in encoder/co_attention.py"),
-    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in encoder/co_attention.py"),
+    (bert.BertIntermediate, "forward"): (
+        "d60f3781ad76f95d",
+        "_feed_forward in encoder/co_attention.py",
+    ),
     (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in encoder/co_attention.py"),
     (roberta.RobertaModel, "_create_attention_masks"): (
         "93100ceb4e3a44e6",
