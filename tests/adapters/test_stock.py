@@ -67,25 +67,28 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (cache_utils.DynamicLayer, "get_seq_length"): (
         "8d1f98494eff50f2",
-        "_Shorter in adapters/kv_cache.py",
+        "ReducedDynamicLayer in kv_cache.py",
     ),
-    (cache_utils.DynamicLayer, "crop"): ("b3548264770a5686", "_Shorter in adapters/kv_cache.py"),
+    (cache_utils.DynamicLayer, "crop"): (
+        "b3548264770a5686",
+        "ReducedDynamicLayer in kv_cache.py",
+    ),
     (cache_utils.DynamicSlidingWindowLayer, "crop"): (
         "2bbc3c01add9a99f",
-        "_ShorterSliding in adapters/kv_cache.py",
+        "ReducedSlidingLayer in kv_cache.py",
     ),
     (idefics3.Idefics3Model, "inputs_merger"): (
         "65beaa033ba95e55",
-        "_inputs_merger in adapters/inside_llm.py",
+        "_inputs_merger in adapters/decoder/hooks.py",
     ),
     (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): (
         "a78050f93b55c837",
-        "_deepstack in adapters/inside_llm.py",
+        "_deepstack in adapters/decoder/hooks.py",
     ),
 } | {
     (model, "get_placeholder_mask"): (
         known,
-        "_placeholder_mask in adapters/inside_llm.py, marks in adapters/llm.py",
+        "_placeholder_mask in decoder/hooks.py, placeholder_mask in decoder/family.py",
     )
     for known, models in {
         "125a9d7446d62bc2": (
