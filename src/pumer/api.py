@@ -15,7 +15,7 @@ from pumer.adapters.base import PARTS
 from pumer.adapters.encoder.attention import BACKENDS
 from pumer.adapters.forward import execution_device
 from pumer.presets import ReducerSpec, read_reducer
-from pumer.reducers import EMBEDDINGS, Reducer, TokenShape
+from pumer.reducers import EMBEDDINGS, Learned, Reducer, TokenShape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,7 +128,7 @@ def _fitting(
 
     Each part is moved to the device of its layer.
     """
-    learned = reducer.traits.learned
+    learned: Learned | None = reducer.traits.learned
     if learned is None:
         return None
     heads, channels = adapter.attention_shape(model)

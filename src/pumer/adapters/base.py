@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
-from pumer.reducers import Plan, Reducer
+from pumer.reducers import Learned, Plan, Reducer
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
@@ -113,7 +113,7 @@ class Patch:
     def budget_loss(self) -> Tensor | None:
         """The budget loss of a learned reducer's decisions in the last training forward; None if
         there were none."""
-        learned = self.reducer.traits.learned
+        learned: Learned | None = self.reducer.traits.learned
         if learned is None or not self.decisions:
             return None
         losses = [

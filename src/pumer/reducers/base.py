@@ -61,7 +61,7 @@ class Traits:
     post_layer: bool = False
     drops_image: bool = False
     learned: Any = None
-    vision_reducer: Any = None
+    vision_reducer: Reducer | None = None
 
     @classmethod
     def union(cls, parts: Iterable[Traits]) -> Traits:

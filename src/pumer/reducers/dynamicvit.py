@@ -131,8 +131,8 @@ class DynamicViT(Learned):
         """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ...
         (equation 14)."""
         stages = [
-            (num_keep_B - self.keep**stage_index).square().mean()
-            for stage_index, num_keep_B in enumerate(keep_ratios, start=1)
+            (keep_ratio_B - self.keep**stage_index).square().mean()
+            for stage_index, keep_ratio_B in enumerate(keep_ratios, start=1)
         ]
         return self.weight * torch.stack(stages).mean()
 

@@ -26,11 +26,11 @@ class KeepDecision:
     Args:
         token_BN: 1 for tokens that stay, 0 for others, with the gradient of the soft decision
             (straight-through).
-        keep_ratios: share of tokens that stay, per sample, for `Learned.budget_loss`.
+        keep_ratio: share of tokens that stay, per sample, for `Learned.budget_loss`.
     """
 
     token_BN: Tensor
-    keep_ratios: Tensor
+    keep_ratio: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Learned(Reducer):
         """The loss that holds the number of kept tokens at the budget.
 
         Args:
-            keep_ratios: `KeepDecision.keep_ratios` of every reducing layer.
+            keep_ratios: `KeepDecision.keep_ratio` of every reducing layer.
             progress: of the training, 0 to 1.
             heads: share of the heads that every attention keeps, [B], if heads are pruned.
         """

@@ -17,7 +17,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder import inplace
 from pumer.adapters.encoder import reduce as encoder
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import run_block
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.tokens import Grid
@@ -71,7 +71,7 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
 
 def layers(
     vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = None
-) -> Iterator[tuple[Tensor, TokenLayout]]:
+) -> Iterator[tuple[Tensor, EncoderLayout]]:
     """States and layout before the first layer of a `CLIPVisionModel` and after every layer, with
     the tower's reducer active.
 
@@ -86,7 +86,7 @@ def layers(
     states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)
     raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
-    layout = TokenLayout(0, ones.bool(), ones, None, grid, raster)
+    layout = EncoderLayout(0, ones.bool(), ones, None, grid, raster)
     lengths = [states.shape[1]]
     patch.tower = lengths  # of this call alone
     yield states, layout
@@ -102,8 +102,8 @@ def _layer(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
     return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, layout)
 
 
@@ -113,8 +113,8 @@ def _block(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
     """Replaces `CLIPEncoderLayer.forward`, which has no hook between attention and MLP."""
     states, layout = _attend_and_reduce(layer, patch, reducer, layer_index, states, layout)
     return inplace.add(layer.mlp(layer.layer_norm2(states)), states), layout
@@ -126,8 +126,8 @@ def _attend_and_reduce(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
     """A separate function, so that queries, keys and values are freed before the MLP."""
     module = layer.self_attn
     normed = layer.layer_norm1(states)

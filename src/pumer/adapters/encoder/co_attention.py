@@ -11,22 +11,22 @@ from torch import Tensor
 from pumer.adapters.base import Patch
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import run_block
 from pumer.reducers import Plan
 
 
 def run_layer(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
-) -> tuple[Tensor, Tensor, TokenLayout]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, Tensor, EncoderLayout]:
     """Replaces `MeterFusionLayer.forward`, and the gradient checkpointing that transformers wraps
     around it."""
     return run_block(layer, partial(_block, layer, patch, layer_index), text, image, layout)
 
 
 def _block(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
-) -> tuple[Tensor, Tensor, TokenLayout]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, Tensor, EncoderLayout]:
     """One fusion layer; reduces after the text's attention, before the text's MLP and the image
     stream."""
     # Text: self-attention, then attention to the image.
@@ -64,11 +64,11 @@ def _reduce(
     layer_index: int,
     text: Tensor,
     image: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     queries: Tensor | None = None,
     keys: Tensor | None = None,
     attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor, TokenLayout, Plan | None]:
+) -> tuple[Tensor, Tensor, EncoderLayout, Plan | None]:
     """Text, image, layout and plan after the reducer acted in this layer."""
     if not patch.reducer.reduces_at(layer_index):
         return text, image, layout, None
@@ -86,8 +86,8 @@ def _attend_to(
     name: str,
     states: Tensor,
     other: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, Tensor, TokenLayout, Tensor, Tensor | None]:
+    layout: EncoderLayout,
+) -> tuple[Tensor, Tensor, EncoderLayout, Tensor, Tensor | None]:
     """One of a layer's four attentions -> states, keys, layout, queries, and probabilities.
 
     Args:
@@ -128,7 +128,7 @@ def _attend(
     patch: Patch,
     states: Tensor,
     other: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     of_text: bool,
     is_self_attention: bool,
     head_mask: Tensor | None,

@@ -30,7 +30,7 @@ from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.co_attention import run_layer
 from pumer.adapters.encoder.joint import TextInputs
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import max_length
 from pumer.reducers import EMBEDDINGS, Plan
 
@@ -235,7 +235,7 @@ def _fuse(
     )
 
 
-def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
+def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
     """The layout before the first fusion layer, including the tower's reduction of the image."""
     batch, text = mask_BT.shape
     states, plan = image.states_BID, None
@@ -254,7 +254,7 @@ def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
 
 
 def _expand(
-    layout: TokenLayout, text_length: int, text: Tensor, image: Tensor
+    layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
     if layout.plan is None:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.forward import max_length, no_autocast
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
 BUCKET = 8
 """Lengths that depend on the data are rounded up to multiples of this."""
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class EncoderLayout:
     """The token axis between two layers; immutable, each layer returns a new one.
 
     Args:
@@ -56,7 +56,7 @@ class TokenLayout:
         """States in the original length; zeros for dropped tokens."""
         return states_BND if self.plan is None else self.plan.expand(states_BND)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TokenLayout:
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncoderLayout:
         """The layout on another device; hooks that move a layer's inputs to its weights call
         this."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -101,13 +101,13 @@ def reduce(
     patch: Patch,
     layer: int,
     states_BND: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     queries_BHNC: Tensor | None = None,
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
     cross: bool = False,
     tower: bool = False,
-) -> tuple[Tensor, TokenLayout, Plan | None]:
+) -> tuple[Tensor, EncoderLayout, Plan | None]:
     """States and layout after the reducer acted in this layer, and its plan, None without a
     reduction.
 
@@ -143,15 +143,11 @@ def reduce(
         gate_BN=layout.gate_BN,
         progress=patch.progress,
     )
-    if traits.learned and tokens.part is not None and tokens.part.training:
-        gate = traits.learned.gate(tokens)
-        return (
-            states_BND,
-            replace(
-                layout, gate_BN=gate.token_BN, keep_ratios=(*layout.keep_ratios, gate.keep_ratios)
-            ),
-            None,
-        )
+    learned: Learned | None = traits.learned
+    if learned is not None and tokens.part is not None and tokens.part.training:
+        decision = learned.gate(tokens)
+        keep_ratios = (*layout.keep_ratios, decision.keep_ratio)
+        return states_BND, replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None
     # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
@@ -200,12 +196,12 @@ def head_mask(
     patch: Patch,
     layer: int,
     name: str,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     queries_BQD: Tensor,
     keys_BKD: Tensor,
     queries_at: slice,
     keys_at: slice,
-) -> tuple[Tensor | None, TokenLayout]:
+) -> tuple[Tensor | None, EncoderLayout]:
     """A learned reducer's head-pruning mask of an attention, [B,H], 1 for heads that are kept; None
     if it prunes no heads here.
 
@@ -217,7 +213,7 @@ def head_mask(
         queries_BQD, keys_BKD: states that queries and keys are computed from.
         queries_at, keys_at: where these are on the token axis.
     """
-    learned = patch.reducer.traits.learned
+    learned: Learned | None = patch.reducer.traits.learned
     if patch.bypassed or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
         return None, layout
     weight_BN = layout.mask_BN.float() if layout.gate_BN is None else layout.gate_BN
@@ -226,7 +222,7 @@ def head_mask(
     for states, columns in ((queries_BQD, queries_at), (keys_BKD, keys_at)):
         weights = weight_BN[:, columns, None].to(states.dtype)
         pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
-    mask_BH = part[name](*pooled, learned.draw_at(patch.progress) if part.training else None)
+    mask_BH = part[name](*pooled, learned.sampling_at(patch.progress) if part.training else None)
     return mask_BH, replace(
         layout, heads=(*layout.heads, mask_BH.mean(1))
     ) if part.training else layout

@@ -28,7 +28,7 @@ from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one, max_length, run_block
 from pumer.reducers import EMBEDDINGS
 
@@ -222,7 +222,7 @@ def _embed(
 
 def _embed_trimmed(
     embeddings: Any, patch: Patch, inputs: ViltInputs, pooled: bool
-) -> tuple[Tensor, TokenLayout]:
+) -> tuple[Tensor, EncoderLayout]:
     """States [B,N,D] and their layout, without the padding that all texts and all images share."""
     # Image: patch embeddings [B,I,D], their mask, and where each patch lies.
     text = inputs.text
@@ -261,10 +261,10 @@ def _encode(
     vilt: Any,
     patch: Patch,
     text: int,
-    start: tuple[Tensor, TokenLayout],
+    start: tuple[Tensor, EncoderLayout],
     attentions: bool,
     hidden: bool,
-) -> tuple[Tensor, TokenLayout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+) -> tuple[Tensor, EncoderLayout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """Runs all layers. Hidden states are expanded to the original length, attention maps are not.
 
     `text`: text tokens of the input, before trimming.
@@ -299,9 +299,9 @@ def _layer(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool = False,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
     """Replaces `ViltLayer.forward`, and the gradient checkpointing that transformers wraps around
     it."""
     return run_block(layer, partial(_block, layer, patch, layer_index), states, layout, attentions)
@@ -312,9 +312,9 @@ def _block(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
     """One block; the stock forward has no hook between attention and MLP."""
     states, layout, attention = _attend_and_reduce(
         layer, patch, layer_index, states, layout, attentions
@@ -330,9 +330,9 @@ def _attend_and_reduce(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
     """The first half of a block, in a function so that its large tensors are freed before the
     MLP."""
     text, image = slice(0, layout.text), slice(layout.text, None)
@@ -351,7 +351,7 @@ def _attend(
     layer: Any,
     patch: Patch,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
     head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
