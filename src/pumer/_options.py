@@ -58,14 +58,20 @@ OutputFolder = Annotated[str, Checked(check_folder)]
 NewFolder = Annotated[str, Checked(_check_new)]
 
 
-def check_options(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check the arguments for a function whose annotations are `Checked`, and the fields of
-    dataclasses among them.
+def check_options(values: Mapping[str, Any], *targets: Callable[..., Any]) -> None:
+    """Check a command's options, and the fields of dataclasses among them.
 
-    Raises ValueError naming the option; also for a file to write that another option names too.
+    Args:
+        values: by option.
+        targets: functions and dataclasses whose annotations are `Checked`.
+
+    Raises:
+        ValueError: naming the option; also for a file to write that another option names too.
     """
-    check_values(function, values, "--")
-    hints = get_type_hints(function, include_extras=True)
+    hints: dict[str, Any] = {}
+    for target in targets:
+        hints |= get_type_hints(target, include_extras=True)
+    _check_all(hints, values, "--")
     paths = {
         name: os.path.realpath(value)
         for name, value in values.items()
@@ -85,7 +91,10 @@ def check_values(target: Any, values: Mapping[str, Any], prefix: str = "") -> No
 
     Raises ValueError naming the first that cannot be, behind the prefix.
     """
-    hints = get_type_hints(target, include_extras=True)
+    _check_all(get_type_hints(target, include_extras=True), values, prefix)
+
+
+def _check_all(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     for name, value in values.items():
         for check in _checks(hints.get(name)) if value is not None else ():
             for part in value if isinstance(value, list | tuple) else [value]:

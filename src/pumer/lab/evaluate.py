@@ -26,7 +26,7 @@ NOT_NUMBERS = (
     "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
     "overflow in half precision; get the model again, or use float32"
 )
-_NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
+_NO_INPUTS = ("labels", "patch_labels", "teacher_logits", "texts_per_image")
 
 
 @dataclass(frozen=True)

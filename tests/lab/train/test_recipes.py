@@ -20,7 +20,7 @@ from pumer.lab.data.transforms import build_transform
 from pumer.lab.tasks import get
 from pumer.lab.train.model import ModelSettings
 from pumer.lab.train.optimizer import OptimizerSettings
-from pumer.lab.train.run import train
+from pumer.lab.train.settings import TrainSettings
 from pumer.presets import PRESETS, read_reducer
 
 FOLDER = Path(pumer.lab.train.__file__).parent / "recipes"
@@ -31,7 +31,7 @@ PUBLISHED = [name for name in RECIPES if name.startswith("published-")]
 def read(name, *more):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_function_arguments(train, as_positional=False)
+    parser.add_class_arguments(TrainSettings, as_positional=False)
     return parser.instantiate(
         parser.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--output", "out", *more])
     )

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch, exact, timed
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
@@ -135,6 +135,7 @@ class DecoderHooks:
             options.get(decoder_attention.NORMALIZER),
         )
 
+    @timed("decoder")
     def _before_layer(
         self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
@@ -294,7 +295,8 @@ def _image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), exact(hooks.patch.reducer, device):
+        exact_choice = exact(hooks.patch.reducer, device)
+        with hooks.patch.timing("decoder"), torch.no_grad(), exact_choice:
             images = spec.pictures(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged
@@ -332,7 +334,8 @@ def _placeholder_mask(
     if state is None or not state.entered or features is None:
         return stock(*args, **kwargs)
     image, others = hooks.spec.marks(trunk, arguments.get("input_ids"), arguments["inputs_embeds"])
-    prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    with hooks.patch.timing("decoder"):
+        prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return image[..., None] if others is None else (image[..., None], others[..., None])
 
 
@@ -351,7 +354,8 @@ def _inputs_merger(
         return merged
     image, _ = hooks.spec.marks(trunk, input_ids, inputs_embeds)
     features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-    prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    with hooks.patch.timing("decoder"):
+        prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return inputs_embeds.masked_scatter(image[..., None], features)
 
 

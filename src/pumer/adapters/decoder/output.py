@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder.prompt import Axis, ForwardState
 
 
+@timed("decoder")
 def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
     """Lengthen what the language model gives, and tell the cache what it holds."""
     if output.get("attentions") is not None:

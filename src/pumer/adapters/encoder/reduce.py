@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, Step, exact, extent
+from pumer.adapters.base import Patch, Step, exact, extent, timed
 from pumer.reducers import EMBEDDINGS, Plan, Tokens
 
 BUCKET = 8
@@ -109,6 +109,7 @@ def check_mask(attention_mask: Tensor | None, text: Tensor) -> Tensor:
     return attention_mask
 
 
+@timed("encoder")
 def reduce(
     patch: Patch,
     layer: int,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,54 +22,36 @@ from pumer.lab.bench import models, records
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.overhead import overhead_share
 from pumer.lab.bench.results import Bench, Row
+from pumer.lab.bench.settings import BenchSettings, resolve_device
 from pumer.lab.bench.timing import Timing, alternate
+from pumer.lab.progress import Progress, no_progress
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import Reducer, Unreduced
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 STOCK, FUSED = "stock", "fused"
+REAL_TEXT = (8, 16)
+"""Fewest and most real text tokens of an example; the others are padding."""
 
 
 def bench(
-    model: str = "vilt-b32",
-    reducers: Sequence[ReducerSpec] | None = None,
-    batch: int = 8,
-    image_size: int | None = None,
-    text: int = 40,
-    real_text: tuple[int, int] = (8, 16),
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    compiled: bool = False,
-    threads: int | None = None,
-    runs: int = 9,
+    settings: BenchSettings,
+    *,
     warmup: int = 2,
     memory: bool = True,
     overhead: bool = True,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> Bench:
     """Measure stock transformers, the fused but unreduced model, and each reducer: speed, memory
     and overhead.
 
     Args:
-        model: a name in `bench.models.CONFIGS`.
-        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers; the
-            model's own presets for VQAv2 if not given.
-        batch: examples at a time.
-        image_size: side of the square pictures in pixels; the model's own if not given.
-        text: text tokens, padding included.
-        real_text: fewest and most real text tokens of an example.
-        device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
-        compiled: measure under torch.compile, where padding is not trimmed and the overhead is not
-            told apart.
-        threads: CPU threads; torch's own choice if not given.
-        runs: timed forwards of each variant.
-        warmup: forwards before those, at least one.
-        memory: measure peak activation memory; not of compiled code on a CPU, where no operator can
-            be watched.
-        overhead: measure what choosing and reducing tokens costs, in forwards of their own.
-        progress: called after every round of forwards.
+        settings: what to measure, where, and how often.
+        warmup: untimed forwards of each variant, at least one.
+        memory: measure peak activation memory; not of compiled code on a CPU, where operators
+            cannot be watched.
+        overhead: measure what choosing and reducing tokens costs, in forwards of their own; not of
+            compiled code.
+        progress: called with 1 after every round of forwards.
 
     Returns:
         The rows; where this machine lacks the device asked for, rows that say "not measured".
@@ -77,55 +59,61 @@ def bench(
     Raises:
         ValueError: for unknown names and settings that do not fit.
     """
-    named = name_reducers(models.default_reducers(model) if reducers is None else reducers)
-    size = models.image_size(model) if image_size is None else image_size
-    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = {
+    model = settings.model
+    named = name_reducers(models.default_reducers(model), settings.reducers)
+    size = models.image_size(model) if settings.image_size is None else settings.image_size
+    device, is_there = resolve_device(settings.device)
+    columns: dict[str, Any] = {
         "model": model,
-        "batch": batch,
+        "batch": settings.batch,
         "image_size": size,
-        "text": text,
-        "real_text": "-".join(map(str, real_text)),
-        "device": resolved_device,
-        "dtype": dtype,
-        "mode": "compiled" if compiled else "eager",
-        "runs": runs,
+        "text": settings.text,
+        "real_text": "-".join(map(str, REAL_TEXT)),
+        "device": device,
+        "dtype": settings.dtype,
+        "mode": "compiled" if settings.compiled else "eager",
+        "runs": settings.runs,
     }
-    with using_threads(threads):
-        if resolved_device == "cuda" and not torch.cuda.is_available():
+    with using_threads(settings.threads):
+        if not is_there:
             missing = (
                 Row(name, note="not measured, no CUDA device") for name in (STOCK, FUSED, *named)
             )
-            result = Bench(settings, records.environment(), tuple(missing))
-        else:
-            net = models.build(model).to(resolved_device, getattr(torch, dtype))
-            data = models.inputs(net, batch, size, text, real_text)
-            nets = variants(net, named)
-            calls = {
-                name: forward(torch.compile(variant) if compiled else variant, data)
-                for name, variant in nets.items()
-            }
-            timings = alternate(calls, runs, max(warmup, 1), resolved_device, progress)
-            # At once: what is run below to watch it may have other lengths.
-            macs = _macs(nets, data)
-            watched = calls if memory and not (compiled and resolved_device == "cpu") else {}
-            peaks = {
-                name: peak_activations(call, resolved_device) for name, call in watched.items()
-            }
-            shares = {
-                name: overhead_share(nets[name], calls[name], resolved_device)
-                for name in (named if overhead and not compiled else ())
-            }
-            rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
-            result = Bench(settings, records.environment(resolved_device), rows, weight_bytes(net))
-    return result
+            return Bench(columns, records.environment(), tuple(missing))
+        net = models.build(model).to(device, getattr(torch, settings.dtype))
+        data = models.inputs(net, settings.batch, size, settings.text, REAL_TEXT)
+        nets = variants(net, named)
+        calls = {
+            name: forward(torch.compile(variant) if settings.compiled else variant, data)
+            for name, variant in nets.items()
+        }
+        timings = alternate(calls, settings.runs, max(warmup, 1), device, progress)
+        # At once: the forwards below, which are watched, may have other lengths.
+        macs = _macs(nets, data)
+        watched = calls if memory and not (settings.compiled and device == "cpu") else {}
+        peaks = {name: peak_activations(call, device) for name, call in watched.items()}
+        shares = {
+            name: overhead_share(nets[name], calls[name], device)
+            for name in (named if overhead and not settings.compiled else ())
+        }
+        rows = _rows(
+            settings.batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)}
+        )
+        return Bench(columns, records.environment(device), rows, weight_bytes(net))
 
 
-def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
-    """Reducers under the names they get in a table; raises ValueError for unknown ones and for the
-    same one twice."""
+def name_reducers(
+    defaults: Sequence[ReducerSpec], specs: Sequence[ReducerSpec | None] | None = None
+) -> dict[str, Reducer]:
+    """Reducers under the names they get in a table, the defaults where none are given.
+
+    Raises:
+        ValueError: for unknown ones, and for the same one twice.
+    """
     named: dict[str, Reducer] = {}
-    for spec in specs:
+    for spec in defaults if specs is None else specs:
+        if spec is None:
+            continue
         reducer = read_reducer(spec)
         if isinstance(spec, str):
             name = spec

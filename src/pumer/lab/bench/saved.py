@@ -15,6 +15,7 @@ from pumer.lab.bench.llm_results import MEBI
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.run import STOCK, forward, using_threads, variants
 from pumer.lab.bench.timing import Timing, alternate
+from pumer.lab.progress import Progress, no_progress
 from pumer.reducers import Reducer
 
 
@@ -80,7 +81,7 @@ def bench_saved(
     new_tokens: int | None = None,
     runs: int = 9,
     threads: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> SavedBench:
     """Time and weigh a model with each reducer on inputs of its own, against the stock model and
     the fused one.
@@ -92,7 +93,7 @@ def bench_saved(
         new_tokens: of the answers that are timed; None times forwards.
         runs: timed calls of each.
         threads: CPU threads; torch's own choice if not given.
-        progress: called after every round.
+        progress: called with 1 after every round.
     """
     device = next(net.parameters()).device.type
     inputs = dict(data)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pumer.lab.progress import Progress, no_progress
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -44,7 +46,7 @@ def alternate(
     runs: int = 9,
     warmup: int = 2,
     device: torch.device | str = "cpu",
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Timing]:
     """Time variants in turns in one process, so that whatever else the machine does meets all of
     them.
@@ -57,7 +59,7 @@ def alternate(
         runs: timed calls of each.
         warmup: calls of each before those.
         device: where the calls compute.
-        progress: called after every round.
+        progress: called with 1 after every round.
     """
     if runs < 1 or warmup < 0:
         raise ValueError(
@@ -70,7 +72,7 @@ def alternate(
             took = clock(variants[name], device)
             if round_index >= warmup:
                 seconds[name].append(took)
-        progress()
+        progress(1)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

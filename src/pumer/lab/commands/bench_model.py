@@ -7,9 +7,10 @@ from rich.progress import Progress
 import pumer
 from pumer._options import Count
 from pumer._terminal import visible
-from pumer.lab.bench.run import Device, name_reducers
+from pumer.lab.bench.run import name_reducers
 from pumer.lab.bench.saved import bench_saved
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task
+from pumer.lab.bench.settings import Device, ReducerSettings
+from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import model_inputs
 from pumer.lab.scenes.tasks import Scenes
@@ -73,6 +74,6 @@ def bench_model_(
             new_tokens=new_tokens if writes(net) else None,
             runs=runs,
             threads=threads,
-            progress=lambda: progress.advance(bar),
+            progress=lambda done: progress.advance(bar, done),
         )
     print(visible(f"{model}\n{result}"))

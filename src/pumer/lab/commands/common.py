@@ -14,14 +14,12 @@ import pumer
 from pumer._terminal import console
 from pumer.hub import is_stock, load, load_stock
 from pumer.hub.sources import CONFIG, PROCESSING, find_source
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device, ReducerSettings
 from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator
 from pumer.lab.tasks.processors import saved_collator
 from pumer.lab.tasks.prompts import vocabulary
 from pumer.presets import read_reducer
-
-ReducerSettings = str | dict[str, Any] | None
 
 
 def pick_device(device: Device) -> str:

@@ -14,8 +14,8 @@ from pumer._options import Count, OutputFile
 from pumer._rows import RowFile
 from pumer._terminal import console
 from pumer.lab.bench.records import environment
-from pumer.lab.bench.run import Device
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task, print_metrics
+from pumer.lab.bench.settings import Device, ReducerSettings
+from pumer.lab.commands.common import open_model, open_task, print_metrics
 from pumer.lab.evaluate import Result, evaluate, predict, take, write_samples
 from pumer.lab.score.ray import predict_on_ray
 from pumer.lab.score.run import Engine

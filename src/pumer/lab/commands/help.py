@@ -7,10 +7,13 @@ import ast
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+FLAT = "settings"
+"""Parameter of a command's function: a dataclass whose fields are the command's options."""
 _ROOT = Path(__file__).parents[3]
 _PLAIN = {
     "str": "TEXT",
@@ -46,8 +49,12 @@ class Option:
 
 
 def options(path: str) -> list[Option]:
-    """The options of a function, `module:name`, those of dataclasses among its arguments
-    included."""
+    """The options of a function, `module:name`, the fields of dataclasses among its parameters
+    included.
+
+    A parameter called `settings` is a dataclass whose fields are options of the command itself;
+    fields of other dataclasses have the parameter's name as a prefix, as in `distill.teacher`.
+    """
     module, _, name = path.partition(":")
     tree = _tree(module)
     function = next(
@@ -62,13 +69,40 @@ def options(path: str) -> list[Option]:
     result: list[Option] = []
     for argument, default in zip(args, defaults, strict=True):
         assert argument.annotation is not None
-        shown = None if default is None else ast.unparse(default)
         annotation = ast.unparse(argument.annotation)
-        nested = list(_fields(tree, annotation, argument.arg))
-        type_ = "settings, one by one" if nested else _written_out(tree, annotation)
-        result.append(Option(argument.arg, type_, shown, helps.get(argument.arg, "")))
-        result += nested
+        if argument.arg == FLAT:
+            result += _dataclass_options(tree, annotation)
+        else:
+            result += _option(tree, argument.arg, annotation, default, helps)
     return result
+
+
+def _dataclass_options(tree: ast.Module, name: str) -> Iterator[Option]:
+    """The options of a dataclass whose fields stand on the command line without a prefix."""
+    source, definition = _definition(tree, name)
+    assert isinstance(definition, ast.ClassDef)
+    for base in definition.bases:
+        yield from _dataclass_options(source, ast.unparse(base))
+    helps = _described(definition)
+    for field in _annotated(definition):
+        yield from _option(
+            source, field.target.id, ast.unparse(field.annotation), field.value, helps
+        )
+
+
+def _option(
+    tree: ast.Module,
+    name: str,
+    annotation: str,
+    default: ast.expr | None,
+    helps: Mapping[str, str],
+) -> Iterator[Option]:
+    """An option, followed by the fields of the dataclass that its annotation names, if any."""
+    nested = list(_fields(tree, annotation, name))
+    type_ = "settings, one by one" if nested else _written_out(tree, annotation)
+    shown = None if default is None else ast.unparse(default)
+    yield Option(name, type_, shown, helps.get(name, ""))
+    yield from nested
 
 
 def render(command: str, what: str, path: str, positional: bool = False) -> str:
@@ -143,13 +177,23 @@ def _fields(tree: ast.Module, annotation: str, prefix: str) -> Iterator[Option]:
         if not isinstance(definition, ast.ClassDef):
             continue
         helps = _described(definition)
-        for field in definition.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                shown = "None" if field.value is None else ast.unparse(field.value)
-                type_ = _written_out(source, ast.unparse(field.annotation))
-                yield Option(
-                    f"{prefix}.{field.target.id}", type_, shown, helps.get(field.target.id, "")
-                )
+        for field in _annotated(definition):
+            shown = "None" if field.value is None else ast.unparse(field.value)
+            type_ = _written_out(source, ast.unparse(field.annotation))
+            field_name = field.target.id
+            yield Option(f"{prefix}.{field_name}", type_, shown, helps.get(field_name, ""))
+
+
+class _Field(ast.AnnAssign):
+    """An annotated assignment to a plain name."""
+
+    target: ast.Name
+
+
+def _annotated(definition: ast.ClassDef) -> Iterator[_Field]:
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield cast(_Field, node)
 
 
 def _definition(tree: ast.Module, name: str) -> tuple[ast.Module, ast.AST | None]:

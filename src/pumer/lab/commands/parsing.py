@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer._options import check_options
 from pumer._suggest import did_you_mean
 from pumer._yaml import read_yaml
-from pumer.lab.commands.help import Option
+from pumer.lab.commands.help import FLAT, Option
 from pumer.lab.commands.words import misplaced, with_settings
 from pumer.lab.train.recipe import RECIPES
 
@@ -54,18 +55,27 @@ def parse(
         raise ValueError(problem)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_function_arguments(function, as_positional=positional)
+    settings_class = get_type_hints(function).get(FLAT)
+    if settings_class is not None:
+        parser.add_class_arguments(settings_class, as_positional=positional)
+    parser.add_function_arguments(function, as_positional=positional, skip={FLAT})
     files = [
         _config(word, recipes) if option == "--config" else word
         for option, word in pairwise(["", *words])
     ]
     try:
-        settings = parser.instantiate(parser.parse_args(with_settings(files)))
+        parsed = parser.instantiate(parser.parse_args(with_settings(files)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), options, positional)) from error
-    values = {key: value for key, value in vars(settings).items() if key != "config"}
-    check_options(function, values)
-    return values
+    values = {key: value for key, value in vars(parsed).items() if key != "config"}
+    if settings_class is None:
+        check_options(values, function)
+        return values
+    check_options(values, settings_class, function)
+    names = {field.name for field in fields(settings_class)}
+    own_options = {key: value for key, value in values.items() if key not in names}
+    settings = settings_class(**{key: values[key] for key in names})
+    return {FLAT: settings, **own_options}
 
 
 def _config(name: str, recipes: bool) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pumer
 from pumer._options import Count
-from pumer.lab.commands.common import ReducerSettings, open_model
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model
 from pumer.lab.tasks.prompts import writes
 
 

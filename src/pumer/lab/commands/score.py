@@ -14,7 +14,8 @@ from pumer._extras import need
 from pumer._options import Count, OutputFile, OutputFolder
 from pumer._rows import RowFile
 from pumer._terminal import console
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task, print_metrics
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model, open_task, print_metrics
 from pumer.lab.data.images import BrokenImageError
 from pumer.lab.score import Job, stream_pairs
 from pumer.lab.score.measure import COLUMNS, measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pumer._options import OutputFolder
 from pumer._terminal import console
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device
 from pumer.lab.commands.common import pick_device
 from pumer.lab.study import read_study, run
 from pumer.lab.study.run import Only

@@ -16,7 +16,7 @@ from pumer._options import Count, OutputFolder, Probability
 from pumer._shipped import model_folder
 from pumer._terminal import console
 from pumer.hub.sources import is_hub_name
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.train.recipe import read_recipe
 from pumer.lab.tune.finetune import finetune as finetune_

@@ -12,7 +12,8 @@ import pumer
 from pumer._files import check_file, replacing
 from pumer._options import Index, OutputFile
 from pumer._terminal import visible
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import answer, model_inputs
 from pumer.lab.scenes.tasks import Scenes

@@ -23,9 +23,8 @@ from pumer.adapters.base import Step
 from pumer.costs.report import last_forward_parts
 from pumer.costs.result import GIGA, PICTURES, TOWERS
 from pumer.hub import is_stock, load, load_stock
-from pumer.lab.bench.llm_overhead import prefill_shares
 from pumer.lab.bench.memory import peak_activations
-from pumer.lab.bench.overhead import overhead_share
+from pumer.lab.bench.overhead import overhead_share, prefill_shares
 from pumer.lab.bench.timing import alternate
 from pumer.lab.data.images import KeepAspect
 from pumer.lab.data.transforms import Stock

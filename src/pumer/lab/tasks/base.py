@@ -232,11 +232,11 @@ class Collator:
 def carried(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Tensors to learn from besides the labels, where all examples carry them in their `meta`.
 
-    `patch_labels` [B,P,7] are dense targets, `taught` [B, labels] are a teacher's logits.
+    `patch_labels` [B,P,7] are dense targets, `teacher_logits` [B, labels] are a teacher's logits.
     """
     return {
         name: torch.stack([example.meta[name] for example in examples])
-        for name in ("patch_labels", "taught")
+        for name in ("patch_labels", "teacher_logits")
         if all(name in example.meta for example in examples)
     }
 

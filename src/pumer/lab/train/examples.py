@@ -30,7 +30,7 @@ class Examples(torch.utils.data.Dataset):
         self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0
     ) -> None:
         self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
-        self.taught: Tensor | None = None
+        self.teacher_logits: Tensor | None = None
         """The teacher's logits of each, if they are known."""
 
     def __len__(self) -> int:
@@ -41,11 +41,11 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
         examples = take(self.examples, indices)
-        if self.taught is not None:
-            pairs = zip(examples, self.taught[indices], strict=True)
+        if self.teacher_logits is not None:
+            pairs = zip(examples, self.teacher_logits[indices], strict=True)
             examples = [
-                replace(example, meta={**example.meta, "taught": taught})
-                for example, taught in pairs
+                replace(example, meta={**example.meta, "teacher_logits": teacher_logits})
+                for example, teacher_logits in pairs
             ]
         return list(map(self._augmented, indices, examples)) if self.augment else examples
 

@@ -92,7 +92,7 @@ _ASKING = {
 """Settings of the Trainer that asks the teacher, whatever they are for the training."""
 
 
-def taught(
+def cached_teacher_logits(
     teacher: nn.Module,
     examples: Dataset,
     collator: Collator,

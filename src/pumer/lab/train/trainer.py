@@ -24,7 +24,7 @@ class TaskTrainer(Trainer):
     Args:
         task: says what the labels are.
         teacher: an unreduced model to distil from, never trained; not asked where batches hold its
-            logits, `taught`.
+            logits, `teacher_logits`.
         teacher_collator: that made the `teacher_inputs` of a batch, which else are the model's, and
             tells the order of the teacher's labels.
         distill_weight: of KL(teacher || student), next to 1 for the task's own loss.
@@ -70,7 +70,8 @@ class TaskTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
-        taught, shown = inputs.pop("taught", None), inputs.pop("teacher_inputs", None)
+        teacher_logits = inputs.pop("teacher_logits", None)
+        shown = inputs.pop("teacher_inputs", None)
         collator = getattr(self.data_collator, "student", self.data_collator)
         patch = active(self.model)
         full_logits = None
@@ -91,19 +92,19 @@ class TaskTrainer(Trainer):
         if full_logits is not None:
             parts["whole"] = task_loss(full_logits, labels, self.task.loss_kind)
             parts["self_distill"] = distillation_loss(logits, full_logits.detach())
-        if taught is None and self.teacher is not None and model.training:
+        if teacher_logits is None and self.teacher is not None and model.training:
             if shown is None:
                 shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             shown.pop("texts_per_image", None)
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
                 answers = self.teacher(**paired(self.teacher, shown, texts))
-            taught = self._logits(answers, labels, self.teacher_collator)
-        if taught is not None and model.training:
+            teacher_logits = self._logits(answers, labels, self.teacher_collator)
+        if teacher_logits is not None and model.training:
             # Of ranked texts over all of an image's, where the published code has the softmax of a
             # single score: 0.
             parts["distill"] = self.distill_weight * distillation_loss(
-                logits, taught, self.temperature
+                logits, teacher_logits, self.temperature
             )
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]

@@ -14,7 +14,7 @@ from pumer.lab.train.losses import distillation_loss
 from pumer.lab.train.trainer import TaskTrainer
 
 
-class WritingTrainer(TaskTrainer):
+class GenerativeTrainer(TaskTrainer):
     """Teach a model, reduced or not, to write answers: its own loss, on their tokens alone.
 
     A teacher tells what it would write in the place of each of these tokens. Accuracy is the share
@@ -37,13 +37,13 @@ class WritingTrainer(TaskTrainer):
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(**shown).logits
+                teacher_logits = self.teacher(**shown).logits
             learned = labels[:, 1:] != IGNORED
-            student_logits, taught = (
-                logits[:, :-1][learned] for logits in (outputs.logits, taught)
+            student_logits, teacher_logits = (
+                logits[:, :-1][learned] for logits in (outputs.logits, teacher_logits)
             )
             parts["distill"] = self.distill_weight * distillation_loss(
-                student_logits, taught, self.temperature
+                student_logits, teacher_logits, self.temperature
             )
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
