@@ -2,6 +2,7 @@
 that fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +17,12 @@ from pumer.lab.evaluate import evaluate
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.train.settings import ModelSettings, TrainSettings
 
-RECIPES = sorted((SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    [
+        *(SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"),
+        *(Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml"),
+    ]
+)
 
 
 def test_it_is_small():

@@ -12,9 +12,9 @@ from rich.table import Table
 import pumer
 from pumer._files import check_space, new_folder
 from pumer._options import Count, NewFolder
+from pumer._suggest import some
 from pumer._terminal import console
 from pumer.hub import Official, load, read_official, save, save_official
-from pumer.hub.files import some
 from pumer.lab.data.images import KeepAspect, Square
 from pumer.lab.data.transforms import Crop, Transform, clip_square, save_transform
 
@@ -107,9 +107,9 @@ def _table(read: Official, tokenizer: list[str], image_size: int | None) -> Tabl
         ),
         "reduction": "none" if patch is None else str(patch.reducer),
         "tokenizer": ", ".join(tokenizer) or f"none: save that of {usual} into the folder",
-        "new weights": some(read.new),
-        "left out": some(read.left_out),
-        "unknown settings": some(read.unknown),
+        "new weights": some(sorted(read.new)),
+        "left out": some(sorted(read.left_out)),
+        "unknown settings": some(sorted(read.unknown)),
     }
     if type(model).__name__.endswith("ForQuestionAnswering"):
         rows["answers"] = (

@@ -33,7 +33,7 @@ def check(
     """
     from rich.table import Table
 
-    from pumer.lab.tasks.base import first
+    from pumer.lab.tasks.base import count_of
     from pumer.lab.tasks.check import check_files
 
     screen = console()
@@ -64,9 +64,8 @@ def check(
     for split in checks:
         notes = [split.problem] if split.problem else []
         if split.missing:
-            notes.append(
-                f"{first(split.missing, split.counts['images'], 'images')} are not in {split.store}"
-            )
+            missing = count_of(split.missing, split.counts["images"], "images")
+            notes.append(f"{missing} are not in {split.store}")
         for note in notes + list(split.broken.values())[:5]:
             screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
     if missing:

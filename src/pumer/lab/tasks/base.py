@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pumer._suggest import some
 from pumer.lab.data.images import (
     BrokenImageError,
     ImageSource,
@@ -260,11 +261,11 @@ def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> li
     unknown = sorted(predictions.keys() - set(ids), key=str)
     if missing:
         raise ValueError(
-            f"{first(missing, len(ids), 'examples')} have no prediction; predict them too."
+            f"{count_of(missing, len(ids), 'examples')} have no prediction; predict them too."
         )
     if unknown:
         raise ValueError(
-            f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the "
+            f"{count_of(unknown, len(predictions), 'predictions')} are for no example; is it the "
             "right split?"
         )
     return ids
@@ -275,7 +276,7 @@ def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
     unknown_names = [name for name, label in predictions.items() if label not in labels]
     if unknown_names:
         raise ValueError(
-            f"{first(unknown_names, len(predictions), 'predictions')} are none of "
+            f"{count_of(unknown_names, len(predictions), 'predictions')} are none of "
             f"{', '.join(labels)}."
         )
 
@@ -287,17 +288,15 @@ def label_score(prediction: str, example: Example, labels: Sequence[str]) -> flo
     return float(prediction == labels[example.target])
 
 
-def first(ids: Sequence[Any], total: int, what: str) -> str:
+def count_of(ids: Sequence[Any], total: int, what: str) -> str:
     """How many of how many, and which: "3 of 8 examples (12, 14, 15)"; at most five are named."""
-    return (
-        f"{len(ids)} of {total} {what} "
-        f"({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
-    )
+    return f"{len(ids)} of {total} {what} ({some(ids, 5)})"
 
 
-def bootstrap_interval(
-    scores: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+_RESAMPLES = 1000
+
+
+def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
     """95 % percentile interval of the mean score, resampling whole clusters; the same for the same
     input.
 
@@ -309,9 +308,9 @@ def bootstrap_interval(
     names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = np.array([names[name] for name in clusters])
     sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
+    generator = np.random.default_rng(0)
+    means = np.empty(_RESAMPLES)
+    for i in range(_RESAMPLES):
         drawn = generator.integers(len(names), size=len(names))
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.quantile(means, [0.025, 0.975])

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from pumer.lab.data.image_store import ImageStore, open_store
 from pumer.lab.data.images import BrokenImageError, ImageSource, open_image
-from pumer.lab.tasks.base import Example, Task, first
+from pumer.lab.tasks.base import Example, Task, count_of
 
 Skip = Literal["none", "missing", "broken"]
 Exif = Literal["ignore", "apply"]
@@ -162,9 +162,8 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     bad = absent = store.absent(keys)
     if bad and task.skip == "none":
         raise ValueError(
-            f"{first(bad, len(keys), 'images')} are not in {store}; set images to where they are, "
-            "or "
-            'skip to "missing" to do without.'
+            f"{count_of(bad, len(keys), 'images')} are not in {store}; set images to their "
+            'folder, or skip to "missing" to do without.'
         )
     if task.skip == "broken":
         bad = absent + list(undecodable(store, present(keys, absent)))
@@ -174,12 +173,12 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     usable_rows = [row for row in rows if not without.intersection(task.keys(row))]
     if not usable_rows:
         raise ValueError(
-            f"{first(bad, len(keys), 'images')} are missing or broken in {store}: no example is "
+            f"{count_of(bad, len(keys), 'images')} are missing or broken in {store}: no example is "
             "left."
         )
     warnings.warn(
         f"{len(rows) - len(usable_rows)} of {len(rows)} examples are left out: "
-        f"{first(bad, len(keys), 'images')} are missing or broken in {store}",
+        f"{count_of(bad, len(keys), 'images')} are missing or broken in {store}",
         stacklevel=3,
     )
     return usable_rows
@@ -274,8 +273,8 @@ def all_or_none_labelled(rows: list[T], path: Path) -> list[T]:
     without = [row.id for row in rows if row.target is None]
     if 0 < len(without) < len(rows):
         raise ValueError(
-            f"{path}: {first(without, len(rows), 'rows')} have no label; add them, or remove the "
-            "rows."
+            f"{path}: {count_of(without, len(rows), 'rows')} have no label; add them, or "
+            "remove the rows."
         )
     return rows
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pumer._suggest import some
 from pumer.lab.tasks.base import Task
 
 _LOG = logging.getLogger(__name__)
@@ -67,14 +68,14 @@ def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
             "the model's labels are %s: they are taken for %s, in this order; if it is another "
             "one, "
             "set id2label in the model's config.json",
-            _some(names),
-            _some(labels),
+            some(names, _SHOWN),
+            some(labels, _SHOWN),
         )
         return None
     raise ValueError(
-        f"the model's labels ({_some(names)}) are not those of the task {task.name} "
-        f"({_some(labels)}): take a model that was trained on the task, or, if they mean the same, "
-        "set id2label in its config.json to the task's words"
+        f"the model's labels ({some(names, _SHOWN)}) are not those of the task {task.name} "
+        f"({some(labels, _SHOWN)}): take a model that was trained on the task, or, if they mean "
+        "the same, set id2label in its config.json to the task's words"
     )
 
 
@@ -96,7 +97,7 @@ def check_fit(model: Any, task: Task) -> None:
     else:
         heads, needs = (
             _CLASSIFIERS,
-            f"has one image per example and the labels {_some(task.labels)}",
+            f"has one image per example and the labels {some(task.labels, _SHOWN)}",
         )
     suits = any(base.endswith(heads) for base in bases)
     if suits and class_name.endswith(_CLASSIFIERS[2]):
@@ -111,10 +112,6 @@ def check_fit(model: Any, task: Task) -> None:
         )
     if not ranks and is_unnamed(task.labels):
         raise ValueError(
-            f"the model's config.json names no answers ({_some(task.labels)}): set its id2label to "
-            "the answers that the head was trained on, or give the task its labels"
+            f"the model's config.json names no answers ({some(task.labels, _SHOWN)}): set "
+            "its id2label to the answers that the head was trained on, or give the task its labels"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f", ... {len(names)} in all" if len(names) > _SHOWN else "")

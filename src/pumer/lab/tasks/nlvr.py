@@ -14,7 +14,7 @@ from typing import Any
 
 from pumer._files import replacing
 from pumer.lab.data.parquet import ImageTable
-from pumer.lab.tasks.base import Example, Task, check_ids, first, label_score
+from pumer.lab.tasks.base import Example, Task, check_ids, count_of, label_score
 
 _COLUMNS = ("id", "example_id", "presentation", "directory", "k", "sentence", "label")
 _BOX_ORDERS = set(range(6))
@@ -68,7 +68,7 @@ class NLVR(Task):
             missing = [column["id"][i] for i in rows if column[name][i] is None]
             if missing:
                 raise ValueError(
-                    f"{path}: {first(missing, len(ids), 'rows')} have no {name}; attach the "
+                    f"{path}: {count_of(missing, len(ids), 'rows')} have no {name}; attach the "
                     "official file."
                 )
         return _Examples(table, rows)
@@ -99,7 +99,7 @@ class NLVR(Task):
         invalid_names = [name for name, label in predictions.items() if label not in self.labels]
         if invalid_names:
             raise ValueError(
-                f"{first(invalid_names, len(predictions), 'predictions')} are neither true "
+                f"{count_of(invalid_names, len(predictions), 'predictions')} are neither true "
                 "nor false."
             )
         with replacing(path) as file:

@@ -373,25 +373,3 @@ def recalls_in_folds(
         )
     names = [name for name in parts[0] if not name.endswith(("_low", "_high"))]
     return {name: round(sum(part[name] for part in parts) / folds, 2) for name in names}
-
-
-def write_rankings(
-    path: str | Path, scores: np.ndarray | Tensor, pool: Pool, top: int = 10
-) -> None:
-    """Write what was retrieved, a JSON object a line: for each image the `sentids` of its `top`
-    captions, best first, then for each caption the `imgids` of its images.
-
-    `scores` are of every image with every caption, [I, T]; equal ones in the order of the pool.
-    """
-    scores = torch.as_tensor(scores).detach().cpu()
-    with replacing(path) as file:
-        for image, row in zip(pool.image_ids, scores, strict=True):
-            order = row.argsort(descending=True, stable=True)[:top].tolist()
-            file.write(
-                json.dumps({"imgid": image, "sentids": [pool.caption_ids[t] for t in order]}) + "\n"
-            )
-        for caption, column in zip(pool.caption_ids, scores.T, strict=True):
-            order = column.argsort(descending=True, stable=True)[:top].tolist()
-            file.write(
-                json.dumps({"sentid": caption, "imgids": [pool.image_ids[i] for i in order]}) + "\n"
-            )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pumer._files import replacing
-from pumer.lab.tasks.base import Example, check_ids, first
+from pumer.lab.tasks.base import Example, check_ids, count_of
 
 ANNOTATORS = 10
 
@@ -162,7 +162,7 @@ def write_answers(
     invalid_ids = [row["question_id"] for row in rows if not isinstance(row["answer"], str)]
     if invalid_ids:
         raise ValueError(
-            f"{first(invalid_ids, len(rows), 'predictions')} are no strings; give the "
+            f"{count_of(invalid_ids, len(rows), 'predictions')} are no strings; give the "
             "answers' words."
         )
     with replacing(path) as file:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pumer.lab.tasks.base import first
+from pumer.lab.tasks.base import count_of
 from pumer.lab.tasks.files import MissingFileError, read_rows, strings
 from pumer.lab.tasks.vqa_answers import ANNOTATORS
 
@@ -99,7 +99,7 @@ def read_annotations(
     missing = [question.id for question in questions if question.id not in rows]
     if missing:
         raise ValueError(
-            f"{path}: {first(missing, len(questions), 'questions')} have no annotation."
+            f"{path}: {count_of(missing, len(questions), 'questions')} have no annotation."
         )
     # A question that names its image needs no image_id, and annotations need not know that name.
     numbered = [question for question in questions if question.image_id != question.key]
@@ -110,7 +110,7 @@ def read_annotations(
     ]
     if other:
         raise ValueError(
-            f"{path}: {first(other, len(questions), 'questions')} have another image_id than in "
+            f"{path}: {count_of(other, len(questions), 'questions')} have another image_id than in "
             "the questions file; are the two of one release?"
         )
     return rows

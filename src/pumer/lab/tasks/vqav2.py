@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pumer.lab.data.images import ImageSource
-from pumer.lab.tasks.base import Example, first
+from pumer.lab.tasks.base import Example, count_of
 from pumer.lab.tasks.files import FileTask, wanted
 from pumer.lab.tasks.vqa_answers import (
     build_vocabulary,
@@ -95,7 +95,7 @@ class VQAv2(FileTask):
         if len(set(self.labels)) < len(self.labels):
             repeated = [label for label, count in Counter(self.labels).items() if count > 1]
             raise ValueError(
-                f"{first(repeated, len(self.labels), 'labels')} repeat; give every answer once."
+                f"{count_of(repeated, len(self.labels), 'labels')} repeat; give every answer once."
             )
         if self.min_count < 1:
             raise ValueError(f"min_count is {self.min_count}; give at least 1.")
@@ -175,16 +175,6 @@ class VQAv2(FileTask):
         """Write the JSON list that EvalAI takes: all of test2015, also where only test-dev is
         scored."""
         write_answers(path, predictions, examples)
-
-
-def read_vocabulary(
-    root: str | Path,
-    splits: Sequence[str] = OFFICIAL,
-    min_count: int = 9,
-    order: Literal["sorted", "first"] = "sorted",
-) -> tuple[str, ...]:
-    """The answer vocabulary of the annotation files under `root`; see `build_vocabulary`."""
-    return build_vocabulary(read_answers(root, splits), min_count, order)
 
 
 def read_answers(root: str | Path, splits: Sequence[str]) -> list[str]:
