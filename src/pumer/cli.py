@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "bench where": (
         "pumer.lab.commands.bench:where_",
-        "show at which batch and picture sizes reduction pays",
+        "show at which batch and image sizes reduction pays",
     ),
     "bench pairs": (
         "pumer.lab.commands.score:bench_pairs",

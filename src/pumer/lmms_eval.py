@@ -177,7 +177,7 @@ class PumerModel(lmms):
         """What the model says next in each of these conversations, in one batch.
 
         Args:
-            conversations: messages of lmms-eval's chat protocol, with images as pictures, files or
+            conversations: messages of lmms-eval's chat protocol, images as PIL images, files or
                 addresses.
             settings: a task's `generation_kwargs`; what `generate` does not know is left out.
 
@@ -189,8 +189,8 @@ class PumerModel(lmms):
             for messages in conversations
         ]
         answers = [""] * len(conversations)
-        for pictured in (True, False):  # processors take no batches of which some have no image
-            rows = [row for row, row_images in enumerate(images) if bool(row_images) is pictured]
+        for with_images in (True, False):  # processors take no batches of which some have no image
+            rows = [row for row, row_images in enumerate(images) if bool(row_images) is with_images]
             if rows:
                 written = self._write(
                     [conversations[row] for row in rows], [images[row] for row in rows], settings

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pumer._files import replacing
 from pumer.lab.data.images import BrokenImageError, open_image
 from pumer.lab.tasks.base import Collator, Example, Task
-from pumer.lab.tasks.prompts import MAX_ANSWER, WritingCollator
+from pumer.lab.tasks.prompts import MAX_ANSWER, GenerativeCollator
 
 NOT_NUMBERS = (
     "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
@@ -106,7 +106,7 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
         ValueError: for outputs that are NaN, of which the largest means nothing.
     """
     with torch.inference_mode():
-        if isinstance(collator, WritingCollator):
+        if isinstance(collator, GenerativeCollator):
             written = model.generate(
                 **inputs,
                 do_sample=False,

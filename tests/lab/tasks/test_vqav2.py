@@ -418,7 +418,7 @@ def test_missing_images_are_counted(root):
     for path in (root / "val2014").iterdir():
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"3 of 3 images \(COCO_val2014_0{11}1, .*set images to where they are"
+        ValueError, match=r"3 of 3 images \(COCO_val2014_0{11}1, .*set images to their folder"
     ):
         VQAv2(root).examples("val2014")
 

@@ -200,7 +200,7 @@ def forward_costs(net: nn.Module, data: dict[str, Tensor]) -> tuple[int, int]:
     """Multiply-accumulates of a prompt, and bytes of keys and values that the batch has to leave,
     of the last forward.
 
-    Unlike in `pumer.report`, the tokens that a family puts between the parts of a picture are
+    Unlike in `pumer.report`, the tokens that a family puts between the parts of an image are
     counted.
     """
     adapter, patch, config = find(net), active(net), config_of(net)

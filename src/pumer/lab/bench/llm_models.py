@@ -26,7 +26,7 @@ from pumer._suggest import did_you_mean
 from pumer.adapters import find
 
 CROPS = 5
-"""Crops of a picture in families that cut it up, the small one of the whole included."""
+"""Crops of an image in families that cut it up, the small one of the whole included."""
 _LLAMA = {
     "vocab_size": 32064,
     "hidden_size": 4096,
@@ -73,7 +73,7 @@ def _qwen(layers: int = 28, tower_layers: int = 32) -> Qwen2_5_VLConfig:
         "out_hidden_size": 3584,
         "intermediate_size": 3420,
         "num_heads": 16,
-        # Every eighth block sees the whole picture, the others windows of it.
+        # Every eighth block sees the whole image, the others windows of it.
         "fullatt_block_indexes": list(range(7, tower_layers, 8)) or [tower_layers - 1],
     }
     text = _QWEN | {"vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope}
@@ -177,13 +177,13 @@ def default_reducers(config: PreTrainedConfig) -> list[dict[str, Any]]:
 def inputs(
     model: PreTrainedModel, batch: int = 1, text: int = 64, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Prompts as the processor gives them: half of the text, one picture, the other half.
+    """Prompts as the processor gives them: half of the text, one image, the other half.
 
     Args:
         model: for which.
         batch: prompts, all of one length.
         text: text tokens of each; those that a family puts around and between the parts of a
-            picture come on top.
+            image come on top.
         seed: of the data.
 
     Raises:

@@ -70,7 +70,7 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
 
 
 def image_size(name: str) -> int:
-    """Side in pixels of the pictures that a model is configured for; raises ValueError listing the
+    """Side in pixels of the images that a model is configured for; raises ValueError listing the
     known names."""
     return _config(name).image_size
 
@@ -108,13 +108,13 @@ def inputs(
     real: tuple[int, int] = (8, 16),
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """A batch as the model's processor gives it for square pictures and questions padded to a fixed
+    """A batch as the model's processor gives it for square images and questions padded to a fixed
     length.
 
     Args:
         model: for which.
         batch: examples.
-        size: side of the pictures in pixels; the configured one if not given.
+        size: side of the images in pixels; the configured one if not given.
         text: text tokens, padding included.
         real: fewest and most real ones; where the batch has two texts or more, one of each is in
             it.
@@ -133,7 +133,7 @@ def inputs(
         )
     if batch < 1 or size < config.patch_size:
         raise ValueError(
-            f"{batch} pictures of {size} px: give one or more, of {config.patch_size} px or more"
+            f"{batch} images of {size} px: give one or more, of {config.patch_size} px or more"
         )
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(few, many + 1, (batch,), generator=generator)

@@ -182,7 +182,7 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     patch = active(nets[FUSED])
     assert patch is not None
     assert patch.entry is not None
-    # Stock ViLT cuts padded pictures to the longest of the batch too, but no stock model ever cuts
+    # Stock ViLT cuts padded images to the longest of the batch too, but no stock model ever cuts
     # the text.
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
     return {

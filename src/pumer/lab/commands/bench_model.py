@@ -15,7 +15,7 @@ from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.base import Example
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 
 
 def bench_model_(
@@ -62,7 +62,7 @@ def bench_model_(
         examples = [Example(0, question, (open_image(image),), None, 0)] * batch
     else:
         generated = Scenes(questions=batch, seed=7).examples("test")
-        examples = [generated[0 if writes(net) else index] for index in range(batch)]
+        examples = [generated[0 if is_generative(net) else index] for index in range(batch)]
     collator = open_task(model, net, {"name": "scenes"})
     data = model_inputs(collator(examples), net.device)
     with Progress(transient=True) as progress:
@@ -71,7 +71,7 @@ def bench_model_(
             net,
             data,
             named,
-            new_tokens=new_tokens if writes(net) else None,
+            new_tokens=new_tokens if is_generative(net) else None,
             runs=runs,
             threads=threads,
             progress=lambda done: progress.advance(bar, done),

@@ -33,7 +33,7 @@ def pick_device(device: Device) -> str:
 
 
 def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
-    """A saved model with its own reduction in force, or with another one where `reducer` is given.
+    """A saved model with its own active reduction, or with another one where `reducer` is given.
 
     Decoders may also be as transformers saved them, or have a name on the Hub.
     """

@@ -47,7 +47,7 @@ def convert(
             .ckpt file; or a model folder, for the way back.
         out: folder to write; must not exist or be empty.
         to: "pumer" for the other commands and `pumer.load`; "published" for PuMer's own code.
-        image_size: side of the pictures in pixels, if it is to be another one.
+        image_size: side of the images in pixels, if it is to be another one.
         answers: file with the answers of question answering (vqa2_label2ans.json,
             vqa2_ans2label.json or vqa_dict.json), where none lies beside the weights.
         kind: model class to give a new head, to start its training from a pretrained checkpoint.
@@ -85,7 +85,7 @@ def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def _transform(read: Official, image_size: int | None) -> Transform:
-    """What the checkpoint's authors did to pictures."""
+    """What the checkpoint's authors did to images."""
     config = read.model.config
     size = image_size or config.image_size
     if config.model_type == "meter":
@@ -101,7 +101,7 @@ def _table(read: Official, tokenizer: list[str], image_size: int | None) -> Tabl
         "checkpoint": read.origin,
         "class": type(model).__name__,
         "weights": f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M",
-        "pictures": f"{image_size or config.image_size} px, patches of {config.patch_size} px",
+        "images": f"{image_size or config.image_size} px, patches of {config.patch_size} px",
         "texts": (
             f"up to {config.max_position_embeddings} tokens, {config.vocab_size} different ones"
         ),

@@ -102,18 +102,18 @@ def scenes(
     seed: int = 2,
     image_size: Count = 96,
 ) -> None:
-    """Write generated pictures with questions, sentences or captions in a task's official files.
+    """Write generated images with questions, sentences or captions in a task's official files.
 
     Args:
         out: folder to write; new or empty, or for vqav2 one with other splits that were written so.
         task: whose files.
         split: vqav2: name of the split in the files' names.
-        pictures: number of pictures; but for vqav2 of the first split, the others having a tenth of
+        pictures: number of images; but for vqav2 of the first split, the others having a tenth of
             it.
         per_picture: vqav2: questions about each.
-        splits: but for vqav2: number of pictures of each split, instead of all official ones.
+        splits: but for vqav2: number of images of each split, instead of all official ones.
         dataset: retrieval: whose files.
-        seed: the shipped models were trained with 1; any other gives unseen pictures.
+        seed: the shipped models were trained with 1; any other gives unseen images.
         image_size: side in pixels.
     """
     from pumer.lab.scenes import set_files as scene_set_files

@@ -6,7 +6,7 @@ import pumer
 from pumer._options import Count
 from pumer.lab.bench.settings import ReducerSettings
 from pumer.lab.commands.common import open_model
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 
 
 def report_(
@@ -22,12 +22,12 @@ def report_(
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
             settings go as --reducer.SETTING VALUE; the model's own if not given.
         text: text tokens; a full-length text if not given.
-        image: image tokens; those of a picture of the configured size if not given.
+        image: image tokens; those of an image of the configured size if not given.
     """
     net = open_model(model, reducer)
     longest = (
         net.config.get_text_config().max_position_embeddings
-        if writes(net)
+        if is_generative(net)
         else net.config.max_position_embeddings
     )
     if text is not None and text > longest:

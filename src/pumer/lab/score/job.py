@@ -181,23 +181,23 @@ class Scorer:
         return scores.cpu()
 
     def _encode_images(self, rows: slice) -> list[Any]:
-        """In their order; pictures of one size together, as none is padded."""
+        """Encoded images in their order; those of one size go together, as none is padded."""
         job = self.job
-        pictures = [
+        transformed = [
             job.transform(open_image(image, name=f"image {image_index}"))
             for image_index, image in enumerate(job.images[rows], rows.start)
         ]
         sizes: dict[torch.Size, list[int]] = {}
-        for picture_index, picture in enumerate(pictures):
-            sizes.setdefault(picture.shape, []).append(picture_index)
+        for image_index, pixels_3HW in enumerate(transformed):
+            sizes.setdefault(pixels_3HW.shape, []).append(image_index)
         encoded: dict[int, Any] = {}
-        for places in sizes.values():
-            for start in range(0, len(places), job.batch_size):
-                some = places[start : start + job.batch_size]
-                pixels = torch.stack([pictures[picture_index] for picture_index in some])
+        for indices in sizes.values():
+            for start in range(0, len(indices), job.batch_size):
+                same_size = indices[start : start + job.batch_size]
+                pixels = torch.stack([transformed[image_index] for image_index in same_size])
                 pixels = pixels.to(self.device, self.model.dtype)
-                encoded |= zip(some, pairs(self.model).images(pixels), strict=True)
-        return [encoded[picture_index] for picture_index in range(len(pictures))]
+                encoded |= zip(same_size, pairs(self.model).images(pixels), strict=True)
+        return [encoded[image_index] for image_index in range(len(transformed))]
 
     def _encode_texts(self, columns: slice) -> Iterator[_Texts]:
         """In batches of texts of about one length, so that little is computed for padding."""

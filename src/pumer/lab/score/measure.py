@@ -118,8 +118,8 @@ def measure(
     """Pairs per second of the plain loop and of `score_pairs`, unreduced and with every reducer,
     taking turns.
 
-    Decoded pictures and token ids are the same random ones for all. The plain loop gets its
-    pictures transformed already. `score_pairs` transforms and tokenizes, and where it is timed on
+    Decoded images and token ids are the same random ones for all. The plain loop gets its
+    images transformed already. `score_pairs` transforms and tokenizes, and where it is timed on
     some rows only, the encoding of all texts is charged to these.
 
     Args:
@@ -203,17 +203,17 @@ def measure(
 
 
 def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job:
-    """Pictures of noise and texts of random words, the same every time."""
+    """Images of noise and texts of random words, the same every time."""
     size, draw = net.config.image_size, random.Random(0)
     noise = np.random.default_rng(0)
-    pictures = [
+    noise_images = [
         Image.fromarray(noise.integers(0, 256, (size, size, 3), dtype=np.uint8))
         for _ in range(images)
     ]
     sentences = [" ".join(draw.choices(_WORDS, k=draw.randint(*_REAL))) for _ in range(texts)]
     return Job(
         net,
-        pictures,
+        noise_images,
         sentences,
         TextTransform(train_tokenizer(_WORDS, 100), 40),
         Square(size),
@@ -224,13 +224,15 @@ def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job
 def _inputs(job: Job, count: int) -> list[dict[str, Tensor]]:
     """The first pairs, image by image, in batches for the plain loop."""
     numbers = [divmod(pair, len(job.texts)) for pair in range(count)]
-    pictures = {image: job.transform(job.images[image]) for image, _ in numbers}  # type: ignore[arg-type]
+    pixels = {image: job.transform(job.images[image]) for image, _ in numbers}  # type: ignore[arg-type]
     batches = []
     for start in range(0, count, job.batch_size):
-        some = numbers[start : start + job.batch_size]
-        batch = job.tokenize([job.texts[text] for _, text in some], [text for _, text in some])
+        batch_pairs = numbers[start : start + job.batch_size]
+        batch = job.tokenize(
+            [job.texts[text] for _, text in batch_pairs], [text for _, text in batch_pairs]
+        )
         batches.append(
-            batch | {"pixel_values": torch.stack([pictures[image] for image, _ in some])}
+            batch | {"pixel_values": torch.stack([pixels[image] for image, _ in batch_pairs])}
         )
     return batches
 

@@ -22,23 +22,23 @@ Inputs = dict[str, Tensor]
 
 
 class Pairs(ABC):
-    """A model in its parts; they follow the reducer that is in force when they are called."""
+    """A model in its parts; they follow the active reducer when they are called."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @abstractmethod
     def images(self, pixel_values_B3HW: Tensor) -> list[Any]:
-        """What becomes of each picture before it meets a text."""
+        """What becomes of each image before it meets a text."""
 
     @abstractmethod
     def texts(self, inputs: Inputs) -> Any:
-        """What becomes of a batch of texts before they meet a picture; `inputs` [B,T] are the
+        """What becomes of a batch of texts before they meet an image; `inputs` [B,T] are the
         tokenizer's."""
 
     @abstractmethod
     def score(self, image: Any, texts: Any) -> Tensor:
-        """Scores [B] of one picture with every text of a batch, each as `images` and `texts` gave
+        """Scores [B] of one image with every text of a batch, each as `images` and `texts` gave
         it."""
 
 
@@ -61,7 +61,7 @@ class MeterPairs(Pairs):
 class ViltPairs(Pairs):
     """`ViltForImageAndTextRetrieval`; the images are what its forward takes of them.
 
-    Of a picture with more patches than `config.max_image_length` evenly spaced ones are taken, as
+    Of an image with more patches than `config.max_image_length` evenly spaced ones are taken, as
     under a reducer; the stock model draws them at random, so that no two forwards agree.
     """
 
@@ -69,7 +69,7 @@ class ViltPairs(Pairs):
         patch = active(self.model)
         if patch is not None and isinstance(patch.reducer, Pool):
             # It goes by place, which the model is not told of patches that come embedded.
-            return [{"pixel_values": picture} for picture in pixel_values_B3HW.split(1)]
+            return [{"pixel_values": pixels} for pixels in pixel_values_B3HW.split(1)]
         embeddings = self.model.vilt.embeddings
         # In a call of the module, since offload hooks bring in its parameters for a call alone.
         rebound = rebind(embeddings, "forward", embed_patches)

@@ -38,7 +38,7 @@ class Example:
     `images` are read and decoded only when collated. `target` is None where no label is known, else
     a class number (loss kind "class"), a dict of the scores of some classes, 0 for the others
     ("soft"; in words where the task has no labels), or the number of the right one of `text` and
-    `negatives` ("rank"). Examples of one `cluster`, usually a picture, are not independent: the
+    `negatives` ("rank"). Examples of one `cluster`, usually an image, are not independent: the
     bootstrap draws them together. `meta` is what the task's metric needs besides. `negatives` are
     texts that the images are not about.
     """
@@ -178,7 +178,7 @@ class Collator:
         targets = [example.target for example in examples]
         if None not in targets:
             batch["labels"] = self.task.encode_targets(targets)
-        return batch | carried(examples)
+        return batch | extra_targets(examples)
 
     def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What the tokenizer gives, and `texts_per_image` where there are several."""
@@ -195,7 +195,7 @@ class Collator:
     def pixels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """`pixel_values` and `pixel_mask`."""
         padded = dict(
-            zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True)
+            zip(("pixel_values", "pixel_mask"), pad_images(self.load_images(examples)), strict=True)
         )
         count = self.task.image_count
         return (
@@ -208,7 +208,7 @@ class Collator:
         """A model's outputs [..., labels] in the order of the task's labels."""
         return logits if self.order is None else logits[..., list(self.order)]
 
-    def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
+    def load_images(self, examples: Sequence[Example]) -> list[Tensor]:
         """The images of all examples in a row, as the model takes them."""
         return [
             self.image(self._open(image, example))
@@ -230,7 +230,7 @@ class Collator:
             ) from error
 
 
-def carried(examples: Sequence[Example]) -> dict[str, Tensor]:
+def extra_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Tensors to learn from besides the labels, where all examples carry them in their `meta`.
 
     `patch_labels` [B,P,7] are dense targets, `teacher_logits` [B, labels] are a teacher's logits.
@@ -300,7 +300,7 @@ def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tupl
     """95 % percentile interval of the mean score, resampling whole clusters; the same for the same
     input.
 
-    Questions about one picture stand and fall together, so that resampling single questions would
+    Questions about one image stand and fall together, so that resampling single questions would
     promise more certainty than there is. For two models compare differences of scores: their
     interval is narrower than either's. Efron and Tibshirani, "An Introduction to the Bootstrap",
     1993.

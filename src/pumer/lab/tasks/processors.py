@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from pumer.lab.data.text import TextTransform, load_tokenizer
 from pumer.lab.data.transforms import has_transform, load_transform
 from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task
-from pumer.lab.tasks.prompts import WritingCollator, collator_for, writes
+from pumer.lab.tasks.prompts import GenerativeCollator, collator_for, is_generative
 from pumer.models.llava import IMAGE
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -27,7 +27,7 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessorCollator(WritingCollator):
+class ProcessorCollator(GenerativeCollator):
     """Make a batch of a task's examples with the processor of a model: everything that `generate`
     takes.
 
@@ -38,7 +38,7 @@ class ProcessorCollator(WritingCollator):
     Args:
         processor: as `read_processor` gives it.
         instruction: how to answer.
-        dtype: of the model, and so of what is computed of pictures.
+        dtype: of the model, and so of what is computed of images.
 
     Raises:
         ValueError: for tasks that ask for no answers in words, and for empty questions.
@@ -58,10 +58,10 @@ class ProcessorCollator(WritingCollator):
             )
             for example, text in zip(examples, self.text.cut(texts, names), strict=True)
         ]
-        pictures: list[Any] = self.pictures(examples)
+        loaded: list[Any] = self.load_images(examples)
         first, images = 0, []
         for example in examples:
-            images.append(pictures[first : first + len(example.images)])
+            images.append(loaded[first : first + len(example.images)])
             first += len(example.images)
         batch = encode(self.processor, prompts, images)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
@@ -85,7 +85,7 @@ def saved_collator(source: str, model: Any, task: Task) -> Collator:
     Raises:
         ValueError: like the collators, and where neither transform nor processor is found.
     """
-    if writes(model) and not has_transform(source):
+    if is_generative(model) and not has_transform(source):
         return processor_collator(model, task, read_processor(source))
     return collator_for(model, task, load_tokenizer(source), load_transform(source))
 
@@ -178,5 +178,5 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Ima
 
 
 def _as_it_is(image: Image.Image) -> Any:
-    """The processor sees to pictures."""
+    """The processor sees to images."""
     return image

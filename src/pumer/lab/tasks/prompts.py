@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pumer.lab.data.images import ImageTransform, pad_images
 from pumer.lab.data.text import TextTransform
-from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, carried
+from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, extra_targets
 from pumer.lab.tasks.labels import check_fit, label_names, label_order
 from pumer.lab.tasks.vqa_answers import normalize
 
@@ -26,14 +26,14 @@ MAX_ANSWER = 10
 """Longest answer in tokens."""
 
 
-def writes(model: nn.Module) -> bool:
+def is_generative(model: nn.Module) -> bool:
     """Whether a model writes its answers, in place of choosing from its labels."""
     able = getattr(model, "can_generate", None)
     return able is not None and bool(able())
 
 
 @dataclass(frozen=True)
-class WritingCollator(Collator):
+class GenerativeCollator(Collator):
     """Make a batch of a task's examples for a model that writes its answers, and read these.
 
     Raises ValueError for tasks that ask for no answers in words.
@@ -57,7 +57,7 @@ class WritingCollator(Collator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptCollator(WritingCollator):
+class PromptCollator(GenerativeCollator):
     """Make a batch for a LLaVA with a tokenizer and an image transform of ours, to be answered or
     to be learned.
 
@@ -115,8 +115,8 @@ class PromptCollator(WritingCollator):
             mask_BS[row, start:] = 1
             labels_BS[row, length - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
         batch = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        batch["pixel_values"], _ = pad_images(self.pictures(examples))
-        return batch | {"labels": labels_BS} | carried(examples) if self.teach else batch
+        batch["pixel_values"], _ = pad_images(self.load_images(examples))
+        return batch | {"labels": labels_BS} | extra_targets(examples) if self.teach else batch
 
     def prompt(self, question: str, name: Any) -> list[int]:
         """Tokens of a question about an image; `name` is for errors."""
@@ -176,11 +176,11 @@ def collator_for(
             `labels.label_order`; for a model that writes whose prompts nobody knows here, and see
             `PromptCollator`.
     """
-    text = model.config.get_text_config() if writes(model) else model.config
+    text = model.config.get_text_config() if is_generative(model) else model.config
     transform = TextTransform(
         tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length)
     )
-    if not writes(model):
+    if not is_generative(model):
         check_fit(model, task)
         order = None if task.loss_kind in ("rank", "none") else label_order(model.config, task)
         return Collator(task, transform, image, order=order)
@@ -195,7 +195,7 @@ def collator_for(
 
 def vocabulary(model: Any) -> list[str]:
     """The answers that a model chooses from; none for one that writes them."""
-    return [] if writes(model) else label_names(model.config)
+    return [] if is_generative(model) else label_names(model.config)
 
 
 def image_tokens(config: Any) -> int:

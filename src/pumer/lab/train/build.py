@@ -14,7 +14,7 @@ from pumer._shipped import model_folder
 from pumer.adapters import find
 from pumer.lab.data.transforms import build_transform, load_transform
 from pumer.lab.tasks.base import Task
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.train.model import longest_text, prepare, read_model, start_parts
 from pumer.lab.train.optimizer import parameter_groups, reducer_groups
 from pumer.lab.train.settings import TrainSettings
@@ -70,7 +70,7 @@ def build(settings: TrainSettings) -> Models:
 
 def _set_attention(model: PreTrainedModel, attention: str) -> None:
     """Set the kernel of vision towers and decoders, which the adapter leaves alone."""
-    if find(model).tower_depth(model) or writes(model):
+    if find(model).tower_depth(model) or is_generative(model):
         model.set_attn_implementation(attention)
 
 

@@ -21,7 +21,7 @@ _NAMED = 5
 class Examples(torch.utils.data.Dataset):
     """A task's examples as the loader wants them, several at a time where the task can do that.
 
-    With `augment` their pictures are changed in each epoch in another way. It depends on `seed`,
+    With `augment` their images are changed in each epoch in another way. It depends on `seed`,
     epoch and number of the example alone, so that a resumed run, or one with other loaders, sees
     the same.
     """

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pumer.lab.scenes.drawing import COLOURS, SHAPES
-from pumer.lab.tasks.prompts import IGNORED, image_tokens, writes
+from pumer.lab.tasks.prompts import IGNORED, image_tokens, is_generative
 from pumer.lab.train.losses import grounding_loss
 from pumer.reducers.plan import tokens_at
 
@@ -34,7 +34,7 @@ class Grounded(nn.Module):
     on dense targets.
 
     `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in
-    raster order), and gives the logits and the `grounding_loss`. The reducer in force must not
+    raster order), and gives the logits and the `grounding_loss`. The active reducer must not
     shorten the image.
 
     In a LLaVA's prompt the image comes before the question and cannot know it. There every patch is
@@ -49,13 +49,13 @@ class Grounded(nn.Module):
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
         super().__init__()
-        config = model.config.get_text_config() if writes(model) else model.config
+        config = model.config.get_text_config() if is_generative(model) else model.config
         depth, width = config.num_hidden_layers, config.hidden_size
         if not 1 <= layer <= depth:
             raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
         self.model, self.config, self.layer = model, model.config, layer
         self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 3, 3, 2)
-        self.asks = nn.Linear(width, width) if writes(model) else None
+        self.asks = nn.Linear(width, width) if is_generative(model) else None
         self.head = nn.Linear(width if self.asks is None else 2 * width, sum(self.sizes))
 
     def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:

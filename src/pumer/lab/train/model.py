@@ -22,7 +22,7 @@ from pumer.hub.reduction import LEARNED, load_parts
 from pumer.lab.data.text import load_tokenizer
 from pumer.lab.tasks import Task, VQAv2, build, get
 from pumer.lab.tasks.labels import check_fit, label_names, same_names
-from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.lab.tasks.vqav2 import with_new_answers
 from pumer.lab.train.configuration import check_config, new_model
 from pumer.models.llava import new_llava, writing_tokenizer
@@ -48,9 +48,9 @@ class ModelSettings:
             METER or LLaVA starts from.
         tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does
             not lie in `path`.
-        image_size: side of the pictures in pixels, if the published checkpoint at `path` is for
+        image_size: side of the images in pixels, if the published checkpoint at `path` is for
             another.
-        patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has
+        patch_size: cut images into patches of this size, in pixels, if the ViLT at `path` has
             another.
         max_length: longest text in tokens; where the model takes less, as long as that.
     """
@@ -86,7 +86,7 @@ def prepare(
         net, the_task = _new(settings, task, train_split, tokenizer)
     else:
         net, the_task = _trained(settings, task, train_split)
-    if not writes(net):
+    if not is_generative(net):
         check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
@@ -127,7 +127,7 @@ def _trained(
     ranks = get(str(task.get("name"))).loss_kind == "rank"
     start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
     net_class = model_class(settings.kind) if settings.kind else type(start)
-    if writes(start):
+    if is_generative(start):
         if net_class is not type(start) or settings.config:
             raise ValueError(
                 f"a {type(start).__name__} is trained on as it is: leave model.kind and "
@@ -154,7 +154,7 @@ def _trained(
 def longest_text(net: PreTrainedModel, wanted: int) -> int:
     """Tokens that texts are cut to: as many as wanted, and as a model that chooses its answers has
     positions for."""
-    return wanted if writes(net) else min(wanted, net.config.max_position_embeddings)
+    return wanted if is_generative(net) else min(wanted, net.config.max_position_embeddings)
 
 
 def model_path(model: str) -> Path:
@@ -188,7 +188,7 @@ def read_model(
 
 
 def start_parts(net: PreTrainedModel, path: str | None) -> None:
-    """Let a learned reducer in force go on from what lies in the folder that the model starts from,
+    """Let a active learned reducer go on from what lies in the folder that the model starts from,
     if that fits."""
     patch = pumer.active(net)
     if path is None or patch is None or patch.parts is None:
@@ -210,13 +210,13 @@ def rebuild(
     """A model of another class, for other labels or with other settings, with all weights that fit.
 
     A head is taken over whole, if its shapes and, for a classifier, its labels stay the same; what
-    is new is logged. For several pictures the types of the further ones start as that of the last
+    is new is logged. For several images the types of the further ones start as that of the last
     known, as in ViLT and METER.
 
     Args:
         start: the model whose weights are taken.
         kind: the class, of the same family.
-        task: tells labels and pictures.
+        task: tells labels and images.
         changes: settings of the configuration, see `check_config`.
 
     Raises:

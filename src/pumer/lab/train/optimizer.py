@@ -82,7 +82,7 @@ def reducer_groups(
     """All parameters in groups, those of a learned reducer with a learning rate of their own.
 
     Args:
-        model: with its reducer in force.
+        model: with its reducer active.
         multiplier: of the learning rate of the reducer's parts.
         learning_rate: of the rest.
         weight_decay: of what the Trainer lets decay: neither biases nor norms.

@@ -20,7 +20,7 @@ from pumer.lab.data.text import TextTransform, load_tokenizer, same_tokenizer
 from pumer.lab.data.transforms import load_transform
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.labels import label_order
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.train.model import model_path
 from pumer.lab.train.trainer import TaskTrainer
 
@@ -62,7 +62,7 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
         )
         text = TextTransform(tokenizer, longest, student.text.padding)
     same = same_tokenizer(text.tokenizer, student.text.tokenizer)
-    if writes(teacher):
+    if is_generative(teacher):
         different = ["tokenizer"] * (not same) + ["image transform"] * (image != student.image)
         if different:
             raise ValueError(

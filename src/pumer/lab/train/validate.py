@@ -16,7 +16,7 @@ from pumer._settings import check_settings
 from pumer.adapters import find
 from pumer.lab.tasks.base import Task
 from pumer.lab.tasks.labels import check_fit, same_names
-from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.lab.train.arguments import trainer_settings
 from pumer.lab.train.build import Models
 from pumer.lab.train.recipe import check_recipe
@@ -85,7 +85,7 @@ def _check_dense_targets(settings: TrainSettings, models: Models) -> None:
 def _check_optimizer(settings: TrainSettings, models: Models) -> None:
     if settings.optimizer and models.reducer.learned:
         raise ValueError("`optimizer` cannot be combined with a learned reducer: leave one out")
-    if settings.optimizer and writes(models.student):
+    if settings.optimizer and is_generative(models.student):
         raise ValueError(
             f"`optimizer` does not support {type(models.student).__name__}: leave it out"
         )
@@ -134,12 +134,12 @@ def _check_evaluation(
 
 def _check_teacher(net: PreTrainedModel, task: Task, teacher: PreTrainedModel) -> None:
     """Raise ValueError for a teacher that does not answer what the student is asked."""
-    if writes(net) != writes(teacher):
+    if is_generative(net) != is_generative(teacher):
         raise ValueError(
             f"a {type(teacher).__name__} cannot teach a {type(net).__name__}: take a model of one "
             "kind"
         )
-    if writes(net):
+    if is_generative(net):
         return
     check_fit(teacher, task)
     names = vocabulary(teacher)
@@ -159,6 +159,6 @@ def uncached(
         return "augment changes the images, and the teacher's logits, in every epoch"
     if task.loss_kind == "rank":
         return f"{task.name} samples new texts in every epoch"
-    if writes(student):
+    if is_generative(student):
         return f"a {type(student).__name__} is distilled token by token"
     return "`grounding` and `distill.cache` cannot be combined" if grounding else None
