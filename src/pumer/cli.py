@@ -63,7 +63,7 @@ COMMANDS = {
         "show at which batch and image sizes reduction pays",
     ),
     "bench pairs": (
-        "pumer.lab.commands.score:bench_pairs",
+        "pumer.lab.commands.score:bench_pairs_",
         "time scoring of a pool against the plain loop over its pairs",
     ),
     "tune": (

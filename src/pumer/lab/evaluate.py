@@ -56,7 +56,7 @@ def predict(
     *,
     batch_size: int = 32,
     skip_broken: bool = False,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> Result:
     """Predict every example; the metric is left empty.
 
@@ -66,7 +66,7 @@ def predict(
         collator: that task's, with the model's transforms.
         skip_broken: leave examples with unreadable images out and report them, instead of failing
             at the first.
-        progress: show a bar.
+        show_progress: show a bar.
 
     Raises:
         BrokenImageError: for an unreadable image, unless `skip_broken`.
@@ -78,7 +78,7 @@ def predict(
     seconds = 0.0
     steps = -(-len(examples) // batch_size)
     for chunk in track(
-        _chunks(examples, batch_size), "predicting", total=steps, disable=not progress
+        _chunks(examples, batch_size), "predicting", total=steps, disable=not show_progress
     ):
         if skip_broken:
             chunk = _readable(chunk, broken)
@@ -155,11 +155,11 @@ def evaluate(
     collator: Collator,
     *,
     batch_size: int = 32,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> Result:
     """Predict and score every example of a labelled split; `constant` in the metric is that of
     `constant_accuracy`."""
-    result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
+    result = predict(model, examples, collator, batch_size=batch_size, show_progress=show_progress)
     examples = [
         replace(example, images=()) for example in examples
     ]  # once, as they may be made on the fly

@@ -35,7 +35,7 @@ from pumer.lab.train.settings import (
     ModelSettings,
     TrainSettings,
 )
-from pumer.lab.train.trainer import TaskTrainer
+from pumer.lab.train.trainer import Distillation, TaskTrainer
 from pumer.models.vilt import published
 from pumer.models.vilt.resize import resize_patches
 
@@ -515,8 +515,7 @@ def test_texts_are_ranked_per_image(kind, tmp_path, monkeypatch):
         model,
         arguments,
         task=ScenesRetrieval(),
-        teacher=teacher,
-        distill_weight=2.0,
+        distillation=Distillation(teacher, weight=2.0),
         itm_weight=0.25,
     )
     batch = {**texts, **pictures, "texts_per_image": 3, "labels": own}

@@ -62,18 +62,7 @@ def bench_llm(
     config = llm_models.configure(settings.model, settings.layers, settings.tower_layers)
     named = name_reducers(llm_models.default_reducers(config), settings.reducers)
     device, is_there = resolve_device(settings.device)
-    columns: dict[str, Any] = {
-        "model": settings.model,
-        "layers": settings.layers or "all",
-        "tower_layers": settings.tower_layers or "all",
-        "batch": settings.batch,
-        "text": settings.text,
-        "new_tokens": settings.new_tokens,
-        "device": device,
-        "dtype": settings.dtype,
-        "attention": settings.attention,
-        "runs": settings.runs,
-    }
+    columns = _columns(settings, device)
     with using_threads(settings.threads):
         if not is_there:
             missing = (
@@ -97,6 +86,22 @@ def bench_llm(
         }
         rows = _rows(nets, answers, answer_times, peaks, shares)
         return AnswerBench(columns, records.environment(device), rows, weight_bytes(net))
+
+
+def _columns(settings: AnswerBenchSettings, device: str) -> dict[str, Any]:
+    """The settings as the rows have them."""
+    return {
+        "model": settings.model,
+        "layers": settings.layers or "all",
+        "tower_layers": settings.tower_layers or "all",
+        "batch": settings.batch,
+        "text": settings.text,
+        "new_tokens": settings.new_tokens,
+        "device": device,
+        "dtype": settings.dtype,
+        "attention": settings.attention,
+        "runs": settings.runs,
+    }
 
 
 class Answer:

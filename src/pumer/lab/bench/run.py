@@ -63,17 +63,7 @@ def bench(
     named = name_reducers(models.default_reducers(model), settings.reducers)
     size = models.image_size(model) if settings.image_size is None else settings.image_size
     device, is_there = resolve_device(settings.device)
-    columns: dict[str, Any] = {
-        "model": model,
-        "batch": settings.batch,
-        "image_size": size,
-        "text": settings.text,
-        "real_text": "-".join(map(str, REAL_TEXT)),
-        "device": device,
-        "dtype": settings.dtype,
-        "mode": "compiled" if settings.compiled else "eager",
-        "runs": settings.runs,
-    }
+    columns = _columns(settings, size, device)
     with using_threads(settings.threads):
         if not is_there:
             missing = (
@@ -100,6 +90,21 @@ def bench(
             settings.batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)}
         )
         return Bench(columns, records.environment(device), rows, weight_bytes(net))
+
+
+def _columns(settings: BenchSettings, image_size: int, device: str) -> dict[str, Any]:
+    """The settings as the rows have them."""
+    return {
+        "model": settings.model,
+        "batch": settings.batch,
+        "image_size": image_size,
+        "text": settings.text,
+        "real_text": "-".join(map(str, REAL_TEXT)),
+        "device": device,
+        "dtype": settings.dtype,
+        "mode": "compiled" if settings.compiled else "eager",
+        "runs": settings.runs,
+    }
 
 
 def name_reducers(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+from rich.table import Table
 
 from pumer._files import check_space, replacing
 from pumer._options import Count, OutputFile, OutputFolder
 from pumer._terminal import console, visible
+from pumer.lab.tasks.base import count_of
+from pumer.lab.tasks.check import SplitCheck, check_files
 
 
 def check(
@@ -31,14 +36,35 @@ def check(
         missing: file to write with the names of all images that are missing or cannot be decoded,
             one a line.
     """
-    from rich.table import Table
-
-    from pumer.lab.tasks.base import count_of
-    from pumer.lab.tasks.check import check_files
 
     screen = console()
-    checks = check_files(task, root, images, decode, progress=True)
-    table = Table(title=f"{task} in {root}")
+    checks = check_files(task, root, images, decode, show_progress=True)
+    screen.print(_table(checks, f"{task} in {root}", decode))
+    for split in checks:
+        notes = [split.problem] if split.problem else []
+        if split.missing:
+            missing = count_of(split.missing, split.counts["images"], "images")
+            notes.append(f"{missing} are not in {split.store}")
+        for note in notes + list(split.broken.values())[:5]:
+            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+    if missing:
+        with replacing(missing) as file:
+            file.writelines(
+                f"{key}\n"
+                for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
+            )
+    problems = _problems(checks, task, root)
+    if problems:
+        print(
+            visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."),
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def _table(checks: Sequence[SplitCheck], title: str, decode: bool) -> Table:
+    """What is there of every split, beside what was published."""
+    table = Table(title=title)
     for column in (
         "split",
         "found",
@@ -60,20 +86,11 @@ def check(
         ]
         cells = ["\n".join(counts), "\n".join(published), *images_wrong]
         table.add_row(split.name, *cells[: len(table.columns) - 1])
-    screen.print(table)
-    for split in checks:
-        notes = [split.problem] if split.problem else []
-        if split.missing:
-            missing = count_of(split.missing, split.counts["images"], "images")
-            notes.append(f"{missing} are not in {split.store}")
-        for note in notes + list(split.broken.values())[:5]:
-            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
-    if missing:
-        with replacing(missing) as file:
-            file.writelines(
-                f"{key}\n"
-                for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
-            )
+    return table
+
+
+def _problems(checks: Sequence[SplitCheck], task: str, root: str) -> list[str]:
+    """Why a task's files cannot be used as they are."""
     problems = []
     unreadable = [split.name for split in checks if split.problem and not split.absent]
     if unreadable:
@@ -83,12 +100,7 @@ def check(
         problems.append(f"images of {', '.join(lacking)} are missing or broken")
     if all(split.absent for split in checks):
         problems.append(f"no split of {task} is in {root}")
-    if problems:
-        print(
-            visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."),
-            file=sys.stderr,
-        )
-        raise SystemExit(1)
+    return problems
 
 
 def scenes(

@@ -17,8 +17,7 @@ from pumer.lab.bench.records import environment
 from pumer.lab.bench.settings import Device, ReducerSettings
 from pumer.lab.commands.common import open_model, open_task, print_metrics
 from pumer.lab.evaluate import Result, evaluate, predict, take, write_samples
-from pumer.lab.score.ray import predict_on_ray
-from pumer.lab.score.run import Engine
+from pumer.lab.score.ray import Cluster, Engine, predict_on_ray
 from pumer.lab.tasks.base import Blind, Example, Task
 from pumer.reducers import to_dict
 
@@ -73,7 +72,7 @@ def evaluate_(
     collator = replace(open_task(model, net, task), blind=blind)
     examples = collator.task.examples(split)
     examples = take(examples, range(len(examples))[:limit])
-    result = evaluate(net, examples, collator, batch_size=batch_size, progress=True)
+    result = evaluate(net, examples, collator, batch_size=batch_size, show_progress=True)
     shown = f", {blind} alone" if blind else ""
     print_metrics(
         f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples",
@@ -119,11 +118,11 @@ def predict_(
     examples = collator.task.examples(split)
     if engine == "ray":
         result = predict_on_ray(
-            net, examples, collator, batch_size=batch_size, workers=workers, address=address
+            net, examples, collator, Cluster(workers, address), batch_size=batch_size
         )
     else:
         result = predict(
-            net, examples, collator, batch_size=batch_size, skip_broken=True, progress=True
+            net, examples, collator, batch_size=batch_size, skip_broken=True, show_progress=True
         )
     done = [
         example

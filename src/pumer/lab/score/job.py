@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from pumer.api import active
 from pumer.lab.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.lab.data.text import TextTransform
 from pumer.lab.evaluate import NOT_NUMBERS
+from pumer.lab.progress import Progress, no_progress
 from pumer.lab.score.chunks import Chunks
 from pumer.lab.score.pairs import counts_padding, pairs
 from pumer.reducers import to_dict
@@ -155,9 +156,9 @@ class Scorer:
         return execution_device(self.model)
 
     @torch.inference_mode()
-    def __call__(self, number: int, advance: Callable[[int], None] = lambda pairs: None) -> Tensor:
-        """The scores of a chunk, float32 [images, texts] on the CPU; `advance` is told of pairs
-        that are done."""
+    def __call__(self, number: int, progress: Progress = no_progress) -> Tensor:
+        """The scores of a chunk, float32 [images, texts] on the CPU; `progress` is called
+        with the number of pairs of every image that is done."""
         rows, columns = self.job.chunks[number]
         self.model.eval()
         if self._images[0] != rows:
@@ -175,7 +176,7 @@ class Scorer:
         for row, image in zip(scores, self._images[1], strict=True):
             for texts in self._texts[1]:
                 row[texts.columns] = score(image, texts.encoded).float()
-            advance(count)
+            progress(count)
         if nan := int(scores.isnan().sum()):
             raise ValueError(NOT_NUMBERS.format(f"{nan} of {scores.numel()} scores of a chunk"))
         return scores.cpu()

@@ -42,7 +42,7 @@ def check_files(
     root: str | Path,
     images: str | Path | None = None,
     decode: bool = False,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> list[SplitCheck]:
     """Look at every split of a task, published or else there; `decode` also opens every image.
 
@@ -56,7 +56,7 @@ def check_files(
         for split in task.splits():
             title = f"{task.dataset} {split}" if isinstance(task, Retrieval) else split
             published = task.published.get(split, {})
-            checks.append(_check(task, split, title, published, decode, progress))
+            checks.append(_check(task, split, title, published, decode, show_progress))
     return checks
 
 
@@ -84,7 +84,7 @@ def _check(
     title: str,
     published: Mapping[str, int],
     decode: bool,
-    progress: bool,
+    show_progress: bool,
 ) -> SplitCheck:
     try:
         rows = task.read(split)
@@ -94,7 +94,7 @@ def _check(
         )
     store, keys = task.store(split), wanted(task, rows)
     missing = store.absent(keys)
-    broken = undecodable(store, present(keys, missing), progress) if decode else {}
+    broken = undecodable(store, present(keys, missing), show_progress) if decode else {}
     return SplitCheck(
         title, published, task.count(rows), store=str(store), missing=missing, broken=broken
     )

@@ -136,10 +136,12 @@ def wanted(task: FileTask, rows: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in task.keys(row)))
 
 
-def undecodable(store: ImageStore, keys: Sequence[str], progress: bool = False) -> dict[str, str]:
+def undecodable(
+    store: ImageStore, keys: Sequence[str], show_progress: bool = False
+) -> dict[str, str]:
     """The reason for each image that is there and cannot be decoded; opens them all."""
     reasons = {}
-    for key in track(keys, "opening images", disable=not progress):
+    for key in track(keys, "opening images", disable=not show_progress):
         try:
             open_image(store[key], name=key)
         except BrokenImageError as error:

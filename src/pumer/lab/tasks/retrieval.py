@@ -303,21 +303,7 @@ def recalls(
         raise ValueError(
             "some scores are NaN; a model in half precision may overflow, try float32."
         )
-    matching_scores = scores[owner, torch.arange(captions)]
-    caption_rank = torch.zeros(
-        captions, dtype=torch.int64
-    )  # how many images come before the caption's own
-    image_rank = torch.empty(
-        images, dtype=torch.int64
-    )  # how many captions come before the first of the image's own
-    for image, row in enumerate(
-        scores
-    ):  # one by one: the ranks of all at once would take gigabytes
-        caption_rank += (row > matching_scores) | ((row == matching_scores) & (owner > image))
-        mine = (owner == image).nonzero()[:, 0]
-        best = matching_scores[mine].max()
-        leader = mine[matching_scores[mine] == best][0]
-        image_rank[image] = (row > best).sum() + (row[:leader] == best).sum()
+    image_rank, caption_rank = _ranks(scores, owner)
     result: dict[str, float] = {}
     for way, rank, clusters, candidates in (
         ("tr", image_rank, range(images), captions),
@@ -332,6 +318,24 @@ def recalls(
                     f"{way}_r{k}{end}": round(100 * value, 2) for end, value in values.items()
                 }
     return result
+
+
+def _ranks(scores_IT: Tensor, image_of_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every image how many captions come before the first of its own [I], and of every caption
+    how many images come before its own [T]; of equal scores the first comes first."""
+    images, captions = scores_IT.shape
+    own_score_T = scores_IT[image_of_T, torch.arange(captions)]
+    image_rank_I = torch.empty(images, dtype=torch.int64)
+    caption_rank_T = torch.zeros(captions, dtype=torch.int64)
+    for image, row_T in enumerate(scores_IT):  # one by one: all at once would take gigabytes
+        tied_T = (row_T == own_score_T) & (image_of_T > image)
+        caption_rank_T += (row_T > own_score_T) | tied_T
+        # The best of the image's own captions, the first one where several are equal.
+        own_captions = (image_of_T == image).nonzero()[:, 0]
+        best = own_score_T[own_captions].max()
+        first_best = own_captions[own_score_T[own_captions] == best][0]
+        image_rank_I[image] = (row_T > best).sum() + (row_T[:first_best] == best).sum()
+    return image_rank_I, caption_rank_T
 
 
 def check_folds(images: int, folds: int) -> None:

@@ -33,17 +33,17 @@ class GenerativeTrainer(TaskTrainer):
         outputs = model(**inputs)
         parts = {"task": outputs.loss}
         labels = inputs["labels"]
-        if self.teacher is not None and model.training:
+        if self.distillation is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(**shown).logits
+                teacher_logits = self.distillation.teacher(**shown).logits
             learned = labels[:, 1:] != IGNORED
             student_logits, teacher_logits = (
                 logits[:, :-1][learned] for logits in (outputs.logits, teacher_logits)
             )
-            parts["distill"] = self.distill_weight * distillation_loss(
-                student_logits, teacher_logits, self.temperature
+            parts["distill"] = self.distillation.weight * distillation_loss(
+                student_logits, teacher_logits, self.distillation.temperature
             )
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]

@@ -40,7 +40,7 @@ from pumer.lab.train.teacher import (
     same_inputs,
     teachers_collator,
 )
-from pumer.lab.train.trainer import TaskTrainer
+from pumer.lab.train.trainer import Distillation, TaskTrainer
 from pumer.lab.train.validate import validate, validate_models
 from pumer.lab.train.watch import Bar, ReadableLog, StopAtNaN
 
@@ -160,7 +160,11 @@ def make_trainer(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None,
 ) -> TaskTrainer:
     """The Trainer with all of its callbacks."""
-    distill, dense = settings.distill, settings.dense
+    distillation, dense = None, settings.dense
+    if models.teacher is not None and (distill := settings.distill):
+        distillation = Distillation(
+            models.teacher, data.teacher_collator, distill.weight, distill.temperature
+        )
     trainer_class = GenerativeTrainer if isinstance(data.collator, PromptCollator) else TaskTrainer
     runner = trainer_class(
         model=Grounded(models.student, dense.layer) if dense else models.student,
@@ -170,10 +174,7 @@ def make_trainer(
         eval_dataset=data.evaluated,
         compute_metrics=trainer_class.metrics,
         task=models.task,
-        teacher=models.teacher,
-        teacher_collator=data.teacher_collator,
-        distill_weight=distill.weight if distill else 0.0,
-        temperature=distill.temperature if distill else 1.0,
+        distillation=distillation,
         grounding_weight=dense.weight if dense else 0.0,
         itm_weight=settings.itm_weight,
         optimizer_cls_and_kwargs=optimizer,

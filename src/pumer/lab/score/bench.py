@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViltConfig, ViltForImageAndTextRetrieval
 
 import pumer
+from pumer._options import Count
 from pumer.lab.bench.records import environment
-from pumer.lab.bench.timing import alternate
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.bench.timing import Timing, alternate
 from pumer.lab.data.images import Square
 from pumer.lab.data.text import TextTransform, train_tokenizer
 from pumer.lab.score.job import Job
@@ -102,35 +105,42 @@ COLUMNS = (
     "difference",
     *environment(),
 )
-"""Columns of what `measure` returns."""
+"""Columns of what `bench_pairs` returns."""
 
 
-def measure(
-    model: str,
-    reducers: Sequence[Any],
-    images: int = 100,
-    texts: int = 500,
-    rows: int | None = None,
-    plain_pairs: int = 64,
-    batch_size: int = 8,
-    runs: int = 3,
-) -> list[dict[str, Any]]:
-    """Pairs per second of the plain loop and of `score_pairs`, unreduced and with every reducer,
-    taking turns.
-
-    Decoded images and token ids are the same random ones for all. The plain loop gets its
-    images transformed already. `score_pairs` transforms and tokenizes, and where it is timed on
-    some rows only, the encoding of all texts is charged to these.
+@dataclass
+class PairsBenchSettings:
+    """Scoring of a pool against the plain loop over its pairs.
 
     Args:
-        model: a name in `MODELS`.
-        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers.
-        images: of the pool.
-        texts: of the pool.
+        model: a retrieval model of random weights and true architecture: meter or vilt.
+        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's
+            retrieval preset if not given.
+        images: images of the pool.
+        texts: texts of the pool.
         rows: images that are really scored, each with all texts; all of them if not given.
         plain_pairs: pairs that the plain loop is timed on.
         batch_size: pairs at a time, of both.
-        runs: of everything.
+        runs: timed runs of everything, alternating.
+    """
+
+    model: str = "meter"
+    reducers: list[ReducerSettings] | None = None
+    images: Count = 100
+    texts: Count = 500
+    rows: Count | None = None
+    plain_pairs: Count = 64
+    batch_size: Count = 8
+    runs: Count = 3
+
+
+def bench_pairs(settings: PairsBenchSettings) -> list[dict[str, Any]]:
+    """Pairs per second of the plain loop and of `score_pairs`, unreduced and with every reducer,
+    alternating.
+
+    Decoded images and token ids are the same random ones for all. The plain loop gets its images
+    transformed already. `score_pairs` transforms and tokenizes, and where it is timed on some rows
+    only, the encoding of all texts is charged to these.
 
     Returns:
         A row for each reducer, None the first, and way ("plain" or "once"): `pairs_per_second`;
@@ -141,65 +151,80 @@ def measure(
     Raises:
         ValueError: for unknown names and sizes below 1.
     """
+    model, images, texts = settings.model, settings.images, settings.texts
     if model not in MODELS:
         raise ValueError(f"no model to measure is named {model!r}; there are {', '.join(MODELS)}")
-    rows = images if rows is None else min(rows, images)
-    if min(images, texts, rows, plain_pairs, batch_size) < 1:
+    rows = images if settings.rows is None else min(settings.rows, images)
+    if min(images, texts, rows, settings.plain_pairs, settings.batch_size) < 1:
         raise ValueError("images, texts, rows, plain_pairs and batch_size are whole numbers from 1")
+    presets = [f"{model}-retrieval"] if settings.reducers is None else settings.reducers
+    reducers: list[Reducer | None] = [
+        None,
+        *(read_reducer(spec) for spec in presets if spec is not None),
+    ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = MODELS[model]().eval()
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    job = _pool(net, rows, texts, batch_size)
-    specs: list[Reducer | None] = [None, *map(read_reducer, reducers)]
-    plain = min(plain_pairs, rows * texts)
+    job = _pool(net, rows, texts, settings.batch_size)
+    pairs = {"plain": min(settings.plain_pairs, rows * texts), "once": rows * texts}
 
-    variants: dict[tuple[int, str], Callable[[], Tensor]] = {}
-    for reducer_index, reducer in enumerate(specs):
-        variants[reducer_index, "plain"] = partial(
-            _under, net, reducer, partial(_plain, job, _inputs(job, plain))
-        )
-        variants[reducer_index, "once"] = partial(_under, net, reducer, partial(_once, job))
+    calls = _calls(job, reducers, pairs["plain"])
     difference = {}
-    for reducer_index in range(len(specs)):
-        expected, scores = (
-            variants[reducer_index, way]() for way in ("plain", "once")
-        )  # and they are warm then
-        difference[reducer_index] = (scores.flatten()[:plain] - expected).abs().max().item()
-    named = {f"{reducer_index} {way}": call for (reducer_index, way), call in variants.items()}
-    timings = alternate(named, runs, warmup=0, device=net.device)
+    for index in range(len(reducers)):  # which warms the calls up, too
+        expected, scores = (calls[index, way]() for way in ("plain", "once"))
+        difference[index] = (scores.flatten()[: pairs["plain"]] - expected).abs().max().item()
+    named = {f"{index} {way}": call for (index, way), call in calls.items()}
+    timings = alternate(named, settings.runs, warmup=0, device=net.device)
 
-    names = ["" if reducer is None else json.dumps(to_dict(reducer)) for reducer in specs]
-    per_second = {
-        (reducer_index, way): (plain if way == "plain" else rows * texts)
-        / timings[f"{reducer_index} {way}"].median
-        for reducer_index, way in variants
-    }
-    records = [
-        {
-            "model": model,
-            "reducer": names[reducer_index],
-            "way": way,
-            "images": images,
-            "texts": texts,
-            "pairs_timed": plain if way == "plain" else rows * texts,
-            "image_size": net.config.image_size,
-            "batch_size": batch_size,
-            "runs": runs,
-            "seconds": round(timings[f"{reducer_index} {way}"].median, 4),
-            "seconds_p20": round(timings[f"{reducer_index} {way}"].p20, 4),
-            "seconds_p80": round(timings[f"{reducer_index} {way}"].p80, 4),
-            "pairs_per_second": round(per_second[reducer_index, way], 3),
-            "x_plain": round(
-                per_second[reducer_index, way] / per_second[reducer_index, "plain"], 3
-            ),
-            "x_unreduced": round(per_second[reducer_index, way] / per_second[0, "plain"], 3),
-            "difference": 0.0 if way == "plain" else difference[reducer_index],
-            **environment(net.device),
-        }
-        for reducer_index, way in variants
+    specs_json = ["" if reducer is None else json.dumps(to_dict(reducer)) for reducer in reducers]
+    plain_rates = [
+        pairs["plain"] / timings[f"{index} plain"].median for index in range(len(reducers))
     ]
+    records = []
+    for index, way in calls:
+        timing = timings[f"{index} {way}"]
+        rate = pairs[way] / timing.median
+        records.append(
+            {
+                "model": model,
+                "reducer": specs_json[index],
+                "way": way,
+                "images": images,
+                "texts": texts,
+                "pairs_timed": pairs[way],
+                "image_size": net.config.image_size,
+                "batch_size": settings.batch_size,
+                "runs": settings.runs,
+                **_seconds(timing),
+                "pairs_per_second": round(rate, 3),
+                "x_plain": round(rate / plain_rates[index], 3),
+                "x_unreduced": round(rate / plain_rates[0], 3),
+                "difference": 0.0 if way == "plain" else difference[index],
+                **environment(net.device),
+            }
+        )
     return records
+
+
+def _calls(
+    job: Job, reducers: Sequence[Reducer | None], plain_pairs: int
+) -> dict[tuple[int, str], Callable[[], Tensor]]:
+    """What is timed, by the reducer's index and the way."""
+    calls: dict[tuple[int, str], Callable[[], Tensor]] = {}
+    for index, reducer in enumerate(reducers):
+        plain_loop = partial(_plain, job, _inputs(job, plain_pairs))
+        calls[index, "plain"] = partial(_under, job.model, reducer, plain_loop)
+        calls[index, "once"] = partial(_under, job.model, reducer, partial(_once, job))
+    return calls
+
+
+def _seconds(timing: Timing) -> dict[str, float]:
+    return {
+        "seconds": round(timing.median, 4),
+        "seconds_p20": round(timing.p20, 4),
+        "seconds_p80": round(timing.p80, 4),
+    }
 
 
 def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job:
