@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments from the settings of a recipe."""
+"""transformers' TrainingArguments, from the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ _LEAST = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(
 
 
 def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[str, Any]:
-    """The settings as TrainingArguments has them; raises ValueError for one of another type."""
+    """Settings checked against TrainingArguments; raises ValueError for unknown ones and wrong
+    types."""
     # YAML takes the word no, by which the Trainer means never, for false.
     chosen = {
         name: "no" if name.endswith("_strategy") and x is False else x
@@ -74,14 +75,16 @@ def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[s
 def trainer_arguments(
     output: Path, seed: int, trainer: Mapping[str, Any], learned: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments; raises ValueError for those that it has not, or that do not go
-    together.
+    """Build the Trainer's arguments.
 
     Args:
         output: the training's folder.
         seed: of the training.
         trainer: from `trainer_settings`.
-        learned: whether the reducer has parts that learn.
+        learned: whether the reducer has trainable parts.
+
+    Raises:
+        ValueError: for arguments that transformers rejects.
     """
     chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **trainer}
     if learned:  # every part has its say in every step, some of it twice

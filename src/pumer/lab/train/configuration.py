@@ -1,5 +1,4 @@
-"""Settings of a model's configuration in a recipe, `model.config`, compared with the fields of its
-class."""
+"""`model.config` of a recipe, checked against the model's configuration class."""
 
 from __future__ import annotations
 
@@ -14,15 +13,15 @@ WHAT = "model.config"
 
 
 def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> dict[str, Any]:
-    """The settings as a configuration class of transformers has them, those of its parts included.
+    """Check settings of a configuration class, those of its sub-configurations included.
 
     Args:
-        kind: the class.
-        settings: by name; `text_config` and its like hold the settings of a part.
-        what: names the owner of the settings in errors.
+        kind: the configuration class.
+        settings: by name; `text_config` and the like hold those of a sub-configuration.
+        what: names the settings in errors.
 
     Raises:
-        ValueError: for settings that the class does not have, or of another type.
+        ValueError: for unknown settings and wrong types.
     """
     parts: dict[str, Any] = getattr(kind, "sub_configs", {})
     default = kind()
@@ -51,7 +50,7 @@ def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> di
 
 
 def _class_of(config_class: type, settings: Mapping[str, Any]) -> type | None:
-    """The class of a part; None where any may be meant."""
+    """The class of a sub-configuration; None if any is allowed."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     name = settings.get("model_type")
@@ -65,8 +64,8 @@ def _class_of(config_class: type, settings: Mapping[str, Any]) -> type | None:
 
 
 def new_model(kind: Any, config: Any) -> Any:
-    """A model of a configuration, or of settings for one; raises ValueError for those that do not
-    fit each other."""
+    """Create a model from a configuration, or from settings for one; raises ValueError if they do
+    not fit each other."""
     try:
         return kind(kind.config_class(**config) if isinstance(config, Mapping) else config)
     except Exception as error:  # whatever torch and transformers make of them

@@ -1,4 +1,4 @@
-"""The Trainer for models that write their answers."""
+"""Trainer for models that generate their answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from pumer.lab.train.trainer import TaskTrainer
 
 
 class GenerativeTrainer(TaskTrainer):
-    """Teach a model, reduced or not, to write answers: its own loss, on their tokens alone.
+    """Train a model, reduced or not, on the tokens of the answers.
 
-    A teacher tells what it would write in the place of each of these tokens. Accuracy is the share
-    of answers that are
-    right in every token, given those before: just those that `generate` would write without
-    sampling.
+    With a teacher, its distribution over each answer token is distilled. Accuracy is the share of
+    answers with every token right given the ones before, which are those that greedy decoding would
+    produce.
     """
 
     def compute_loss(
@@ -75,6 +74,6 @@ class GenerativeTrainer(TaskTrainer):
 
 
 def answered(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """1 where a model's most likely tokens are all those of the answer, else 0: float32 [B]."""
+    """1 where the most likely tokens are exactly the answer, else 0: float32 [B]."""
     wanted = labels_BS[:, 1:]
     return ((logits_BSV[:, :-1].argmax(-1) == wanted) | (wanted == IGNORED)).all(1).float()

@@ -1,7 +1,6 @@
-"""The parameter groups that PuMer's models were trained with: what learns faster, and what does not
-decay.
+"""The parameter groups of PuMer's published training: learning rates and weight decay.
 
-They go by published names, into which ours are put first.
+Groups go by published parameter names, so ours are converted first.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ class DistillSettings:
         weight: weight of the distillation loss, KL(teacher || student); the task's loss has weight
             1.
         temperature: softmax temperature of the distillation loss.
-        cache: folder for the teacher's logits. They are then computed once, before training, and
-            read in every epoch and by every other training that asks for the same; a file takes
-            four bytes per example and answer. Delete it when the task's files change.
+        cache: folder for the teacher's logits. They are computed once, before training, and reused
+            in every epoch and by later trainings with the same teacher and data. Four bytes per
+            example and answer. Delete it when the task's files change.
     """
 
     teacher: str | None = None
@@ -34,12 +34,12 @@ class DistillSettings:
 
 @dataclass
 class GroundingSettings:
-    """Dense targets: what is under each patch, and whether the question means it.
+    """Dense targets: what each patch shows, and whether the question asks about it.
 
     Args:
-        weight: weight of that loss; the task's loss has weight 1; 0 leaves it out.
-        layer: the layer after which it is asked for. Later layers are left to carry what it teaches
-            to the answer.
+        weight: weight of the grounding loss; the task's loss has weight 1; 0 turns it off.
+        layer: the layer after which patches are classified; later layers carry the result to the
+            answer.
     """
 
     weight: Weight = 0.0
@@ -48,11 +48,11 @@ class GroundingSettings:
 
 @dataclass
 class EarlyStoppingSettings:
-    """Stop where evaluations get no better, and keep the best model.
+    """Stop once evaluations no longer improve, and keep the best model.
 
     Args:
-        patience: evaluations in a row without progress, after which the training stops.
-        threshold: what counts as progress, in percent of accuracy, or in loss where
+        patience: evaluations without improvement before the training stops.
+        threshold: smallest improvement that counts, in percent of accuracy, or in loss if
             `trainer.metric_for_best_model` is "loss".
     """
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a task's loss, an optional teacher and an optional grounding loss."""
+"""transformers' Trainer with a task's loss and, optionally, distillation and grounding."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from pumer.lab.train.watch import FirstFailure
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher and how much it counts.
+    """A teacher and the weight of its loss.
 
     Args:
-        teacher: an unreduced model, never trained; not called where batches hold its logits,
-            `teacher_logits`.
-        collator: makes the `teacher_inputs` of a batch, where they differ from the student's, and
-            knows the order of the teacher's labels.
+        teacher: an unreduced model, never trained; not called for batches with `teacher_logits`.
+        collator: makes the batch's `teacher_inputs` where they differ from the student's, and knows
+            the order of the teacher's labels.
         weight: of KL(teacher || student); the task's own loss has weight 1.
         temperature: of that divergence.
     """
@@ -126,7 +125,7 @@ class TaskTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _teacher_logits(self, inputs: dict[str, Any], labels: Tensor, texts: int) -> Tensor:
-        """What the teacher says of a batch, in the order of the task's labels."""
+        """The teacher's logits of a batch, in the order of the task's labels."""
         assert self.distillation is not None
         hidden = ("patch_labels", "texts_per_image")
         inputs = {name: value for name, value in inputs.items() if name not in hidden}
@@ -138,20 +137,19 @@ class TaskTrainer(Trainer):
 
     @staticmethod
     def _logits(outputs: Any, labels: Tensor, collator: Any) -> Tensor:
-        """A row for each example, in the order of the task's labels or of the texts to rank."""
+        """One row per example, in the order of the task's labels or of the texts to rank."""
         logits = outputs.logits.reshape(len(labels), -1)  # texts to rank have one each
         return collator.in_task_order(logits) if isinstance(collator, Collator) else logits
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's, whose loss is watched, see `watch.StopAtNaN`."""
+        """The Trainer's step; its loss is checked, see `watch.StopAtNaN`."""
         loss = super().training_step(*args, **kwargs)
         self.failure.note(loss, self.state.global_step + 1)
         return loss
 
     @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        """What the Trainer reports of an evaluation, in percent; raises ValueError for outputs that
-        are NaN."""
+        """Metrics of an evaluation, in percent; raises ValueError for NaN outputs."""
         scores, labels = (
             torch.as_tensor(prediction.predictions),
             torch.as_tensor(prediction.label_ids),
@@ -174,7 +172,7 @@ class TaskTrainer(Trainer):
         return loss.detach(), outputs["logits"].detach(), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log, with the mean of every part of the loss since the last one."""
+        """The Trainer's log, with the mean of every part of the loss since the last entry."""
         if "loss" in logs:
             logs |= {
                 name: round(torch.stack(values).mean().item(), 4)
@@ -192,8 +190,8 @@ class TaskTrainer(Trainer):
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean score of the most likely label in percent: right or wrong for class numbers, the soft
-    score for scores."""
+    """Mean score of the most likely label in percent: 0 or 1 for class indices, the soft score for
+    scores."""
     best = last_argmax(logits)
     if labels.ndim == 1:
         return 100 * (best == labels).float().mean()

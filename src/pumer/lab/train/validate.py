@@ -1,4 +1,4 @@
-"""Which settings of a training go together."""
+"""Check which settings of a training can be combined."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ METRICS = ("accuracy", "loss")
 def _check_evaluation(
     trainer: Mapping[str, Any], eval_split: str | None, early_stopping: object
 ) -> None:
-    """Raise ValueError for settings on evaluation during training that cannot be met."""
+    """Raise ValueError for evaluation settings that cannot be met."""
     metric = trainer.get("metric_for_best_model")
     if metric is not None and str(metric).removeprefix("eval_") not in METRICS:
         raise ValueError(
@@ -133,7 +133,7 @@ def _check_evaluation(
 
 
 def _check_teacher(net: PreTrainedModel, task: Task, teacher: PreTrainedModel) -> None:
-    """Raise ValueError for a teacher that does not answer what the student is asked."""
+    """Raise ValueError for a teacher with other outputs than the student."""
     if is_generative(net) != is_generative(teacher):
         raise ValueError(
             f"a {type(teacher).__name__} cannot teach a {type(net).__name__}: take a model of one "
