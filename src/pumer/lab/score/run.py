@@ -39,7 +39,7 @@ def score_pairs(
 ) -> Tensor:
     """Scores of every image with every text, float32 [images, texts] on the CPU.
 
-    They are those that the model's forward gives for each pair, and a active reduction acts
+    They are those that the model's forward gives for each pair, and an active reduction acts
     likewise; arguments and errors are those of `Job`. For more than fits into memory, or into an
     afternoon, see `stream_pairs`.
     """

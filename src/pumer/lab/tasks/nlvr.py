@@ -77,10 +77,9 @@ class NLVR(Task):
         return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
-        """`consistency`: the share of presentations with every image right in all six box orders.
+        """`consistency`: the share of presentations that are right in all six box orders.
 
-        Only where all six are among the examples: over fewer the same name would mean something
-        easier.
+        Only where all six are among the examples; over fewer the number would not be comparable.
         """
         orders, right = defaultdict(set), defaultdict(list)
         for score, example in zip(scores, examples, strict=True):

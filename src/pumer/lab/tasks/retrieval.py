@@ -48,8 +48,7 @@ class _Photo(NamedTuple):
 
 
 class _Captions:
-    """The captions of a split in their order: those of image i are `starts[i]` up to `starts[i +
-    1]`."""
+    """The captions of a split in order: those of image i are `starts[i]` up to `starts[i + 1]`."""
 
     def __init__(self, photos: Sequence[_Photo]):
         self.texts = [text for photo in photos for _, text in photo.captions]
@@ -59,8 +58,7 @@ class _Captions:
         self.starts = np.concatenate([[0], np.cumsum(counts)])
 
     def draw(self, image: int, negatives: int, seed: int) -> tuple[str, tuple[str, ...]]:
-        """A caption of the image and `negatives` different ones of others, the same for the same
-        arguments."""
+        """A caption of the image and `negatives` captions of other images; deterministic."""
         generator = np.random.default_rng((seed, image))
         start, stop = self.starts[image], self.starts[image + 1]
         caption = generator.integers(start, stop)
@@ -77,10 +75,10 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The images and captions of a split, every one to be scored with every other.
+    """The images and captions of a split, to score every pair of.
 
-    `images` are read one by one when asked for. Caption t is about image `image_of[t]`, int64 [T];
-    an image has five captions, mostly.
+    `images` are read on access. Caption t belongs to image `image_of[t]`, int64 [T]; most images
+    have five captions.
     """
 
     images: Sequence[ImageSource]
@@ -246,10 +244,10 @@ class Retrieval(FileTask):
         )
 
     def decode(self, logits: Tensor) -> list[Any]:
-        """For each example of a batch the number of the text with the highest score; logits [B, K].
+        """Index of the highest-scoring text of each example; logits [B, K].
 
-        The last of equal ones: the first text is the right one, and a model that tells none apart
-        is not right.
+        Of equal ones the last: the first text is the right one, so a model with constant scores
+        gets none right.
         """
         return last_argmax(logits).tolist()
 
@@ -259,8 +257,8 @@ class Retrieval(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write a JSON object a line, `imgid` and the caption chosen; there is no server and no
-        official format."""
+        """Write a JSON object per line, `imgid` and the chosen caption; there is no official
+        format."""
         check_ids(predictions, examples)
         with replacing(path) as file:
             for example in examples:
@@ -273,23 +271,24 @@ class Retrieval(FileTask):
 def recalls(
     scores: np.ndarray | Tensor, image_of: np.ndarray, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """R@k both ways with 95 % intervals, in percent: `tr_r1`, `tr_r1_low`, `tr_r1_high`, ...,
-    `ir_r1`, ...
+    """R@k in both directions with 95 % intervals, in percent: `tr_r1`, `tr_r1_low`, `tr_r1_high`,
+    ..., `ir_r1`, ...
 
-    Text retrieval (tr): the share of images with any caption of theirs among the k captions that
-    score highest; image retrieval (ir): the share of captions whose image is among the k images
-    that score highest. Of equal scores the earlier index comes first. The bootstrap draws images,
-    with all their captions. A k above the number of candidates is left out, as nothing could miss.
+    Text retrieval (tr): the share of images with one of their captions among the k highest-scoring
+    ones. Image retrieval (ir): the share of captions whose image is among the k highest-scoring
+    ones. Of equal scores the lower index comes first. The bootstrap resamples images with all their
+    captions. A k above the number of candidates is skipped.
 
     Args:
         scores: of every image with every caption, [I, T].
-        image_of: the image of every caption, [T]; every image has one at least, no matter in which
-            order.
-        ks: how many places count.
+        image_of: the image of every caption, [T]; every image has at least one caption.
+        ks: cutoffs.
 
     Raises:
-        ValueError: for shapes that do not fit, scores that are not numbers, and images without a
-            caption.
+        ValueError: for shapes that do not fit, NaN scores, and images without a caption.
+
+    >>> recalls(torch.eye(2), torch.tensor([0, 1]), ks=(1,))["tr_r1"]
+    100.0
     """
     scores = torch.as_tensor(scores).detach().cpu()
     owner = torch.as_tensor(image_of).long()
@@ -339,7 +338,7 @@ def _ranks(scores_IT: Tensor, image_of_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_folds(images: int, folds: int) -> None:
-    """Raise ValueError unless so many images can be shared out evenly."""
+    """Raise ValueError unless images divide evenly into folds."""
     if folds < 1 or images < folds or images % folds:
         raise ValueError(f"{images} images do not make {folds} equal folds; COCO's 5,000 make 5.")
 
@@ -350,17 +349,17 @@ def recalls_in_folds(
     folds: int = 5,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """R@k both ways as the mean over folds of equally many images, in percent: `tr_r1`, ...,
+    """R@k in both directions as the mean over equal folds of images, in percent: `tr_r1`, ...,
     `ir_r1`, ...
 
-    COCO's test split of 5,000 images in five folds is what papers call COCO 1K. A fold is the
-    images that follow each other in the split, with their captions; each is ranked on its own.
+    COCO's 5,000 test images in five folds are what papers call COCO 1K. A fold is a run of
+    consecutive images with their captions, and is ranked by itself.
 
     Args:
         scores: of every image with every caption, [I, T].
         image_of: the image of every caption, [T].
-        folds: how many; they must share the images out evenly.
-        ks: how many places count.
+        folds: number of folds; it must divide the number of images.
+        ks: cutoffs.
 
     Raises:
         ValueError: for folds of different sizes, and see `recalls`.

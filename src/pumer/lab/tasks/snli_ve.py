@@ -104,8 +104,7 @@ class SNLIVE(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write a JSON object a line, `pairID` and `prediction`; there is no server and no official
-        format."""
+        """Write a JSON object per line, `pairID` and `prediction`; there is no official format."""
         ids = check_ids(predictions, examples)
         check_labels(predictions, self.labels)
         with replacing(path) as file:

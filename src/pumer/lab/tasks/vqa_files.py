@@ -1,7 +1,6 @@
-"""The official files of VQAv2, and of data sets in its form: questions, and what annotators
-answered.
+"""The official files of VQAv2, and of data sets in its format: questions and annotations.
 
-Everything is checked when it is read: what is wrong is named by file and question.
+Everything is validated on reading; errors name file and question.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Question(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """What the annotators answered to the question with this id."""
+    """The annotators' answers to a question."""
 
     id: int | str
     image_id: int | str | None
@@ -176,7 +175,8 @@ def _named(path: Path, key: str, rows: Sequence[Any]) -> Iterator[tuple[str, Any
 
 
 def _shared_answers(row: dict[str, Any]) -> Any:
-    """An annotator's answer as a shared string: millions of them as parsed would take gigabytes."""
+    """An annotator's answer as an interned string: millions of parsed strings would take
+    gigabytes."""
     if isinstance(row.get("answer"), str) and row.keys() <= _ANSWER:
         return sys.intern(row["answer"])
     return row
@@ -193,7 +193,7 @@ def _id(row: Any) -> int | str:
 
 
 def _name(row: Mapping[str, Any], key: str) -> int | str:
-    """A number or a text that names something."""
+    """A number or text used as a name."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
         problem = f"{key} is {value!r}, not a number or name"

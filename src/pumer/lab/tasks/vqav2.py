@@ -132,8 +132,7 @@ class VQAv2(FileTask):
         )
 
     def _scores(self, answers: Sequence[str]) -> dict[Any, float]:
-        """The score of every answer that an annotator gave: by number, or in words where there is
-        no vocabulary."""
+        """The score of every annotator's answer: by index, or by word without a vocabulary."""
         if not self.labels:
             return scores_in_words(answers)
         # Published models were taught raw strings; a new list holds normalised ones, however the
@@ -155,8 +154,7 @@ class VQAv2(FileTask):
         return vqa_score(prediction, example.meta["answers"])
 
     def answer_scores(self, example: Example) -> Mapping[Any, float]:
-        """The score of every answer that an annotator gave, in words, whether or not it is in
-        `labels`."""
+        """The score of every annotator's answer, by word, whether or not it is in `labels`."""
         return scores_in_words(example.meta["answers"] or ())
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
@@ -172,7 +170,7 @@ class VQAv2(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write the JSON list that EvalAI takes: all of test2015, also where only test-dev is
+        """Write the JSON list that EvalAI takes: all of test2015, even if only test-dev is
         scored."""
         write_answers(path, predictions, examples)
 
@@ -183,9 +181,10 @@ def read_answers(root: str | Path, splits: Sequence[str]) -> list[str]:
 
 
 def with_new_answers(task: VQAv2, train_split: str) -> VQAv2:
-    """The task with labels counted in its annotations; says how many rare answers are left out.
+    """The task with labels counted in its annotations; logs how many rare answers are dropped.
 
-    Raises ValueError where no answer has `min_count` questions, and for missing files.
+    Raises:
+        ValueError: if no answer has `min_count` questions, and for missing files.
     """
     there = all(has_annotations(Path(task.root), split) for split in OFFICIAL)
     splits = task.answer_splits or (OFFICIAL if there else (train_split,))
