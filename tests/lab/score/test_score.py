@@ -261,7 +261,7 @@ def test_what_was_cut_is_computed_again(job, tmp_path):
         scores.write_bytes(damaged)
         said = []
         stream_pairs(job, tmp_path / "out", log=said.append)
-        assert said == [f"{scores} is not as it was written, and is computed again"]
+        assert said == [f"{scores} has changed since it was written, and is computed again"]
         assert scores.read_bytes() == good
     (tmp_path / "out/scores.npy.sha256").unlink()  # as an earlier version wrote it
     before = scores.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Measurements: time, memory and overhead of stock, fused and reduced models, side by side."""
+"""Benchmarks: time, memory and overhead of stock, fused and reduced models."""
 
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.results import Bench, Row

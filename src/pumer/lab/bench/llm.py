@@ -1,8 +1,8 @@
-"""Models that write an answer, stock and reduced side by side: prefill, further tokens, the whole,
-cache and memory.
+"""Generative models, stock and reduced: time of prefill, of further tokens and of the answer, cache
+and memory.
 
-Stock transformers runs fused attention here by itself, so there is no third kind of variant; what
-the adapter costs alone is seen with the reducer "none".
+Stock transformers already runs fused attention here, so there is no "fused" variant; the reducer
+"none" shows the adapter's own cost.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def bench_llm(
     Args:
         settings: what to measure, where, and how often.
         warmup: untimed answers of each variant, at least one.
-        memory: measure peak activation memory, in a prefill of its own.
-        overhead: measure what vision tower and choosing cost, in prefills of their own.
+        memory: measure peak activation memory, in a separate prefill.
+        overhead: measure the cost of vision tower and selection, in separate prefills.
         progress: called with 1 after every round of answers.
 
     Returns:
-        The rows; where this machine lacks the device asked for, rows that say "not measured".
+        The rows; without the requested device, rows that say "not measured".
 
     Raises:
         ValueError: for unknown names and settings that do not fit.
@@ -105,13 +105,13 @@ def _columns(settings: AnswerBenchSettings, device: str) -> dict[str, Any]:
 
 
 class Answer:
-    """A prompt's answer of a fixed length, decoded greedily, as a call without arguments.
+    """Greedy decoding of a fixed number of tokens, as a call without arguments.
 
     Args:
         net: the model.
         data: prompts of one length.
-        tokens: of the answer.
-        device: where the model computes.
+        tokens: number of tokens of the answer.
+        device: of the model.
     """
 
     def __init__(self, net: nn.Module, data: dict[str, Tensor], tokens: int, device: str) -> None:
@@ -144,8 +144,7 @@ class Answer:
 
     @torch.inference_mode()
     def prefill(self) -> Any:
-        """The model's output for the prompts, with the logits of the first token of the answer
-        alone."""
+        """The model's output for the prompts, with logits of the first answer token only."""
         return self.net(**self.data, use_cache=True, logits_to_keep=1)
 
 
@@ -196,17 +195,16 @@ def _rows(
 
 
 def _further(total: Timing, first: Timing, tokens: int) -> Timing:
-    """Seconds of each of so many tokens after the first."""
+    """Seconds of each of the tokens after the first."""
     pairs = zip(total.seconds, first.seconds, strict=True)
     return Timing(tuple((seconds - before) / tokens for seconds, before in pairs))
 
 
 def forward_costs(net: nn.Module, data: dict[str, Tensor]) -> tuple[int, int]:
-    """Multiply-accumulates of a prompt, and bytes of keys and values that the batch has to leave,
-    of the last forward.
+    """Multiply-accumulates of a prompt, and bytes of keys and values of the batch, in the last
+    forward.
 
-    Unlike in `pumer.report`, the tokens that a family puts between the parts of an image are
-    counted.
+    Unlike `pumer.report` this includes the tokens that a family puts between parts of an image.
     """
     adapter, patch, config = find(net), active(net), config_of(net)
     ids = data["input_ids"]

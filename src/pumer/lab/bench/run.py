@@ -1,9 +1,9 @@
 """Stock, fused and reduced models side by side.
 
 Three kinds of variant: stock transformers; the same model with fused kernels and trimmed padding
-but nothing reduced ("fused"); and each reducer on top of that. Only against the second one is token
-reduction itself measured. Where transformers lacks a model, as METER, ours stands for it and the
-row says so.
+but nothing reduced ("fused"); and each reducer on top of that. Only the comparison with "fused"
+measures token reduction itself. Where transformers lacks a model, such as METER, ours is measured
+as stock and the row says so.
 """
 
 from __future__ import annotations
@@ -47,17 +47,21 @@ def bench(
     Args:
         settings: what to measure, where, and how often.
         warmup: untimed forwards of each variant, at least one.
-        memory: measure peak activation memory; not of compiled code on a CPU, where operators
-            cannot be watched.
-        overhead: measure what choosing and reducing tokens costs, in forwards of their own; not of
+        memory: measure peak activation memory; not for compiled code on a CPU, whose operators
+            cannot be tracked.
+        overhead: measure the cost of selecting and reducing tokens, in separate forwards; not for
             compiled code.
         progress: called with 1 after every round of forwards.
 
     Returns:
-        The rows; where this machine lacks the device asked for, rows that say "not measured".
+        The rows; without the requested device, rows that say "not measured".
 
     Raises:
         ValueError: for unknown names and settings that do not fit.
+
+    >>> result = bench(BenchSettings("vilt-tiny", ["tome"], batch=2, text=20, runs=1), warmup=1)
+    >>> [row.variant for row in result.rows]
+    ['stock', 'fused', 'tome']
     """
     model = settings.model
     named = name_reducers(models.default_reducers(model), settings.reducers)
@@ -110,10 +114,10 @@ def _columns(settings: BenchSettings, image_size: int, device: str) -> dict[str,
 def name_reducers(
     defaults: Sequence[ReducerSpec], specs: Sequence[ReducerSpec | None] | None = None
 ) -> dict[str, Reducer]:
-    """Reducers under the names they get in a table, the defaults where none are given.
+    """Reducers by their names in a table; the defaults if none are given.
 
     Raises:
-        ValueError: for unknown ones, and for the same one twice.
+        ValueError: for unknown reducers, and for the same one twice.
     """
     named: dict[str, Reducer] = {}
     for spec in defaults if specs is None else specs:
@@ -135,13 +139,13 @@ def name_reducers(
 
 
 def variants(net: nn.Module, reducers: dict[str, Reducer]) -> dict[str, nn.Module]:
-    """The model as it is, fused, and with each reducer; all share one set of weights."""
+    """The stock model, fused, and with each reducer, sharing one set of weights."""
     twins = {FUSED: Unreduced(), **reducers}
     return {STOCK: net, **{name: twin(net, reducer) for name, reducer in twins.items()}}
 
 
 def twin(net: nn.Module, reducer: Reducer) -> nn.Module:
-    """The same model reduced, the weights shared."""
+    """The same model with a reducer, sharing its weights."""
     weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     return apply(copy.deepcopy(net, weights), reducer)
 
@@ -157,7 +161,7 @@ def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], An
 
 
 def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The first rows of a batch; raises ValueError where inputs are no rows, one per example."""
+    """The first rows of a batch; raises ValueError for inputs that are not one row per example."""
     batch = len(inputs["input_ids"])
     odd = [name for name, value in inputs.items() if torch.is_tensor(value) and len(value) != batch]
     if odd:
@@ -172,7 +176,7 @@ def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the with block; its own choice if None."""
+    """Set torch's CPU threads inside the with block; None keeps its own choice."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What the benches measure: the options of `pumer bench` and its subcommands."""
+"""Settings of the benches: the options of `pumer bench` and its subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where token reduction pays: batch size against image size."""
+"""Where token reduction pays: batch size by image size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pumer.lab.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class Sweep:
-    """Measurements over a range of batch and image sizes; `str` is a table of them.
+    """Measurements over batch and image sizes; `str` is a table of them.
 
     Args:
         benches: one measurement per cell, batch by batch.
@@ -30,8 +30,8 @@ class Sweep:
     def cells(self) -> list[dict[str, Any]]:
         """Per measurement: batch, image_size, x_stock, x_fused, flops_ratio, and whether it pays.
 
-        It pays where the slower end of the reduced runs (80th percentile) is quicker than the
-        quicker end of the fused ones (20th). None where nothing was measured.
+        It pays if the 80th percentile of the reduced runs is faster than the 20th of the fused
+        ones. None if nothing was measured.
         """
         cells = []
         for measurement in self.benches:
@@ -86,8 +86,7 @@ class Sweep:
 
 
 def sweep(settings: SweepSettings, *, warmup: int = 1, progress: Progress = no_progress) -> Sweep:
-    """Measure one reducer at every batch size and every image size, against stock and against
-    fused.
+    """Measure one reducer at every batch size and image size, against stock and fused.
 
     Args:
         settings: what to measure, where, and how often.

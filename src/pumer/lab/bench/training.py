@@ -1,4 +1,4 @@
-"""Steps of training side by side: unreduced and reduced, each with and without a teacher."""
+"""Training steps side by side: unreduced and reduced, each with and without a teacher."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _BACKWARD = 2
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What was measured of one way to train.
+    """Measurements of one way to train.
 
     Args:
         variant: "unreduced" or the reducer's name.
-        teacher: whether an unreduced model's forward goes along.
-        timing: of a step: forward, loss, backward, AdamW; in seconds.
-        macs: multiply-accumulates of a step per example, those of the teacher included.
+        teacher: whether the step includes an unreduced teacher's forward.
+        timing: seconds of a step: forward, loss, backward, AdamW.
+        macs: multiply-accumulates of a step per example, with the teacher's.
         peak_bytes: peak memory beyond weights, gradients and optimizer states.
-        x_base: speed-up against the unreduced step with, or without, the teacher as this one.
-        flops_ratio: how many times fewer FLOPs than that step: what the speed-up could be.
+        x_base: speed-up over the unreduced step, with a teacher if this one has one.
+        flops_ratio: FLOPs of that step over these: the upper bound of the speed-up.
     """
 
     variant: str
@@ -76,7 +76,7 @@ COLUMNS = (
 
 
 class TrainingBench(Measured[TrainingStep]):
-    """Steps, two of a variant where both kinds of teacher were asked for, see `Measured`."""
+    """Training steps, with both kinds of teacher where asked for; see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per step, for a CSV file."""
@@ -136,15 +136,15 @@ def bench_training(
     attention: Literal["sdpa", "eager"] = "sdpa",
     progress: Progress = no_progress,
 ) -> TrainingBench:
-    """Measure steps of training: the unreduced model and each reducer, with and without a teacher.
+    """Measure training steps of the unreduced model and each reducer, with and without a teacher.
 
     Args:
         settings: what to measure, where, and how often.
-        attention: kernel of reduced, unreduced and teacher.
+        attention: kernel of reduced and unreduced model and of the teacher.
         progress: called with 1 after every round of steps.
 
     Raises:
-        ValueError: for unknown names, settings that do not fit, and a device that is not there.
+        ValueError: for unknown names, settings that do not fit, and a missing device.
     """
     model, teachers = settings.model, settings.teachers or [False, True]
     named = {
@@ -195,7 +195,7 @@ def _row(
     macs: Mapping[str, int],
     peaks: Mapping[tuple[str, bool], int],
 ) -> TrainingStep:
-    """A variant against the unreduced one with, or without, a teacher as it has."""
+    """A variant compared with the unreduced one, both with or without a teacher."""
     teacher_macs = has_teacher * macs[BASE] // (1 + _BACKWARD)
     timing, base = (timings[f"{variant} {has_teacher}"] for variant in (name, BASE))
     step_macs, base_macs = (macs[variant] + teacher_macs for variant in (name, BASE))
@@ -247,7 +247,7 @@ def _step(
 
 
 def _macs(student: nn.Module, base: int | None) -> int:
-    """Multiply-accumulates of a step per example without a teacher's, `base` being those of the
+    """Multiply-accumulates of a step per example without a teacher; `base` are those of the
     unreduced step."""
     patch = active(student)
     assert patch is not None

@@ -43,8 +43,8 @@ def check(
     for split in checks:
         notes = [split.problem] if split.problem else []
         if split.missing:
-            missing = count_of(split.missing, split.counts["images"], "images")
-            notes.append(f"{missing} are not in {split.store}")
+            lost = count_of(split.missing, split.counts["images"], "images")
+            notes.append(f"{lost} are not in {split.store}")
         for note in notes + list(split.broken.values())[:5]:
             screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
     if missing:

@@ -1,4 +1,4 @@
-"""Scoring a pool of images and texts, timed against the plain loop over its pairs."""
+"""Scoring a pool of images and texts, compared with the plain loop over its pairs."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def bench_pairs(settings: PairsBenchSettings) -> list[dict[str, Any]]:
 def _calls(
     job: Job, reducers: Sequence[Reducer | None], plain_pairs: int
 ) -> dict[tuple[int, str], Callable[[], Tensor]]:
-    """What is timed, by the reducer's index and the way."""
+    """The calls to time, by the reducer's index and the way."""
     calls: dict[tuple[int, str], Callable[[], Tensor]] = {}
     for index, reducer in enumerate(reducers):
         plain_loop = partial(_plain, job, _inputs(job, plain_pairs))
@@ -228,7 +228,7 @@ def _seconds(timing: Timing) -> dict[str, float]:
 
 
 def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job:
-    """Images of noise and texts of random words, the same every time."""
+    """Images of noise and texts of random words, always the same."""
     size, draw = net.config.image_size, random.Random(0)
     noise = np.random.default_rng(0)
     noise_images = [

@@ -1,4 +1,4 @@
-"""One scoring job: a model, images and texts, and how they are cut into chunks."""
+"""A scoring job: a model, images and texts, and their chunks."""
 
 from __future__ import annotations
 
@@ -28,24 +28,23 @@ _NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """All that scores depend on; it can be sent to other processes.
+    """Everything that scores depend on; it can be pickled.
 
-    A published reducer counts padded text, so for one every text is padded to the full length,
+    Official reducers count padded text, so for these every text is padded to the full length,
     whatever `tokenize` says.
 
     Args:
         model: for image-text retrieval, reduced or not, on its device.
-        images: of which each is scored with each text; a broken one is an error before anything is
-            computed.
+        images: each is scored with each text; a broken one raises before anything is computed.
         texts: none of them empty.
         tokenize: the model's text transform.
         transform: the model's image transform.
-        batch_size: texts that meet an image at a time.
+        batch_size: texts per image at a time.
         chunk_images: images of a chunk, which are encoded and kept together.
         chunk_texts: texts of a chunk, likewise.
 
     Raises:
-        ValueError: for a model that scores no pairs, no image or text at all, and sizes below 1.
+        ValueError: for a model that does not score pairs, no images or texts, and sizes below 1.
     """
 
     model: Any
@@ -67,20 +66,18 @@ class Job:
 
     @property
     def chunks(self) -> Chunks:
-        """How the matrix of scores is cut up."""
+        """How the matrix of scores is divided."""
         return Chunks(len(self.images), len(self.texts), self.chunk_images, self.chunk_texts)
 
     def tokens(self, block: slice) -> dict[str, Tensor]:
-        """Some of the texts as the tokenizer gives them, int64 [B,T]; raises ValueError for an
-        empty one."""
+        """Tokenized texts, int64 [B,T]; raises ValueError for an empty one."""
         texts = self.texts[block]
         return self.tokenize(texts, range(block.start, block.start + len(texts)))
 
     def check(self) -> str:
         """A digest of all images and texts as the model gets them.
 
-        Opens every image and tokenizes every text, so that what is wrong with them shows before the
-        work and not in the midst of it.
+        Opens every image and tokenizes every text, so that errors appear before the work.
 
         Raises:
             BrokenImageError: naming the images that cannot be read.
@@ -109,9 +106,9 @@ class Job:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this job from another one, as plain data; raises as `check` does.
+        """What identifies this job, as plain data; raises as `check` does.
 
-        `batch_size` is not in it: it changes no more than the last bits of a score.
+        Without `batch_size`, which changes only the last bits of a score.
         """
         patch = active(self.model)
         return {
@@ -126,18 +123,17 @@ class Job:
 
 
 class _Texts(NamedTuple):
-    """A batch of texts, encoded, and which columns of the chunk they are."""
+    """A batch of encoded texts, and their columns in the chunk."""
 
     columns: Tensor
     encoded: Any
 
 
 class Scorer:
-    """Computes chunks of a job, one at a time, and remembers the images and the texts it encoded
-    last.
+    """Computes chunks of a job one at a time, and caches the last block of encoded images and of
+    texts.
 
-    So it holds `chunk_images` encoded images and `chunk_texts` encoded texts, however many there
-    are in all.
+    Memory is bounded by `chunk_images` encoded images and `chunk_texts` encoded texts.
     """
 
     def __init__(self, job: Job) -> None:
@@ -147,18 +143,18 @@ class Scorer:
 
     @property
     def model(self) -> Any:
-        """The job's."""
+        """The job's model."""
         return self.job.model
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """The device of the model's inputs."""
         return execution_device(self.model)
 
     @torch.inference_mode()
     def __call__(self, number: int, progress: Progress = no_progress) -> Tensor:
-        """The scores of a chunk, float32 [images, texts] on the CPU; `progress` is called
-        with the number of pairs of every image that is done."""
+        """The scores of a chunk, float32 [images, texts] on the CPU; `progress` is called with the
+        number of pairs after every image."""
         rows, columns = self.job.chunks[number]
         self.model.eval()
         if self._images[0] != rows:
@@ -201,7 +197,7 @@ class Scorer:
         return [encoded[image_index] for image_index in range(len(transformed))]
 
     def _encode_texts(self, columns: slice) -> Iterator[_Texts]:
-        """In batches of texts of about one length, so that little is computed for padding."""
+        """In batches of similar length, to compute little padding."""
         job, inputs = self.job, self.job.tokens(columns)
         lengths = inputs["attention_mask"].sum(1)
         for some in lengths.argsort(stable=True).split(job.batch_size):
@@ -215,7 +211,7 @@ class Scorer:
 
 
 def _model_digest(model: Any) -> str:
-    """Of the weights and of all settings but those that say where they came from."""
+    """Digest of the weights and of all settings except their origin."""
     config = model.config.to_dict()
     settings = {
         name: value

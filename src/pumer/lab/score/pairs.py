@@ -1,7 +1,7 @@
 """What is computed once per image, once per text, and per pair.
 
-METER runs each tower once, and its fusion layers for every pair. ViLT has one encoder for both:
-only the patches are embedded once, and nearly everything is left per pair.
+METER runs each tower once, and its fusion layers per pair. ViLT has one encoder for both, so only
+patch embedding is done once per image.
 
 Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 """
@@ -22,24 +22,23 @@ Inputs = dict[str, Tensor]
 
 
 class Pairs(ABC):
-    """A model in its parts; they follow the active reducer when they are called."""
+    """The parts of a model, with its active reducer."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @abstractmethod
     def images(self, pixel_values_B3HW: Tensor) -> list[Any]:
-        """What becomes of each image before it meets a text."""
+        """Encode images, each as far as it goes without a text."""
 
     @abstractmethod
     def texts(self, inputs: Inputs) -> Any:
-        """What becomes of a batch of texts before they meet an image; `inputs` [B,T] are the
+        """Encode a batch of texts as far as it goes without an image; `inputs` [B,T] are the
         tokenizer's."""
 
     @abstractmethod
     def score(self, image: Any, texts: Any) -> Tensor:
-        """Scores [B] of one image with every text of a batch, each as `images` and `texts` gave
-        it."""
+        """Scores [B] of one encoded image with every text of an encoded batch."""
 
 
 class MeterPairs(Pairs):
@@ -59,10 +58,10 @@ class MeterPairs(Pairs):
 
 
 class ViltPairs(Pairs):
-    """`ViltForImageAndTextRetrieval`; the images are what its forward takes of them.
+    """`ViltForImageAndTextRetrieval`.
 
-    Of an image with more patches than `config.max_image_length` evenly spaced ones are taken, as
-    under a reducer; the stock model draws them at random, so that no two forwards agree.
+    Of an image with more patches than `config.max_image_length` evenly spaced ones are kept, as
+    with a reducer; the stock model samples them at random, so that two forwards differ.
     """
 
     def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
@@ -96,7 +95,7 @@ _CLASSES: dict[str, type[Pairs]] = {
 
 
 def pairs(model: nn.Module) -> Pairs:
-    """A model in its parts; raises ValueError for classes that score no pairs."""
+    """The parts of a model; raises ValueError for classes that do not score pairs."""
     for cls in type(model).__mro__:
         if cls.__name__ in _CLASSES:
             return _CLASSES[cls.__name__](model)
@@ -106,6 +105,6 @@ def pairs(model: nn.Module) -> Pairs:
 
 
 def counts_padding(model: nn.Module) -> bool:
-    """Whether padded text changes the scores, as in the published mode."""
+    """Whether padded text changes the scores, as with official reducers."""
     patch = active(model)
     return patch is not None and patch.reducer.published

@@ -1,4 +1,4 @@
-"""Work spread over a Ray cluster with Ray Data; the only file that imports ray."""
+"""Distribute work over a Ray cluster with Ray Data; the only file that imports ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Cluster:
     """Ray's workers.
 
     Args:
-        workers: how many, each with a model of its own; the cluster's GPUs, or 2, if not given.
+        workers: number of workers, each with its own copy of the model; the cluster's GPUs, or 2,
+            if not given.
         address: of the cluster; one is started on this machine if not given.
     """
 
@@ -33,17 +34,17 @@ class Cluster:
 
 
 def spread(work: Any, numbers: Sequence[int], cluster: Cluster) -> Iterator[tuple[int, Any]]:
-    """`(number, work(number))` for every number, in the order in which they are finished.
+    """Yield `(number, work(number))` for every number, in order of completion.
 
-    Each worker gets a copy of `work`, once, and puts its `model` on its GPU if it has one. Where
-    the work reads files, every machine of the cluster must see them under the same path. A worker
-    that dies is replaced and its number computed again.
+    Each worker gets one copy of `work`, and moves its `model` to its GPU if it has one. Files that
+    the work reads must have the same path on every machine. A worker that dies is replaced and its
+    number computed again.
 
     Args:
         work: callable with a number, with an attribute `model`; it can be pickled.
-        numbers: each a piece of work of its own.
-        cluster: its workers; without an address one is started on this machine, and stopped again,
-            unless one is running.
+        numbers: items of work.
+        cluster: its workers; without an address a cluster is started on this machine and stopped
+            again, unless one is running.
 
     Raises:
         ValueError: without ray, and for less than one worker.
@@ -73,7 +74,7 @@ def spread(work: Any, numbers: Sequence[int], cluster: Cluster) -> Iterator[tupl
 
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """Predicts a batch of examples by its number."""
+    """Predicts a batch of examples, by its number."""
 
     model: Any
     examples: Sequence[Example]
@@ -98,8 +99,7 @@ def predict_on_ray(
     *,
     batch_size: int = 32,
 ) -> Result:
-    """What `evaluate.predict` gives, broken images left out, in the same batches; the rest as for
-    `spread`."""
+    """`evaluate.predict` on a cluster, skipping broken images; see `spread`."""
     work = _Batches(model, examples, collator, batch_size)
     numbers = range(-(-len(examples) // batch_size))
     results = [
@@ -115,7 +115,7 @@ def predict_on_ray(
 
 
 class _Worker:
-    """What lives in one process of the cluster."""
+    """A process of the cluster."""
 
     def __init__(self, reference: list[Any]) -> None:
         import ray
@@ -142,7 +142,7 @@ def _import() -> Any:
 
 @contextmanager
 def _joined(ray: Any, cluster: Cluster) -> Iterator[None]:
-    """Join a cluster, or start one; one that runs in this process already is left as it is."""
+    """Join a cluster, or start one; uses one that is already running in this process."""
     if ray.is_initialized():
         yield
         return

@@ -1,4 +1,4 @@
-"""Running a scoring job: in memory, or streamed to disk by one process, the ranks of torchrun, or
+"""Run a scoring job: in memory, or streamed to disk by one process, the ranks of torchrun, or
 Ray."""
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def score_pairs(
 ) -> Tensor:
     """Scores of every image with every text, float32 [images, texts] on the CPU.
 
-    They are those that the model's forward gives for each pair, and an active reduction acts
-    likewise; arguments and errors are those of `Job`. For more than fits into memory, or into an
-    afternoon, see `stream_pairs`.
+    They equal those of the model's forward for each pair, with its active reducer. Arguments and
+    errors are those of `Job`. For pools that exceed memory use `stream_pairs`.
     """
     job = Job(model, images, texts, tokenize, transform, batch_size)
     job.check()
@@ -62,21 +61,20 @@ def stream_pairs(
     """Scores of every image with every text, chunk by chunk into a folder; float32 [images, texts],
     memory-mapped.
 
-    Killed at any moment and called again with the same job, it goes on after the chunks that were
-    finished, and the file that comes of it is the same. Under torchrun the ranks take chunks in
-    turn and none waits for another until all is done; the folder is one that they all see. Every
-    rank gets the result.
+    Resumable: called again with the same job after a kill, it continues after the finished chunks,
+    and the final file is the same. Under torchrun the ranks take chunks in turn without waiting for
+    each other until the end; they must share the folder. Every rank gets the result.
 
     Args:
         job: what to score.
         out: a folder that is new, or holds this job's scores.
-        cluster: compute on the workers of a Ray cluster; this process alone writes the folder.
+        cluster: compute on the workers of a Ray cluster; only this process writes the folder.
         show_progress: show a bar.
         log: called with what was found in the folder.
 
     Raises:
-        ValueError: as `Job.check`; if the folder holds scores of something else, or other files;
-            without Ray where it is asked for.
+        ValueError: as `Job.check`; if the folder holds other scores or files; without Ray where a
+            cluster is given.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cluster is not None and ranks > 1:
@@ -104,7 +102,7 @@ def stream_pairs(
 
 
 def _assembled(matrix: Matrix, rank: int) -> np.ndarray:
-    """The whole matrix, which rank 0 puts together once all chunks are there."""
+    """The complete matrix, which rank 0 assembles once all chunks are finished."""
     while rank == 0 and matrix.missing():
         time.sleep(_LOOK)
     if rank == 0:
@@ -117,7 +115,7 @@ def _assembled(matrix: Matrix, rank: int) -> np.ndarray:
 def _computed(
     job: Job, chunk_indices: Sequence[int], cluster: Cluster | None, progress: Progress
 ) -> Iterator[tuple[int, Tensor]]:
-    """Chunks as they are finished."""
+    """Chunks in order of completion."""
     scorer = Scorer(job)
     if cluster is None:
         yield from ((index, scorer(index, progress)) for index in chunk_indices)
