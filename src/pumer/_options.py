@@ -1,5 +1,4 @@
-"""Options of commands that are checked before anything is computed, by the way their arguments are
-annotated."""
+"""Types of command options that are checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pumer._files import check_file, check_folder
 
 @dataclass(frozen=True)
 class Checked:
-    """Mark of an argument; `check` raises ValueError for a value that cannot be."""
+    """Marks an annotation; `check` raises ValueError for invalid values."""
 
     check: Callable[[Any], None]
 
@@ -86,10 +85,10 @@ def check_options(values: Mapping[str, Any], *targets: Callable[..., Any]) -> No
 
 
 def check_values(target: Any, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Check values for the parameters of a function or the fields of a dataclass, nested ones
-    included.
+    """Check values for the parameters of a function or the fields of a dataclass, recursively.
 
-    Raises ValueError naming the first that cannot be, behind the prefix.
+    Raises:
+        ValueError: naming the first invalid one, after the prefix.
     """
     _check_all(get_type_hints(target, include_extras=True), values, prefix)
 
@@ -107,7 +106,7 @@ def _check_all(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str)
 
 
 def _checks(hint: Any) -> list[Callable[[Any], None]]:
-    """The checks of a value, or of each part of a list."""
+    """The checks of a value, or of each item of a list."""
     if get_origin(hint) is Annotated:
         return [mark.check for mark in hint.__metadata__ if isinstance(mark, Checked)]
     if get_origin(hint) in (Union, types.UnionType, list):

@@ -30,18 +30,18 @@ def bench_model_(
     threads: Count | None = None,
     runs: Count = 9,
 ) -> None:
-    """Time and weigh a saved model on an image and a question, stock, fused and reduced, taking
-    turns in one process.
+    """Time a saved model and measure its memory on an image and a question: stock, fused and
+    reduced, alternating in one process.
 
     Args:
         model: folder of a saved model, a shipped one's name, or a decoder's name on the Hub.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         reducers: several of these.
         image: file of an image; generated ones if not given.
         question: about that image.
-        batch: examples at a time; where the model writes, the same prompt so many times.
-        new_tokens: tokens of a written answer.
+        batch: examples at a time; for generative models so many copies of one prompt.
+        new_tokens: tokens of a generated answer.
         device: "auto" takes a CUDA device if there is one.
         threads: CPU threads; torch's own choice if not given.
         runs: timed calls of each.

@@ -39,17 +39,17 @@ def convert(
     answers: str | None = None,
     kind: str | None = None,
 ) -> None:
-    """Turn a published checkpoint into a model folder, with its tokenizer and image transform; or a
-    model folder back.
+    """Convert a published checkpoint into a model folder, with its tokenizer and image transform,
+    or a model folder back.
 
     Args:
         source: folder of a PuMer checkpoint or of transformers' ViLT, or an original ViLT or METER
-            .ckpt file; or a model folder, for the way back.
+            .ckpt file; or a model folder, to convert back.
         out: folder to write; must not exist or be empty.
         to: "pumer" for the other commands and `pumer.load`; "published" for PuMer's own code.
-        image_size: side of the images in pixels, if it is to be another one.
+        image_size: side of the images in pixels, if it is to change.
         answers: file with the answers of question answering (vqa2_label2ans.json,
-            vqa2_ans2label.json or vqa_dict.json), where none lies beside the weights.
+            vqa2_ans2label.json or vqa_dict.json), if none is beside the weights.
         kind: model class to give a new head, to start its training from a pretrained checkpoint.
     """
     with new_folder(out) as folder:
@@ -76,8 +76,8 @@ def _read(
 
 
 def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
-    """Take along files that lie in the source's folder; beside an original file they could be
-    anybody's."""
+    """Copy further files from the source's folder, but not those beside a single checkpoint
+    file."""
     present = [name for name in names if source.is_dir() and (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, folder / name)
@@ -85,7 +85,7 @@ def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def _transform(read: Official, image_size: int | None) -> Transform:
-    """What the checkpoint's authors did to images."""
+    """The image transform of the checkpoint's authors."""
     config = read.model.config
     size = image_size or config.image_size
     if config.model_type == "meter":

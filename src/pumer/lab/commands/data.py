@@ -1,4 +1,4 @@
-"""Check data, and make it: pictures with questions, and tokenizers."""
+"""Check data sets, generate scenes, and train tokenizers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def check(
     decode: bool = False,
     missing: OutputFile | None = None,
 ) -> None:
-    """Count what is there of a task's official files and images, against what was published.
+    """Count a task's official files and images against the published numbers.
 
-    Ends with 1 if anything of a split that is there is missing or wrong, or no split is there.
+    Exits with 1 if anything of an existing split is missing or wrong, or if no split exists.
 
     Args:
         task: vqav2, nlvr2, snli-ve or retrieval.
         root: folder of the official files.
         images: folder, LMDB file or Parquet files of the images; below `root` if not given.
-        decode: open every image, which takes minutes, and name those that cannot be decoded.
+        decode: open every image, which takes minutes, and list those that cannot be decoded.
         missing: file to write with the names of all images that are missing or cannot be decoded,
-            one a line.
+            one per line.
     """
 
     screen = console()
@@ -63,7 +63,7 @@ def check(
 
 
 def _table(checks: Sequence[SplitCheck], title: str, decode: bool) -> Table:
-    """What is there of every split, beside what was published."""
+    """Found and published numbers of every split."""
     table = Table(title=title)
     for column in (
         "split",
@@ -114,17 +114,18 @@ def scenes(
     seed: int = 2,
     image_size: Count = 96,
 ) -> None:
-    """Write generated images with questions, sentences or captions in a task's official files.
+    """Write generated images with questions, sentences or captions in a task's official format.
 
     Args:
-        out: folder to write; new or empty, or for vqav2 one with other splits that were written so.
-        task: whose files.
-        split: vqav2: name of the split in the files' names.
-        pictures: number of images; but for vqav2 of the first split, the others having a tenth of
-            it.
-        per_picture: vqav2: questions about each.
-        splits: but for vqav2: number of images of each split, instead of all official ones.
-        dataset: retrieval: whose files.
+        out: folder to write; new or empty, or for vqav2 one with other generated splits.
+        task: whose format.
+        split: vqav2: name of the split in file names.
+        pictures: number of images; for other tasks than vqav2 that of the first split, the others
+            get a tenth of it.
+        per_picture: vqav2: questions per image.
+        splits: other tasks than vqav2: number of images of each split, instead of all official
+            ones.
+        dataset: retrieval: whose format.
         seed: the shipped models were trained with 1; any other gives unseen images.
         image_size: side in pixels.
     """
@@ -172,13 +173,13 @@ def tokenizer(
     sentences: list[str] | None = None,
     vocab_size: Count = 800,
 ) -> None:
-    """Train a lower-case WordPiece tokenizer on scene questions and on sentences of your own.
+    """Train a lower-case WordPiece tokenizer on scene questions and your own sentences.
 
     Args:
         out: folder to write.
         questions: number of scene questions to learn from.
         sentences: Parquet files with a column `sentence` or `caption` to learn from as well.
-        vocab_size: at most so many pieces.
+        vocab_size: largest number of tokens.
     """
     from pumer.lab.data.parquet import read_texts
     from pumer.lab.data.text import train_tokenizer

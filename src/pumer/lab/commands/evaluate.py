@@ -49,21 +49,20 @@ def evaluate_(
     samples: OutputFile | None = None,
     record: OutputFile | None = None,
 ) -> None:
-    """Score a model on a task; next to its accuracy stands `constant`, that of the best answer that
-    is always the same.
+    """Score a model on a task; `constant` is the accuracy of the best constant answer.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
-        split: which part of its data.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
+        split: split of its data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         limit: only the first so many examples.
         device: "auto" takes a CUDA device if there is one.
-        blind: show the model the "text" alone, every image a grey square, or the "image" alone,
-            every text "a picture": what it still gets right, it needs no look, or no question, for.
-            The baseline proper is a model that was trained so too, with the same option.
+        blind: show the model only the "text", with grey images, or only the "image", with the text
+            "a picture": what it still gets right needs no image, or no question. A fair baseline is
+            a model that was also trained with this option.
         samples: file to write with one JSON line per example.
         record: CSV file to add a row to, with settings, machine and versions.
     """
@@ -95,19 +94,19 @@ def predict_(
     workers: Count | None = None,
     address: str | None = None,
 ) -> None:
-    """Write the prediction file that a task's evaluation server takes; broken images are reported
-    and left out.
+    """Write the prediction file for a task's evaluation server; broken images are reported and
+    skipped.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
         out: file to write.
-        split: which part of its data.
+        split: split of its data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         device: "auto" takes a CUDA device if there is one.
-        engine: "ray" spreads the work over a Ray cluster.
+        engine: "ray" distributes the work over a Ray cluster.
         workers: Ray workers; the cluster's GPUs, or 2, if not given.
         address: address of a Ray cluster; one is started on this machine if not given.
     """
@@ -140,8 +139,8 @@ def predict_(
 
 
 def _write(task: Task, out: str, result: Result, done: list[Example]) -> str:
-    """Write predictions to a file, or where that has become impossible meanwhile to another one;
-    returns which."""
+    """Write predictions to a file, or to a temporary one if that has become impossible; returns
+    which."""
     try:
         task.write_predictions(out, result.predictions, done)
     except OSError as error:

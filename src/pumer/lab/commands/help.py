@@ -1,5 +1,4 @@
-"""A command's options, read from the source of its function: to show them nothing heavy is
-imported."""
+"""Help texts, built from the source of a command's function without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -36,10 +35,10 @@ class Option:
     """One option.
 
     Args:
-        name: with what it lies in, as in `distill.teacher`.
-        type: as it is annotated, aliases of literals written out.
-        default: as in the source; None where it is required.
-        help: what the docstring says of it.
+        name: with its prefix, as in `distill.teacher`.
+        type: as annotated, with aliases of literals expanded.
+        default: source text of the default; None if it is required.
+        help: from the docstring.
     """
 
     name: str
@@ -137,14 +136,14 @@ def render(command: str, what: str, path: str, positional: bool = False) -> str:
 
 
 def _typed(option: Option) -> str:
-    """A required option as it is typed; of settings at least one is given."""
+    """A required option as it is typed; of nested settings at least one is required."""
     if option.type in ("settings, one by one", "{...}"):
         return f"--{option.name}.SETTING VALUE"
     return f"--{option.name} {option.name.upper()}"
 
 
 def _shown(default: str) -> str:
-    """A default as it is typed on the command line."""
+    """A default in command-line syntax."""
     try:
         value = ast.literal_eval(default)
     except ValueError:
@@ -159,7 +158,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def _described(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
-    """What the `Args:` of a docstring say, by name."""
+    """The `Args:` of a docstring, by name."""
     text = ast.get_docstring(node) or ""
     part = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.M | re.S)
     entries = re.split(r"^    (?=\w[\w, ]*: )", part[1] if part else "", flags=re.M)
@@ -171,7 +170,7 @@ def _described(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
 
 
 def _fields(tree: ast.Module, annotation: str, prefix: str) -> Iterator[Option]:
-    """The fields of the dataclass that an annotation names, if it names one."""
+    """The fields of the dataclass named by an annotation, if it names one."""
     for name in re.findall(r"[A-Za-z_]\w*", annotation):
         source, definition = _definition(tree, name)
         if not isinstance(definition, ast.ClassDef):
@@ -197,7 +196,7 @@ def _annotated(definition: ast.ClassDef) -> Iterator[_Field]:
 
 
 def _definition(tree: ast.Module, name: str) -> tuple[ast.Module, ast.AST | None]:
-    """Where a name of ours is defined, in this module or in the one that it is imported from."""
+    """Find where a name is defined, in this module or in the one it is imported from."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return tree, node
@@ -215,7 +214,7 @@ def _definition(tree: ast.Module, name: str) -> tuple[ast.Module, ast.AST | None
 
 
 def _written_out(tree: ast.Module, annotation: str) -> str:
-    """A type in words of the command line: `Literal['a', 'b'] | None` is `a|b`."""
+    """A type in command-line syntax: `Literal['a', 'b'] | None` is `a|b`."""
     parts = []
     for part in annotation.split(" | "):
         _, definition = _definition(tree, part)

@@ -1,5 +1,4 @@
-"""A command's line parsed and checked: values for its function, or an error of a line that says
-what to give."""
+"""Parse and check a command line; errors are one line that says what to give."""
 
 from __future__ import annotations
 
@@ -38,17 +37,17 @@ def parse(
     positional: bool,
     recipes: bool,
 ) -> dict[str, Any]:
-    """The arguments of a command's function; nothing is run.
+    """The arguments of a command's function; runs nothing.
 
     Args:
         function: of the command.
-        options: what `help.options` says of it.
-        words: the line behind the command's name.
-        positional: its required arguments go by place.
-        recipes: `--config` takes the name of a shipped recipe, too.
+        options: the command's, from `help.options`.
+        words: the words after the command's name.
+        positional: whether required arguments are positional.
+        recipes: whether `--config` also takes the name of a shipped recipe.
 
     Raises:
-        ValueError: for options that the command does not have, and values that it cannot take.
+        ValueError: for unknown options and invalid values.
     """
     required = [option.name for option in options if option.default is None]
     if (problem := misplaced(words, options, required if positional else [])) is not None:
@@ -79,8 +78,7 @@ def parse(
 
 
 def _config(name: str, recipes: bool) -> str:
-    """The YAML file that is meant by a name; raises ValueError for what is none, or holds no
-    settings."""
+    """The YAML file of a name; raises ValueError if there is none, or it has no settings."""
     shipped = RECIPES / f"{name}.yaml"
     if recipes and re.fullmatch(r"[\w-]+", name) and shipped.is_file():
         return str(shipped)
@@ -96,7 +94,7 @@ def _config(name: str, recipes: bool) -> str:
 
 
 def _explain(message: str, options: Sequence[Option], positional: bool) -> str:
-    """An error of the parser in a line that says what to give."""
+    """An error of the parser as one line that says what to give."""
     by_name = {option.name: option for option in options}
     if missing := re.search(r"following arguments are required: (.*)", message):
         names = missing[1].split(", ")
@@ -120,7 +118,7 @@ def _explain(message: str, options: Sequence[Option], positional: bool) -> str:
 
 
 def _expected(type_: str, value: str) -> str:
-    """What an option of a type, as the help shows it, takes."""
+    """What an option takes, given its type in the help."""
     parts = re.split(r"\|(?![^\[]*\])", type_)
     expected = [
         _PARTS.get(part, f"a list, as [{value}]" if part.startswith("[") else part)

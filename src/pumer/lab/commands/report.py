@@ -20,7 +20,7 @@ def report_(
     Args:
         model: folder of a saved model, or a shipped one's name.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         text: text tokens; a full-length text if not given.
         image: image tokens; those of an image of the configured size if not given.
     """

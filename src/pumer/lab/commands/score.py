@@ -39,27 +39,25 @@ def score_(
     workers: Count | None = None,
     address: str | None = None,
 ) -> None:
-    """Score every image of a retrieval task with every caption, and say how well that finds the
-    right ones.
+    """Score every image of a retrieval task with every caption, and report recall.
 
-    Stopped at any moment and started again with the same options, it goes on where it was. Under
-    torchrun the devices of this machine share the work.
+    Resumable: stopped and started again with the same options, it continues. Under torchrun the
+    devices of this machine share the work.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
-        out: folder for the scores: `scores.npy`, float32 [images, captions], once they are
-            complete.
-        split: which part of the task's data.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
+        out: folder for the scores: `scores.npy`, float32 [images, captions], once complete.
+        split: split of the task's data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
-        chunk_images: images of a chunk; a chunk is what is lost when the command is stopped.
-        chunk_texts: captions of a chunk.
-        batch_size: captions that meet an image at a time.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
+        chunk_images: images per chunk; unfinished chunks are lost when the command is stopped.
+        chunk_texts: captions per chunk.
+        batch_size: captions per image at a time.
         limit: only the first so many images, and their captions.
-        folds: share the images out in so many folds, rank within each, and take the mean: 5 for
+        folds: divide the images into so many folds, rank within each, and report the mean: 5 for
             COCO 1K.
-        engine: "ray" spreads the work over a Ray cluster.
+        engine: "ray" distributes the work over a Ray cluster.
         workers: Ray workers; the cluster's GPUs, or 2, if not given.
         address: address of a Ray cluster; one is started on this machine if not given.
     """
@@ -110,7 +108,7 @@ def score_(
 
 
 def bench_pairs_(settings: PairsBenchSettings, record: OutputFile | None = None) -> None:
-    """Time scoring of a pool, towers once, against the plain loop over its pairs, without and with
+    """Time scoring of a pool, towers once, against the plain loop over its pairs, with and without
     reducers.
 
     Args:
