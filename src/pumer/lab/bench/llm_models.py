@@ -187,9 +187,7 @@ def inputs(
         ValueError: for fewer than one prompt or two text tokens, and for families without a shape.
     """
     if batch < 1 or text < 2:
-        raise ValueError(
-            f"{batch} prompts with {text} text tokens: give one or more, with two or more each"
-        )
+        raise ValueError(f"{batch} prompts with {text} text tokens: give 1 or more, 2 or more each")
     generator = torch.Generator().manual_seed(seed)
     config, vision = model.config, model.config.vision_config
     rows, columns = find(model).default_grid(model)
@@ -212,9 +210,8 @@ def inputs(
         side = vision.image_size
         batch_inputs["pixel_values"] = torch.randn(batch, CROPS, 3, side, side, generator=generator)
         batch_inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * batch)
-        placeholders = rows * columns + 2 * rows * (
-            2 * columns + 1
-        )  # a newline at the end of every row
+        newlines = 2 * rows  # one at the end of every row of crops
+        placeholders = rows * columns + 2 * rows * 2 * columns + newlines
     elif config.model_type == "llava":
         side = vision.image_size
         batch_inputs["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)

@@ -90,9 +90,8 @@ def bench(
             name: overhead_share(nets[name], calls[name], device)
             for name in (named if overhead and not settings.compiled else ())
         }
-        rows = _rows(
-            settings.batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)}
-        )
+        notes = {STOCK: models.stock_note(model)}
+        rows = _rows(settings.batch, macs, timings, peaks, shares, notes)
         return Bench(columns, records.environment(device), rows, weight_bytes(net))
 
 

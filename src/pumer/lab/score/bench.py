@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -177,21 +178,33 @@ def bench_pairs(settings: PairsBenchSettings) -> list[dict[str, Any]]:
     named = {f"{index} {way}": call for (index, way), call in calls.items()}
     timings = alternate(named, settings.runs, warmup=0, device=net.device)
 
-    specs_json = ["" if reducer is None else json.dumps(to_dict(reducer)) for reducer in reducers]
+    return _records(settings, reducers, pairs, timings, difference, net)
+
+
+def _records(
+    settings: PairsBenchSettings,
+    reducers: Sequence[Reducer | None],
+    pairs: Mapping[str, int],
+    timings: Mapping[str, Timing],
+    difference: Mapping[int, float],
+    net: PreTrainedModel,
+) -> list[dict[str, Any]]:
+    """A row for each reducer and way."""
+    specs = ["" if reducer is None else json.dumps(to_dict(reducer)) for reducer in reducers]
     plain_rates = [
         pairs["plain"] / timings[f"{index} plain"].median for index in range(len(reducers))
     ]
     records = []
-    for index, way in calls:
+    for index, way in itertools.product(range(len(reducers)), ("plain", "once")):
         timing = timings[f"{index} {way}"]
         rate = pairs[way] / timing.median
         records.append(
             {
-                "model": model,
-                "reducer": specs_json[index],
+                "model": settings.model,
+                "reducer": specs[index],
                 "way": way,
-                "images": images,
-                "texts": texts,
+                "images": settings.images,
+                "texts": settings.texts,
                 "pairs_timed": pairs[way],
                 "image_size": net.config.image_size,
                 "batch_size": settings.batch_size,

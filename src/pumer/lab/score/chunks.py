@@ -48,11 +48,11 @@ class Chunks:
     def __len__(self) -> int:
         return -(-self.images // self.chunk_images) * -(-self.texts // self.chunk_texts)
 
-    def __getitem__(self, number: int) -> tuple[slice, slice]:
+    def __getitem__(self, chunk_index: int) -> tuple[slice, slice]:
         """Images and texts of a chunk."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"there are {len(self)} chunks, none is numbered {number}")
-        row, column = divmod(number, -(-self.texts // self.chunk_texts))
+        if not 0 <= chunk_index < len(self):
+            raise IndexError(f"there are {len(self)} chunks, none is numbered {chunk_index}")
+        row, column = divmod(chunk_index, -(-self.texts // self.chunk_texts))
         first_image, first_text = row * self.chunk_images, column * self.chunk_texts
         bottom, right = (
             min(first_image + self.chunk_images, self.images),
@@ -60,9 +60,9 @@ class Chunks:
         )
         return slice(first_image, bottom), slice(first_text, right)
 
-    def shape(self, number: int) -> tuple[int, int]:
+    def shape(self, chunk_index: int) -> tuple[int, int]:
         """Rows and columns of a chunk."""
-        rows, columns = self[number]
+        rows, columns = self[chunk_index]
         return rows.stop - rows.start, columns.stop - columns.start
 
 
@@ -141,10 +141,10 @@ class Matrix:
             if not self._finished(chunk_index)
         ]
 
-    def write(self, number: int, scores: Tensor) -> None:
+    def write(self, chunk_index: int, scores: Tensor) -> None:
         """Write a finished chunk."""
-        assert tuple(scores.shape) == self.chunks.shape(number)
-        with replacing(self._part(number), "wb") as file:
+        assert tuple(scores.shape) == self.chunks.shape(chunk_index)
+        with replacing(self._part(chunk_index), "wb") as file:
             file.write(scores.numpy().astype("<f4").tobytes())
 
     def assemble(self) -> None:

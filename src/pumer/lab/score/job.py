@@ -152,10 +152,10 @@ class Scorer:
         return execution_device(self.model)
 
     @torch.inference_mode()
-    def __call__(self, number: int, progress: Progress = no_progress) -> Tensor:
+    def __call__(self, chunk_index: int, progress: Progress = no_progress) -> Tensor:
         """The scores of a chunk, float32 [images, texts] on the CPU; `progress` is called with the
         number of pairs after every image."""
-        rows, columns = self.job.chunks[number]
+        rows, columns = self.job.chunks[chunk_index]
         self.model.eval()
         if self._images[0] != rows:
             self._images = (

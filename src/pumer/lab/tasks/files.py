@@ -105,6 +105,7 @@ class FileTask(Task):
         return store
 
     def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split whose images can be used, see `skip`."""
         rows, store = self.read(split), self.store(split)
         return FileExamples(self, usable(self, rows, store), store)
 

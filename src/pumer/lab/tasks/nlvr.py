@@ -46,6 +46,7 @@ class NLVR(Task):
     held_out: tuple[int, ...] = tuple(range(72, 80))
 
     def examples(self, split: str) -> Sequence[Example]:
+        """Rows of a split, with every box order as an example of its own."""
         cut = split in ("train", "validation")
         path = Path(self.root) / (self.train_file if cut else f"{split}.parquet")
         table = ImageTable(path, _COLUMNS)

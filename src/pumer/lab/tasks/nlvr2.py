@@ -56,6 +56,7 @@ class NLVR2(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The rows of a split's JSON-lines file."""
         path = Path(self.root) / f"{split}.json"
         rows = read_lines(path, self._parse, "github.com/lil-lab/nlvr, nlvr2/data")
         return all_or_none_labelled(rows, path)

@@ -141,6 +141,7 @@ class Retrieval(FileTask):
         return {"images": len(rows), "captions": sum(len(row.photo.captions) for row in rows)}
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The captions of a split."""
         splits = _IMAGES[self.dataset].keys()
         if split not in splits:
             raise ValueError(f"{self.dataset} has the splits {', '.join(splits)}, not {split!r}.")
@@ -262,9 +263,9 @@ class Retrieval(FileTask):
         check_ids(predictions, examples)
         with replacing(path) as file:
             for example in examples:
-                chosen = (example.text, *example.negatives)[predictions[example.id]]
+                caption = (example.text, *example.negatives)[predictions[example.id]]
                 file.write(
-                    json.dumps({"imgid": example.id, "caption": chosen}, ensure_ascii=False) + "\n"
+                    json.dumps({"imgid": example.id, "caption": caption}, ensure_ascii=False) + "\n"
                 )
 
 

@@ -54,6 +54,7 @@ class SNLIVE(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The rows of a split's JSON-lines file, without disputed ones."""
         path = Path(self.root) / f"snli_ve_{split}.jsonl"
         rows = read_lines(path, self._parse, "github.com/necla-ml/SNLI-VE")
         agreed = [row for row in rows if not row.disputed]

@@ -104,6 +104,7 @@ class VQAv2(FileTask):
         return {"questions": len(rows), "images": len(wanted(self, rows))}
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The questions of a split, with their annotations where there are any."""
         root = Path(self.root)
         questions = read_questions(root, split)
         annotations = read_annotations(root, split, questions)
@@ -146,6 +147,7 @@ class VQAv2(FileTask):
         return {label: index for index, label in enumerate(self.labels)}
 
     def score(self, prediction: str, example: Example) -> float:
+        """The official score; raises ValueError for a question without annotation."""
         if example.meta["answers"] is None:
             raise ValueError(
                 f"question {example.id} has no annotation; send the predictions to the EvalAI "

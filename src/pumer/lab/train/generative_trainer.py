@@ -29,6 +29,8 @@ class GenerativeTrainer(TaskTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The model's loss on answer tokens, plus distillation and grounding where they are
+        used."""
         outputs = model(**inputs)
         parts = {"task": outputs.loss}
         labels = inputs["labels"]
@@ -61,6 +63,7 @@ class GenerativeTrainer(TaskTrainer):
         prediction_loss_only: bool,
         ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, and whether each answer is right."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -70,6 +73,7 @@ class GenerativeTrainer(TaskTrainer):
 
     @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """The share of right answers, in percent."""
         return {"accuracy": 100 * torch.as_tensor(prediction.predictions).mean().item()}
 
 

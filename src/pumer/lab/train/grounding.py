@@ -58,6 +58,7 @@ class Grounded(nn.Module):
         self.head = nn.Linear(width if self.asks is None else 2 * width, sum(self.sizes))
 
     def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:
+        """The model's output, with `grounding_loss` if there are `patch_labels`."""
         if patch_labels is None:
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)

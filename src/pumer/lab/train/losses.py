@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def task_loss(logits_BL: Tensor, labels: Tensor, kind: str) -> Tensor:
+def task_loss(logits_BL: Tensor, labels: Tensor, loss_kind: str) -> Tensor:
     """Loss against the task's labels, in float32.
 
     "soft": binary cross-entropy with scores [B,L], mean over the batch, sum over the labels (as in
@@ -20,7 +20,7 @@ def task_loss(logits_BL: Tensor, labels: Tensor, kind: str) -> Tensor:
     tensor(0.1269)
     """
     logits = logits_BL.float()
-    if kind == "soft":
+    if loss_kind == "soft":
         return functional.binary_cross_entropy_with_logits(logits, labels) * logits.shape[1]
     return functional.cross_entropy(logits, labels)
 

@@ -204,7 +204,7 @@ def start_parts(net: PreTrainedModel, path: str | None) -> None:
 
 
 def rebuild(
-    start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, Any]
+    start: PreTrainedModel, net_class: Any, task: Task, changes: dict[str, Any]
 ) -> PreTrainedModel:
     """A model of another class, for other labels or with other settings, with all weights that fit.
 
@@ -214,7 +214,7 @@ def rebuild(
 
     Args:
         start: the model whose weights are taken.
-        kind: the new class, of the same family.
+        net_class: the new class, of the same family.
         task: gives labels and number of images.
         changes: settings of the configuration, see `check_config`.
 
@@ -230,7 +230,7 @@ def rebuild(
             config.modality_type_vocab_size, task.image_count + 1
         )
     _change(config, {**names, **changes})
-    net = new_model(kind, config)
+    net = new_model(net_class, config)
     new = net.state_dict()
     old = {
         name: _more_rows(value, len(new[name])) if name in _MODALITIES else value

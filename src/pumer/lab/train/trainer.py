@@ -78,6 +78,8 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The task's loss, plus those of budget, distillation, grounding and matching where they
+        are used."""
         labels = inputs.pop("labels")
         texts = inputs.pop("texts_per_image", 1)
         teacher_logits = inputs.pop("teacher_logits", None)
@@ -165,6 +167,7 @@ class TaskTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, logits and labels of a batch."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         with torch.no_grad():

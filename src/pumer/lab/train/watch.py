@@ -34,6 +34,7 @@ class ReadableLog(TrainerCallback):
         self.data, self.output = data, output
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print what is trained."""
         if state.is_world_process_zero:
             done = f" ({state.global_step} of them done)" if state.global_step else ""
             tqdm.write(
@@ -42,6 +43,7 @@ class ReadableLog(TrainerCallback):
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print an entry of the log as a line."""
         if state.is_world_process_zero and (
             line := log_line(logs or {}, state.global_step, state.max_steps)
         ):
@@ -98,6 +100,7 @@ class StopAtNaN(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the loss wherever the Trainer synchronizes, and weights before they are saved."""
         waits = (
             control.should_log
             or control.should_evaluate
@@ -111,6 +114,7 @@ class StopAtNaN(TrainerCallback):
         self._check(args, state, weights=control.should_save)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check loss and weights."""
         self._check(args, state, weights=True)
 
     def _check(self, args: Any, state: Any, weights: bool) -> None:
