@@ -78,7 +78,7 @@ def optimizer_groups(
     settings: TrainSettings, models: Models, arguments: TrainingArguments
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """The optimizer and its parameter groups, where they are not the Trainer's own."""
-    if not (settings.optimizer or models.reducer.learned):
+    if not (settings.optimizer or models.reducer.traits.learned):
         return None
     optimizer_class, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, models.student)
     rates = arguments.learning_rate, arguments.weight_decay

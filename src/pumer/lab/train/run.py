@@ -65,7 +65,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     set_seed(settings.seed)
     models = build(settings)
     validate_models(settings, trainer, models)
-    learned = models.reducer.learned is not None
+    learned = models.reducer.traits.learned is not None
     arguments = trainer_arguments(Path(settings.output), settings.seed, trainer, learned)
     optimizer = optimizer_groups(settings, models, arguments)
     data = prepare_data(settings, models, arguments)

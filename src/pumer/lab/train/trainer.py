@@ -88,7 +88,7 @@ class TaskTrainer(Trainer):
 
         # The unreduced model's own logits, where a learned reducer distils from them.
         patch = active(self.model)
-        learned = patch.reducer.learned if patch is not None and model.training else None
+        learned = patch.reducer.traits.learned if patch is not None and model.training else None
         full_logits = None
         if patch is not None and learned:
             patch.progress = self.state.global_step / max(self.state.max_steps, 1)

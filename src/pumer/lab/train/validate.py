@@ -83,7 +83,7 @@ def _check_dense_targets(settings: TrainSettings, models: Models) -> None:
 
 
 def _check_optimizer(settings: TrainSettings, models: Models) -> None:
-    if settings.optimizer and models.reducer.learned:
+    if settings.optimizer and models.reducer.traits.learned:
         raise ValueError("`optimizer` cannot be combined with a learned reducer: leave one out")
     if settings.optimizer and is_generative(models.student):
         raise ValueError(
@@ -92,9 +92,9 @@ def _check_optimizer(settings: TrainSettings, models: Models) -> None:
 
 
 def _check_learned_reducer(reducer: Reducer, trainer: Mapping[str, Any]) -> None:
-    if not reducer.learned:
+    if not reducer.traits.learned:
         return
-    if reducer.learned.self_distils and trainer.get("gradient_checkpointing"):
+    if reducer.traits.learned.self_distils and trainer.get("gradient_checkpointing"):
         raise ValueError(
             f"{reducer.name} distils from itself, which does not work with gradient checkpointing: "
             "leave trainer.gradient_checkpointing out"
