@@ -192,7 +192,7 @@ def test_bad_settings_are_explained():
         bench_llm(AnswerBenchSettings(**TINY, reducers=["fastest"]))
     with pytest.raises(ValueError, match="1 token or more"):
         bench_llm(AnswerBenchSettings(**TINY, new_tokens=0))
-    with pytest.raises(ValueError, match="two or more each"):
+    with pytest.raises(ValueError, match="give 1 or more, 2 or more each"):
         bench_llm(AnswerBenchSettings(**TINY, text=1))
     with pytest.raises(ValueError, match="has layers 0 to 3"):
         bench_llm(AnswerBenchSettings(**TINY, reducers=[{"reducer": "fastv", "layer": 9}]))

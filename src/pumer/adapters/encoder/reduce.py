@@ -229,7 +229,7 @@ def head_mask(
     for states, columns in ((asking_BAD, asking), (asked_BED, asked)):
         weights = weight_BN[:, columns, None].to(states.dtype)
         pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
-    mask_BH = part[name](*pooled, learned.draw_at(patch.progress) if part.training else None)
+    mask_BH = part[name](*pooled, learned.sampling_at(patch.progress) if part.training else None)
     return mask_BH, replace(
         layout, heads=(*layout.heads, mask_BH.mean(1))
     ) if part.training else layout
