@@ -160,7 +160,7 @@ def test_rows_of_other_columns_are_refused_before_the_work(tmp_path, capsys, mon
         "bench.bench_training",
     ):
         monkeypatch.setattr(f"pumer.lab.commands.{name}", work)
-    for name in ("bench.where", "score.measure"):
+    for name in ("bench.sweep", "score.bench_pairs"):
         monkeypatch.setattr(f"pumer.lab.commands.{name}", work)
     for words, _ in OUTPUTS:
         if words[-1] == "--record":
