@@ -175,6 +175,8 @@ def check_command(words, partial=False):
         if partial and re.match(r"give |--\w+ has no value", str(error)):
             return
         raise
+    if "settings" in values:  # a dataclass whose fields are the command's options
+        values |= vars(values["settings"])
     for reducer in (values.get("reducer"), *(values.get("reducers") or ())):
         if reducer is not None:
             read_reducer(reducer)

@@ -34,7 +34,7 @@ LAYERS = [
     {"adapters", "models"},
     {"", "api", "presets", "hub", "costs"},
     {"viz"},
-    {"lab.data"},
+    {"lab.data", "lab.progress"},
     {"lab.tasks", "lab.scenes", "lab.bench"},
     {"lab", "lab.evaluate", "lab.score", "lab.study", "lab.train", "lab.tune"},
     {"__main__", "cli", "lab.commands", "lmms_eval"},

@@ -199,7 +199,7 @@ def test_command_list_names_everything(capsys):
         "ViltForQuestionAnswering",
         "vqav2",
         "nlvr",
-        "scenes-pumer-2",
+        "scenes-pumer",
     ):
         assert word in shown
 

@@ -15,7 +15,8 @@ import pumer
 from pumer.lab.data.text import load_tokenizer, save_tokenizer, train_tokenizer
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.inputs import load_inputs
-from pumer.lab.train.run import ModelSettings, train
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import ModelSettings, TrainSettings
 from test_lmms_eval import GREEDY, INSTALLED, requests, stand_in
 
 # PEFT asks transformers by a name that it deprecates.
@@ -80,7 +81,7 @@ def folders(tmp_path_factory):
                 kind=kind, tokenizer=str(tokenizer), config=KINDS[kind], max_length=24
             )
             image = {"kind": "square", "size": 32}
-            train(str(out), TASK, model, image=image, eval_split=None, trainer=STEPS)
+            train(TrainSettings(str(out), TASK, model, image=image, eval_split=None, trainer=STEPS))
             written[kind] = out / "model"
         return written[kind]
 

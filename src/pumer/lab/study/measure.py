@@ -23,9 +23,8 @@ from pumer.adapters.base import ReductionStep
 from pumer.costs.report import last_forward_parts
 from pumer.costs.result import GIGA, IMAGE_PARTS, TOWERS
 from pumer.hub import is_stock, load, load_stock
-from pumer.lab.bench.llm_overhead import prefill_shares
 from pumer.lab.bench.memory import peak_activations
-from pumer.lab.bench.overhead import overhead_share
+from pumer.lab.bench.overhead import overhead_share, prefill_shares
 from pumer.lab.bench.timing import alternate
 from pumer.lab.data.images import KeepAspect
 from pumer.lab.data.transforms import Stock
@@ -34,7 +33,7 @@ from pumer.lab.study.results import pack_scores
 from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.processors import ProcessorCollator, saved_collator
-from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.reducers import EMBEDDINGS, from_dict
 
 
@@ -66,7 +65,7 @@ class Subject:
                 self.model, model_inputs(batch, self.device), batch.get("texts_per_image", 1)
             )
             # Of a model that writes the way to the first token of the answer is measured.
-            batches.append(inputs | {"logits_to_keep": 1} if writes(self.model) else inputs)
+            batches.append(inputs | {"logits_to_keep": 1} if is_generative(self.model) else inputs)
         return replace(self, batches=tuple(batches))
 
     def run(self) -> None:
@@ -193,7 +192,7 @@ def _overhead(subject: Subject) -> float:
     share = overhead_share(subject.model, subject.run, subject.device, runs=3)
     return (
         share + prefill_shares(subject.model, subject.run, subject.device).selection
-        if writes(subject.model)
+        if is_generative(subject.model)
         else share
     )
 
@@ -242,7 +241,7 @@ def _tokens(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
         patch = pumer.active(subject.model)
         assert patch is not None
         depth = len(patch.lengths) - 1
-        several = batch["pixel_values"].ndim == 5 and not writes(subject.model)
+        several = batch["pixel_values"].ndim == 5 and not is_generative(subject.model)
         passes = batch["pixel_values"].shape[1] if several else 1
         steps_by_layer = {
             layer: [step for step in steps if step.layer == layer]
@@ -262,7 +261,7 @@ def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     """(text, image) tokens of every row at the entry, of its picture with this number: int64 [B,
     2]."""
     text = batch["attention_mask"].sum(1)
-    if writes(model):  # a prompt, which holds both
+    if is_generative(model):  # a prompt, which holds both
         image = (batch["input_ids"] == model.config.image_token_id).sum(1)
         return torch.stack([text - image, image], dim=1)
     mask, patch_size = batch["pixel_mask"], model.config.patch_size

@@ -1,4 +1,4 @@
-"""The Trainer for models that write their answers."""
+"""Trainer for models that generate their answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from pumer.lab.train.losses import distillation_loss
 from pumer.lab.train.trainer import TaskTrainer
 
 
-class WritingTrainer(TaskTrainer):
-    """Teach a model, reduced or not, to write answers: its own loss, on their tokens alone.
+class GenerativeTrainer(TaskTrainer):
+    """Train a model, reduced or not, on the tokens of the answers.
 
-    A teacher tells what it would write in the place of each of these tokens. Accuracy is the share
-    of answers that are
-    right in every token, given those before: just those that `generate` would write without
-    sampling.
+    With a teacher, its distribution over each answer token is distilled. Accuracy is the share of
+    answers with every token right given the ones before, which are those that greedy decoding would
+    produce.
     """
 
     def compute_loss(
@@ -30,20 +29,22 @@ class WritingTrainer(TaskTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The model's loss on answer tokens, plus distillation and grounding where they are
+        used."""
         outputs = model(**inputs)
         parts = {"task": outputs.loss}
         labels = inputs["labels"]
-        if self.teacher is not None and model.training:
+        if self.distillation is not None and model.training:
             shown = {name: value for name, value in inputs.items() if name != "patch_labels"}
             # Accelerate wraps only the student's forward in the mixed precision asked for.
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(**shown).logits
+                teacher_logits = self.distillation.teacher(**shown).logits
             learned = labels[:, 1:] != IGNORED
-            student_logits, taught = (
-                logits[:, :-1][learned] for logits in (outputs.logits, taught)
+            student_logits, teacher_logits = (
+                logits[:, :-1][learned] for logits in (outputs.logits, teacher_logits)
             )
-            parts["distill"] = self.distill_weight * distillation_loss(
-                student_logits, taught, self.temperature
+            parts["distill"] = self.distillation.weight * distillation_loss(
+                student_logits, teacher_logits, self.distillation.temperature
             )
         if "grounding_loss" in outputs:
             parts["grounding"] = self.grounding_weight * outputs["grounding_loss"]
@@ -62,6 +63,7 @@ class WritingTrainer(TaskTrainer):
         prediction_loss_only: bool,
         ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, and whether each answer is right."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -71,10 +73,11 @@ class WritingTrainer(TaskTrainer):
 
     @staticmethod
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """The share of right answers, in percent."""
         return {"accuracy": 100 * torch.as_tensor(prediction.predictions).mean().item()}
 
 
 def answered(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """1 where a model's most likely tokens are all those of the answer, else 0: float32 [B]."""
+    """1 where the most likely tokens are exactly the answer, else 0: float32 [B]."""
     wanted = labels_BS[:, 1:]
     return ((logits_BSV[:, :-1].argmax(-1) == wanted) | (wanted == IGNORED)).all(1).float()

@@ -1,20 +1,21 @@
-"""Where token reduction pays: batch size against picture size."""
+"""Where token reduction pays: batch size by image size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pumer.costs.result import align
 from pumer.lab.bench.models import default_reducers
 from pumer.lab.bench.results import Bench
-from pumer.lab.bench.run import FUSED, Device, Dtype, ReducerSpec, bench
+from pumer.lab.bench.run import FUSED, bench
+from pumer.lab.bench.settings import BenchSettings, SweepSettings
+from pumer.lab.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
-class Where:
-    """Measurements over a range of batch and picture sizes; `str` is a table of them.
+class Sweep:
+    """Measurements over batch and image sizes; `str` is a table of them.
 
     Args:
         benches: one measurement per cell, batch by batch.
@@ -29,8 +30,8 @@ class Where:
     def cells(self) -> list[dict[str, Any]]:
         """Per measurement: batch, image_size, x_stock, x_fused, flops_ratio, and whether it pays.
 
-        It pays where the slower end of the reduced runs (80th percentile) is quicker than the
-        quicker end of the fused ones (20th). None where nothing was measured.
+        It pays if the 80th percentile of the reduced runs is faster than the 20th of the fused
+        ones. None if nothing was measured.
         """
         cells = []
         for measurement in self.benches:
@@ -84,70 +85,36 @@ class Where:
         )
 
 
-def where(
-    model: str = "vilt-b32",
-    reducer: ReducerSpec | None = None,
-    batches: Sequence[int] = (1, 4, 16),
-    image_sizes: Sequence[int] = (192, 384, 576),
-    text: int = 40,
-    real_text: tuple[int, int] = (8, 16),
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    compiled: bool = False,
-    threads: int | None = None,
-    runs: int = 5,
-    warmup: int = 1,
-    progress: Callable[[], None] = lambda: None,
-) -> Where:
-    """Measure one reducer at every batch size and every picture size, against stock and against
-    fused.
+def sweep(settings: SweepSettings, *, warmup: int = 1, progress: Progress = no_progress) -> Sweep:
+    """Measure one reducer at every batch size and image size, against stock and fused.
 
     Args:
-        model: a name in `bench.models.CONFIGS`.
-        reducer: a preset, a reducer's name, `{"reducer": name, setting: value}`, or a reducer; the
-            model's first preset for VQAv2 if not given.
-        batches: numbers of examples at a time.
-        image_sizes: sides of the square pictures in pixels.
-        text: text tokens, padding included.
-        real_text: fewest and most real text tokens of an example.
-        device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
-        compiled: measure under torch.compile.
-        threads: CPU threads; torch's own choice if not given.
-        runs: timed forwards of each variant.
-        warmup: forwards before those.
-        progress: called after every measurement.
+        settings: what to measure, where, and how often.
+        warmup: untimed forwards of each variant.
+        progress: called with 1 after every measurement.
 
     Raises:
         ValueError: for unknown names and settings that do not fit.
     """
+    batches = [1, 4, 16] if settings.batches is None else settings.batches
+    image_sizes = [192, 384, 576] if settings.image_sizes is None else settings.image_sizes
     if not batches or not image_sizes:
-        raise ValueError("give at least one batch size and one picture size")
-    if reducer is None:
-        reducer = default_reducers(model)[0]
+        raise ValueError("give at least one batch size and one image size")
+    base = BenchSettings(
+        model=settings.model,
+        reducers=[settings.reducer or default_reducers(settings.model)[0]],
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        runs=settings.runs,
+    )
     benches = []
     for batch in batches:
         for size in image_sizes:
-            benches.append(
-                bench(
-                    model,
-                    [reducer],
-                    batch,
-                    size,
-                    text,
-                    real_text,
-                    device,
-                    dtype,
-                    compiled,
-                    threads,
-                    runs,
-                    warmup,
-                    memory=False,
-                    overhead=False,
-                )
-            )
-            progress()
-    return Where(tuple(benches))
+            cell = replace(base, batch=batch, image_size=size)
+            benches.append(bench(cell, warmup=warmup, memory=False, overhead=False))
+            progress(1)
+    return Sweep(tuple(benches))
 
 
 def _cell(cell: dict[str, Any]) -> str:
