@@ -18,7 +18,7 @@ from pumer.lab.evaluate import answer, model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import writes
-from pumer.viz import TokenMap, draw, to_picture, token_map, token_maps
+from pumer.viz import TokenMap, draw, to_image, token_map, token_maps
 
 
 def viz_(
@@ -85,7 +85,7 @@ def shown_images(
 
 def _plain(image: Any) -> Image.Image:
     """What the model looked at: an image, or its pixels as a transform gives them."""
-    return image if isinstance(image, Image.Image) else to_picture(image)
+    return image if isinstance(image, Image.Image) else to_image(image)
 
 
 def _title(collator: Collator, example: Example, written: Any) -> str:
@@ -108,4 +108,4 @@ def show(
     words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     shown = token_map(net, batch, words)
     chosen = net.config.id2label[int(net(**batch).logits.argmax(-1))]
-    return shown, to_picture(batch["pixel_values"][0]), _title(collator, example, chosen)
+    return shown, to_image(batch["pixel_values"][0]), _title(collator, example, chosen)
