@@ -148,18 +148,17 @@ def outline(
     members = {divmod(patch, columns) for patch in group}
     for row, column in sorted(members):
         # A side goes to the edge of the patch where the group continues, and stops short elsewhere.
-        left, right = (column + step for step in (-1, 1))
-        x0 = column + inset * ((row, left) not in members)
-        x1 = column + 1 - inset * ((row, right) not in members)
+        x0 = column + inset * ((row, column - 1) not in members)
+        x1 = column + 1 - inset * ((row, column + 1) not in members)
         y0 = row + inset * ((row - 1, column) not in members)
         y1 = row + 1 - inset * ((row + 1, column) not in members)
         if (row - 1, column) not in members:
             yield x0, y0, x1, y0
         if (row + 1, column) not in members:
             yield x0, y1, x1, y1
-        if (row, left) not in members:
+        if (row, column - 1) not in members:
             yield x0, y0, x0, y1
-        if (row, right) not in members:
+        if (row, column + 1) not in members:
             yield x1, y0, x1, y1
 
 

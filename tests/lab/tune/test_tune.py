@@ -34,7 +34,7 @@ from pumer.lab.tune import examples as tune_examples
 from pumer.lab.tune import finetune as tune_finetune
 from pumer.lab.tune import run as tune_run
 from pumer.lab.tune.examples import Pool
-from pumer.lab.tune.plot import draw
+from pumer.lab.tune.plot import plot
 from pumer.lab.tune.points import Bounds, Planned, check_reachable, plan
 from pumer.lab.tune.search import LOOK, Search
 from pumer.lab.tune.sequential import STAKES, PairedDrop
@@ -732,5 +732,5 @@ def test_plot_without_anything_found(tmp_path):
         "point": "a",
         "check_examples": 0,
     }
-    draw([row], 1.0, tmp_path / "tune")
+    plot([row], 1.0, tmp_path / "tune")
     assert (tmp_path / "tune.png").stat().st_size > 1000

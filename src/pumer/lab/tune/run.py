@@ -29,7 +29,7 @@ from pumer.lab.evaluate import model_inputs
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import writes
 from pumer.lab.tune.examples import Pool
-from pumer.lab.tune.plot import draw
+from pumer.lab.tune.plot import plot
 from pumer.lab.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
 from pumer.lab.tune.search import Judged, Search
 from pumer.lab.tune.sequential import PairedDrop
@@ -185,7 +185,7 @@ def tune(
         best, speedup, memory = _settle(search, inputs, progress)
         rows = _evidence(search, study, best)
         _write_rows(folder / EVIDENCE, rows)
-        draw(rows, bounds.drop, folder / "tune")
+        plot(rows, bounds.drop, folder / "tune")
         if best is None:
             raise ValueError(_nearest(search))
         with replacing(folder / PRESET) as file:
