@@ -29,14 +29,14 @@ def viz_(
     example: Index = 0,
     reducer: ReducerSettings = None,
 ) -> None:
-    """Draw which tokens were kept, merged and dropped for one picture and question.
+    """Draw which tokens were kept, merged and dropped for one image and question.
 
     Args:
         out: PNG file to write; the same map as JSON goes beside it.
         model: folder of a saved model, or a shipped one's name.
-        image: file of a picture; a generated one if not given.
-        question: about that picture.
-        example: which generated picture and question, where no image is given.
+        image: file of an image; a generated one if not given.
+        question: about that image.
+        example: which generated image and question, where no image is given.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
             settings go as --reducer.SETTING VALUE; the model's own if not given.
     """
@@ -102,7 +102,7 @@ def _title(collator: Collator, example: Example, written: Any) -> str:
 def show(
     net: PreTrainedModel, collator: Collator, example: Example
 ) -> tuple[TokenMap, Image.Image, str]:
-    """Token map, picture and a title with question and answer, of one example."""
+    """Token map, image and a title with question and answer, of one example."""
     batch = model_inputs(collator([example]))
     tokenizer: Any = collator.text.tokenizer
     words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())

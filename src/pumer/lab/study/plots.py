@@ -18,8 +18,8 @@ from pumer.lab.study.points import BASELINE
 
 FLAGSHIP = "PuMer"
 """The method that is always labelled."""
-# Okabe and Ito's colours, distinct for the colour-blind, then more for long fronts; black is for the
-# unreduced model.
+# Okabe and Ito's colours, distinct for the colour-blind, then more for long fronts; black is the
+# unreduced model's.
 _COLOURS = (
     "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
     "#5D3A9B", "#8C564B", "#7A9A01", "#B3003C", "#00838F", "#6B6B00",

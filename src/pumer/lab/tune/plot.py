@@ -50,9 +50,9 @@ def plot(rows: Sequence[dict[str, Any]], bound: float | None, path: Path) -> Non
     answers = [row for row in judged if row["status"] == "found"]
     _points(axes, answers, _GREEN, "*", top, "", size=15)
     for row in answers:
-        place = (float(row["predicted_x"]), _best_known(row, "drop"))
+        star = (float(row["predicted_x"]), _best_known(row, "drop"))
         axes.annotate(
-            row["point"], place, (10, 8), textcoords="offset points", color=_GREEN, weight="bold"
+            row["point"], star, (10, 8), textcoords="offset points", color=_GREEN, weight="bold"
         )
     not_judged = [row["predicted_x"] for row in rows if not row["examples"]]
     axes.plot(
