@@ -15,7 +15,7 @@ from pumer.lab.bench.latency import calibrate, measure
 from pumer.lab.bench.run import FUSED
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.study.points import read_study
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.reducers import from_dict
 
 study = read_study(sys.argv[1])
@@ -30,7 +30,7 @@ reducers = {
 }
 net = pumer.remove(open_model(study.model, None))
 collator = open_task(study.model, net, dict(study.task))
-pool = Pool(collator.task.examples("test"), collator, batch, batch)
+pool = ExamplePool(collator.task.examples("test"), collator, batch, batch)
 pool.size(1)
 inputs = pool.inputs(0)
 model = calibrate(net, inputs)
