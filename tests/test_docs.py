@@ -185,6 +185,29 @@ def check_command(words, partial=False):
         build_transform(values["image"])
 
 
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+SECTIONS = {
+    section.splitlines()[0]: section
+    for section in re.split(r"^## ", RESULTS.read_text(encoding="utf-8"), flags=re.M)[1:]
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_results_name_the_files_of_their_rows(title):
+    section = SECTIONS[title]
+    assert "\n|---|" in section
+    files = re.findall(r"`(results/[^`]*)`", section)
+    assert files
+    assert [file for file in files if not (RESULTS.parent / file).is_file()] == []
+
+
+def test_results_have_the_footnotes_that_they_point_to():
+    text = RESULTS.read_text(encoding="utf-8")
+    notes = re.findall(r"^\[\^([\w-]+)\]: ", text, re.M)
+    assert len(notes) == len({*notes}) > 0
+    assert {*notes} == {*re.findall(r"\[\^([\w-]+)\](?!:)", text)}
+
+
 def test_there_is_something_to_check():
     assert {"README", "start", "add-a-reducer", "add-a-model"} <= {path.stem for path in RUNNING}
     assert sum(len(list(commands(path))) for path in DOCUMENTS) > 20
