@@ -27,17 +27,13 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
         if (folder / "config.json").is_file():
             return folder
     names = shipped_models()
-    has_none = (
-        " It has no config.json."
-        if Path(model).is_dir()
-        else " It is a file."
-        if Path(model).exists()
-        else ""
-    )
-    raise ValueError(
-        f"{model} is not a model folder.{has_none or did_you_mean(str(model), names)} Shipped models "
-        f"are {', '.join(names)}"
-    )
+    if Path(model).is_dir():
+        hint = " It has no config.json."
+    elif Path(model).exists():
+        hint = " It is a file."
+    else:
+        hint = did_you_mean(str(model), names)
+    raise ValueError(f"{model} is not a model folder.{hint} Shipped models are {', '.join(names)}")
 
 
 def shipped_models() -> list[str]:
