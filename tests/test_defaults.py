@@ -15,7 +15,7 @@ from pumer import Compose, DyMU, PuMer, PyramidDrop, SmartTrim, SparseVLM, ToMe,
 from pumer.adapters import find
 from pumer.presets import PRESETS, read_reducer
 from pumer.reducers import ModelShape, from_dict, get, list_reducers, to_dict
-from pumer.reducers.dymu import Cutoffs
+from pumer.reducers.dymu import DyMUCalibrator
 from pumer.reducers.ops.budget import spread, stage_layers
 
 SHIPPED = ("scenes-vilt", "scenes-vilt-pumer")
@@ -126,11 +126,11 @@ def test_one_share_is_the_same_in_every_stage():
 def test_nothing_inside_is_unreduced():
     assert Compose(ToMe(), inside=None) == Compose(ToMe(), Unreduced())
     model = pumer.apply(tiny_llm.model("llava"), Compose(ToMe(r=2), inside=None))
-    assert pumer.active(model).reducer.in_tower.depth == find(model).tower_depth(model)
+    assert pumer.active(model).reducer.traits.vision_reducer.depth == find(model).tower_depth(model)
 
 
 def test_cutoffs_of_a_shallow_tower_can_be_read():
-    cutoffs = Cutoffs(r=2)
+    cutoffs = DyMUCalibrator(r=2)
     model = pumer.apply(tiny.model("MeterForQuestionAnswering"), Compose(cutoffs, inside=None))
     with torch.no_grad():
         model(**tiny.batch("MeterForQuestionAnswering"))

@@ -26,7 +26,7 @@ reducers = {
     for name, point in settings.items()
     if point.image_size is None
     and (reducer := from_dict(point.reducer)) != pumer.Unreduced()
-    and not reducer.learned
+    and not reducer.traits.learned
 }
 net = pumer.remove(open_model(study.model, None))
 collator = open_task(study.model, net, dict(study.task))

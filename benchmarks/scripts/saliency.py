@@ -19,9 +19,10 @@ from pumer.adapters import find
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.evaluate import evaluate, model_inputs, take
 from pumer.reducers import Plan
-from pumer.reducers.base import Grid, Reducer, Tokens
+from pumer.reducers.base import Reducer
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.ops.saliency import text_saliency
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,11 @@ class SaliencyRecorder(Reducer):
     layers: tuple[int, ...] = ()
     scores: tuple[list[Tensor], ...] = ()
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
-        self.scores[tokens.layer].append(text_saliency(tokens)[:, tokens.prefix :])
+        self.scores[tokens.layer].append(text_saliency(tokens)[:, tokens.num_prefix_tokens :])
         return Plan.identity(tokens.mask_BN)
 
 

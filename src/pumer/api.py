@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters import Adapter, Patch, Step, find, supported
+from pumer.adapters import Adapter, Patch, ReductionStep, find, supported
 from pumer.adapters.active import PATCH, active, patched_module
-from pumer.adapters.base import PARTS, execution_device
+from pumer.adapters.base import PARTS
 from pumer.adapters.encoder.attention import BACKENDS
+from pumer.adapters.forward import execution_device
 from pumer.presets import ReducerSpec, read_reducer
-from pumer.reducers import EMBEDDINGS, NoVision, Reducer
+from pumer.reducers import EMBEDDINGS, Reducer, TokenShape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,19 +78,29 @@ def _apply(
             f"positions of {adapter.family} cannot be counted anew, as they are not one number "
             "that every layer of a language model reads: leave renumber out"
         )
-    reducer = adapter.settle(reducer.resolve(adapter.shape(model)))
+    reducer = reducer.resolve(adapter.shape(model))
+    adapter.check(reducer)
     reducer.check(adapter.depth(model))
-    if reducer.needs and adapter.encoder_facts(model, reducer.needs, 1, "meta") is None:
+    needs = reducer.traits.needs_encoder
+    if needs and adapter.encoder_facts(model, needs, 1, "meta") is None:
         raise ValueError(
-            f"{reducer.name} reads the {', '.join(sorted(reducer.needs))} of a tower that feeds a "
+            f"{reducer.name} reads the {', '.join(sorted(needs))} of a tower that feeds a "
             f"language model: {adapter.family} has none, take another reducer"
         )
     _check_tower(adapter, model, reducer)
     _check_lengths(adapter, model, reducer)
     parts = _fitting(model, adapter, reducer, parts)
     remove(model)
-    passes = adapter.passes(model)
-    patch = Patch(reducer, adapter, attention, trim, parts, renumber=renumber, passes=passes)
+    forwards_per_example = adapter.forwards_per_example(model)
+    patch = Patch(
+        reducer,
+        adapter,
+        attention,
+        trim,
+        parts,
+        renumber=renumber,
+        forwards_per_example=forwards_per_example,
+    )
     try:
         adapter.patch(model, patch)
         if parts is not None:
@@ -108,10 +119,11 @@ def _fitting(
 
     Each part is where the layer runs that it serves.
     """
-    if reducer.learned is None:
+    learned = reducer.traits.learned
+    if learned is None:
         return None
     heads, channels = adapter.attention_shape(model)
-    new = reducer.learned.parts(heads * channels, heads, adapter.depth(model), adapter.crosses)
+    new = learned.parts(heads * channels, heads, adapter.depth(model), adapter.has_cross_attention)
     fitting = parts if parts is not None and _shapes(parts) == _shapes(new) else new
     layers, dtype = adapter.layers(model), next(model.parameters()).dtype
     for layer, part in fitting.items():
@@ -129,7 +141,8 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
     """Raise ValueError for a reducer in the vision tower of a model that has none, or not as many
     layers."""
-    if reducer.in_tower is None:
+    tower = reducer.traits.vision_reducer
+    if tower is None:
         return
     depth = adapter.tower_depth(model)
     if depth == 0:
@@ -137,26 +150,28 @@ def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
             f"{type(model).__name__} has no vision tower that can be reduced: give the reducer "
             "`inside` alone"
         )
-    if any(layer < 0 for layer in reducer.in_tower.layers):
-        raise ValueError(f"{reducer.in_tower.name} in the tower reduces in layers 0 to {depth - 1}")
-    reducer.in_tower.check(depth)
+    if any(layer < 0 for layer in tower.layers):
+        raise ValueError(f"{tower.name} in the tower reduces in layers 0 to {depth - 1}")
+    tower.check(depth)
 
 
 def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
-    """Raise ValueError if nothing would be left of a picture of the configured size."""
-    if isinstance(reducer, NoVision):  # asked for
+    """Raise ValueError if nothing would be left of an image of the configured size."""
+    if reducer.traits.drops_image:
         return
     text, image = adapter.default_lengths(model)
-    if reducer.in_tower is not None:
+    tower = reducer.traits.vision_reducer
+    if tower is not None:
         _, length = adapter.tower_entry(model, image)
         for layer in range(adapter.tower_depth(model)):
-            _, length = reducer.in_tower.lengths(0, length, layer)
+            _, length = tower.lengths(TokenShape(0, length, layer))
         image = adapter.tower_exit(model, image, length)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
+        grid = adapter.default_grid(model)
         text, image = reducer.lengths(
-            text, image, layer, adapter.prefix, adapter.default_grid(model)
+            TokenShape(text, image, layer, adapter.num_prefix_tokens, grid)
         )
-        if image <= adapter.prefix:
+        if image <= adapter.num_prefix_tokens:
             raise ValueError(
                 f"{reducer.name} leaves no image token after layer {layer}: lower its ratios, or "
                 "reduce in fewer layers"
@@ -208,11 +223,11 @@ def unreduced(model: nn.Module) -> Iterator[None]:
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
-    patch.whole = True
+    patch.bypassed = True
     try:
         yield
     finally:
-        patch.whole = False
+        patch.bypassed = False
 
 
 def kept(model: nn.Module) -> Tensor:
@@ -241,12 +256,12 @@ def kept(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def trace(model: nn.Module) -> Iterator[list[Step]]:
+def trace(model: nn.Module) -> Iterator[list[ReductionStep]]:
     """Collect every reduction of the forwards inside the with block, in order."""
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")
-    steps: list[Step] = []
+    steps: list[ReductionStep] = []
     before, patch.steps = patch.steps, steps
     try:
         yield steps

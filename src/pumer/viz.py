@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from pumer._files import replacing
-from pumer.adapters import Step
+from pumer.adapters import ReductionStep
 from pumer.adapters.decoder.prompt import PromptStep
 from pumer.api import trace
 
@@ -157,7 +157,7 @@ def token_maps(
     return (_encoder_map(steps, words),)
 
 
-def _encoder_map(steps: Sequence[Step], words: Sequence[str]) -> TokenMap:
+def _encoder_map(steps: Sequence[ReductionStep], words: Sequence[str]) -> TokenMap:
     text, patches = steps[0].text, steps[0].patch_BN[0].tolist()
     assert steps[0].grid is not None
     rows, columns = steps[0].grid
@@ -168,7 +168,7 @@ def _encoder_map(steps: Sequence[Step], words: Sequence[str]) -> TokenMap:
     return TokenMap(rows, columns, tuple(words), tuple(layers))
 
 
-def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap, ...]:
+def _prompt_maps(steps: Sequence[ReductionStep], words: Sequence[str]) -> tuple[TokenMap, ...]:
     """A map of every image in a decoder's prompt; all have the same words."""
     first: PromptStep = steps[0].prompt
     assert first.image_BS is not None
@@ -196,7 +196,7 @@ def _prompt_maps(steps: Sequence[Step], words: Sequence[str]) -> tuple[TokenMap,
 
 
 def _prompt_layer(
-    step: Step,
+    step: ReductionStep,
     patches: Sequence[int],
     chips: Sequence[Sequence[int]],
     words: Sequence[str],

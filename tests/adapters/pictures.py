@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pumer.reducers import EMBEDDINGS, Encoder, Tokens
-from pumer.reducers.base import Embeddings
+from pumer.reducers.tokens import Embeddings
 
 GRIDS, WORDS = ((6, 5), (4, 4), (2, 7), (1, 3)), (7, 1, 5, 3)
 FULL = {"grids": ((6, 6),), "words": (5,), "padding": 0}
@@ -78,7 +78,7 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS,
         if inside
         else torch.ones(mask.shape),
         layer=layer,
-        prefix=0,
+        num_prefix_tokens=0,
         grid=grid,
         patch_BN=patch,
         states_BND=near + near.mean(1, keepdim=True) * 4,

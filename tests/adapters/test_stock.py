@@ -23,63 +23,66 @@ from transformers.models.vilt import modeling_vilt as vilt
 
 PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").split()
 STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
-    (vilt.ViltModel, "forward"): ("058b0e7663bd2e70", "_forward in adapters/vilt.py"),
-    (vilt.ViltEmbeddings, "forward"): ("f759e118b6e05731", "_forward in adapters/vilt.py"),
+    (vilt.ViltModel, "forward"): ("058b0e7663bd2e70", "_forward in encoder/vilt.py"),
+    (vilt.ViltEmbeddings, "forward"): ("f759e118b6e05731", "_forward in encoder/vilt.py"),
     (vilt.ViltEmbeddings, "visual_embed"): (
         "10c8b1f3be87adde",
-        "embed_patches in adapters/vilt.py",
+        "embed_patches in encoder/patches.py",
     ),
-    (vilt.ViltEncoder, "forward"): ("17bbfffd9c7f1e22", "_encode in adapters/vilt.py"),
-    (vilt.ViltLayer, "forward"): ("58ab37b6d3974464", "_block in adapters/vilt.py"),
-    (vilt.ViltIntermediate, "forward"): ("d60f3781ad76f95d", "_intermediate in adapters/vilt.py"),
-    (vilt.ViltOutput, "forward"): ("efce4e7b766ae9a8", "_output in adapters/vilt.py"),
-    (vilt.ViltAttention, "forward"): ("2905c84159bc298d", "_attend in adapters/vilt.py"),
+    (vilt.ViltEncoder, "forward"): ("17bbfffd9c7f1e22", "_encode in encoder/vilt.py"),
+    (vilt.ViltLayer, "forward"): ("58ab37b6d3974464", "_block in encoder/vilt.py"),
+    (vilt.ViltIntermediate, "forward"): ("d60f3781ad76f95d", "_intermediate in encoder/vilt.py"),
+    (vilt.ViltOutput, "forward"): ("efce4e7b766ae9a8", "_output in encoder/vilt.py"),
+    (vilt.ViltAttention, "forward"): ("2905c84159bc298d", "_attend in encoder/vilt.py"),
     (vilt.ViltSelfAttention, "forward"): (
         "82aebb1693aa0448",
-        "_attend in adapters/vilt.py, adapters/probes.py",
+        "_attend in encoder/vilt.py, encoder/joint.py",
     ),
     (GradientCheckpointingLayer, "__init_subclass__"): (
         "bc6216ba47e59dfb",
-        "_layer in adapters/vilt.py, adapters/meter.py and adapters/tower.py",
+        "_layer in encoder/vilt.py, encoder/meter.py and encoder/clip.py",
     ),
-    (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in adapters/tower.py"),
-    (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in adapters/tower.py"),
-    (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in adapters/tower.py"),
+    (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in encoder/clip.py"),
+    (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in encoder/clip.py"),
+    (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in encoder/clip.py"),
     (clip.CLIPAttention, "forward"): (
         "124d8a01d30df424",
-        "_attend_and_reduce in adapters/tower.py",
+        "_attend_and_reduce in encoder/clip.py",
     ),
-    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in adapters/meter.py"),
-    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in adapters/meter.py"),
-    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in adapters/meter.py"),
-    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in adapters/meter.py"),
-    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in adapters/meter.py"),
-    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in adapters/meter.py"),
+    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in encoder/meter.py"),
+    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in encoder/meter.py"),
+    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in encoder/meter.py"),
+    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in encoder/meter.py"),
+    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in encoder/meter.py"),
+    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in encoder/meter.py"),
     (roberta.RobertaModel, "_create_attention_masks"): (
         "93100ceb4e3a44e6",
-        "_encode_text in adapters/meter.py",
+        "_encode_text in encoder/meter.py",
     ),
     (cache_utils.DynamicLayer, "get_seq_length"): (
         "8d1f98494eff50f2",
-        "_Shorter in adapters/kv_cache.py",
+        "ReducedDynamicLayer in kv_cache.py",
     ),
-    (cache_utils.DynamicLayer, "crop"): ("b3548264770a5686", "_Shorter in adapters/kv_cache.py"),
+    (cache_utils.DynamicLayer, "crop"): (
+        "b3548264770a5686",
+        "ReducedDynamicLayer in kv_cache.py",
+    ),
     (cache_utils.DynamicSlidingWindowLayer, "crop"): (
         "2bbc3c01add9a99f",
-        "_ShorterSliding in adapters/kv_cache.py",
+        "ReducedSlidingLayer in kv_cache.py",
     ),
     (idefics3.Idefics3Model, "inputs_merger"): (
         "65beaa033ba95e55",
-        "_inputs_merger in adapters/inside_llm.py",
+        "_inputs_merger in adapters/decoder/hooks.py",
     ),
     (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): (
         "a78050f93b55c837",
-        "_deepstack in adapters/inside_llm.py",
+        "_deepstack in adapters/decoder/hooks.py",
     ),
 } | {
     (model, "get_placeholder_mask"): (
         known,
-        "_placeholder_mask in adapters/inside_llm.py, marks in adapters/llm.py",
+        "_placeholder_mask in decoder/hooks.py, placeholder_mask in decoder/family.py",
     )
     for known, models in {
         "125a9d7446d62bc2": (

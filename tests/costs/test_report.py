@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltForQuestionAnswering
 
 import pumer
-from pumer.costs.reducer import NOTHING, own_costs
+from pumer.costs.reducer import NO_COST, count_reducer_costs
 from pumer.costs.report import last_forward_macs
 from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
 from pumer.reducers import Plan, Reducer
@@ -115,7 +115,7 @@ def test_two_pictures_cost_two_passes():
     with torch.no_grad():
         model(**inputs)
     one = pumer.report(model)
-    assert one.passes == 2
+    assert one.forwards_per_example == 2
     assert one.active
 
 
@@ -189,25 +189,28 @@ def test_what_a_reducer_takes_is_what_its_operators_do(place):
     count = text + image
     lengths = [(text, image)] * 3
     none, two = (
-        own_costs(_Looks(n), (2, 4), (text, image), lengths, None, place)[1] for n in (0, 2)
+        count_reducer_costs(_Looks(n), (2, 4), (text, image), lengths, None, place)[1]
+        for n in (0, 2)
     )
     assert two.macs - none.macs == 2 * count * count * width
     assert two.operators - none.operators == 2  # turning a matrix around is none
     assert two.traffic - none.traffic == 2 * 4 * (2 * count * width + count * count)
-    assert own_costs(_Looks(2), (2, 4), (text, image), lengths, None, place)[0] == NOTHING
+    assert count_reducer_costs(_Looks(2), (2, 4), (text, image), lengths, None, place)[0] == NO_COST
 
 
 def test_passes_and_towers_count_what_reducers_take():
     kind = "ViltForImagesAndTextClassification"
     once, twice = (
-        pumer.report(pumer.apply(tiny.model(name), pumer.PuMer(layers=(0, 2)))).own
+        pumer.report(pumer.apply(tiny.model(name), pumer.PuMer(layers=(0, 2)))).reducer_cost
         for name in ("ViltForQuestionAnswering", kind)
     )
     assert twice == 2 * once
     tower = pumer.Compose(pumer.ToMe(r=4, depth=2), pumer.PuMer(layers=(1,)))
     apart = (tower, pumer.Compose(pumer.ToMe(r=4, depth=2), pumer.Unreduced()))
     both, alone = (
-        pumer.report(pumer.apply(tiny.model("MeterForQuestionAnswering"), reducer), text=10).own
+        pumer.report(
+            pumer.apply(tiny.model("MeterForQuestionAnswering"), reducer), text=10
+        ).reducer_cost
         for reducer in apart
     )
     assert 0 < alone.operators < both.operators

@@ -63,7 +63,7 @@ def test_names_there_and_back(file):
         small = [size // 64 if size >= 64 else size for size in shape]
         state[name] = torch.arange(shape[1])[None] if dtype == torch.int64 else torch.randn(small)
     head = published.LAYOUT.find_head(state)
-    back = published.from_transformers(published.to_transformers(state), head)
+    back = published.LAYOUT.from_ours(published.LAYOUT.to_ours(state), head)
     assert set(back) == set(state)
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
@@ -80,7 +80,7 @@ def test_names_and_shapes_are_those_of_the_class(file):
         model = getattr(modeling_vilt, kind, ViltForVisualEntailment)(
             published.model_config({}, state)
         )
-    converted = {name: tensor.shape for name, tensor in published.to_transformers(state).items()}
+    converted = {name: tensor.shape for name, tensor in published.LAYOUT.to_ours(state).items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: converted[name] for name in expected} == expected
     assert {name.split(".")[0] for name in set(converted) - set(expected)} <= {"itm_score"}
@@ -88,7 +88,7 @@ def test_names_and_shapes_are_those_of_the_class(file):
 
 def test_a_classifier_needs_its_name():
     with pytest.raises(ValueError, match="head says what the classifier is"):
-        published.from_transformers({"classifier.0.weight": torch.ones(1)})
+        published.LAYOUT.from_ours({"classifier.0.weight": torch.ones(1)})
 
 
 # --- checkpoints ---
@@ -100,7 +100,7 @@ def official(folder, task="vqa", **settings):
     model = tiny.model(kind)
     if task == "pretrain":  # transformers ties these weights, the published code does not
         model.mlm_score.decoder.weight = torch.nn.Parameter(torch.randn(50, 32))
-    weights = published.from_transformers(model.state_dict(), head)
+    weights = published.LAYOUT.from_ours(model.state_dict(), head)
     if head is None:
         weights |= {"itm_score.fc.weight": torch.ones(2, 32), "itm_score.fc.bias": torch.ones(2)}
     folder.mkdir()

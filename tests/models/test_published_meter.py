@@ -46,7 +46,7 @@ def test_names_and_shapes_are_those_of_the_class(state):
     config = published.model_config({}, state)
     with torch.device("meta"):
         model = getattr(meter, kind)(config)
-    converted = {name: tensor.shape for name, tensor in published.to_meter(state).items()}
+    converted = {name: tensor.shape for name, tensor in published.LAYOUT.to_ours(state).items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: converted[name] for name in expected} == expected
     left = {name.split(".")[0] for name in set(converted) - set(expected)}
@@ -84,13 +84,15 @@ def test_names_there_and_back(state):
         small[name] = (
             torch.arange(sizes[1])[None] if tensor.dtype == torch.int64 else torch.randn(sizes)
         )
-    back = published.from_meter(published.to_meter(small), published.LAYOUT.find_head(small))
+    back = published.LAYOUT.from_ours(
+        published.LAYOUT.to_ours(small), published.LAYOUT.find_head(small)
+    )
     assert set(back) == set(small)
     for name, tensor in small.items():
         assert torch.equal(back[name], tensor), name
         assert back[name].dtype == tensor.dtype
     with pytest.raises(ValueError, match="head says what the classifier is"):
-        published.from_meter({"classifier.0.weight": torch.ones(1)})
+        published.LAYOUT.from_ours({"classifier.0.weight": torch.ones(1)})
 
 
 @pytest.mark.parametrize("task", ["irtr", "nlvr2", "ve", "vqa2"])

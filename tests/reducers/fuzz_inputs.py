@@ -16,7 +16,7 @@ from fuzz_settings import DEPTH, members
 from torch import Tensor
 
 from pumer.reducers import EMBEDDINGS, Encoder, Reducer, Tokens
-from pumer.reducers.base import Context, Embeddings, Grid
+from pumer.reducers.tokens import Context, Embeddings, Grid
 
 HEADS, CHANNELS = 2, 4
 WIDTH = HEADS * CHANNELS
@@ -66,7 +66,7 @@ class Batch:
                 dim = field.name.rsplit("_", 1)[1].index("N")
                 cut[field.name] = value[row : row + 1].index_select(dim, index)
         if tokens.encoder is not None:
-            patches = max(image - tokens.prefix, 0)
+            patches = max(image - tokens.num_prefix_tokens, 0)
             cut["encoder"] = Encoder(
                 **{
                     field.name: value[row : row + 1].narrow(
@@ -109,8 +109,8 @@ def tensors(tokens: Tokens) -> dict[str, Tensor]:
     """All tensors of some tokens, those of their encoder and context too, by name."""
     parts = {"": tokens} | {f"{name}.": getattr(tokens, name) for name in PARTS}
     return {
-        prefix + field.name: value
-        for prefix, part in parts.items()
+        num_prefix_tokens + field.name: value
+        for num_prefix_tokens, part in parts.items()
         if part is not None
         for field in fields(part)
         if isinstance(value := getattr(part, field.name), Tensor)
@@ -125,14 +125,14 @@ def with_values(tokens: Tokens, change: Callable[[str, Tensor], Tensor]) -> Toke
         if value.is_floating_point() and name not in ("mask_BN", "sizes_BN", "gate_BN")
     }
     parts = {}
-    for prefix in PARTS:
+    for num_prefix_tokens in PARTS:
         inner = {
             name.split(".")[1]: value
             for name, value in changed.items()
-            if name.startswith(prefix + ".")
+            if name.startswith(num_prefix_tokens + ".")
         }
         if inner:
-            parts[prefix] = replace(getattr(tokens, prefix), **inner)
+            parts[num_prefix_tokens] = replace(getattr(tokens, num_prefix_tokens), **inner)
     outer = {name: value for name, value in changed.items() if "." not in name}
     return replace(tokens, **outer, **parts)
 
@@ -224,14 +224,16 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     """
     seed = torch.Generator().manual_seed(rng.randrange(2**40))
     inside = layer != EMBEDDINGS
-    joint = reducer.published or reducer.learned is not None  # in joint encoders and nowhere else
+    joint = (
+        reducer.traits.official or reducer.traits.learned is not None
+    )  # in joint encoders and nowhere else
     in_decoder = inside and not joint and rng.random() < 0.5
-    prefix = 0 if in_decoder or reducer.needs else rng.choice([0, 1])
-    prefix = 1 if joint else prefix
-    cross = inside and prefix == 1 and rng.random() < 0.3
+    num_prefix_tokens = 0 if in_decoder or reducer.traits.needs_encoder else rng.choice([0, 1])
+    num_prefix_tokens = 1 if joint else num_prefix_tokens
+    cross = inside and num_prefix_tokens == 1 and rng.random() < 0.3
     rows = rng.randint(1, 4)
     no_text = not joint and not cross and rng.random() < 0.1
-    batch = some_lengths(reducer, layer, prefix, rows, no_text, rng)
+    batch = some_lengths(reducer, layer, num_prefix_tokens, rows, no_text, rng)
     mask_BN, text = batch.tokens.mask_BN, batch.tokens.text
     more: dict[str, Any] = {"cross": cross}
     if rng.random() < 0.5:
@@ -241,7 +243,9 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     features = Features(
         dtype=rng.choice(DTYPES),
         patterns=[rng.choice(PATTERNS) for _ in range(rows)],
-        padding=rng.choice(["zero", "noise", "noise", "huge"] + ["nan"] * (not reducer.published)),
+        padding=rng.choice(
+            ["zero", "noise", "noise", "huge"] + ["nan"] * (not reducer.traits.official)
+        ),
         seed=seed,
     )
     overflows = inside and rng.random() < 0.05
@@ -255,21 +259,23 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
         more |= some_attention(reducer, batch, cross, overflows, features)
     if layer > 0 and rng.random() < 0.5:
         more["entered_BI"] = some_entered(batch, rng)
-    if prefix == 0 and rng.random() < 0.5:
+    if num_prefix_tokens == 0 and rng.random() < 0.5:
         some_BT = torch.rand(rows, text, generator=seed) < 0.5
         more["question_BT"] = mask_BN[:, :text] & some_BT
-    if in_decoder and reducer.reads_embeddings and rng.random() < 0.8:
+    if in_decoder and reducer.traits.needs_embeddings and rng.random() < 0.8:
         # Of the whole prompt: earlier layers may have dropped some image tokens.
         gone_BI = torch.rand(rows, rng.randint(0, 5), generator=seed) < 0.5
         valid_BI = torch.cat([mask_BN[:, text:], gone_BI], 1)
         text_BTD = features.of(mask_BN[:, :text], WIDTH)
         more["embeddings"] = Embeddings(text_BTD, features.of(valid_BI, WIDTH), valid_BI)
-    if reducer.needs and not inside:
-        more["encoder"] = some_encoder(reducer.needs, mask_BN[:, text + prefix :], features, rng)
-    if reducer.learned is not None:
+    if reducer.traits.needs_encoder and not inside:
+        more["encoder"] = some_encoder(
+            reducer.traits.needs_encoder, mask_BN[:, text + num_prefix_tokens :], features, rng
+        )
+    if reducer.traits.learned is not None:
         with torch.random.fork_rng():
             torch.manual_seed(rng.randrange(99))
-            parts = reducer.learned.parts(WIDTH, HEADS, DEPTH, cross)
+            parts = reducer.traits.learned.parts(WIDTH, HEADS, DEPTH, cross)
             more["part"] = parts[str(layer)].eval().to(features.dtype)
             for parameter in more["part"].parameters():
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -280,20 +286,22 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
 
 
 def some_lengths(
-    reducer: Reducer, layer: int, prefix: int, rows: int, no_text: bool, rng: Generator
+    reducer: Reducer, layer: int, num_prefix_tokens: int, rows: int, no_text: bool, rng: Generator
 ) -> Batch:
     """A batch without features: its lengths, masks and grids; every row has some token."""
     by_grid = rng.random() < 0.4 or any(
         part.name == "pool" or getattr(part, "strategy", "") == "row" for part in members(reducer)
     )
-    texts = [0 if no_text else some_count(rng, prefix, 40) for _ in range(rows)]
+    texts = [0 if no_text else some_count(rng, num_prefix_tokens, 40) for _ in range(rows)]
     grids = None
     if by_grid:
         grids = tuple((rng.randint(1, 7), rng.randint(1, 8)) for _ in range(rows))
-        images = [prefix + high * wide for high, wide in grids]
+        images = [num_prefix_tokens + high * wide for high, wide in grids]
     else:
         no_image = rng.random() < 0.05
-        images = [prefix + (0 if no_image else some_count(rng, 0, 60)) for _ in range(rows)]
+        images = [
+            num_prefix_tokens + (0 if no_image else some_count(rng, 0, 60)) for _ in range(rows)
+        ]
         images = [image or int(not text) for text, image in zip(texts, images, strict=True)]
     counts = tuple(zip(texts, images, strict=True))
     spare = rng.choice([0, 0, rng.randint(1, 5)])
@@ -301,13 +309,13 @@ def some_lengths(
     image = max(images) + spare
     grid, patch_BN = None, None
     if grids is not None:
-        grid, patch_BN, image = raster(grids, text, prefix, rng)
+        grid, patch_BN, image = raster(grids, text, num_prefix_tokens, rng)
     mask_BN = torch.zeros(rows, text + image, dtype=torch.bool)
     for row, (words, patches) in enumerate(counts):
         mask_BN[row, :words] = True
         mask_BN[row, text : text + patches] = True
     sizes_BN = torch.ones(mask_BN.shape)
-    tokens = Tokens(mask_BN, text, sizes_BN, layer, prefix, grid=grid, patch_BN=patch_BN)
+    tokens = Tokens(mask_BN, text, sizes_BN, layer, num_prefix_tokens, grid=grid, patch_BN=patch_BN)
     return Batch(tokens, counts, grids)
 
 
@@ -340,7 +348,7 @@ def some_attention(
     largest = features.limit if overflows else largest
     queries_BHNC = queries_BHNC.clamp(-largest, largest)[:, :, : text if cross else count]
     attention_BHNN = None
-    if reducer.needs_attention:
+    if reducer.traits.needs_attention:
         first = text if cross else 0
         shape = (rows, HEADS, queries_BHNC.shape[2], count - first)
         logits_BHNN = torch.randn(shape, generator=features.seed)
@@ -358,28 +366,30 @@ def some_entered(batch: Batch, rng: Generator) -> Tensor:
     tokens = batch.tokens
     gone = [rng.choice([0, 1, rng.randint(0, 40)]) for _ in batch.counts]
     images = [image for _, image in batch.counts]
-    entered = [image - tokens.prefix + more for image, more in zip(images, gone, strict=True)]
+    entered = [
+        image - tokens.num_prefix_tokens + more for image, more in zip(images, gone, strict=True)
+    ]
     spare = rng.choice([0, rng.randint(0, 5)])
     image = tokens.mask_BN.shape[1] - tokens.text
-    width = max(max(entered) + spare, image - tokens.prefix)
+    width = max(max(entered) + spare, image - tokens.num_prefix_tokens)
     return torch.arange(width) < torch.tensor(entered)[:, None]
 
 
 def raster(
-    grids: tuple[Grid, ...], text: int, prefix: int, rng: Generator
+    grids: tuple[Grid, ...], text: int, num_prefix_tokens: int, rng: Generator
 ) -> tuple[Grid, Tensor, int]:
     """The grid that all fit into, every token's patch in it, and the length of the image axis."""
     high, wide = (max(sides) for sides in zip(*grids, strict=True))
     padded = rng.random() < 0.5  # padding names the patches that are left, as in ViLT, or none
     patches = high * wide if padded else max(rows * columns for rows, columns in grids)
-    patch_BN = torch.full((len(grids), text + prefix + patches), -1)
+    patch_BN = torch.full((len(grids), text + num_prefix_tokens + patches), -1)
     for row, (rows, columns) in enumerate(grids):
         inside = torch.zeros(high, wide, dtype=torch.bool)
         inside[:rows, :columns] = True
         numbers = (~inside.flatten()).to(torch.uint8).argsort(stable=True)
         numbers = numbers if padded else numbers[: rows * columns]
-        patch_BN[row, text + prefix : text + prefix + len(numbers)] = numbers
-    return (high, wide), patch_BN, prefix + patches
+        patch_BN[row, text + num_prefix_tokens : text + num_prefix_tokens + len(numbers)] = numbers
+    return (high, wide), patch_BN, num_prefix_tokens + patches
 
 
 def places(

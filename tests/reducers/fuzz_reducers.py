@@ -24,8 +24,8 @@ from fuzz_inputs import Batch, some_batch, tensors, with_values
 from fuzz_settings import OFFICIAL, SETTINGS, members, some_reducer
 from torch import Tensor
 
-from pumer.reducers import Plan, Reducer, Tokens
-from pumer.reducers.base import Grid
+from pumer.reducers import Plan, Reducer, Tokens, TokenShape
+from pumer.reducers.tokens import Grid
 
 PERTURBATIONS = 6
 """How often a choice is made again with its values off by rounding, before it counts as unlike."""
@@ -88,7 +88,7 @@ def broken(
         plan = yield from planned(reducer, batch.tokens)
         yield from structure(reducer, batch, plan)
         yield from finite(reducer, batch, plan)
-        if not (reducer.published or batch.overflows):
+        if not (reducer.traits.official or batch.overflows):
             for row in range(len(batch.counts)):
                 yield from alone(reducer, batch, plan, row)
         if nan_row is not None:
@@ -99,7 +99,7 @@ def broken(
                 yield "NaN spreads"
     except Exception as error:
         # The published code cannot merge what is too short, and says so.
-        if not (reducer.published and isinstance(error, ValueError)):
+        if not (reducer.traits.official and isinstance(error, ValueError)):
             yield type(error).__name__
 
 
@@ -118,9 +118,9 @@ def structure(
 ) -> Iterator[str]:
     """What holds for the slots, masks and shares of a plan."""
     tokens = batch.tokens
-    layer, prefix = tokens.layer, tokens.prefix
+    layer, num_prefix_tokens = tokens.layer, tokens.num_prefix_tokens
     rows, count = tokens.mask_BN.shape
-    shape = (tokens.text, count - tokens.text, layer, prefix, tokens.grid)
+    shape = (tokens.text, count - tokens.text, layer, num_prefix_tokens, tokens.grid)
     text, image = promise(reducer, tokens, shape, None)
     slots = text + image
     if plan.slots != slots:
@@ -145,7 +145,7 @@ def structure(
             yield "index"
         if bool((sources_BKN.sum(2) > 1).any()):
             yield "selection with two sources"
-    if reducer.published:
+    if reducer.traits.official:
         return
     valid_BN = tokens.valid_BN
     if not torch.equal((sources_BKN & valid_BN[:, None]).any(2), mask_BK):
@@ -154,7 +154,7 @@ def structure(
         yield "padding merged"
     for row, (words, patches) in enumerate(batch.counts):
         grid = None if batch.grids is None else batch.grids[row]
-        promised = promise(reducer, tokens, (words, patches, layer, prefix, grid), row)
+        promised = promise(reducer, tokens, (words, patches, layer, num_prefix_tokens, grid), row)
         axes = ((0, tokens.text, 0, text), (tokens.text, count, text, slots))
         for axis, (start, _, low, high) in enumerate(axes):
             filled = mask_BK[row, low:high]
@@ -165,11 +165,18 @@ def structure(
                 yield "modality"
             if bool((filled[1:] & ~filled[:-1]).any()):
                 yield "padding before tokens"
-            if kept > promised[axis] or (kept < promised[axis] and not reducer.leaves_gaps):
+            if kept > promised[axis] or (
+                kept < promised[axis] and not reducer.traits.dynamic_length
+            ):
                 yield "count"
-            if real > prefix and axis and kept <= prefix and reducer.name != "no-vision":
+            if (
+                real > num_prefix_tokens
+                and axis
+                and kept <= num_prefix_tokens
+                and reducer.name != "no-vision"
+            ):
                 yield "no image token"
-            if prefix and real and promised[axis]:
+            if num_prefix_tokens and real and promised[axis]:
                 heads = sources_BKN[row, low, start : start + real]
                 if int(slot_N[0]) != low or int(heads.sum()) != 1:
                     yield "structure token"
@@ -186,11 +193,11 @@ def promise(
     """(text, image) tokens that a row of this shape has afterwards; of the whole batch without a
     row."""
     if tokens.entered_BI is None:
-        return reducer.lengths(*shape)
-    prefix = shape[3]  # counted by `lengths`, and no part of the mask
+        return reducer.lengths(TokenShape(*shape))
+    num_prefix_tokens = shape[3]  # counted by `lengths`, and no part of the mask
     width = tokens.entered_BI.shape[1]
     entered = width if row is None else int(tokens.entered_BI[row].sum())
-    return reducer.lengths_from(prefix + entered, *shape)
+    return reducer.lengths(TokenShape(*shape, entered=num_prefix_tokens + entered))
 
 
 def finite(reducer: Reducer, batch: Batch, plan: Plan) -> Iterator[str]:
@@ -207,7 +214,7 @@ def finite(reducer: Reducer, batch: Batch, plan: Plan) -> Iterator[str]:
 def adds(reducer: Reducer) -> bool:
     """Whether shares of a slot need not sum to one: the published method adds tokens up."""
     return any(
-        part.published
+        part.traits.official
         or part.name in ("prumerge", "visionzip")
         or getattr(part, "merge", None) == "sum"
         for part in members(reducer)
@@ -262,7 +269,7 @@ def is_tie(reducer: Reducer, single: Batch) -> bool:
             # own.
             logits = name.split("_")[0] in LOGITS
             x_size = x.float().abs()
-            scale = x_size.clamp_min(1) if logits or reducer.learned else x.float()
+            scale = x_size.clamp_min(1) if logits or reducer.traits.learned else x.float()
             if logits and x.numel() and float(x_size.max()) < 100:
                 # Of products of small ones nothing but the rounding of equal shares is left.
                 scale = torch.where(x_size < 1e-3, 1e-3 / eps, scale)
@@ -318,7 +325,7 @@ def describe(name: str, seed: int) -> str:
     lines = [
         repr(reducer),
         f"layer {tokens.layer}, text {tokens.text}, shape {tuple(tokens.mask_BN.shape)}, "
-        f"prefix {tokens.prefix}, grid {tokens.grid}, cross {tokens.cross}, "
+        f"prefix {tokens.num_prefix_tokens}, grid {tokens.grid}, cross {tokens.cross}, "
         f"causal {tokens.place_BN is not None}, context {tokens.context is not None}, "
         f"{tokens.states_BND.dtype}, (text, image) {batch.counts}, grids {batch.grids}, "
         f"row with NaN {nan_row}",

@@ -127,7 +127,7 @@ def chain(rng: Generator) -> dict:
         names = [rng.choice(before), *rng.sample(after, rng.randint(1, 2))]
         reducers = tuple(some_reducer(name, rng) for name in names)
         layers = [layer for reducer in reducers for layer in reducer.layers]
-        alike = {reducer.after_layer for reducer in reducers if max(reducer.layers) >= 0}
+        alike = {reducer.traits.post_layer for reducer in reducers if max(reducer.layers) >= 0}
         if len(set(layers)) == len(layers) and len(alike) == 1:
             return {"reducers": reducers}
 

@@ -14,15 +14,16 @@ from pumer.reducers import (
     EMBEDDINGS,
     Chain,
     Compose,
-    Cutoffs,
     DivPrune,
     DyMU,
+    DyMUCalibrator,
     Energy,
+    EnergyCalibrator,
     FasterVLM,
     PruMerge,
     PyramidDrop,
-    Spectra,
     SVDPrune,
+    TokenShape,
     ToMe,
     VisionZip,
     VisPruner,
@@ -40,8 +41,8 @@ COUNTS = [rows * columns for rows, columns in GRIDS]
 )
 def test_a_budget_is_the_same_for_numbers_and_tensors(keep, counts):
     counts.sort()
-    numbers = [budgets.kept(keep, count) for count in counts]
-    assert budgets.kept(keep, torch.tensor(counts)).tolist() == numbers
+    numbers = [budgets.num_keep(keep, count) for count in counts]
+    assert budgets.num_keep(keep, torch.tensor(counts)).tolist() == numbers
     # A longer picture never keeps less: the padded length bounds every row of the batch.
     assert numbers == sorted(numbers)
     assert all(
@@ -79,7 +80,7 @@ def test_what_is_removed_does_not_depend_on_the_upper_bound():
 
 @pytest.mark.parametrize(("tokens", "width"), [(20, 8), (8, 20)])
 def test_energies_are_squared_singular_values(tokens, width):
-    probe = Spectra()
+    probe = EnergyCalibrator()
     seen = batch(0, grids=((tokens // 4, 4),), words=(1,), padding=0, width=width)
     plan = probe.plan(seen)
     assert plan.slot_BN.tolist() == [list(range(1 + tokens))]
@@ -91,18 +92,18 @@ def test_energies_are_squared_singular_values(tokens, width):
 
 @pytest.mark.parametrize("keep", [0.2, 0.4, 6])
 def test_tau_is_matched_to_a_fixed_budget(keep):
-    probe = Spectra()
+    probe = EnergyCalibrator()
     batches = [batch(seed) for seed in range(8)]
     for tokens in batches:
         probe.plan(tokens)
     reducer = Energy(DivPrune(), least=1, most=1.0).matched(probe.noted, keep)
     numbers = [reducer.plan(tokens).mask_BK[:, tokens.text :].sum(1) for tokens in batches]
-    fixed = np.mean([budgets.kept(keep, count) for count in COUNTS])
+    fixed = np.mean([budgets.num_keep(keep, count) for count in COUNTS])
     assert float(torch.cat(numbers).double().mean()) == pytest.approx(fixed, abs=0.3)
 
 
 def test_a_budget_out_of_bounds_cannot_be_matched():
-    probe = Spectra()
+    probe = EnergyCalibrator()
     probe.plan(batch(0))
     with pytest.raises(ValueError, match="widen least and most"):
         Energy(most=0.3).matched(probe.noted, 0.8)
@@ -114,7 +115,7 @@ def test_a_budget_out_of_bounds_cannot_be_matched():
 
 
 def test_cutoffs_merge_a_number_per_picture_on_average():
-    calibration = Cutoffs(r=2, depth=1)
+    calibration = DyMUCalibrator(r=2, depth=1)
     for seed in range(3):
         tokens = batch(seed, layer=0)
         plan = calibration.plan(tokens)
@@ -129,13 +130,13 @@ def test_cutoffs_merge_a_number_per_picture_on_average():
 
 
 def test_cutoffs_before_any_picture():
-    with pytest.raises(ValueError, match="run pictures through the model"):
-        Cutoffs(depth=2).thresholds()
+    with pytest.raises(ValueError, match="run images through the model"):
+        DyMUCalibrator(depth=2).thresholds()
 
 
 def test_more_pairs_than_there_are():
     tokens = batch(0, layer=0, grids=((2, 2),), words=(1,))
-    plan = Cutoffs(r=100, depth=1).plan(tokens)
+    plan = DyMUCalibrator(r=100, depth=1).plan(tokens)
     assert int(plan.mask_BK[:, tokens.text :].sum()) == 2
 
 
@@ -146,15 +147,17 @@ def test_a_chain_acts_where_its_members_do():
     first, second = VisionZip(keep=0.5), PyramidDrop(keep=(0.5, 0.25), layers=(1, 3))
     chain = Chain((first, second))
     assert chain.layers == (EMBEDDINGS, 1, 3)
-    assert chain.needs == first.needs
-    assert not chain.leaves_gaps
-    assert Chain((PruMerge(), second)).leaves_gaps
+    assert chain.traits.needs_encoder == first.traits.needs_encoder
+    assert not chain.traits.dynamic_length
+    assert Chain((PruMerge(), second)).traits.dynamic_length
     for layer, member in ((EMBEDDINGS, first), (1, second), (3, second)):
         tokens = batch(0, layer=layer)
         plan = chain.plan(tokens)
         assert torch.equal(plan.slot_BN, member.plan(tokens).slot_BN)
-        assert chain.lengths(9, 32, layer, 0) == member.lengths(9, 32, layer, 0)
-    assert chain.lengths(9, 32, 2, 0) == (9, 32)
+        assert chain.lengths(TokenShape(9, 32, layer, 0)) == member.lengths(
+            TokenShape(9, 32, layer, 0)
+        )
+    assert chain.lengths(TokenShape(9, 32, 2, 0)) == (9, 32)
     chain.check(4)
     with pytest.raises(ValueError, match=r"pyramiddrop reduces in layers \[3\]"):
         chain.check(3)
@@ -165,7 +168,7 @@ def test_a_chain_around_a_tower():
     reducer = Compose(
         ToMe(r=2, depth=3), Chain((FasterVLM(keep=8), PyramidDrop(keep=(0.5,), layers=(1,))))
     )
-    assert reducer.needs == {"class_attention_BN"}
+    assert reducer.traits.needs_encoder == {"class_attention_BN"}
     assert from_dict(to_dict(reducer)) == reducer
     with pytest.raises(ValueError, match="around a chain"):
         Chain((reducer, DivPrune()))
@@ -187,4 +190,4 @@ def test_what_is_chained_sees_what_is_left():
     both = first.then(second)
     for row, count in enumerate(COUNTS):
         # PyramidDrop rounds down, as published.
-        assert len(shares(both, tokens, row)) == max(1, budgets.kept(0.5, count) // 2)
+        assert len(shares(both, tokens, row)) == max(1, budgets.num_keep(0.5, count) // 2)

@@ -52,8 +52,8 @@ class Faulty(Reducer):
     def layers(self):
         return (0,)
 
-    def lengths(self, text, image, layer, prefix=1, grid=None):
-        return text, image
+    def lengths(self, shape):
+        return shape.unchanged
 
     def plan(self, tokens):
         plan = Plan.identity(tokens.valid_BN)
@@ -75,7 +75,9 @@ class Faulty(Reducer):
                 keep_BN[:, tokens.text if self.fault == "structure token" else -1] = False
                 return Plan.keep(keep_BN, plan.slots)
             case "no image token":
-                keep_BN = valid_BN & (torch.arange(plan.slots) < tokens.text + tokens.prefix)
+                keep_BN = valid_BN & (
+                    torch.arange(plan.slots) < tokens.text + tokens.num_prefix_tokens
+                )
                 return Plan.keep(keep_BN, plan.slots)
             case "weights":
                 return replace(plan, weight_BN=plan.weight_BN * 2, index_BK=None)

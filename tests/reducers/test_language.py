@@ -25,10 +25,11 @@ from pumer.reducers import (
     PyramidDrop,
     SparseVLM,
     Tokens,
+    TokenShape,
     from_dict,
     to_dict,
 )
-from pumer.reducers.base import Context
+from pumer.reducers.base import Traits
 from pumer.reducers.ops import blocks
 from pumer.reducers.ops import saliency as scores
 from pumer.reducers.ops.saliency import (
@@ -38,6 +39,7 @@ from pumer.reducers.ops.saliency import (
     text_saliency,
 )
 from pumer.reducers.sparsevlm import raters
+from pumer.reducers.tokens import Context
 
 LAYER = 2
 SELECTORS = {
@@ -111,11 +113,11 @@ class Shown(FastV):
 
     name = "shown"
     noted: tuple = field(default=(), compare=False)
-    reads_embeddings = True
+    traits = Traits(needs_embeddings=True)
 
-    def chosen(self, tokens, kept_B, most):
+    def select(self, tokens, num_keep_B, most):
         self.noted[0].append(tokens)
-        return super().chosen(tokens, kept_B, most)
+        return super().select(tokens, num_keep_B, most)
 
 
 def test_a_decoder_shows_what_entered_its_first_layer():
@@ -167,7 +169,7 @@ def prompt(seed, batch_size=3, image=20, words=12, heads=3, width=6):
         text=words,
         sizes_BN=torch.ones(batch_size, length),
         layer=LAYER,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=states,
         queries_BHNC=queries,
         keys_BHNC=keys,
@@ -208,9 +210,9 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
     tokens = prompt(seed)
     whole = cut(tokens, [], **settings)
     generator = torch.Generator().manual_seed(seed)
-    prefix = list(range(int(torch.randint(1, 4, (), generator=generator))))
+    num_prefix_tokens = list(range(int(torch.randint(1, 4, (), generator=generator))))
     scattered = torch.randperm(tokens.text - 1, generator=generator)[:5].sort().values.tolist()
-    for hidden in (prefix, scattered):
+    for hidden in (num_prefix_tokens, scattered):
         shown = [word for word in range(tokens.text) if word not in hidden]
         parts = cut(tokens, hidden, **settings)
         torch.testing.assert_close(
@@ -222,7 +224,7 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
             torch.testing.assert_close(
                 text_saliency(parts, score), text_saliency(whole, score, rows), rtol=1e-5, atol=1e-6
             )
-    parts = cut(tokens, prefix, **settings)
+    parts = cut(tokens, num_prefix_tokens, **settings)
     for reducer in (
         *(reducer for reducer, _ in SELECTORS.values()),
         MERGERS["sparsevlm-rating"][0],
@@ -230,7 +232,7 @@ def test_scores_do_not_depend_on_how_a_prompt_is_cut(seed, settings):
         image = slice(-(tokens.mask_BN.shape[1] - tokens.text), None)
         ours, expected = reducer.plan(parts), reducer.plan(whole)
         dropped = expected.slot_BN[:, image] < 0
-        moved = (expected.slot_BN[:, image] - len(prefix)).masked_fill(dropped, -1)
+        moved = (expected.slot_BN[:, image] - len(num_prefix_tokens)).masked_fill(dropped, -1)
         assert torch.equal(ours.slot_BN[:, image], moved)
 
 
@@ -339,7 +341,7 @@ def test_pyramiddrop_rounds_down_as_published():
     reducer = PyramidDrop().resolve(LLAVA)
     lengths, counts = [575], torch.tensor([575])
     for layer in reducer.layers:
-        lengths.append(reducer.lengths(0, lengths[-1], layer, 0)[1])
+        lengths.append(reducer.lengths(TokenShape(0, lengths[-1], layer, 0))[1])
         counts = torch.cat([counts, reducer.budget(counts[-1:], layer)])
     assert lengths == counts.tolist() == [575, 287, 143, 71]
     for first in range(1, 700):
@@ -382,7 +384,7 @@ def test_dart_worked_case():
         text=14,
         sizes_BN=torch.ones(1, 78),
         layer=1,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=states[:, order],
         queries_BHNC=keys[:, :, order],
         keys_BHNC=keys[:, :, order],

@@ -10,7 +10,7 @@ from pictures import GRIDS, alone, batch, shares
 from test_language import LAYER, REDUCERS, causal, every
 from test_selectors import same
 
-from pumer.reducers import PuMer
+from pumer.reducers import PuMer, TokenShape
 from pumer.reducers.ops.clustering import density_peaks
 from pumer.reducers.ops.saliency import last_text_attention, text_saliency
 
@@ -23,15 +23,19 @@ every_and_merging = pytest.mark.parametrize(
 def check(plan, reducer, tokens):
     """Slots are in range, and as many are filled as `lengths` promises."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
-    assert plan.slots == sum(reducer.lengths(text, image, LAYER, tokens.prefix))
+    assert plan.slots == sum(
+        reducer.lengths(TokenShape(text, image, LAYER, tokens.num_prefix_tokens))
+    )
     assert (plan.slot_BN < plan.slots).all()
     real = plan.sources() & tokens.mask_BN[:, None]
     assert torch.equal(real.any(2), plan.mask_BK)
     for row, mask in enumerate(tokens.mask_BN):
         counts = int(mask[:text].sum()), int(mask[text:].sum())
-        promised = sum(reducer.lengths(*counts, LAYER, tokens.prefix))
+        promised = sum(reducer.lengths(TokenShape(*counts, LAYER, tokens.num_prefix_tokens)))
         assert int(plan.mask_BK[row].sum()) == promised
-        assert reducer.lengths(*counts, LAYER, tokens.prefix)[1] >= min(counts[1], 1)
+        assert reducer.lengths(TokenShape(*counts, LAYER, tokens.num_prefix_tokens))[1] >= min(
+            counts[1], 1
+        )
 
 
 @every
@@ -66,10 +70,10 @@ def test_a_row_without_image_has_nothing_to_reduce(reducer, causal):
         place_BN=None if tokens.place_BN is None else tokens.place_BN[:, :text],
         embeddings=None,
     )
-    for tokens in (nothing, replace(nothing, prefix=1)):
+    for tokens in (nothing, replace(nothing, num_prefix_tokens=1)):
         plan = reducer.plan(tokens)
         assert plan.slots == text
-        assert reducer.lengths(text, 0, LAYER, tokens.prefix) == (text, 0)
+        assert reducer.lengths(TokenShape(text, 0, LAYER, tokens.num_prefix_tokens)) == (text, 0)
         assert torch.equal(plan.mask_BK, tokens.mask_BN)
 
 
@@ -87,21 +91,26 @@ def test_in_co_attention_a_row_without_text_is_as_alone():
             torch.testing.assert_close(together[row, : len(expected)], expected)
 
 
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
 @pytest.mark.parametrize("prune", [0.0, 0.05, 0.3, 0.5, 0.6, 0.9, 0.999])
-def test_pumer_leaves_an_image_token_at_every_ratio(prefix, prune):
+def test_pumer_leaves_an_image_token_at_every_ratio(num_prefix_tokens, prune):
     for merge in (0.0, 0.0009, 0.05, 0.3, 0.39, 0.9):
         if prune + merge >= 1:
             continue
         reducer = PuMer(prune=prune, merge=merge, merge_text=0.3, layers=(LAYER,))
         for grids in (((1, 1), (1, 2), (1, 3), (3, 3)), ((1, 1),) * 4):
-            tokens = replace(batch(0, grids=grids, layer=LAYER), prefix=prefix)
+            tokens = replace(
+                batch(0, grids=grids, layer=LAYER), num_prefix_tokens=num_prefix_tokens
+            )
             check(reducer.plan(tokens), reducer, tokens)
             counts = torch.arange(1, 60)
             lengths = [
-                reducer.lengths(0, prefix + count, LAYER, prefix)[1] for count in counts.tolist()
+                reducer.lengths(TokenShape(0, num_prefix_tokens + count, LAYER, num_prefix_tokens))[
+                    1
+                ]
+                for count in counts.tolist()
             ]
-            assert lengths[0] == prefix + 1
+            assert lengths[0] == num_prefix_tokens + 1
             assert lengths == sorted(lengths)
 
 

@@ -11,8 +11,18 @@ from test_parity import MODEL, folder, inputs_of, publish, read, same  # noqa: F
 from test_parity_meter import publish as publish_meter
 
 import pumer
-from pumer.reducers import Chain, Compose, DynamicViT, Plan, PuMer, SmartTrim, Tokens, ToMe
-from pumer.reducers.learned import Draw, decide
+from pumer.reducers import (
+    Chain,
+    Compose,
+    DynamicViT,
+    Plan,
+    PuMer,
+    SmartTrim,
+    Tokens,
+    TokenShape,
+    ToMe,
+)
+from pumer.reducers.learned import GumbelSampling, decide
 from pumer.reducers.smarttrim import HeadTrimmer
 
 LEARNED = {
@@ -56,9 +66,9 @@ def test_the_published_pruner(folder):  # noqa: F811
             part=parts[str(setting["layer"])],
         )
         plan = reducer.plan(tokens)
-        assert plan.slots == sum(reducer.lengths(text, states.shape[1] - text, setting["layer"])), (
-            case
-        )
+        assert plan.slots == sum(
+            reducer.lengths(TokenShape(text, states.shape[1] - text, setting["layer"]))
+        ), case
         assert plan.slots == text + setting["out_tokens"], case
         assert torch.equal(plan.index_BK[:, text + 1 :] - text - 1, data[f"{case}.keep_idx"]), case
         same(plan.reduce(states)[:, text:], data[f"{case}.out_states"], case)
@@ -133,14 +143,15 @@ def test_training_leaves_out_what_using_drops(kind, name, monkeypatch):
         monkeypatch.setattr(
             DynamicViT,
             "_logits",
-            lambda self, tokens: tokens.states_BND[:, tokens.text + tokens.prefix :, :2],
+            lambda self, tokens: tokens.states_BND[:, tokens.text + tokens.num_prefix_tokens :, :2],
         )
-        monkeypatch.setattr(DynamicViT, "leaves_gaps", True)
+        traits = replace(reducer.traits, dynamic_length=True)
+        monkeypatch.setattr(DynamicViT, "traits", traits)
         monkeypatch.setattr(
             DynamicViT, "plan", lambda self, tokens: keep(tokens, liked(self._logits(tokens)))
         )
     module = type(reducer).__module__
-    monkeypatch.setattr(f"{module}.decide", lambda logits, draw: liked(logits).float())
+    monkeypatch.setattr(f"{module}.decide", lambda logits, sampling: liked(logits).float())
     model = training(kind, reducer)
     inputs = tiny.batch(kind)
     dense = model(**inputs).logits
@@ -155,7 +166,7 @@ def liked(logits):
 
 
 def keep(tokens, wanted_BN):
-    kept_BN = wanted_BN & tokens.valid_BN[:, tokens.text + tokens.prefix :]
+    kept_BN = wanted_BN & tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
     return tokens.with_structure(None, Plan.keep(kept_BN, kept_BN.shape[1]))
 
 
@@ -173,7 +184,7 @@ def test_the_price_counts_every_picture_and_no_older_forward():
     model = training("ViltForImagesAndTextClassification", LEARNED["dynamicvit"])
     for _ in range(3):
         model(**tiny.batch("ViltForImagesAndTextClassification"))
-    decided = pumer.active(model).decided
+    decided = pumer.active(model).decisions
     assert [len(spent) for spent, _ in decided] == [2, 2]  # two pictures, two layers
 
 
@@ -203,7 +214,7 @@ def test_the_target_of_smarttrim_goes_down_and_stays():
 def test_decisions_are_drawn_with_this_much_noise(noise):
     logits = torch.randn(500, 2, generator=torch.Generator().manual_seed(3)).requires_grad_()
     torch.manual_seed(4)
-    drawn = decide(logits, Draw(temperature=0.7, noise=noise))
+    drawn = decide(logits, GumbelSampling(temperature=0.7, noise=noise))
     torch.manual_seed(4)
     gumbel = -torch.log(torch.empty(500, 2).exponential_())
     noisy = logits + noise * gumbel
@@ -215,15 +226,15 @@ def test_decisions_are_drawn_with_this_much_noise(noise):
 
 
 def test_at_the_end_of_its_training_smarttrim_pays_for_what_it_will_keep():
-    assert SmartTrim(temperature=2.0).draw_at(0.0) == Draw(2.0, noise=1.0)
-    assert SmartTrim(temperature=2.0).draw_at(1.0) == Draw(1.0, noise=0.0)
+    assert SmartTrim(temperature=2.0).sampling_at(0.0) == GumbelSampling(2.0, noise=1.0)
+    assert SmartTrim(temperature=2.0).sampling_at(1.0) == GumbelSampling(1.0, noise=0.0)
     for curriculum, noises in (
         (0.5, [1, 1, 1, 0.5, 0]),
         (0.0, [1, 0.75, 0.5, 0.25, 0]),
         (1.0, [1, 1, 1, 1, 0]),
     ):
         drawn = [
-            SmartTrim(curriculum=curriculum).draw_at(quarter / 4).noise for quarter in range(5)
+            SmartTrim(curriculum=curriculum).sampling_at(quarter / 4).noise for quarter in range(5)
         ]
         assert drawn == pytest.approx(noises)
 
@@ -238,7 +249,7 @@ def test_smarttrim_begins_with_nearly_everything_whatever_its_depth(depth, monke
     for _ in range(40):
         with torch.no_grad():
             model(**tiny.batch())
-        left.append(pumer.active(model).decided[-1][0][-1][:, 1])
+        left.append(pumer.active(model).decisions[-1][0][-1][:, 1])
     assert torch.stack(left).mean().item() == pytest.approx(0.9, abs=0.03)
 
 
@@ -262,11 +273,11 @@ def test_every_head_learns_whether_it_is_heard():
     trimmer.decisions.register_forward_hook(lambda *found: given.append(found[2]))
 
     torch.manual_seed(1)
-    heard = trimmer(states, states, Draw())
+    heard = trimmer(states, states, GumbelSampling())
     mine = torch.autograd.grad(heard.sum(), given[-1])[0]
     logits = given[-1].detach().requires_grad_()
     torch.manual_seed(1)
-    alone = decide(logits.unflatten(-1, (-1, 2)), Draw())
+    alone = decide(logits.unflatten(-1, (-1, 2)), GumbelSampling())
     assert (heard != alone).any()  # some surest heads were drawn silent
     torch.testing.assert_close(mine, torch.autograd.grad(alone.sum(), logits)[0])
 

@@ -20,6 +20,7 @@ from pumer.reducers import (
     Random,
     SmartTrim,
     Tokens,
+    TokenShape,
     ToMe,
     Uniform,
 )
@@ -82,11 +83,11 @@ def tokens_of(counts, width, text=3, seed=0, part=None, dtype=torch.float32):
 
 def part_of(reducer, dtype=torch.float32):
     """New trained parts for layer 0, the same ones every time."""
-    if reducer.learned is None:
+    if reducer.traits.learned is None:
         return None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return reducer.learned.parts(WIDTH, HEADS, 1, False)["0"].eval().to(dtype)
+        return reducer.traits.learned.parts(WIDTH, HEADS, 1, False)["0"].eval().to(dtype)
 
 
 def poison(tokens, row, value, patches=slice(None)):
@@ -108,7 +109,7 @@ def plan_of(reducer, tokens):
 
 def image_groups(plan, tokens, row=0):
     """Groups of more than one patch, numbered from 0."""
-    slots = plan.slot_BN[row, tokens.text + tokens.prefix :]
+    slots = plan.slot_BN[row, tokens.text + tokens.num_prefix_tokens :]
     groups = [(slots == slot).nonzero()[:, 0].tolist() for slot in slots.unique()]
     return [group for group in groups if len(group) > 1]
 
@@ -118,7 +119,9 @@ def check(plan, tokens, reducer):
     to one."""
     count = tokens.mask_BN.shape[1]
     text, image = reducer.lengths(
-        tokens.text, count - tokens.text, tokens.layer, tokens.prefix, tokens.grid
+        TokenShape(
+            tokens.text, count - tokens.text, tokens.layer, tokens.num_prefix_tokens, tokens.grid
+        )
     )
     assert plan.slots == text + image
     assert plan.mask_BK.shape == (len(tokens.mask_BN), text + image)
@@ -129,7 +132,7 @@ def check(plan, tokens, reducer):
     assert torch.equal(sources.any(2), plan.mask_BK)
     shares = plan.total(plan.weight_BN)[plan.mask_BK]
     torch.testing.assert_close(shares, torch.ones_like(shares))
-    assert plan.mask_BK[:, text + tokens.prefix :].any(1).all()
+    assert plan.mask_BK[:, text + tokens.num_prefix_tokens :].any(1).all()
 
 
 # --- worked cases of the published code ---
@@ -147,7 +150,7 @@ def test_dymu_merges_half_of_an_odd_number_at_most():
     torch.manual_seed(0)
     keys = torch.randn(1, 1, 7, 4) * 0.1 + 1
     tokens = Tokens(
-        torch.ones(1, 7, dtype=torch.bool), 0, torch.ones(1, 7), prefix=0, keys_BHNC=keys
+        torch.ones(1, 7, dtype=torch.bool), 0, torch.ones(1, 7), num_prefix_tokens=0, keys_BHNC=keys
     )
     assert int(DyMU(thresholds=(0.5,)).plan(tokens).mask_BK.sum()) == 4
 
@@ -173,33 +176,35 @@ def test_dynamicvit_counts_every_row_from_its_own_start():
 # --- long texts ---
 
 
-def long_tokens(words, prefix, dtype=torch.float32):
+def long_tokens(words, num_prefix_tokens, dtype=torch.float32):
     """One sample of that many words and 16 patches; keys that are alike here and there."""
     generator = torch.Generator().manual_seed(words)
-    count = words + 16 + prefix
+    count = words + 16 + num_prefix_tokens
     keys = torch.randn(1, 1, count, CHANNELS, generator=generator).round(decimals=1)
     return Tokens(
         mask_BN=torch.arange(count)[None] != words - 1,  # a word of padding
         text=words,
         sizes_BN=torch.ones(1, count),
-        prefix=prefix,
+        num_prefix_tokens=num_prefix_tokens,
         states_BND=torch.randn(1, count, WIDTH, generator=generator).to(dtype),
         queries_BHNC=keys,
         keys_BHNC=keys,
     )
 
 
-@pytest.mark.parametrize("prefix", [0, 1])
-def test_merging_8000_words_takes_memory_linear_in_them(prefix):
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
+def test_merging_8000_words_takes_memory_linear_in_them(num_prefix_tokens):
     reducer = PuMer(prune=0.3, merge=0.3, merge_text=0.3, layers=(0,))
     sizes = []
     for words in (4000, 8000):
-        tokens = long_tokens(words, prefix, torch.bfloat16)
+        tokens = long_tokens(words, num_prefix_tokens, torch.bfloat16)
         with Largest() as largest:
             plan = reducer.plan(tokens)
             states = plan.reduce(tokens.states_BND)
         sizes.append(largest.size)
-        assert states.shape[1] == sum(reducer.lengths(words, 16 + prefix, 0, prefix))
+        assert states.shape[1] == sum(
+            reducer.lengths(TokenShape(words, 16 + num_prefix_tokens, 0, num_prefix_tokens))
+        )
     assert max(sizes) <= 4 * blocks.BLOCK, [size / 2**20 for size in sizes]
 
 
@@ -239,9 +244,9 @@ def test_a_bad_row_is_planned_and_leaves_the_others_alone(reducer, value, patche
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_as_many_tokens_are_merged_as_promised_whatever_the_keys(value, prefix, dtype):
+def test_as_many_tokens_are_merged_as_promised_whatever_the_keys(value, num_prefix_tokens, dtype):
     counts, width = torch.tensor([9, 8, 5, 1, 0]), 9
     keys = torch.randn(len(counts), width, 4, generator=torch.Generator().manual_seed(0))
     keys[:, :6] = value
@@ -249,7 +254,11 @@ def test_as_many_tokens_are_merged_as_promised_whatever_the_keys(value, prefix, 
     for asked in (0, 1, 3, 100):
         merged = (counts // 2).clamp_max(asked)
         plan = bipartite(
-            keys.to(dtype), valid, asked, width - min(asked, width // 2), prefix=prefix
+            keys.to(dtype),
+            valid,
+            asked,
+            width - min(asked, width // 2),
+            num_prefix_tokens=num_prefix_tokens,
         )
         assert plan.mask_BK.sum(1).tolist() == (counts - merged).tolist()
         assert torch.equal(plan.slot_BN >= 0, valid)
@@ -329,9 +338,9 @@ def test_an_image_without_patches_is_left_alone(reducer, structure):
     )
     if isinstance(reducer, Pool):
         tokens = replace(tokens, grid=(0, 0))
-    assert reducer.lengths(9, structure, 0, 1, tokens.grid)[1] == structure
+    assert reducer.lengths(TokenShape(9, structure, 0, 1, tokens.grid))[1] == structure
     plan = plan_of(reducer, tokens)
-    assert plan.slots == sum(reducer.lengths(tokens.text, structure, 0, 1, tokens.grid))
+    assert plan.slots == sum(reducer.lengths(TokenShape(tokens.text, structure, 0, 1, tokens.grid)))
     assert (plan.slot_BN[:, tokens.text :] >= 0).all()
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pumer
-from pumer.adapters.encoder.vilt import embed_patches
-from pumer.models.vilt.published import from_transformers
-from pumer.reducers import Plan, PuMer, Tokens
+from pumer.adapters.encoder.patches import embed_patches
+from pumer.models.vilt.published import LAYOUT
+from pumer.reducers import Plan, PuMer, Tokens, TokenShape
 from pumer.reducers import official as published
 from pumer.reducers.ops.budget import merge_schedule
 from pumer.reducers.ops.matching import bipartite
@@ -231,7 +231,7 @@ def test_reducer_of_vilt(folder):
             continue
         plan = reducer.plan(tokens)
         states = plan.reduce(torch.cat([given["text_states"], given["image_states"]], 1))
-        lengths = reducer.lengths(text, image, 0)
+        lengths = reducer.lengths(TokenShape(text, image, 0))
         assert states.shape[1] == plan.slots == sum(lengths), case
         if "joint_r" in case:
             same(states, data[f"{case}.states"], case)
@@ -275,7 +275,7 @@ def test_reducer_of_meter(folder):
             continue
         plan = reducer.plan(tokens)
         states = plan.reduce(torch.cat([given["text_states"], given["image_states"]], 1))
-        lengths = reducer.lengths(text, image, 0)
+        lengths = reducer.lengths(TokenShape(text, image, 0))
         assert states.shape[1] == plan.slots == sum(lengths), case
         text = lengths[0]
         for part, where in (("text", slice(0, text)), ("image", slice(text, None))):
@@ -434,7 +434,7 @@ def test_gradients(folder, tmp_path):
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in model.named_parameters()
         }
-        gradients = from_transformers(gradients, "vqa_classifier")
+        gradients = LAYOUT.from_ours(gradients, "vqa_classifier")
         for name, expected in stored.items():
             if name.startswith(f"{case}."):
                 same(gradients[name.removeprefix(f"{case}.")], expected, name, FUNCTION)

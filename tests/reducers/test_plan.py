@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pumer.reducers import Plan, PuMer, Tokens
+from pumer.reducers import Plan, PuMer, Tokens, TokenShape
 from pumer.reducers.ops.budget import merge_schedule, portion, prune_then_merge
 from pumer.reducers.ops.matching import bipartite
 
@@ -96,8 +96,8 @@ def cut(tokens, row, sample):
 def at(tokens, layer, reducer):
     """The tokens in another layer, with what a learned reducer has trained for it."""
     part = None
-    if reducer.learned:
-        part = reducer.learned.parts(HEADS * CHANNELS, HEADS, 4, False)[str(layer)].eval()
+    if reducer.traits.learned:
+        part = reducer.traits.learned.parts(HEADS * CHANNELS, HEADS, 4, False)[str(layer)].eval()
     return replace(tokens, layer=layer, part=part)
 
 
@@ -121,7 +121,9 @@ def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
         tokens = at(tokens_of(*batch), layer, reducer)
         plan = reducer.plan(tokens)
         batch_size, count = tokens.mask_BN.shape
-        text, image = reducer.lengths(tokens.text, count - tokens.text, layer, grid=tokens.grid)
+        text, image = reducer.lengths(
+            TokenShape(tokens.text, count - tokens.text, layer, grid=tokens.grid)
+        )
         assert plan.slots == text + image
         assert plan.slot_BN.shape == (batch_size, count)
         assert int(plan.slot_BN.min()) >= -1
@@ -341,11 +343,13 @@ def test_merge_schedules(r, expected):
 @given(
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     padding=st.integers(0, 2),
-    prefix=st.integers(0, 2),
+    num_prefix_tokens=st.integers(0, 2),
     ratio=st.floats(0, 1),
     seed=st.integers(0, 10**6),
 )
-def test_bipartite_matching_is_what_the_published_code_does(counts, padding, prefix, ratio, seed):
+def test_bipartite_matching_is_what_the_published_code_does(
+    counts, padding, num_prefix_tokens, ratio, seed
+):
     generator = torch.Generator().manual_seed(seed)
     shape = len(counts), max(counts) + padding
     keys, x = (
@@ -356,13 +360,18 @@ def test_bipartite_matching_is_what_the_published_code_does(counts, padding, pre
     valid = torch.arange(shape[1]) < torch.tensor(counts)[:, None]
     merged = [int(ratio * (count // 2)) for count in counts]
     slots = max(count - gone for count, gone in zip(counts, merged, strict=True))
-    plan = bipartite(keys, valid, torch.tensor(merged), slots, sizes, prefix)
+    plan = bipartite(keys, valid, torch.tensor(merged), slots, sizes, num_prefix_tokens)
     reduced = plan.reduce(x)
     for row, count in enumerate(counts):
-        structure = [[1.0, 0.0, 0.0]] * prefix
-        expected, gap = slow.bipartite(structure + keys[row, :count].tolist(), merged[row], prefix)
+        structure = [[1.0, 0.0, 0.0]] * num_prefix_tokens
+        expected, gap = slow.bipartite(
+            structure + keys[row, :count].tolist(), merged[row], num_prefix_tokens
+        )
         assume(gap > 1e-5)
-        expected = [frozenset(token - prefix for token in group) for group in expected[prefix:]]
+        expected = [
+            frozenset(token - num_prefix_tokens for token in group)
+            for group in expected[num_prefix_tokens:]
+        ]
         assert groups(plan, row) == expected
         assert int(plan.mask_BK[row].sum()) == count - merged[row]
         averages = slow.average(x[row].tolist(), sizes[row].tolist(), expected)

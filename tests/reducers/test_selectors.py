@@ -31,12 +31,13 @@ from pumer.reducers import (
     Selector,
     SparseVLM,
     SVDPrune,
+    TokenShape,
     VisionZip,
     VisPruner,
     from_dict,
     to_dict,
 )
-from pumer.reducers.ops.budget import kept as budget
+from pumer.reducers.ops.budget import num_keep as budget
 from pumer.reducers.ops.clustering import density_peaks
 
 SEEDS = range(4)
@@ -275,7 +276,9 @@ def test_rows_are_planned_alone_and_padding_stays_out(reducer, seed):
     tokens = batch(seed, layer=layer)
     plan = reducer.plan(tokens)
     image = tokens.mask_BN.shape[1] - tokens.text
-    text, slots = reducer.lengths(tokens.text, image, layer, prefix=0, grid=tokens.grid)
+    text, slots = reducer.lengths(
+        TokenShape(tokens.text, image, layer, num_prefix_tokens=0, grid=tokens.grid)
+    )
     assert (text, text + slots) == (tokens.text, plan.slots)
     real = plan.sources() & tokens.mask_BN[:, None]
     assert torch.equal(real.any(2), plan.mask_BK)
@@ -326,7 +329,7 @@ def test_one_graph_for_every_batch(name):
 
 @every
 def test_noise_that_is_not_a_number_keeps_budgets(reducer):
-    if reducer.leaves_gaps or not isinstance(reducer, Selector):
+    if reducer.traits.dynamic_length or not isinstance(reducer, Selector):
         pytest.skip("the data decide the number")
     tokens = batch(0, layer=reducer.layers[-1])
     states = torch.zeros_like(tokens.states_BND)
@@ -342,7 +345,7 @@ def test_noise_that_is_not_a_number_keeps_budgets(reducer):
 
 
 @pytest.mark.parametrize(
-    "reducer", [reducer for reducer, _ in SELECTORS.values() if not reducer.leaves_gaps]
+    "reducer", [reducer for reducer, _ in SELECTORS.values() if not reducer.traits.dynamic_length]
 )
 @pytest.mark.parametrize("keep", [1.0, 30, 10_000])
 def test_a_budget_of_all_changes_nothing(reducer, keep):
@@ -438,7 +441,7 @@ def test_schedules(reducer, expected):
     lengths = [576]
     reducer = reducer.resolve(ModelShape(depth=32, last=30, image=576))
     for layer in reducer.layers:
-        text, image = reducer.lengths(60, lengths[-1], layer, prefix=0)
+        text, image = reducer.lengths(TokenShape(60, lengths[-1], layer, num_prefix_tokens=0))
         assert text == 60
         lengths.append(image)
     assert lengths == expected

@@ -17,13 +17,14 @@ from pumer.reducers import (
     DivPrune,
     Encoder,
     Energy,
+    EnergyCalibrator,
     FasterVLM,
     FoPru,
     HoloV,
     PruMerge,
     PyramidDrop,
-    Spectra,
     SVDPrune,
+    TokenShape,
     VisionZip,
     VisPruner,
 )
@@ -124,7 +125,7 @@ def test_prumerge_moves_what_it_keeps():
 
 
 def test_who_has_a_budget_for_each_crop():
-    crops = {name for name, reducer in REDUCERS.items() if reducer.per_crop}
+    crops = {name for name, reducer in REDUCERS.items() if reducer.traits.per_crop}
     assert {name.split("-")[0] for name in crops} == {
         "cdpruner",
         "fastervlm",
@@ -133,11 +134,11 @@ def test_who_has_a_budget_for_each_crop():
         "vispruner",
     }
     for wrapped in (Energy(VisionZip()), Chain((VisionZip(),)), Compose(inside=VisionZip())):
-        assert wrapped.per_crop
-    assert Chain((VisionZip(),)).before_projector
-    assert not Energy(VisionZip()).before_projector  # its budget needs what comes behind
-    assert not Chain((DivPrune(), PyramidDrop())).per_crop
-    assert {name for name, r in REDUCERS.items() if r.before_projector} == {
+        assert wrapped.traits.per_crop
+    assert Chain((VisionZip(),)).traits.before_projector
+    assert not Energy(VisionZip()).traits.before_projector  # its budget needs what comes behind
+    assert not Chain((DivPrune(), PyramidDrop())).traits.per_crop
+    assert {name for name, r in REDUCERS.items() if r.traits.before_projector} == {
         "visionzip",
         "visionzip-count",
     }
@@ -166,7 +167,7 @@ def changed(tokens, change):
 def holds(reducer, plan, tokens):
     """What a plan for padded rows promises, whatever the values."""
     text, count = tokens.text, tokens.mask_BN.shape[1]
-    _, most = reducer.lengths(text, count - text, EMBEDDINGS, 0, tokens.grid)
+    _, most = reducer.lengths(TokenShape(text, count - text, EMBEDDINGS, 0, tokens.grid))
     assert plan.slots == text + most
     assert int(plan.slot_BN.min()) >= -1
     assert int(plan.slot_BN.max()) < plan.slots
@@ -177,8 +178,8 @@ def holds(reducer, plan, tokens):
     assert torch.equal(plan.sources() & plan.mask_BK[..., None], real_BKN)
     filled_B, real_B = plan.mask_BK[:, text:].sum(1), tokens.mask_BN[:, text:].sum(1)
     assert torch.equal(filled_B > 0, real_B > 0)
-    if not reducer.leaves_gaps:
-        promised = [reducer.lengths(text, int(n), EMBEDDINGS, 0)[1] for n in real_B]
+    if not reducer.traits.dynamic_length:
+        promised = [reducer.lengths(TokenShape(text, int(n), EMBEDDINGS, 0))[1] for n in real_B]
         assert filled_B.tolist() == promised
     # Padding adds to no merged token.
     if plan.shares_BKN is not None:
@@ -322,7 +323,7 @@ def test_relevance_alone_decides_at_the_end_of_theta():
 
 
 def test_a_calibration_on_what_has_no_energy():
-    probe = Spectra()
+    probe = EnergyCalibrator()
     probe.plan(changed(batch(0), set_row(torch.nan)))
     ((energy_BR, count_B),) = probe.noted
     assert energy_BR.isfinite().all()

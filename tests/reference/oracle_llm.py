@@ -59,12 +59,14 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
     batch, length = inputs["input_ids"].shape
     marks = {}
     for number, layer in enumerate(cache.layers):
-        held = getattr(layer, "_pumer_held", None)
+        held = getattr(layer, "_pumer_layout", None)
         if held is None:
             continue
         mark = torch.zeros(batch, length, dtype=torch.int64)
-        filled = torch.ones_like(held.place_BK) if held.filled_BK is None else held.filled_BK.long()
-        marks[number] = mark.scatter_add(1, held.place_BK, filled).bool()
+        filled = (
+            torch.ones_like(held.position_BK) if held.filled_BK is None else held.filled_BK.long()
+        )
+        marks[number] = mark.scatter_add(1, held.position_BK, filled).bool()
     return marks
 
 

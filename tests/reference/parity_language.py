@@ -19,10 +19,10 @@ from selector_parity import Case
 from torch import Tensor
 
 from pumer.reducers import DART, FastV, Plan, PyramidDrop, SparseVLM, Tokens
-from pumer.reducers.base import Embeddings
 from pumer.reducers.dart import take_unlike
 from pumer.reducers.ops.saliency import last_text_attention, text_saliency
 from pumer.reducers.sparsevlm import raters
+from pumer.reducers.tokens import Embeddings
 
 LAYER = 5
 OTHER_ORDER = {
@@ -56,7 +56,7 @@ def in_places(case: Case, rotate: int = 0) -> Tokens:
         text=text,
         sizes_BN=torch.ones(1, length),
         layer=LAYER,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=at("states"),
         queries_BHNC=at("queries"),
         keys_BHNC=at("keys"),

@@ -84,7 +84,7 @@ def _plan(case: Case, reducer: Reducer, keys: Tensor, features: Tensor, sizes: T
         mask_BN=torch.ones(1, len(keys), dtype=torch.bool),
         text=0,
         sizes_BN=sizes[None],
-        prefix=int(case.settings["class_token"]),
+        num_prefix_tokens=int(case.settings["class_token"]),
         states_BND=features[None],
         keys_BHNC=keys[None, None],
     )

@@ -22,6 +22,7 @@ from pumer.reducers import (
     PruMerge,
     Reducer,
     Tokens,
+    TokenShape,
     VisionZip,
     VisPruner,
 )
@@ -43,7 +44,7 @@ def of_images(
         text=text,
         sizes_BN=mask_BN.float(),
         layer=EMBEDDINGS,
-        prefix=0,
+        num_prefix_tokens=0,
         states_BND=states_BND,
         encoder=encoder,
     )
@@ -77,7 +78,7 @@ def valid(reducer: Reducer, tokens: Tokens, count: int) -> None:
     """Where the published code raises: ours keeps `count` different image tokens, as promised."""
     plan = reducer.plan(tokens)
     length = tokens.mask_BN.shape[1]
-    assert reducer.lengths(0, length, EMBEDDINGS, prefix=0) == (0, count)
+    assert reducer.lengths(TokenShape(0, length, EMBEDDINGS, num_prefix_tokens=0)) == (0, count)
     assert plan.mask_BK.all()
     assert len(set(kept(plan))) == count
 

@@ -1,9 +1,9 @@
 """Model knowledge: the only place that touches a foreign module. Importing it registers
 families."""
 
-from pumer.adapters.base import Adapter, Patch, Step
+from pumer.adapters.base import Adapter, Patch, ReductionStep
 from pumer.adapters.decoder import internvl, llava, paligemma, qwen_vl, smolvlm  # noqa: F401
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped
 
-__all__ = ["Adapter", "Patch", "Step", "find", "is_supported", "supported", "unwrapped"]
+__all__ = ["Adapter", "Patch", "ReductionStep", "find", "is_supported", "supported", "unwrapped"]

@@ -4,7 +4,6 @@ instance."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Encoder, Grid, ModelShape
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Encoder, Grid
 
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
@@ -28,14 +28,14 @@ class _Absent:
 
 
 @dataclass(frozen=True)
-class Step:
+class ReductionStep:
     """One reduction that happened: for looking at, never needed for computing.
 
     Args:
         layer: where, -1 before the first.
         text: text tokens before it, padding included.
         plan: where the tokens went.
-        grid: rows and columns of patches of the unreduced picture.
+        grid: rows and columns of patches of the unreduced image.
         patch_BN: raster number of the patch of every unreduced token, -1 for tokens that are none.
         prompt: what a decoder's prompt has become, a `prompt.PromptStep`; None in encoders.
     """
@@ -67,14 +67,14 @@ class Patch:
     attention: str = "sdpa"
     trim: bool = True
     parts: nn.ModuleDict | None = None
-    whole: bool = False
+    bypassed: bool = False
     """Let a learned reducer's model see everything in the next forwards, as its own teacher."""
     progress: float = 1.0
     """Of the training of those parts, 0 to 1."""
     renumber: bool = False
-    passes: int = 1
+    forwards_per_example: int = 1
     """How often one example goes through the layers."""
-    decided: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
+    decisions: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
     """What `Learned.budget_loss` takes, of every pass of the last forward in training."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(text, image) tokens before the first layer and after every one of the last forward: evidence
@@ -90,7 +90,7 @@ class Patch:
     tower: list[int] = field(default_factory=list)
     """Image tokens before the first layer of the vision tower and after every one, of the last
     forward."""
-    steps: list[Step] | None = None
+    steps: list[ReductionStep] | None = None
     """Reductions of the forwards since `trace` began, None when nobody looks."""
     _changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
     _methods: list[Rebound] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which can have no part in the graph of its last forward."""
-        return vars(self) | {"decided": []}
+        return vars(self) | {"decisions": []}
 
     def part(self, layer: int) -> Any:
         """What is trained for one layer."""
@@ -114,16 +114,19 @@ class Patch:
     def budget_loss(self) -> Tensor | None:
         """The price of what a learned reducer decided in the last forward in training; None if it
         decided nothing."""
-        learned = self.reducer.learned
-        if learned is None or not self.decided:
+        learned = self.reducer.traits.learned
+        if learned is None or not self.decisions:
             return None
-        losses = [learned.budget_loss(spent, self.progress, heads) for spent, heads in self.decided]
+        losses = [
+            learned.budget_loss(keep_ratios, self.progress, heads)
+            for keep_ratios, heads in self.decisions
+        ]
         return torch.stack(losses).mean()
 
-    def note(self, spent: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+    def record_decisions(self, keep_ratios: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
         """Keep what a learned reducer decided in one pass."""
-        if spent:
-            self.decided = [*self.decided, (spent, heads)][-self.passes :]
+        if keep_ratios:
+            self.decisions = [*self.decisions, (keep_ratios, heads)][-self.forwards_per_example :]
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance, remembering what was there."""
@@ -183,14 +186,14 @@ class Adapter:
     look."""
     modules: ClassVar[Mapping[str, str]] = {}
     """The module of every class that transformers does not have."""
-    crosses: ClassVar[bool] = False
+    has_cross_attention: ClassVar[bool] = False
     """Whether text looks at the image by an attention of its own, as in co-attention."""
-    prefix: ClassVar[int] = 1
+    num_prefix_tokens: ClassVar[int] = 1
     """Structure tokens at the head of each modality that a reducer sees."""
     renumbers: ClassVar[bool] = False
     """Whether positions are one number a token, read in every layer: they can be counted anew."""
     separate: ClassVar[tuple[str, ...]] = ()
-    """Classes in which every picture of an example goes through the layers by itself."""
+    """Classes in which every image of an example goes through the layers by itself."""
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers that a reducer can act in."""
@@ -205,15 +208,15 @@ class Adapter:
         return 0
 
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """(pictures, tokens of each in the vision tower) where `image` tokens come out of it
+        """(images, tokens of each in the vision tower) where `image` tokens come out of it
         unreduced."""
         return 1, image
 
     def tower_exit(self, model: nn.Module, image: int, left: int) -> int:
         """Image tokens that come out of a vision tower that leaves `left` tokens of each
-        picture."""
-        pictures, entered = self.tower_entry(model, image)
-        return image - pictures * (entered - left)
+        image."""
+        num_images, entered = self.tower_entry(model, image)
+        return image - num_images * (entered - left)
 
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         """(heads, channels of a head) of the vision tower."""
@@ -226,13 +229,13 @@ class Adapter:
         return ModelShape(
             depth,
             last=depth - 1,
-            image=image - self.prefix,
+            image=image - self.num_prefix_tokens,
+            co_attention=self.has_cross_attention,
             tower=ModelShape(tower, last=tower - 1) if tower else None,
         )
 
-    def settle(self, reducer: Reducer) -> Reducer:
-        """The reducer as this family takes it, where a setting means something else in each."""
-        return reducer
+    def check(self, reducer: Reducer) -> None:
+        """Raise ValueError for a reducer that this family cannot run; it is resolved already."""
 
     def encoder_facts(
         self, model: nn.Module, needs: frozenset[str], image: int, place: str
@@ -246,16 +249,16 @@ class Adapter:
         raise NotImplementedError
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
-        """(text, image) tokens of a full-length question and a picture of the configured size."""
+        """(text, image) tokens of a full-length question and an image of the configured size."""
         raise NotImplementedError
 
     def default_grid(self, model: nn.Module) -> Grid:
-        """Rows and columns of patches of a picture of the configured size."""
+        """Rows and columns of patches of an image of the configured size."""
         side = config_of(model).image_size // config_of(model).patch_size
         return side, side
 
-    def passes(self, model: nn.Module) -> int:
-        """How often one example goes through the layers: the number of pictures where each is a
+    def forwards_per_example(self, model: nn.Module) -> int:
+        """How often one example goes through the layers: the number of images where each is a
         pass of its own."""
         return config_of(model).num_images if is_a(model, self.separate) else 1
 
@@ -361,51 +364,8 @@ def head_macs(model: nn.Module, trunk: nn.Module) -> int:
     return sum(head.in_features * head.out_features for head in heads)
 
 
-def inside(
+def attention_and_mlp_lengths(
     lengths: Sequence[tuple[int, int]], after_layer: bool
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(text, image) tokens of every layer's attention and of its MLP."""
     return [(before, before if after_layer else after) for before, after in pairwise(lengths)]
-
-
-def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
-    """`block(*args)` in place of a layer's forward, and of the gradient checkpointing around it."""
-    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-        return layer._gradient_checkpointing_func(block, *args)
-    return block(*args)
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module runs; its weights may be on "meta" until accelerate's hooks bring them."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            device = getattr(each, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    return next(module.parameters()).device
-
-
-def exact(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
-    """Where a reducer chooses: outside the user's autocast, which would round its float32 products
-    to half precision.
-
-    Trained parts stay under it, as their weights expect.
-    """
-    if reducer.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def exactly_one(**inputs: Tensor | None) -> Tensor:
-    """The one input that is given; raises ValueError for none or several."""
-    inputs_set = [value for value in inputs.values() if value is not None]
-    if len(inputs_set) != 1:
-        raise ValueError(f"give exactly one of {' and '.join(inputs)}")
-    return inputs_set[0]
-
-
-def extent(mask_BN: Tensor) -> Tensor:
-    """Position after the last real token of any row."""
-    places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
-    return (places * mask_BN.bool()).max()

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pumer.reducers.base import EMBEDDINGS, Encoder, Grid, Reducer, Tokens
+from pumer.reducers.base import Reducer
+from pumer.reducers.tokens import EMBEDDINGS, Encoder, Grid, Tokens
 
 
 @dataclass(frozen=True)
-class Own:
+class ReducerCost:
     """What choosing and reducing takes, for one example.
 
     Args:
@@ -30,16 +31,16 @@ class Own:
     traffic: int = 0
     operators: int = 0
 
-    def __add__(self, other: Own) -> Own:
-        return Own(
+    def __add__(self, other: ReducerCost) -> ReducerCost:
+        return ReducerCost(
             self.macs + other.macs, self.traffic + other.traffic, self.operators + other.operators
         )
 
-    def __rmul__(self, times: int) -> Own:
-        return Own(times * self.macs, times * self.traffic, times * self.operators)
+    def __rmul__(self, times: int) -> ReducerCost:
+        return ReducerCost(times * self.macs, times * self.traffic, times * self.operators)
 
 
-NOTHING = Own()
+NO_COST = ReducerCost()
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -66,7 +67,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
-def own_costs(
+def count_reducer_costs(
     reducer: Reducer,
     shape: tuple[int, int],
     entry: tuple[int, int],
@@ -76,8 +77,8 @@ def own_costs(
     cross: bool = False,
     parts: nn.ModuleDict | None = None,
     encoder: Encoder | None = None,
-    prefix: int = 1,
-) -> dict[int, Own]:
+    num_prefix_tokens: int = 1,
+) -> dict[int, ReducerCost]:
     """What planning and applying the plan takes, before the first layer and in every one.
 
     Counted by letting the reducer run on tokens without content, so that it holds for every method.
@@ -93,13 +94,13 @@ def own_costs(
         cross: as in `Tokens`.
         parts: what a learned reducer has trained, by layer.
         encoder: what it is told of a vision encoder, without content.
-        prefix: structure tokens at the head of each modality.
+        num_prefix_tokens: structure tokens at the head of each modality.
     """
     heads, channels = shape
     costs = {}
     for layer, (text, image) in enumerate([entry, *lengths[:-1]], start=EMBEDDINGS):
         if not reducer.reduces_at(layer):
-            costs[layer] = NOTHING
+            costs[layer] = NO_COST
             continue
         count = text + image
         attention_shape = (text, image) if cross else (count, count)
@@ -108,26 +109,31 @@ def own_costs(
             None if layer == EMBEDDINGS else states.view(1, count, heads, channels).transpose(1, 2)
         )
         mask = torch.ones(
-            1, count, device=place, dtype=torch.float32 if reducer.needs_attention else torch.bool
+            1,
+            count,
+            device=place,
+            dtype=torch.float32 if reducer.traits.needs_attention else torch.bool,
         )
         tokens = Tokens(
             mask_BN=mask,
             text=text,
             sizes_BN=torch.ones(1, count, device=place),
             layer=layer,
-            prefix=prefix,
+            num_prefix_tokens=num_prefix_tokens,
             grid=grid,
-            patch_BN=(torch.arange(count, device=place) - text - prefix).clamp_min(-1)[None],
+            patch_BN=(torch.arange(count, device=place) - text - num_prefix_tokens).clamp_min(-1)[
+                None
+            ],
             states_BND=states,
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
             attention_BHNN=torch.ones(1, heads, *attention_shape, device=place)
-            if reducer.needs_attention
+            if reducer.traits.needs_attention
             else None,
             cross=cross,
             encoder=encoder if layer == EMBEDDINGS else None,
             entered_BI=torch.ones(
-                1, max(lengths[0][1] - prefix, 0), dtype=torch.bool, device=place
+                1, max(lengths[0][1] - num_prefix_tokens, 0), dtype=torch.bool, device=place
             ),
             part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval()
             if parts is not None
@@ -135,6 +141,8 @@ def own_costs(
         )
         with FlopCounterMode(display=False) as flops, _Operators() as operators, torch.no_grad():
             reducer.plan(tokens).reduce(states)
-        costs[layer] = Own(flops.get_total_flops() // 2, operators.traffic, operators.started)
+        costs[layer] = ReducerCost(
+            flops.get_total_flops() // 2, operators.traffic, operators.started
+        )
         grid = None
     return costs

@@ -13,10 +13,11 @@ from pumer.adapters import Adapter, Patch, find, supported
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.api import active
 from pumer.costs.decoder import decoding
-from pumer.costs.reducer import NOTHING, Own, own_costs
+from pumer.costs.reducer import NO_COST, ReducerCost, count_reducer_costs
 from pumer.costs.result import LayerCost, Lengths, Report
-from pumer.reducers import EMBEDDINGS, Reducer, Unreduced, to_dict
-from pumer.reducers.base import Grid, ModelShape
+from pumer.reducers import EMBEDDINGS, Reducer, TokenShape, Unreduced, to_dict
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Grid
 
 
 def report(model: nn.Module, text: int | None = None, image: int | None = None) -> Report:
@@ -26,7 +27,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     Args:
         model: a supported model, reduced or not.
         text: text tokens at the entry, [CLS] included; those of a full-length text if not given.
-        image: image tokens at the entry, [CLS] included; those of a picture of the configured size
+        image: image tokens at the entry, [CLS] included; those of an image of the configured size
             if not given.
 
     Raises:
@@ -35,24 +36,24 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     model = supported(model)
     adapter, patch = find(model), active(model)
     default_text, default_image = adapter.default_lengths(model)
-    # A picture of another size has a grid nobody told us.
+    # An image of another size has a grid nobody told us.
     grid = adapter.default_grid(model) if image in (None, default_image) else None
     entry = (default_text if text is None else text, default_image if image is None else image)
     if min(entry) < 1:
         raise ValueError(
             f"a text and an image have at least 1 token each, not {entry[0]} and {entry[1]}"
         )
-    depth, passes = adapter.depth(model), adapter.passes(model)
+    depth, forwards_per_example = adapter.depth(model), adapter.forwards_per_example(model)
     reducer = Unreduced() if patch is None else patch.reducer
     tower, lengths, reducer_costs = _plan(reducer, adapter, model, *entry, grid)
     base = [entry] * (depth + 1)
     layers = zip(
-        adapter.layer_macs(model, lengths, reducer.after_layer),
+        adapter.layer_macs(model, lengths, reducer.traits.post_layer),
         adapter.layer_macs(model, base),
         strict=True,
     )
     ran, planned = _last_forward(patch, adapter, model)
-    spent = passes * sum(reducer_costs.values(), NOTHING)
+    reducer_cost = forwards_per_example * sum(reducer_costs.values(), NO_COST)
     result = Report(
         model=type(model).__name__,
         reducer=None if patch is None else to_dict(reducer),
@@ -63,16 +64,16 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
             LayerCost(
                 layer_index,
                 *lengths[layer_index + 1],
-                passes * (sum(macs) + reducer_costs[layer_index].macs),
-                passes * sum(base_macs),
+                forwards_per_example * (sum(macs) + reducer_costs[layer_index].macs),
+                forwards_per_example * sum(base_macs),
             )
             for layer_index, (macs, base_macs) in enumerate(layers)
         ),
-        parts=adapter.macs(model, lengths, entry, tower, reducer.after_layer)
-        | {"reducer": spent.macs},
+        parts=adapter.macs(model, lengths, entry, tower, reducer.traits.post_layer)
+        | {"reducer": reducer_cost.macs},
         base_parts=adapter.macs(model, base) | {"reducer": 0},
-        passes=passes,
-        own=spent,
+        forwards_per_example=forwards_per_example,
+        reducer_cost=reducer_cost,
         ran=ran,
         planned=planned,
     )
@@ -97,15 +98,22 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
     ran = (
-        (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.leaves_gaps else None
+        (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.traits.dynamic_length else None
     )  # the data have decided
     tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
-    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.after_layer)
-    return macs | {"reducer": adapter.passes(model) * sum(reducer_costs.values(), NOTHING).macs}
+    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.traits.post_layer)
+    return macs | {
+        "reducer": adapter.forwards_per_example(model) * sum(reducer_costs.values(), NO_COST).macs
+    }
 
 
 def planned_lengths(
-    reducer: Reducer, depth: int, text: int, image: int, grid: Grid | None = None, prefix: int = 1
+    reducer: Reducer,
+    depth: int,
+    text: int,
+    image: int,
+    grid: Grid | None = None,
+    num_prefix_tokens: int = 1,
 ) -> Lengths:
     """(text, image) tokens before the first layer and after every one, for a model with `depth`
     layers.
@@ -116,14 +124,16 @@ def planned_lengths(
         text: text tokens at the entry, [CLS] included.
         image: image tokens at the entry, [CLS] included.
         grid: rows and columns of patches, for methods that go by place.
-        prefix: structure tokens at the head of each modality.
+        num_prefix_tokens: structure tokens at the head of each modality.
     """
-    reducer = reducer.resolve(ModelShape(depth, depth - 1, max(image - prefix, 0)))
+    reducer = reducer.resolve(ModelShape(depth, depth - 1, max(image - num_prefix_tokens, 0)))
     lengths = []
-    entered = image
+    entered: int | None = None
     for layer in range(EMBEDDINGS, depth):
         if reducer.reduces_at(layer):
-            text, image = reducer.lengths_from(entered, text, image, layer, prefix, grid)
+            text, image = reducer.lengths(
+                TokenShape(text, image, layer, num_prefix_tokens, grid, entered)
+            )
             grid = None  # what is left is no grid any more
         if layer == EMBEDDINGS:
             entered = image
@@ -139,7 +149,7 @@ def _plan(
     image: int,
     grid: Grid | None,
     ran: tuple[tuple[int, ...], Lengths] | None = None,
-) -> tuple[tuple[int, ...], Lengths, dict[int, Own]]:
+) -> tuple[tuple[int, ...], Lengths, dict[int, ReducerCost]]:
     """Lengths in the vision tower and after it, and what reducers take: by layer, all of the tower
     at `EMBEDDINGS`.
 
@@ -148,36 +158,39 @@ def _plan(
     """
     device = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
-    first, spent = (text, image), NOTHING
-    if reducer.in_tower is not None:
+    first, reducer_cost = (text, image), NO_COST
+    if reducer.traits.vision_reducer is not None:
         # Its tokens have no text before them.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
-        pictures, _ = adapter.tower_entry(model, image)
-        spent = pictures * sum(
-            own_costs(reducer.in_tower, shape, inside[0], inside, grid, device).values(), NOTHING
+        num_images, _ = adapter.tower_entry(model, image)
+        reducer_cost = num_images * sum(
+            count_reducer_costs(
+                reducer.traits.vision_reducer, shape, inside[0], inside, grid, device
+            ).values(),
+            NO_COST,
         )
         first = text, adapter.tower_exit(model, image, tower[-1])
         grid = None if tower[-1] != tower[0] else grid
     lengths = (
         ran[1]
         if ran
-        else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.prefix)
+        else planned_lengths(reducer, adapter.depth(model), *first, grid, adapter.num_prefix_tokens)
     )
     patch = active(model)
-    reducer_costs = own_costs(
+    reducer_costs = count_reducer_costs(
         reducer,
         adapter.attention_shape(model),
         first,
         lengths,
         grid,
         device,
-        adapter.crosses,
+        adapter.has_cross_attention,
         None if patch is None else patch.parts,
-        adapter.encoder_facts(model, reducer.needs, first[1], device),
-        adapter.prefix,
+        adapter.encoder_facts(model, reducer.traits.needs_encoder, first[1], device),
+        adapter.num_prefix_tokens,
     )
-    reducer_costs[EMBEDDINGS] += spent
+    reducer_costs[EMBEDDINGS] += reducer_cost
     return tower, lengths, reducer_costs
 
 
@@ -187,9 +200,12 @@ def _planned_tower(
     """Image tokens before the first layer of the vision tower and after every one."""
     depth = adapter.tower_depth(model)
     _, entered = adapter.tower_entry(model, image)
-    if reducer.in_tower is None:
+    if reducer.traits.vision_reducer is None:
         return (entered,) * (depth + 1) if depth else ()
-    return tuple(length for _, length in planned_lengths(reducer.in_tower, depth, 0, entered, grid))
+    return tuple(
+        length
+        for _, length in planned_lengths(reducer.traits.vision_reducer, depth, 0, entered, grid)
+    )
 
 
 def _last_forward(
@@ -211,12 +227,12 @@ def _last_forward(
         text,
         tower[-1] if tower else image,
         grid_after,
-        adapter.prefix,
+        adapter.num_prefix_tokens,
     )
-    if patch.reducer.in_tower is not None:
+    if patch.reducer.traits.vision_reducer is not None:
         ran = (*((text, length) for length in patch.tower), *ran)
         planned = (*((text, length) for length in tower), *planned)
-    if patch.reducer.leaves_gaps and all(
+    if patch.reducer.traits.dynamic_length and all(
         max(real) <= max(most) and sum(real) <= sum(most)
         for real, most in zip(ran, planned, strict=True)
     ):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pumer.costs.reducer import NOTHING, Own
+from pumer.costs.reducer import NO_COST, ReducerCost
 
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
 TOWERS = ("text encoder", "vision tower", "projection")
-PICTURES = ("embedding", "vision tower", "projection")
-"""Parts that see a picture once, where a model with towers compares it with several texts."""
+IMAGE_PARTS = ("embedding", "vision tower", "projection")
+"""Parts that see an image once, where a model with towers compares it with several texts."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Report:
         parts: MACs by part: embedding, attention, mlp, head and reducer, and those of the towers
             where there are any.
         base_parts: those of the unreduced model at the same entry.
-        passes: how often one example goes through the layers; costs are for all passes together.
-        own: what choosing and reducing takes, of which `parts` has the MACs alone; for all passes,
-            too.
+        forwards_per_example: how often one example goes through the layers; costs are for all of
+            these together.
+        reducer_cost: what choosing and reducing takes, of which `parts` has the MACs alone; for all
+            forwards of an example together, too.
         ran: lengths of the last forward, None if there was none.
         planned: what they had to be for its texts and images, None if there was none.
     """
@@ -65,8 +66,8 @@ class Report:
     layers: tuple[LayerCost, ...]
     parts: dict[str, int]
     base_parts: dict[str, int]
-    passes: int = 1
-    own: Own = NOTHING
+    forwards_per_example: int = 1
+    reducer_cost: ReducerCost = NO_COST
     ran: Lengths | None = None
     planned: Lengths | None = None
 
@@ -130,7 +131,7 @@ class Report:
             "model": self.model,
             "reducer": self.reducer,
             "entry": list(self.entry),
-            "passes": self.passes,
+            "passes": self.forwards_per_example,
             "tower": list(self.tower),
             "layers": [dict(vars(layer)) for layer in self.layers],
             "average_tokens": list(self.average_tokens),
@@ -175,10 +176,14 @@ class Report:
             ("total", "", "", "", f"{self.macs / GIGA:.3f}", f"{self.base_macs / GIGA:.3f}")
         )
         average_text, average_image = self.average_tokens
-        passes = f", {self.passes} passes per example" if self.passes > 1 else ""
+        forwards_per_example = (
+            f", {self.forwards_per_example} passes per example"
+            if self.forwards_per_example > 1
+            else ""
+        )
         return "\n".join(
             [
-                f"{self.model}, {self._reducer_name()}{passes}",
+                f"{self.model}, {self._reducer_name()}{forwards_per_example}",
                 "",
                 *align(rows),
                 "",

@@ -106,7 +106,7 @@ def write_card(folder: Path, model: Any, reducer: Reducer, name: str | None = No
         name=name or _NAME,
         method=reducer.name,
         settings=json.dumps(to_dict(reducer), indent=2),
-        without=without + (_LEARNED if reducer.learned else ""),
+        without=without + (_LEARNED if reducer.traits.learned else ""),
     )
     with replacing(file) as stream:
         stream.write(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -187,7 +187,7 @@ def load_stock(
         device: where the model goes; the CPU if not given.
 
     Raises:
-        ValueError: if there is no such model, or it is none that reads pictures and writes.
+        ValueError: if there is no such model, or it is none that reads images and writes.
     """
     from transformers import AutoModelForImageTextToText
 

@@ -88,7 +88,7 @@ def load_official(
     Args:
         source: the folder or file. Sizes that the published code has fixed may be given in its
             `config.json`, as `pos_grid` ([12, 12]); those that weights show are read off them.
-        image_size: side of the pictures in pixels, if it is to be another one; METER's grid of
+        image_size: side of the images in pixels, if it is to be another one; METER's grid of
             positions is resized.
         answers: file with the answers of question answering in their order: `vqa2_label2ans.json`
             or `vqa2_ans2label.json` of PuMer, `vqa_dict.json` of ViLT; taken from beside the

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pumer.models.vilt.start import plain_pictures, start_tower
+from pumer.models.vilt.init import init_tower_from_vilt, plain_images
 
 IMAGE = "<image>"
 """The placeholder of an image in a prompt."""
@@ -64,7 +64,7 @@ def new_llava(
             the words.
 
     Raises:
-        ValueError: if the ViLT does not fit, see `start_tower`.
+        ValueError: if the ViLT does not fit, see `init_tower_from_vilt`.
     """
     vocabulary = {
         "vocab_size": len(tokenizer),
@@ -84,7 +84,7 @@ def new_llava(
 @torch.no_grad()
 def _start(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
     trunk = model.base_model
-    start_tower(trunk.vision_tower, vilt)
+    init_tower_from_vilt(trunk.vision_tower, vilt)
     words, table = (
         vilt.base_model.embeddings.text_embeddings,
         trunk.language_model.embed_tokens.weight,
@@ -98,7 +98,7 @@ def _start(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
     table[len(word_embeddings) :].normal_(std=float(word_embeddings.std()))
     # Image tokens as large as words, so that no layer drowns out one of the two.
     features = torch.cat(
-        model.get_image_features(plain_pictures(model.config.vision_config)).pooler_output
+        model.get_image_features(plain_images(model.config.vision_config)).pooler_output
     )
     trunk.multi_modal_projector.linear_2.weight *= word_embeddings.std() / features.std()
     return model

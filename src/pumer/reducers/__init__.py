@@ -1,13 +1,13 @@
 """Methods of token reduction as pure maths: tensors in, a `Plan` out. No model is known here."""
 
-from pumer.reducers.base import EMBEDDINGS, Encoder, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.cdpruner import CDPruner
 from pumer.reducers.compose import Chain, Compose
 from pumer.reducers.dart import DART
 from pumer.reducers.divprune import DivPrune
-from pumer.reducers.dymu import Cutoffs, DyMU
+from pumer.reducers.dymu import DyMU, DyMUCalibrator
 from pumer.reducers.dynamicvit import DynamicViT
-from pumer.reducers.energy import Energy, Spectra
+from pumer.reducers.energy import Energy, EnergyCalibrator
 from pumer.reducers.fastv import FastV
 from pumer.reducers.fopru import FoPru
 from pumer.reducers.holov import HoloV
@@ -23,6 +23,7 @@ from pumer.reducers.simple import NoVision, Pool, Random, Uniform, Unreduced
 from pumer.reducers.smarttrim import SmartTrim
 from pumer.reducers.sparsevlm import SparseVLM
 from pumer.reducers.svd_prune import SVDPrune
+from pumer.reducers.tokens import EMBEDDINGS, Encoder, Tokens, TokenShape
 from pumer.reducers.tome import ToMe
 from pumer.reducers.visionzip import VisionZip
 from pumer.reducers.vispruner import FasterVLM, VisPruner
@@ -34,12 +35,13 @@ __all__ = [
     "CDPruner",
     "Chain",
     "Compose",
-    "Cutoffs",
     "DivPrune",
     "DyMU",
+    "DyMUCalibrator",
     "DynamicViT",
     "Encoder",
     "Energy",
+    "EnergyCalibrator",
     "FastV",
     "FasterVLM",
     "FoPru",
@@ -58,9 +60,10 @@ __all__ = [
     "Selector",
     "SmartTrim",
     "SparseVLM",
-    "Spectra",
     "ToMe",
+    "TokenShape",
     "Tokens",
+    "Traits",
     "Uniform",
     "Unreduced",
     "VisPruner",

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines, determinantal
 from pumer.reducers.ops.matching import unit_vectors
 from pumer.reducers.ops.saliency import question_words
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens
 
 WORDS_AT_ONCE = 1024
 """Words of a prompt that are there in double precision at one time."""
@@ -53,16 +54,16 @@ class CDPruner(Selector):
             raise ValueError(f"theta lies between 0 and 1, not {self.theta}")
 
     @property
-    def per_crop(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(per_crop=True)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI, image_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
         text_BD = mean_direction(tokens.states_BND[:, : tokens.text], question_words(tokens))
         weight_BI = self.weights(image_BID, text_BD, valid_BI)
         kernel_BII = cosines(image_BID) * weight_BI[:, :, None] * weight_BI[:, None]
-        return determinantal(kernel_BII, valid_BI, kept_B, most)
+        return determinantal(kernel_BII, valid_BI, num_keep_B, most)
 
     def weights(self, image_BID: Tensor, text_BD: Tensor, valid_BI: Tensor) -> Tensor:
         """How relevant each image token is to the text, float64 [B,I], 0 at padding.

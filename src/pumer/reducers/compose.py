@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from pumer.reducers.base import EMBEDDINGS, Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.plan import Plan
 from pumer.reducers.pumer import PuMer
 from pumer.reducers.registry import register, to_dict
 from pumer.reducers.simple import Unreduced
+from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 from pumer.reducers.tome import ToMe
 
 
@@ -38,19 +39,19 @@ class Compose(Reducer):
         for role, reducer in (("tower", self.tower), ("inside", self.inside)):
             if not isinstance(reducer, Reducer):
                 raise ValueError(f"{role} is a reducer, not {reducer!r}")
-            if reducer.in_tower is not None:
+            if reducer.traits.vision_reducer is not None:
                 raise ValueError(f"{role} is itself a composition: give a single reducer")
-        if isinstance(self.tower, PuMer):
+        if self.tower.traits.needs_text:
             raise ValueError(
-                "PuMer is guided by the text, and a vision tower has none: give `tower` ToMe, for "
-                "example"
+                f"{self.tower.name} is guided by the text, and a vision tower has none: give "
+                "tower=ToMe(), for example"
             )
-        if self.tower.learned is not None:
+        if self.tower.traits.learned is not None:
             raise ValueError(
                 f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for "
                 "example"
             )
-        if self.tower.weighs_by_size and self.inside.learned is not None:
+        if self.tower.traits.proportional_attention and self.inside.traits.learned is not None:
             raise ValueError(
                 f"{self.inside.name} is trained by an attention that knows no sizes: give "
                 f"{self.tower.name} proportional=False"
@@ -60,72 +61,28 @@ class Compose(Reducer):
         tower = self.tower
         if model.tower is not None:
             # A learned reducer is trained by an attention that knows no sizes.
-            by_size = model.tower.proportional and self.inside.learned is None
+            by_size = model.tower.proportional and self.inside.traits.learned is None
             tower = tower.resolve(replace(model.tower, proportional=by_size))
         return replace(self, tower=tower, inside=self.inside.resolve(model))
 
     @property
-    def in_tower(self) -> Reducer:
-        return self.tower
+    def traits(self) -> Traits:
+        inside, tower = self.inside.traits, self.tower.traits
+        return replace(
+            inside,
+            vision_reducer=self.tower,
+            dynamic_length=inside.dynamic_length or tower.dynamic_length,
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
         return self.inside.layers
 
-    @property
-    def learned(self) -> Any:
-        return self.inside.learned
-
-    @property
-    def after_layer(self) -> bool:
-        return self.inside.after_layer
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.inside.needs
-
-    @property
-    def needs_attention(self) -> bool:
-        return self.inside.needs_attention
-
-    @property
-    def reads_embeddings(self) -> bool:
-        return self.inside.reads_embeddings
-
-    @property
-    def weighs_by_size(self) -> bool:
-        return self.inside.weighs_by_size or self.tower.weighs_by_size
-
-    @property
-    def per_crop(self) -> bool:
-        return self.inside.per_crop
-
-    @property
-    def published(self) -> bool:
-        return self.inside.published
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return self.inside.leaves_gaps or self.tower.leaves_gaps
-
     def reduces_at(self, layer: int) -> bool:
         return self.inside.reduces_at(layer)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return self.inside.lengths(text, image, layer, prefix, grid)
-
-    def lengths_from(
-        self,
-        entered: int,
-        text: int,
-        image: int,
-        layer: int,
-        prefix: int = 1,
-        grid: Grid | None = None,
-    ) -> tuple[int, int]:
-        return self.inside.lengths_from(entered, text, image, layer, prefix, grid)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return self.inside.lengths(shape)
 
     def plan(self, tokens: Tokens) -> Plan:
         return self.inside.plan(tokens)
@@ -155,7 +112,7 @@ class Chain(Reducer):
     def __post_init__(self) -> None:
         if not self.reducers or any(not isinstance(reducer, Reducer) for reducer in self.reducers):
             raise ValueError(f"give a tuple of reducers, not {self.reducers!r}")
-        if any(reducer.in_tower is not None for reducer in self.reducers):
+        if any(reducer.traits.vision_reducer is not None for reducer in self.reducers):
             raise ValueError(
                 "what acts inside the vision tower goes around a chain: Compose(tower, Chain(...))"
             )
@@ -165,7 +122,7 @@ class Chain(Reducer):
             raise ValueError(
                 f"more than one reducer acts in layers {twice}: give them layers of their own"
             )
-        learned = [reducer.name for reducer in self.reducers if reducer.learned is not None]
+        learned = [reducer.name for reducer in self.reducers if reducer.traits.learned is not None]
         if learned:
             raise ValueError(
                 f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself"
@@ -173,7 +130,7 @@ class Chain(Reducer):
         if (
             len(
                 {
-                    reducer.after_layer
+                    reducer.traits.post_layer
                     for reducer in self.reducers
                     if max(reducer.layers or (0,)) >= 0
                 }
@@ -192,66 +149,19 @@ class Chain(Reducer):
         return tuple(sorted(layer for reducer in self.reducers for layer in reducer.layers or ()))
 
     @property
-    def after_layer(self) -> bool:
-        return any(reducer.after_layer for reducer in self.reducers)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(reducer.needs for reducer in self.reducers))
-
-    @property
-    def needs_attention(self) -> bool:
-        return any(reducer.needs_attention for reducer in self.reducers)
-
-    @property
-    def reads_embeddings(self) -> bool:
-        return any(reducer.reads_embeddings for reducer in self.reducers)
-
-    @property
-    def weighs_by_size(self) -> bool:
-        return any(reducer.weighs_by_size for reducer in self.reducers)
-
-    @property
-    def per_crop(self) -> bool:
+    def traits(self) -> Traits:
+        # Crops and projector are behind the vision tower: only what acts there has a say in them.
         first = self._acting(EMBEDDINGS)
-        return first is not None and first.per_crop
-
-    @property
-    def before_projector(self) -> bool:
-        first = self._acting(EMBEDDINGS)
-        return first is not None and first.before_projector
-
-    @property
-    def published(self) -> bool:
-        return any(reducer.published for reducer in self.reducers)
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return any(reducer.leaves_gaps for reducer in self.reducers)
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        reducer = self._acting(layer)
-        return (
-            (text, image) if reducer is None else reducer.lengths(text, image, layer, prefix, grid)
+        at_entry = Traits() if first is None else first.traits
+        return replace(
+            Traits.union(reducer.traits for reducer in self.reducers),
+            per_crop=at_entry.per_crop,
+            before_projector=at_entry.before_projector,
         )
 
-    def lengths_from(
-        self,
-        entered: int,
-        text: int,
-        image: int,
-        layer: int,
-        prefix: int = 1,
-        grid: Grid | None = None,
-    ) -> tuple[int, int]:
-        reducer = self._acting(layer)
-        return (
-            (text, image)
-            if reducer is None
-            else reducer.lengths_from(entered, text, image, layer, prefix, grid)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        reducer = self._acting(shape.layer)
+        return shape.unchanged if reducer is None else reducer.lengths(shape)
 
     def plan(self, tokens: Tokens) -> Plan:
         reducer = self._acting(tokens.layer)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens, check_layers
+from pumer.reducers.base import check_layers
 from pumer.reducers.ops.matching import rank, unit_vectors
 from pumer.reducers.ops.saliency import question_words
 from pumer.reducers.plan import tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -69,10 +70,10 @@ class DART(Selector):
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI, states_BID = candidates(tokens), image_states(tokens)
         assert tokens.states_BND is not None
-        text, first, size_BN = tokens.text, tokens.text + tokens.prefix, _size(tokens)
+        text, first, size_BN = tokens.text, tokens.text + tokens.num_prefix_tokens, _size(tokens)
 
         # Pivots: the largest words of the question, and the largest image tokens, which are kept.
         words_BT = question_words(tokens)
@@ -83,7 +84,7 @@ class DART(Selector):
             size_BN[:, first:],
             valid_BI,
             min(max(self.pivots[0], 1), most),
-            torch.minimum(wanted_B, kept_B),
+            torch.minimum(wanted_B, num_keep_B),
         )
         pivot_BP = torch.cat([first + image_BP, text_BP], 1)
         real_BP = torch.cat([image_real_BP, text_real_BP], 1)
@@ -91,7 +92,7 @@ class DART(Selector):
         chosen_BI = ((numbers == image_BP[..., None]) & image_real_BP[..., None]).any(1)
 
         # Quotas: the budget that is left, in equal parts.
-        remaining_B, count_B = kept_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
+        remaining_B, count_B = num_keep_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
         one_more_BP = real_BP.long().cumsum(1) <= (remaining_B % count_B)[:, None]
         quota_BP = ((remaining_B // count_B)[:, None] + one_more_BP) * real_BP
 

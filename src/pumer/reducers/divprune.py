@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.greedy import cosines, farthest_first
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -33,5 +33,5 @@ class DivPrune(Selector):
     name = "divprune"
     keep: float | int = 0.098
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return farthest_first(cosines(image_states(tokens)), candidates(tokens), kept_B, most)
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        return farthest_first(cosines(image_states(tokens)), candidates(tokens), num_keep_B, most)

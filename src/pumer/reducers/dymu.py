@@ -1,4 +1,4 @@
-"""DyMU: merging by a threshold, so that a simple picture is left with fewer tokens than a busy one.
+"""DyMU: merging by a threshold, so that a simple image is left with fewer tokens than a busy one.
 
 Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv
 2504.17040. This is its dynamic merging; its virtual unmerging, in the language model, is not here.
@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.ops.budget import check_keep, halves, portion, smaller
 from pumer.reducers.ops.matching import UNALIKE, absorb, partners, rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 _UNCALIBRATED = 0.85
 """The threshold where none was calibrated."""
@@ -31,30 +32,26 @@ class _Merging(Reducer):
     """Merge whatever is more alike than a threshold."""
 
     @property
-    def weighs_by_size(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(proportional_attention=True, dynamic_length=True)
 
-    @property
-    def leaves_gaps(self) -> bool:
-        return True
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image  # it may be that nothing is alike
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged  # it may be that nothing is alike
 
     def plan(self, tokens: Tokens) -> Plan:
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         valid_BN = tokens.valid_BN[:, first:]
         if valid_BN.shape[1] < 2:
             return Plan.identity(tokens.mask_BN)
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
-        similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.prefix)
+        similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.num_prefix_tokens)
         # Of an odd number without [CLS] there is one source more than pairs: the least alike one
         # stays.
         paired_BS = rank(similarity_BS) < self._most(valid_BN.sum(1, keepdim=True))
         merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
-        image = absorb(merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.prefix)
+        image = absorb(
+            merges_BS, partner_BS, valid_BN, valid_BN.shape[1], sizes_BN, tokens.num_prefix_tokens
+        )
         return tokens.with_structure(None, image)
 
     def _most(self, count_B1: Tensor) -> Tensor:
@@ -74,8 +71,8 @@ class DyMU(_Merging):
     For vision towers; attention counts a merged token as often as its size says.
 
     Args:
-        thresholds: cosine of keys above which two tokens are merged, for every layer; `Cutoffs`
-            finds them. None: 0.85 in every layer.
+        thresholds: cosine of keys above which two tokens are merged, for every layer;
+            `DyMUCalibrator` finds them. None: 0.85 in every layer.
         cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
             those that arrive there (float), or a whole number (int). None: half of them, all that
             one layer can merge.
@@ -122,14 +119,14 @@ class DyMU(_Merging):
 
 
 @dataclass(frozen=True)
-class Cutoffs(_Merging):
-    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per picture on average,
+class DyMUCalibrator(_Merging):
+    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per image on average,
     and note the cut.
 
-    Put it on a model, run typical pictures through, then read `thresholds`.
+    Put it on a model, run typical images through, then read `thresholds`.
 
     Args:
-        r: pairs per picture and layer to merge, on average over a batch.
+        r: pairs per image and layer to merge, on average over a batch.
         depth: layers that merge, the first ones; None: all of the model's.
     """
 
@@ -156,10 +153,9 @@ class Cutoffs(_Merging):
         return cut
 
     def thresholds(self) -> tuple[float, ...]:
-        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no picture was seen."""
+        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no image was seen."""
         if not self.noted or (self.depth is not None and set(self.noted) != set(self.layers)):
             raise ValueError(
-                "there is nothing to average: run pictures through the model with this reducer "
-                "first"
+                "there is nothing to average: run images through the model with this reducer first"
             )
         return tuple(float(torch.stack(self.noted[layer]).mean()) for layer in sorted(self.noted))

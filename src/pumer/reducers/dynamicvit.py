@@ -13,12 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
-from pumer.reducers.learned import Gate, Learned, decide, mean_of
+from pumer.reducers.base import ModelShape, Traits, check_layers
+from pumer.reducers.learned import KeepDecision, Learned, decide, mean_of
 from pumer.reducers.ops.budget import Count, stage, stage_layers
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @register
@@ -38,7 +39,7 @@ class DynamicViT(Learned):
             losses are left to the training: a teacher's is there if one is given, the one on the
             tokens' states is not.
         official: the port in the published PuMer code: predictors without the half that sees the
-            whole picture, a count that includes [CLS], tokens in the order of their scores, and the
+            whole image, a count that includes [CLS], tokens in the order of their scores, and the
             published softmax, which padding has a say in; not while training, so that with padding
             the two differ in the third digit of a logit.
     """
@@ -67,48 +68,30 @@ class DynamicViT(Learned):
         )
 
     @property
-    def published(self) -> bool:
-        return self.official
+    def traits(self) -> Traits:
+        return replace(super().traits, official=self.official, post_layer=True)
 
-    @property
-    def after_layer(self) -> bool:
-        return True
-
-    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+    def parts(self, width: int, heads: int, depth: int, has_cross_attention: bool) -> nn.ModuleDict:
         assert self.layers is not None
         return nn.ModuleDict(
             {str(layer): Predictor(width, whole=not self.official) for layer in self.layers}
         )
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        """As after the first stage; what is left of a later one depends on what entered: see
-        `lengths_from`."""
-        if not self.reduces_at(layer):
-            return text, image
-        structure = min(prefix, image)
-        patches = image - structure
-        return text, structure + self._kept(patches, patches, 1)
-
-    def lengths_from(
-        self,
-        entered: int,
-        text: int,
-        image: int,
-        layer: int,
-        prefix: int = 1,
-        grid: Grid | None = None,
-    ) -> tuple[int, int]:
-        if not self.reduces_at(layer):
-            return text, image
-        structure = min(prefix, image)
-        return text, structure + self._kept(
-            max(entered - prefix, 0), image - structure, self._stage(layer)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        # A share of the image tokens that entered; as of the first stage where that is not known.
+        entered, stage_index = shape.patches, 1
+        if shape.entered is not None:
+            entered, stage_index = (
+                max(shape.entered - shape.num_prefix_tokens, 0),
+                self._stage(shape.layer),
+            )
+        num_keep = self._kept(entered, shape.patches, stage_index)
+        return shape.text, shape.structure + num_keep
 
     def plan(self, tokens: Tokens) -> Plan:
-        valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
+        valid_BN = tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
         score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
         entered_BN, stage_index = valid_BN, 1
         if tokens.entered_BI is not None:
@@ -121,26 +104,30 @@ class DynamicViT(Learned):
                 index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1]
             )
             return tokens.with_structure(None, kept)
-        kept_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), stage_index)
-        keep_BN = valid_BN & (rank(score_BN) < kept_B[:, None])
+        num_keep_B = self._kept(entered_BN.sum(1), valid_BN.sum(1), stage_index)
+        keep_BN = valid_BN & (rank(score_BN) < num_keep_B[:, None])
         return tokens.with_structure(None, Plan.keep(keep_BN, most))
 
-    def gate(self, tokens: Tokens) -> Gate:
+    def gate(self, tokens: Tokens) -> KeepDecision:
         """Decisions on the image tokens that are still there; [CLS] and text stay."""
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         valid_BN = tokens.valid_BN[:, first:]
         before = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
-        image_BN = decide(self._logits(tokens), self.draw_at(tokens.progress)) * before[:, first:]
-        return Gate(torch.cat([before[:, :first], image_BN], dim=1), mean_of(image_BN, valid_BN))
+        image_BN = (
+            decide(self._logits(tokens), self.sampling_at(tokens.progress)) * before[:, first:]
+        )
+        return KeepDecision(
+            torch.cat([before[:, :first], image_BN], dim=1), mean_of(image_BN, valid_BN)
+        )
 
     def budget_loss(
-        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+        self, keep_ratios: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
     ) -> Tensor:
         """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ...
         (equation 14)."""
         stages = [
-            (kept_B - self.keep**stage_index).square().mean()
-            for stage_index, kept_B in enumerate(spent, start=1)
+            (num_keep_B - self.keep**stage_index).square().mean()
+            for stage_index, num_keep_B in enumerate(keep_ratios, start=1)
         ]
         return self.weight * torch.stack(stages).mean()
 
@@ -148,7 +135,7 @@ class DynamicViT(Learned):
         """Log-probabilities of (keep, drop) of the image tokens without [CLS]."""
         assert tokens.states_BND is not None
         assert tokens.part is not None
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
         # What stands in padding may be anything, and anything times zero need not be zero.
         states_BND = tokens.states_BND.masked_fill(~tokens.valid_BN[..., None], 0)

@@ -16,13 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.divprune import DivPrune
-from pumer.reducers.ops.budget import check_keep, kept
+from pumer.reducers.ops.budget import check_keep, num_keep
 from pumer.reducers.ops.spectral import directions_for, energies
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register, to_dict
 from pumer.reducers.selector import Selector, candidates, image_states
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @register
@@ -69,43 +70,27 @@ class Energy(Reducer):
         return self.selector.layers
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.selector.needs
+    def traits(self) -> Traits:
+        return replace(self.selector.traits, dynamic_length=True, before_projector=False)
 
-    @property
-    def needs_attention(self) -> bool:
-        return self.selector.needs_attention
-
-    @property
-    def per_crop(self) -> bool:
-        return self.selector.per_crop
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return True
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (
-            (text, prefix + kept(self.most, image - prefix))
-            if self.reduces_at(layer)
-            else (text, image)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        return shape.text, shape.structure + num_keep(self.most, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
         if valid_BI.shape[1] == 0:
             return Plan.identity(tokens.mask_BN)
-        kept_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
-        image = self.selector.reduce_to(tokens, kept_B, kept(self.most, valid_BI.shape[1]))
+        num_keep_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
+        image = self.selector.reduce_to(tokens, num_keep_B, num_keep(self.most, valid_BI.shape[1]))
         return tokens.with_structure(None, image)
 
     def count(self, energy_BR: Tensor, count_B: Tensor) -> Tensor:
         """How many tokens of each image stay, int64 [B], given its energies and how many it has."""
         wanted_B = directions_for(self.tau, energy_BR)
         return torch.minimum(
-            torch.maximum(wanted_B, kept(self.least, count_B)), kept(self.most, count_B)
+            torch.maximum(wanted_B, num_keep(self.least, count_B)), num_keep(self.most, count_B)
         )
 
     def matched(self, spectra: Sequence[tuple[Tensor, Tensor]], keep: float | int) -> Energy:
@@ -117,7 +102,7 @@ class Energy(Reducer):
 
         Args:
             spectra: of every batch of a calibration set the energies [B,R] and the image tokens
-                [B]; `Spectra` collects them.
+                [B]; `EnergyCalibrator` collects them.
             keep: the fixed budget.
 
         Raises:
@@ -126,7 +111,7 @@ class Energy(Reducer):
         """
         if not spectra:
             raise ValueError("give the spectra of some images")
-        target = torch.cat([kept(keep, count) for _, count in spectra]).double().mean()
+        target = torch.cat([num_keep(keep, count) for _, count in spectra]).double().mean()
 
         def excess(tau: float) -> float:
             counts = torch.cat([replace(self, tau=tau).count(*spectrum) for spectrum in spectra])
@@ -149,7 +134,7 @@ class Energy(Reducer):
 
 
 @dataclass(frozen=True)
-class Spectra(Reducer):
+class EnergyCalibrator(Reducer):
     """Calibration of `Energy`: changes nothing, and collects what `Energy.matched` takes.
 
     Put it on a model and run typical images through.
@@ -163,10 +148,8 @@ class Spectra(Reducer):
     layers: tuple[int, ...] = (-1,)
     noted: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -44,5 +44,9 @@ class FastV(Selector):
     def layers(self) -> tuple[int, ...]:
         return (self.layer - 1,)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return best(last_text_attention(tokens)[:, tokens.prefix :], candidates(tokens), kept_B)
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        return best(
+            last_text_attention(tokens)[:, tokens.num_prefix_tokens :],
+            candidates(tokens),
+            num_keep_B,
+        )

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.budget import portion
 from pumer.reducers.ops.matching import rank, rank_in_groups
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, encoded
+from pumer.reducers.tokens import Tokens, TokenShape
 
 STRATEGIES = ("rank", "row")
 VARIANCE = "variance"
@@ -66,38 +67,39 @@ class FoPru(Selector):
         return self.strategy == "row" and not self.fill
 
     @property
-    def needs(self) -> frozenset[str]:
+    def traits(self) -> Traits:
         if self.saliency == VARIANCE:
-            return frozenset({"received_BN", "given_BN"})
-        return frozenset({SALIENCY[self.saliency]})
+            needs = frozenset({"received_BN", "given_BN"})
+        else:
+            needs = frozenset({SALIENCY[self.saliency]})
+        # The images of a batch differ in the length of their rows.
+        return Traits(
+            needs_encoder=needs,
+            needs_grid=self.strategy == "row",
+            dynamic_length=self._whole_rows,
+        )
 
-    @property
-    def leaves_gaps(self) -> bool:
-        return self._whole_rows  # pictures of one batch differ in the length of their rows
-
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if not (self._whole_rows and self.reduces_at(layer)):
-            return super().lengths(text, image, layer, prefix, grid)
-        side = round((image - prefix) ** 0.5)
-        rows, columns = grid or (side, side)
-        return text, prefix + min(max(1, portion(self.keep, rows)) * columns, image - prefix)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not (self._whole_rows and self.reduces_at(shape.layer)):
+            return super().lengths(shape)
+        side = round(shape.patches**0.5)
+        rows, columns = shape.grid or (side, side)
+        num_keep = max(1, portion(self.keep, rows)) * columns
+        return shape.text, shape.structure + min(num_keep, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         if not self._whole_rows or candidates(tokens).shape[1] == 0:
             return super().plan(tokens)
-        image = tokens.mask_BN.shape[1] - tokens.text
-        _, slots = self.lengths(tokens.text, image, tokens.layer, tokens.prefix, tokens.grid)
+        _, slots = self.lengths(tokens.shape)
         place_BI, _, rows_B = self._rows(tokens)
         keep_BI = candidates(tokens) & (place_BI < portion(self.keep, rows_B).clamp_min(1)[:, None])
-        return tokens.with_structure(None, Plan.keep(keep_BI, slots - tokens.prefix))
+        return tokens.with_structure(None, Plan.keep(keep_BI, slots - tokens.num_prefix_tokens))
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         if self.strategy == "rank":
-            return best(self._saliency(tokens), candidates(tokens), kept_B)
+            return best(self._saliency(tokens), candidates(tokens), num_keep_B)
         _, order_BI, _ = self._rows(tokens)
-        return candidates(tokens) & (order_BI < kept_B[:, None])
+        return candidates(tokens) & (order_BI < num_keep_B[:, None])
 
     def _saliency(self, tokens: Tokens) -> Tensor:
         """How much attention each token gets, [B,I]."""
@@ -110,10 +112,10 @@ class FoPru(Selector):
 
     def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Place of every token's row among the rows, its own place when these stand in that order,
-        and how many rows each picture has."""
+        and how many rows each image has."""
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError(
-                'rows need all patches of the picture in a grid: take strategy="rank" here'
+                'rows need all patches of the image in a grid: take strategy="rank" here'
             )
         rows, columns = tokens.grid
         valid_BI, score_BI = candidates(tokens), self._saliency(tokens)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.ops.matching import rank, rank_in_groups
 from pumer.reducers.registry import register
@@ -26,6 +26,7 @@ from pumer.reducers.selector import (
     encoded,
     image_states,
 )
+from pumer.reducers.tokens import Tokens
 
 ATTENTION, VARIETY = 1000.0, 0.09
 """Published weights of attention and of how much a token's similarities to the others of its chunk
@@ -61,14 +62,14 @@ class HoloV(Selector):
             raise ValueError(f'chunks is "auto" or at least one chunk, not {self.chunks!r}')
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency]})
+    def traits(self) -> Traits:
+        return Traits(needs_encoder=frozenset({SALIENCY[self.saliency]}))
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
         # Double: a thousand times the largest float32 is not finite.
         attention_BI = ATTENTION * encoded(tokens, SALIENCY[self.saliency]).double()
-        chunk_BI, chunks = self._chunks(valid_BI, kept_B)
+        chunk_BI, chunks = self._chunks(valid_BI, num_keep_B)
         variety_BI = _variety(cosines(image_states(tokens)), chunk_BI, valid_BI, chunks)
 
         # Every chunk's share of the budget, from the mean score of its tokens.
@@ -76,15 +77,15 @@ class HoloV(Selector):
         size_BP = _per_chunk(valid_BI.double(), chunk_BI, chunks)
         mean_BP = (total_BP / size_BP.clamp_min(1)).clamp_min(0)
         share_BP = mean_BP / mean_BP.sum(1, keepdim=True).clamp_min(1e-300)
-        quota_BP = (kept_B[:, None] * share_BP).floor().long()
-        quota_BP = quota_BP + (rank(mean_BP) < (kept_B - quota_BP.sum(1))[:, None])
+        quota_BP = (num_keep_B[:, None] * share_BP).floor().long()
+        quota_BP = quota_BP + (rank(mean_BP) < (num_keep_B - quota_BP.sum(1))[:, None])
 
         quota_BI = torch.nn.functional.pad(quota_BP, (0, 1)).gather(1, chunk_BI)
         _, within_BI = rank_in_groups(attention_BI, chunk_BI, chunks + 1)
         chosen_BI = valid_BI & (within_BI < quota_BI)
-        return chosen_BI | best(attention_BI, valid_BI & ~chosen_BI, kept_B - chosen_BI.sum(1))
+        return chosen_BI | best(attention_BI, valid_BI & ~chosen_BI, num_keep_B - chosen_BI.sum(1))
 
-    def _chunks(self, valid_BI: Tensor, kept_B: Tensor) -> tuple[Tensor, int]:
+    def _chunks(self, valid_BI: Tensor, num_keep_B: Tensor) -> tuple[Tensor, int]:
         """The chunk of every token, int64 [B,I], and the most that there are: that of padding."""
         count_B1 = valid_BI.sum(1, keepdim=True)
         if isinstance(self.chunks, int):
@@ -92,7 +93,7 @@ class HoloV(Selector):
             chunks_B1 = torch.full_like(count_B1, most)
         else:
             most = max(1, 1024 * valid_BI.shape[1] // 576)
-            wanted_B1 = 1024 * count_B1.double() / 576 / kept_B[:, None].clamp_min(1)
+            wanted_B1 = 1024 * count_B1.double() / 576 / num_keep_B[:, None].clamp_min(1)
             chunks_B1 = wanted_B1.long().clamp(1, most)
         # The first `longer` chunks have `size` + 1 tokens, all others `size`.
         size_B1, longer_B1 = count_B1 // chunks_B1, count_B1 % chunks_B1

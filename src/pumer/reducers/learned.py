@@ -16,25 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Reducer, Tokens
+from pumer.reducers.base import Reducer, Traits
+from pumer.reducers.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Gate:
+class KeepDecision:
     """What a learned reducer decides while training.
 
     Args:
         token_BN: 1 for tokens that stay, 0 for others; its gradient is that of the soft decision
             (straight-through).
-        spent: what `Learned.budget_loss` wants to know of this layer, per sample.
+        keep_ratios: what `Learned.budget_loss` wants to know of this layer, per sample.
     """
 
     token_BN: Tensor
-    spent: Tensor
+    keep_ratios: Tensor
 
 
 @dataclass(frozen=True)
-class Draw:
+class GumbelSampling:
     """How decisions are drawn while training.
 
     Args:
@@ -52,62 +53,62 @@ class Learned(Reducer):
     """A reducer that decides by trained parts."""
 
     @property
-    def learned(self) -> Learned:
-        return self
+    def traits(self) -> Traits:
+        return Traits(learned=self)
 
     @property
     def trims_heads(self) -> bool:
         """Whether it decides on attention heads too."""
         return False
 
-    def draw_at(self, progress: float) -> Draw:
+    def sampling_at(self, progress: float) -> GumbelSampling:
         """How decisions are drawn at this point of the training, 0 to 1."""
-        return Draw()
+        return GumbelSampling()
 
     @property
     def self_distils(self) -> bool:
         """Whether the model's own answer without reduction is to teach the reduced one."""
         return False
 
-    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+    def parts(self, width: int, heads: int, depth: int, has_cross_attention: bool) -> nn.ModuleDict:
         """New parts, by layer.
 
         Args:
             width: channels of the states.
             heads: of every attention.
             depth: number of layers.
-            crosses: see `Adapter.crosses`.
+            has_cross_attention: see `Adapter.has_cross_attention`.
         """
         raise NotImplementedError
 
-    def gate(self, tokens: Tokens) -> Gate:
+    def gate(self, tokens: Tokens) -> KeepDecision:
         """The decisions in one layer while training; `tokens.gate_BN` has those of the layers
         before."""
         raise NotImplementedError
 
     def budget_loss(
-        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+        self, keep_ratios: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
     ) -> Tensor:
         """What is to be paid for keeping more, or fewer, tokens than wanted.
 
         Args:
-            spent: `Gate.spent` of every layer that decided.
+            keep_ratios: `KeepDecision.keep_ratios` of every layer that decided.
             progress: of the training, 0 to 1.
             heads: share of the heads that every attention kept, [B], where heads are trimmed.
         """
         raise NotImplementedError
 
 
-def decide(logits: Tensor, draw: Draw | None) -> Tensor:
+def decide(logits: Tensor, sampling: GumbelSampling | None) -> Tensor:
     """Keep (1) or not (0) from logits [..., (keep, drop)].
 
     While training one is drawn by the straight-through Gumbel trick (Jang et al., ICLR 2017); the
     likelier one is taken where nothing is drawn.
     """
-    if draw is None:
+    if sampling is None:
         return (logits[..., 0] > logits[..., 1]).float()
     gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
-    soft = ((logits.float() + draw.noise * gumbel) / draw.temperature).softmax(-1)[..., 0]
+    soft = ((logits.float() + sampling.noise * gumbel) / sampling.temperature).softmax(-1)[..., 0]
     return (soft > 0.5).float() + soft - soft.detach()
 
 
@@ -135,7 +136,7 @@ def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
     return (values_BN * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def start_open(last: nn.Linear, bias: float) -> None:
+def init_keep_bias(last: nn.Linear, bias: float) -> None:
     """Let decisions, each of two logits in turn, begin as keeping: the logits start about `bias`
     apart."""
     with torch.no_grad():

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.ops.saliency import text_saliency
 from pumer.reducers.plan import Plan
+from pumer.reducers.tokens import Tokens
 
 STYLES = ("tome", "tip", "diff")
 EPSILON = 1e-6
@@ -168,7 +168,7 @@ def plan(
 
 
 def _most_attended(tokens: Tokens, score: str, kept: int) -> tuple[Plan, Tensor]:
-    """The `kept` image tokens with the highest scores, in order of these, and the scores [B,K]."""
+    """The image tokens with the highest scores, in that order, and their scores [B,K]."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
     rows_BT = torch.ones(
         tokens.mask_BN.shape[0], text, device=tokens.mask_BN.device

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.budget import Count, check_keep, smaller
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import Plan, tokens_at
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
 """What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what
@@ -67,12 +68,11 @@ class PruMerge(Selector):
             check_keep(keep=self.keep)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({ATTENTION[self.saliency], "last_keys_BNC"})
-
-    @property
-    def leaves_gaps(self) -> bool:
-        return self.keep is None
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({ATTENTION[self.saliency], "last_keys_BNC"}),
+            dynamic_length=self.keep is None,
+        )
 
     def budget(self, count: Count, layer: int) -> Count:
         """How many stay, the extra token included; without `keep` the most that may.
@@ -98,19 +98,21 @@ class PruMerge(Selector):
         most = self.budget(valid_BI.shape[1], tokens.layer)
         return tokens.with_structure(None, self._merged(tokens, keep_BI, extra_B, most))
 
-    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+    def reduce_to(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Plan:
         valid_BI = candidates(tokens)
         # One slot is the extra token's, unless all tokens stay or it would be the only one.
-        extra_B = (kept_B < valid_BI.sum(1)) & (kept_B > 1)
-        kept_B = kept_B - extra_B.long()
-        attended_B = torch.minimum((kept_B // 4).clamp_min(1), kept_B) if self.plus else kept_B
+        extra_B = (num_keep_B < valid_BI.sum(1)) & (num_keep_B > 1)
+        num_keep_B = num_keep_B - extra_B.long()
+        attended_B = (
+            torch.minimum((num_keep_B // 4).clamp_min(1), num_keep_B) if self.plus else num_keep_B
+        )
         attended_BI = best(encoded(tokens, ATTENTION[self.saliency]), valid_BI, attended_B)
 
         # The others evenly spaced among those that are left.
         rest_BI = valid_BI & ~attended_BI
         place_BI = rest_BI.long().cumsum(1) - 1
         rest_B1 = rest_BI.sum(1, keepdim=True).clamp_min(1)
-        spaced_B1 = (kept_B - attended_BI.sum(1))[:, None]
+        spaced_B1 = (num_keep_B - attended_BI.sum(1))[:, None]
         spaced_BI = (place_BI + 1) * spaced_B1 // rest_B1 > place_BI * spaced_B1 // rest_B1
         return self._merged(tokens, attended_BI | rest_BI & spaced_BI, extra_B, most)
 
@@ -139,11 +141,11 @@ class PruMerge(Selector):
         near_BKI = near_BKI & other_BKI & keeping.mask_BK[..., None]
 
         # All that are not kept stand in the extra slot.
-        kept_B1, extra_B1 = keep_BI.sum(1, keepdim=True), extra_B[:, None]
+        num_keep_B1, extra_B1 = keep_BI.sum(1, keepdim=True), extra_B[:, None]
         rest_BI = valid_BI & ~keep_BI
-        slot_BI = torch.where(rest_BI & extra_B1, kept_B1, keeping.slot_BN)
+        slot_BI = torch.where(rest_BI & extra_B1, num_keep_B1, keeping.slot_BN)
         weight_BI = torch.where(rest_BI, attention_BI, 1.0)
-        mask_BK = torch.arange(most, device=valid_BI.device) < kept_B1 + extra_B1
+        mask_BK = torch.arange(most, device=valid_BI.device) < num_keep_B1 + extra_B1
         shares_BKI = Plan(slot_BI, weight_BI, mask_BK).matrix() + near_BKI * attention_BI[:, None]
         return Plan(slot_BI, weight_BI, mask_BK, shares_BKN=shares_BKI)
 

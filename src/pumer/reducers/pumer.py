@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pumer.reducers import official as published
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.base import ModelShape, Reducer, Traits, check_layers, check_ratios
 from pumer.reducers.ops.budget import (
     Count,
     halves,
@@ -26,6 +26,7 @@ from pumer.reducers.ops.matching import bipartite, rank
 from pumer.reducers.ops.saliency import SCORES, text_saliency
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @register
@@ -97,21 +98,31 @@ class PuMer(Reducer):
                 raise ValueError("PuMer scores by attention, so it cannot act before layer 0")
 
     @property
-    def published(self) -> bool:
-        return bool(self.official)
-
-    @property
-    def needs_attention(self) -> bool:
-        return self.published
+    def traits(self) -> Traits:
+        return Traits(
+            needs_attention=bool(self.official), needs_text=True, official=bool(self.official)
+        )
 
     def resolve(self, model: ModelShape) -> Self:
+        if self.official:
+            return self._resolve_official(model)
+        if self.layers is not None:
+            return self
         # A decoder may be too shallow for three reductions.
         stages = min(3, model.last + 1)
-        return (
-            self
-            if self.layers is not None
-            else replace(self, layers=stage_layers(stages, model.depth, model.last))
-        )
+        return replace(self, layers=stage_layers(stages, model.depth, model.last))
+
+    def _resolve_official(self, model: ModelShape) -> Self:
+        """`official=True` becomes "meter" where text and image have layers of their own."""
+        if model.co_attention and self.layers == "all":
+            raise ValueError(
+                "METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)"
+            )
+        if self.official == "meter" and model.co_attention is False:
+            raise ValueError(
+                "official='meter' is METER's published reducer: give ViLT official=True"
+            )
+        return replace(self, official="meter") if model.co_attention else self
 
     def reduces_at(self, layer: int) -> bool:
         return layer >= 0 if self.layers == "all" else super().reduces_at(layer)
@@ -129,21 +140,17 @@ class PuMer(Reducer):
     def settings(self) -> dict[str, Any]:
         return super().settings() | ({"layers": None} if self.layers == "all" else {})
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if not self.reduces_at(layer):
-            return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        text, ratios = shape.text, (self.prune, self.merge, self.merge_text)
         if self.official == "meter":
-            return published.lengths_meter(text, image, self.prune, self.merge, self.merge_text)
+            return published.lengths_meter(text, shape.image, *ratios)
         if self.official:
-            return published.lengths(
-                text, image, self.prune, self.merge, self.merge_text, self.style
-            )
-        head = min(prefix, image)
-        kept, merged = prune_then_merge(image - head, self.prune, self.merge)
-        mergeable = max(text - (prefix or 2), 0)
-        return text - self._merged_text(mergeable), head + kept - merged
+            return published.lengths(text, shape.image, *ratios, self.style)
+        kept, merged = prune_then_merge(shape.patches, self.prune, self.merge)
+        mergeable = max(text - (shape.num_prefix_tokens or 2), 0)
+        return text - self._merged_text(mergeable), shape.structure + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
         if self.official == "meter":
@@ -152,19 +159,17 @@ class PuMer(Reducer):
             return published.plan(
                 tokens, self.prune, self.merge, self.merge_text, self.score, self.style
             )
-        prefix, keys_BNC = tokens.prefix, tokens.mean_keys_BNC
-        image = slice(tokens.text + prefix, keys_BNC.shape[1])
-        text_slots, image_slots = self.lengths(
-            tokens.text, image.stop - tokens.text, tokens.layer, prefix
-        )
-        slots = max(image_slots - prefix, 0)
+        num_prefix_tokens, keys_BNC = tokens.num_prefix_tokens, tokens.mean_keys_BNC
+        image = slice(tokens.text + num_prefix_tokens, keys_BNC.shape[1])
+        text_slots, image_slots = self.lengths(tokens.shape)
+        slots = max(image_slots - num_prefix_tokens, 0)
 
         # Text-informed image pruning: the least attended go, the others keep their order.
         valid_BI = tokens.valid_BN[:, image]
         kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
         reduction = Plan.identity(valid_BI)
         if self.prune:
-            saliency = text_saliency(tokens, self.score)[:, prefix:].masked_fill(
+            saliency = text_saliency(tokens, self.score)[:, num_prefix_tokens:].masked_fill(
                 ~valid_BI, -torch.inf
             )
             most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
@@ -180,14 +185,14 @@ class PuMer(Reducer):
             reduction = reduction.then(merging)
         text = None
         if self.merge_text:
-            text = (self._merge_text if prefix else self._merge_between)(
+            text = (self._merge_text if num_prefix_tokens else self._merge_between)(
                 tokens, keys_BNC, text_slots
             )
         return tokens.with_structure(text, reduction)
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
-        text = slice(tokens.prefix, tokens.text)
-        slots = max(slots - tokens.prefix, 0)
+        text = slice(tokens.num_prefix_tokens, tokens.text)
+        slots = max(slots - tokens.num_prefix_tokens, 0)
         return self._merge(tokens, keys_BNC, text, tokens.valid_BN[:, text], slots)
 
     def _merge(

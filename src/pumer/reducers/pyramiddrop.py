@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import ModelShape, Tokens, check_layers
-from pumer.reducers.ops.budget import Count, check_keep, kept, smaller, stage_layers
+from pumer.reducers.base import ModelShape, check_layers
+from pumer.reducers.ops.budget import Count, check_keep, num_keep, smaller, stage_layers
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -76,12 +77,16 @@ class PyramidDrop(Selector):
         stage = self.layers.index(layer)
         keep = self.keep[stage]
         if isinstance(keep, int):
-            return kept(keep, count)
+            return num_keep(keep, count)
         before = self.keep[stage - 1] if stage else 1.0
         return smaller(_share(count, before, keep), count)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return best(last_text_attention(tokens)[:, tokens.prefix :], candidates(tokens), kept_B)
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        return best(
+            last_text_attention(tokens)[:, tokens.num_prefix_tokens :],
+            candidates(tokens),
+            num_keep_B,
+        )
 
 
 def _share(count: Count, before: float, keep: float) -> Count:

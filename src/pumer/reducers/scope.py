@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines, coverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import (
@@ -24,6 +24,7 @@ from pumer.reducers.selector import (
     encoded,
     image_states,
 )
+from pumer.reducers.tokens import Tokens
 
 COMBINE = ("multiply", "add")
 
@@ -61,14 +62,12 @@ class SCOPE(Selector):
             raise ValueError(f"combine is one of {', '.join(COMBINE)}, not {self.combine!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency], "features_BND"})
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({SALIENCY[self.saliency], "features_BND"}), per_crop=True
+        )
 
-    @property
-    def per_crop(self) -> bool:
-        return True
-
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         saliency_BI = encoded(tokens, SALIENCY[self.saliency]).double()
         if self.combine == "add":
             weight_BI, bonus_BI = torch.ones_like(saliency_BI), self.alpha * saliency_BI
@@ -80,4 +79,4 @@ class SCOPE(Selector):
         by_encoder = encoder is not None and encoder.features_BND is not None
         features_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
         cosine_BII = cosines(features_BID)
-        return coverage(cosine_BII, weight_BI, bonus_BI, candidates(tokens), kept_B, most)
+        return coverage(cosine_BII, weight_BI, bonus_BI, candidates(tokens), num_keep_B, most)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens
-from pumer.reducers.ops.budget import Count, check_keep, kept
+from pumer.reducers.base import Reducer
+from pumer.reducers.ops.budget import Count, check_keep, num_keep
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
+from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 SALIENCY = {"class": "class_attention_BN", "received": "received_BN"}
 """What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no
@@ -43,46 +44,42 @@ class Selector(Reducer):
 
     def budget(self, count: Count, layer: int) -> Count:
         """How many of `count` image tokens stay in this layer."""
-        return kept(self.keep, count)
+        return num_keep(self.keep, count)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (
-            (text, prefix + self.budget(image - prefix, layer))
-            if self.reduces_at(layer)
-            else (text, image)
-        )
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        return shape.text, shape.structure + self.budget(shape.patches, shape.layer)
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
         if valid_BI.shape[1] == 0:
             return Plan.identity(tokens.mask_BN)
-        kept_B = self.budget(valid_BI.sum(1), tokens.layer)
-        image = self.reduce_to(tokens, kept_B, self.budget(valid_BI.shape[1], tokens.layer))
+        num_keep_B = self.budget(valid_BI.sum(1), tokens.layer)
+        image = self.reduce_to(tokens, num_keep_B, self.budget(valid_BI.shape[1], tokens.layer))
         return tokens.with_structure(None, image)
 
-    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
-        """The plan for the image tokens, structure tokens left out, that fills `kept_B` of `most`
+    def reduce_to(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Plan:
+        """The plan for the image tokens without structure tokens; fills `num_keep_B` of `most`
         slots."""
-        return Plan.keep(self.chosen(tokens, kept_B, most), most)
+        return Plan.keep(self.select(tokens, num_keep_B, most), most)
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        """Which image tokens stay, bool [B,I]: `kept_B` in every row, at most `most`, none of them
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        """Which image tokens stay, bool [B,I]: `num_keep_B` in every row, at most `most`, and never
         padding."""
         raise NotImplementedError
 
 
 def candidates(tokens: Tokens) -> Tensor:
     """Which of the image tokens, structure tokens left out, are real: bool [B,I]."""
-    return tokens.valid_BN[:, tokens.text + tokens.prefix :]
+    return tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
 
 
 def image_states(tokens: Tokens) -> Tensor:
     """States of these tokens, float32 [B,I,D], zero at padding and where they are not finite."""
     if tokens.states_BND is None:
         raise ValueError("this method compares the states of tokens, and there are none here")
-    states_BID = tokens.states_BND[:, tokens.text + tokens.prefix :].float()
+    states_BID = tokens.states_BND[:, tokens.text + tokens.num_prefix_tokens :].float()
     return torch.where(candidates(tokens)[..., None] & states_BID.isfinite(), states_BID, 0.0)
 
 
@@ -111,6 +108,6 @@ def check_saliency(saliency: str) -> None:
         raise ValueError(f"saliency is one of {', '.join(SALIENCY)}, not {saliency!r}")
 
 
-def best(score_BI: Tensor, valid_BI: Tensor, kept_B: Tensor) -> Tensor:
-    """The `kept_B` real tokens with the highest scores, bool [B,I]; the earlier one of equals."""
-    return valid_BI & (rank(score_BI.masked_fill(~valid_BI, -torch.inf)) < kept_B[:, None])
+def best(score_BI: Tensor, valid_BI: Tensor, num_keep_B: Tensor) -> Tensor:
+    """The real tokens with the `num_keep_B` highest scores, bool [B,I]; of equals the first."""
+    return valid_BI & (rank(score_BI.masked_fill(~valid_BI, -torch.inf)) < num_keep_B[:, None])

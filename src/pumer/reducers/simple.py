@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import EMBEDDINGS, Grid, Reducer, Tokens, check_layers, check_ratios
+from pumer.reducers.base import Reducer, Traits, check_layers, check_ratios
 from pumer.reducers.ops.budget import remaining
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 
 @register
@@ -29,10 +30,8 @@ class Unreduced(Reducer):
     def layers(self) -> tuple[int, ...]:
         return ()
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return text, image
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         return Plan.identity(tokens.mask_BN)
@@ -49,23 +48,20 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if layer not in self.layers:
-            return text, image
-        structure = min(prefix, image)
-        return text, structure + remaining(self.prune, image - structure)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if shape.layer not in self.layers:
+            return shape.unchanged
+        return shape.text, shape.structure + remaining(self.prune, shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
-        valid_BN = tokens.valid_BN[:, tokens.text + tokens.prefix :]
-        kept_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
-        keep_BN = valid_BN & self._chosen(valid_BN, kept_B1, tokens.layer)
+        valid_BN = tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
+        num_keep_B1 = remaining(self.prune, valid_BN.sum(1, keepdim=True))
+        keep_BN = valid_BN & self._select(valid_BN, num_keep_B1, tokens.layer)
         return tokens.with_structure(
             None, Plan.keep(keep_BN, remaining(self.prune, valid_BN.shape[1]))
         )
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         raise NotImplementedError
 
 
@@ -83,7 +79,7 @@ class Random(_Selection):
     name = "random"
     seed: int = 0
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         # A hash of the place instead of a generator: no state, and the row of a batch gets what it
         # gets alone.
         position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
@@ -91,7 +87,7 @@ class Random(_Selection):
         for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
             hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
         score = (hashed ^ (hashed >> 15)).double().expand(valid_BN.shape)
-        return rank(score.masked_fill(~valid_BN, -1.0)) < kept_B1
+        return rank(score.masked_fill(~valid_BN, -1.0)) < num_keep_B1
 
 
 @register
@@ -106,16 +102,16 @@ class Uniform(_Selection):
 
     name = "uniform"
 
-    def _chosen(self, valid_BN: Tensor, kept_B1: Tensor, layer: int) -> Tensor:
+    def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
         position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
         real_B1 = valid_BN.sum(1, keepdim=True).clamp_min(1)
-        return (position + 1) * kept_B1 // real_B1 > position * kept_B1 // real_B1
+        return (position + 1) * num_keep_B1 // real_B1 > position * num_keep_B1 // real_B1
 
 
 @register
 @dataclass(frozen=True)
 class Pool(Reducer):
-    """Average the patches of every window of the picture, edge windows included.
+    """Average the patches of every window of the image, edge windows included.
 
     Args:
         window: patches on a side of a window.
@@ -132,36 +128,35 @@ class Pool(Reducer):
         check_layers([self.layer])
 
     @property
+    def traits(self) -> Traits:
+        return Traits(needs_grid=True)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if layer != self.layer:
-            return text, image
-        structure = min(prefix, image)
-        patches = image - structure
-        side = round(patches**0.5)
-        rows, columns = grid or (side, side)
-        # No more windows than patches hold one: a batch of small pictures may be cut short of its
-        # grid.
-        return text, structure + min(self._windows(rows, columns), patches)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if shape.layer != self.layer:
+            return shape.unchanged
+        side = round(shape.patches**0.5)
+        rows, columns = shape.grid or (side, side)
+        # At most one window per patch: a batch of small images may be cut short of its grid.
+        return shape.text, shape.structure + min(self._windows(rows, columns), shape.patches)
 
     def plan(self, tokens: Tokens) -> Plan:
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError(
-                "pooling needs all patches of the picture: let it be the first to reduce"
+                "pooling needs all patches of the image: let it be the first to reduce"
             )
         rows, columns = tokens.grid
         windows = self._windows(rows, columns)
         across = -(-columns // self.window)
-        first = tokens.text + tokens.prefix
+        first = tokens.text + tokens.num_prefix_tokens
         valid_BN, patch_BN = tokens.valid_BN[:, first:], tokens.patch_BN[:, first:]
         window_BN = patch_BN // columns // self.window * across + patch_BN % columns // self.window
         window_BN = torch.where(valid_BN, window_BN, windows)
 
-        # A window that holds no real patch gets no slot, so that a padded picture is pooled as it
+        # A window that holds no real patch gets no slot, so that a padded image is pooled as it
         # would be alone.
         used_BW = torch.zeros(
             valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64
@@ -186,13 +181,15 @@ class NoVision(Reducer):
     name = "no-vision"
 
     @property
+    def traits(self) -> Traits:
+        return Traits(drops_image=True)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return (EMBEDDINGS,)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        return (text, 0) if layer == EMBEDDINGS else (text, image)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        return (shape.text, 0) if shape.layer == EMBEDDINGS else shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         count = tokens.mask_BN.shape[1]

@@ -19,10 +19,19 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pumer.reducers.base import Grid, ModelShape, Tokens, check_layers
-from pumer.reducers.learned import Draw, Gate, Learned, decide, keep_surest, mean_of, start_open
+from pumer.reducers.base import ModelShape, Traits, check_layers
+from pumer.reducers.learned import (
+    GumbelSampling,
+    KeepDecision,
+    Learned,
+    decide,
+    init_keep_bias,
+    keep_surest,
+    mean_of,
+)
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 _ATTENTION = 1 / 3
 """Share of attention in the cost of a layer: four products of the width with itself, next to the
@@ -83,8 +92,8 @@ class SmartTrim(Learned):
         )
 
     @property
-    def leaves_gaps(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, dynamic_length=True)
 
     @property
     def trims_heads(self) -> bool:
@@ -94,9 +103,11 @@ class SmartTrim(Learned):
     def self_distils(self) -> bool:
         return True
 
-    def parts(self, width: int, heads: int, depth: int, crosses: bool) -> nn.ModuleDict:
+    def parts(self, width: int, heads: int, depth: int, has_cross_attention: bool) -> nn.ModuleDict:
         attentions = (
-            ("text_self", "text_cross", "image_self", "image_cross") if crosses else ("joint",)
+            ("text_self", "text_cross", "image_self", "image_cross")
+            if has_cross_attention
+            else ("joint",)
         )
         assert self.layers is not None
         each = _OPEN ** (1 / max(len(self.layers), 1))
@@ -111,39 +122,37 @@ class SmartTrim(Learned):
             layers[str(layer)] = nn.ModuleDict(trimmers)
         return nn.ModuleDict(layers)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
         """The most that may stay: everything."""
-        return text, image
+        return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         keep_BN = self._keep(tokens, None).bool() & tokens.valid_BN
         text, image = (
-            keep_BN[:, tokens.prefix : tokens.text],
-            keep_BN[:, tokens.text + tokens.prefix :],
+            keep_BN[:, tokens.num_prefix_tokens : tokens.text],
+            keep_BN[:, tokens.text + tokens.num_prefix_tokens :],
         )
         return tokens.with_structure(
             Plan.keep(text, text.shape[1]) if self.text else None, Plan.keep(image, image.shape[1])
         )
 
-    def gate(self, tokens: Tokens) -> Gate:
+    def gate(self, tokens: Tokens) -> KeepDecision:
         before_BN = tokens.mask_BN.float() if tokens.gate_BN is None else tokens.gate_BN
-        after_BN = self._keep(tokens, self.draw_at(tokens.progress)) * before_BN
+        after_BN = self._keep(tokens, self.sampling_at(tokens.progress)) * before_BN
         shares = [mean_of(gate_BN, tokens.valid_BN) for gate_BN in (before_BN, after_BN)]
-        return Gate(after_BN, torch.stack(shares, dim=-1))
+        return KeepDecision(after_BN, torch.stack(shares, dim=-1))
 
     def budget_loss(
-        self, spent: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
+        self, keep_ratios: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
     ) -> Tensor:
         """Distance of the batch's mean cost from the target, which goes down in the curriculum.
 
         Args:
-            spent: share of the tokens before and after each layer's decision, [B,2].
+            keep_ratios: share of the tokens before and after each layer's decision, [B,2].
             progress: of the training, 0 to 1.
             heads: share of the heads that every attention kept, [B].
         """
-        shares = torch.stack(list(spent), dim=1)
+        shares = torch.stack(list(keep_ratios), dim=1)
         kept_heads = torch.stack(list(heads), dim=1).mean(1) if heads else 1.0
         cost_B = _ATTENTION * shares[..., 0].mean(1) * kept_heads + (1 - _ATTENTION) * shares[
             ..., 1
@@ -151,7 +160,7 @@ class SmartTrim(Learned):
         done = min(progress / self.curriculum, 1.0) if self.curriculum else 1.0
         return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
 
-    def draw_at(self, progress: float) -> Draw:
+    def sampling_at(self, progress: float) -> GumbelSampling:
         """At random while the target goes down, then less and less, until the cost is that of the
         later decisions.
 
@@ -159,29 +168,33 @@ class SmartTrim(Learned):
         layer drops a little by chance, less of it alone leaves more tokens, while fewer are wanted.
         """
         noise = min(1.0, (1 - progress) / max(1 - self.curriculum, 1e-9))
-        return Draw(self.temperature * (1 - 0.5 * progress), noise)
+        return GumbelSampling(self.temperature * (1 - 0.5 * progress), noise)
 
-    def _keep(self, tokens: Tokens, draw: Draw | None) -> Tensor:
+    def _keep(self, tokens: Tokens, sampling: GumbelSampling | None) -> Tensor:
         """Decisions [B,N]; structure tokens always stay, and one token of the image."""
         assert tokens.states_BND is not None
         assert isinstance(tokens.part, nn.ModuleDict)
-        states, text, prefix = tokens.states_BND, tokens.text, tokens.prefix
+        states, text, num_prefix_tokens = tokens.states_BND, tokens.text, tokens.num_prefix_tokens
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN > 0
         kept = []
         for name, start, stop, other in (
             ("text", 0, text, text),
             ("image", text, states.shape[1], 0),
         ):
-            head = states.new_ones(len(states), min(prefix, stop - start), dtype=torch.float32)
+            head = states.new_ones(
+                len(states), min(num_prefix_tokens, stop - start), dtype=torch.float32
+            )
             if name in tokens.part:
                 # An image that was dropped whole says nothing of the text.
                 summary = (
                     states[:, other] if other < states.shape[1] else torch.zeros_like(states[:, 0])
                 )
-                logits = tokens.part[name](states[:, start + prefix : stop], summary)
-                decided = decide(logits, draw)
+                logits = tokens.part[name](states[:, start + num_prefix_tokens : stop], summary)
+                decided = decide(logits, sampling)
                 if name == "image":
-                    decided = keep_surest(decided, logits, there_BN[:, start + prefix : stop])
+                    decided = keep_surest(
+                        decided, logits, there_BN[:, start + num_prefix_tokens : stop]
+                    )
                 kept += [head, decided]
             else:
                 kept.append(states.new_ones(len(states), stop - start, dtype=torch.float32))
@@ -201,7 +214,7 @@ class TokenTrimmer(nn.Module):
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decision = nn.Linear(width // 4, 2)
-        start_open(self.decision, apart)
+        init_keep_bias(self.decision, apart)
 
     def forward(self, states_BND: Tensor, other_BD: Tensor) -> Tensor:
         other = self.other_norm(other_BD)[:, None].expand_as(states_BND)
@@ -225,13 +238,15 @@ class HeadTrimmer(nn.Module):
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decisions = nn.Linear(width // 4, 2 * heads)
-        start_open(self.decisions, apart)
+        init_keep_bias(self.decisions, apart)
 
-    def forward(self, asking_BD: Tensor, asked_BD: Tensor, draw: Draw | None) -> Tensor:
+    def forward(
+        self, asking_BD: Tensor, asked_BD: Tensor, sampling: GumbelSampling | None
+    ) -> Tensor:
         pooled = torch.cat([self.norm(asking_BD), self.other_norm(asked_BD)], dim=-1)
         hidden = nn.functional.gelu(self.inner(pooled))
         logits = self.decisions(hidden).unflatten(-1, (-1, 2))
-        heard_BH = decide(logits, draw)
+        heard_BH = decide(logits, sampling)
         # One head is always heard: the surest one.
         surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
         silent_BH = (

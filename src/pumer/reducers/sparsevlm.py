@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Grid, ModelShape, Reducer, Tokens
+from pumer.reducers.base import ModelShape, Reducer, Traits
 from pumer.reducers.ops.blocks import row_blocks
-from pumer.reducers.ops.budget import Count, kept, smaller, spread
+from pumer.reducers.ops.budget import Count, num_keep, smaller, spread
 from pumer.reducers.ops.clustering import density_peaks
 from pumer.reducers.ops.matching import unit_vectors
 from pumer.reducers.ops.saliency import UNSEEN, question_words, text_saliency
@@ -25,6 +25,7 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.pyramiddrop import check_stages
 from pumer.reducers.registry import register
 from pumer.reducers.selector import best, candidates, image_states
+from pumer.reducers.tokens import Tokens, TokenShape
 
 MERGES = ("mean", "sum", "rating")
 """What a cluster becomes: the mean of its tokens, their sum, or their mean weighed by ratings."""
@@ -90,22 +91,20 @@ class SparseVLM(Reducer):
         return replace(self, keep=keep, layers=layers)
 
     @property
-    def reads_embeddings(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(needs_embeddings=True)
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if not self.reduces_at(layer):
-            return text, image
-        chosen, recycled = self._budget(image - prefix, layer)
-        return text, prefix + chosen + self._clusters(recycled)
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if not self.reduces_at(shape.layer):
+            return shape.unchanged
+        chosen, recycled = self._budget(shape.patches, shape.layer)
+        return shape.text, shape.structure + chosen + self._clusters(recycled)
 
     def _budget(self, count: Count, layer: int) -> tuple[Count, Count]:
         """(kept, recycled) of `count` image tokens."""
         assert self.keep is not None
         assert self.layers is not None
-        chosen = kept(self.keep[self.layers.index(layer)], count)
+        chosen = num_keep(self.keep[self.layers.index(layer)], count)
         return chosen, smaller(
             (count - chosen) * 3 // 10 + 1, count - chosen
         ) if self.recycle else count * 0
@@ -116,10 +115,10 @@ class SparseVLM(Reducer):
 
     def plan(self, tokens: Tokens) -> Plan:
         valid_BI = candidates(tokens)
-        kept_B, recycled_B = self._budget(valid_BI.sum(1), tokens.layer)
+        num_keep_B, recycled_B = self._budget(valid_BI.sum(1), tokens.layer)
         most_kept, most = self._budget(valid_BI.shape[1], tokens.layer)
-        score_BI = text_saliency(tokens, rows_BT=raters(tokens))[:, tokens.prefix :]
-        chosen_BI = best(score_BI, valid_BI, kept_B)
+        score_BI = text_saliency(tokens, rows_BT=raters(tokens))[:, tokens.num_prefix_tokens :]
+        chosen_BI = best(score_BI, valid_BI, num_keep_B)
         if most == 0:
             return tokens.with_structure(None, Plan.keep(chosen_BI, most_kept))
 
@@ -159,7 +158,10 @@ def raters(tokens: Tokens) -> Tensor:
         assert tokens.states_BND is not None
         states_BND = unit_vectors(tokens.states_BND) * tokens.states_BND.shape[2] ** 0.25
         text_BTD = states_BND[:, : tokens.text]
-        image_BID, valid_BI = states_BND[:, tokens.text + tokens.prefix :], candidates(tokens)
+        image_BID, valid_BI = (
+            states_BND[:, tokens.text + tokens.num_prefix_tokens :],
+            candidates(tokens),
+        )
     mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
     # Words that are all alike stand out by the last bit of a sum, which means nothing.
     above_BT = words_BT & (mean_BT * words_BT.sum(1, keepdim=True) > 1 + 1e-5)

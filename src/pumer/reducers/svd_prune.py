@@ -16,11 +16,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import ModelShape, Tokens
+from pumer.reducers.base import ModelShape, Traits
 from pumer.reducers.ops.matching import unit_vectors
 from pumer.reducers.ops.spectral import leverage
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates, encoded, image_states
+from pumer.reducers.tokens import Tokens
 
 FEATURES = ("encoder", "states")
 
@@ -71,14 +72,13 @@ class SVDPrune(Selector):
         )
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset() if self.features == "states" else frozenset({"features_BND"})
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset() if self.features == "states" else frozenset({"features_BND"}),
+            dynamic_length=self.mass is not None,
+        )
 
-    @property
-    def leaves_gaps(self) -> bool:
-        return self.mass is not None
-
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
         by_encoder = self.features != "states"
         x_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)
@@ -91,5 +91,5 @@ class SVDPrune(Selector):
         leverage_BI = leverage(x_BID, self.energy)
         if self.mass is not None:
             falling = leverage_BI.sort(1, descending=True).values
-            kept_B = torch.minimum(kept_B, (falling.cumsum(1) < self.mass).sum(1) + 1)
-        return best(leverage_BI, valid_BI, kept_B)
+            num_keep_B = torch.minimum(num_keep_B, (falling.cumsum(1) < self.mass).sum(1) + 1)
+        return best(leverage_BI, valid_BI, num_keep_B)

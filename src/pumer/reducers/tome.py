@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pumer.reducers.base import MAX_LAYERS, Grid, ModelShape, Reducer, Tokens, check_layers
+from pumer.reducers.base import MAX_LAYERS, ModelShape, Reducer, Traits, check_layers
 from pumer.reducers.ops.budget import halves, merge_schedule, smaller
 from pumer.reducers.ops.matching import bipartite
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
+from pumer.reducers.tokens import Tokens, TokenShape
 
 _PAPER = 12
 """Layers of the paper's ViTs of width 768."""
@@ -75,26 +76,25 @@ class ToMe(Reducer):
         return check_layers([layer for layer, merged in enumerate(self.schedule) if merged > 0])
 
     @property
-    def weighs_by_size(self) -> bool:
-        return bool(self.proportional)
+    def traits(self) -> Traits:
+        return Traits(proportional_attention=bool(self.proportional))
 
-    def lengths(
-        self, text: int, image: int, layer: int, prefix: int = 1, grid: Grid | None = None
-    ) -> tuple[int, int]:
-        if layer not in self.layers:
-            return text, image
-        return text, image - smaller(self.schedule[layer], halves(max(image - prefix, 0)))
+    def lengths(self, shape: TokenShape) -> tuple[int, int]:
+        if shape.layer not in self.layers:
+            return shape.unchanged
+        merged = smaller(self.schedule[shape.layer], halves(shape.patches))
+        return shape.text, shape.image - merged
 
     def plan(self, tokens: Tokens) -> Plan:
-        image = slice(tokens.text + tokens.prefix, tokens.mask_BN.shape[1])
+        image = slice(tokens.text + tokens.num_prefix_tokens, tokens.mask_BN.shape[1])
         count = image.stop - tokens.text
-        _, length_after = self.lengths(tokens.text, count, tokens.layer, tokens.prefix)
+        _, length_after = self.lengths(tokens.shape)
         matching = bipartite(
             tokens.mean_keys_BNC[:, image],
             tokens.valid_BN[:, image],
             self.schedule[tokens.layer],
-            length_after - min(tokens.prefix, count),
+            length_after - min(tokens.num_prefix_tokens, count),
             tokens.sizes_BN[:, image],
-            tokens.prefix,
+            tokens.num_prefix_tokens,
         )
         return tokens.with_structure(None, matching)

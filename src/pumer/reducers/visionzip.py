@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.budget import portion
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.plan import DROPPED, Plan
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 
 @register
@@ -58,25 +59,21 @@ class VisionZip(Selector):
             )
 
     @property
-    def per_crop(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(
+            needs_encoder=frozenset({SALIENCY[self.saliency], "keys_BNC"}),
+            per_crop=True,
+            before_projector=True,
+        )
 
-    @property
-    def before_projector(self) -> bool:
-        return True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency], "keys_BNC"})
-
-    def reduce_to(self, tokens: Tokens, kept_B: Tensor, most: int) -> Plan:
+    def reduce_to(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Plan:
         valid_BI = candidates(tokens)
         if isinstance(self.contextual, int):
-            contextual_B = kept_B.clamp_max(self.contextual)
+            contextual_B = num_keep_B.clamp_max(self.contextual)
         else:
-            contextual_B = portion(self.contextual, kept_B)
+            contextual_B = portion(self.contextual, num_keep_B)
         attention_BI = encoded(tokens, SALIENCY[self.saliency])
-        dominant_BI = best(attention_BI, valid_BI, kept_B - contextual_B)
+        dominant_BI = best(attention_BI, valid_BI, num_keep_B - contextual_B)
 
         # Targets at even distances among the others.
         rest_BI = valid_BI & ~dominant_BI

@@ -9,16 +9,17 @@ Shape suffixes: B batch, I image tokens, L places in the list of remaining ones,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.greedy import cosines
 from pumer.reducers.ops.matching import rank
 from pumer.reducers.registry import register
 from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_saliency, encoded
+from pumer.reducers.tokens import Tokens
 
 AT_ONCE = 8
 """Tokens that VisPruner removes between two comparisons, as published."""
@@ -45,15 +46,11 @@ class FasterVLM(Selector):
         check_saliency(self.saliency)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({SALIENCY[self.saliency]})
+    def traits(self) -> Traits:
+        return Traits(needs_encoder=frozenset({SALIENCY[self.saliency]}), per_crop=True)
 
-    @property
-    def per_crop(self) -> bool:
-        return True
-
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
-        return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), kept_B)
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        return best(encoded(tokens, SALIENCY[self.saliency]), candidates(tokens), num_keep_B)
 
 
 @register
@@ -82,13 +79,14 @@ class VisPruner(FasterVLM):
             raise ValueError(f"important is a share in [0, 1], not {self.important}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"features_BND"}
+    def traits(self) -> Traits:
+        traits = super().traits
+        return replace(traits, needs_encoder=traits.needs_encoder | {"features_BND"})
 
-    def chosen(self, tokens: Tokens, kept_B: Tensor, most: int) -> Tensor:
+    def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)
         place_BI = rank(encoded(tokens, SALIENCY[self.saliency]).masked_fill(~valid_BI, -torch.inf))
-        important_B = (kept_B.double() * self.important).long()  # rounded down, as published
+        important_B = (num_keep_B.double() * self.important).long()  # rounded down, as published
         important_BI = valid_BI & (place_BI < important_B[:, None])
 
         # A list of the others, from most to least attended, that loses its duplicates.
@@ -97,10 +95,10 @@ class VisPruner(FasterVLM):
         list_BL = order_BL.gather(1, start_BL.clamp_max(order_BL.shape[1] - 1))
         left_B = valid_BI.sum(1) - important_B
         cosine_BII = cosines(encoded(tokens, "features_BND"))
-        list_BL = _without_duplicates(cosine_BII, list_BL, left_B, kept_B - important_B, most)
+        list_BL = _without_duplicates(cosine_BII, list_BL, left_B, num_keep_B - important_B, most)
         places = torch.arange(list_BL.shape[1], device=list_BL.device)
         diverse_BI = torch.zeros_like(valid_BI).long()
-        stays_BL = (places < (kept_B - important_B)[:, None]).long()
+        stays_BL = (places < (num_keep_B - important_B)[:, None]).long()
         return important_BI | diverse_BI.scatter_add(1, list_BL, stays_BL).bool()
 
 

@@ -141,7 +141,7 @@ def test_features_are_merged_before_the_projector(family, strategy):
         for hook in hooks:
             hook.remove()
     ((tokens, plan),) = choices  # before the language model nothing is chosen again
-    assert seen["features"].shape[1] == 5 + tokens.prefix
+    assert seen["features"].shape[1] == 5 + tokens.num_prefix_tokens
     assert plan.total(plan.weight_BN).max() == pytest.approx(
         2.0
     )  # an average is added to its target, as published

@@ -73,9 +73,9 @@ def test_layers_that_hold_the_same_go_on_sharing_it(llava):
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
     cache.crop(-9)  # more than was generated
-    held = [layer._pumer_held for layer in cache.layers]
+    held = [layer._pumer_layout for layer in cache.layers]
     assert len(set(map(id, held))) == 1
-    assert held[0].place_BK.shape == (2, cache.layers[0].keys.shape[2])
+    assert held[0].position_BK.shape == (2, cache.layers[0].keys.shape[2])
 
 
 def test_a_cache_that_was_reset_is_as_new(model, family):

@@ -16,12 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pumer
 from pumer import DivPrune, FasterVLM, FoPru, Pool, PuMer, Random, SparseVLM
-from pumer.adapters.decoder import kv_cache, vision_capture
-from pumer.adapters.decoder import vision as before_llm
-from pumer.adapters.decoder.prompt import Picture
+from pumer.adapters.decoder import kv_cache
+from pumer.adapters.decoder import view as decoder_view
+from pumer.adapters.decoder import vision as decoder_vision
+from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.reducers import FastV, Tokens
-from pumer.reducers.base import Encoder
 from pumer.reducers.ops.saliency import text_attention
+from pumer.reducers.tokens import Encoder
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2))
 RECEIVED = FasterVLM(keep=4, saliency="received")
@@ -127,7 +128,7 @@ def test_towers_that_are_not_known_are_refused():
     for reducer in (FastV(keep=0.5, layer=1), DivPrune(keep=0.5)):
         with pytest.raises(
             ValueError,
-            match=r"PixtralVisionModel.*supported are CLIPVisionModel, SiglipVisionModel",
+            match=r"PixtralVisionModel.*expected one of CLIPVisionModel, SiglipVisionModel",
         ):
             pumer.apply(model, reducer)
         assert pumer.active(model) is None
@@ -149,11 +150,11 @@ class Largest(TorchFunctionMode):
 
 
 def test_received_attention_is_added_up_in_parts(monkeypatch):
-    monkeypatch.setattr(vision_capture, "AT_ONCE", 3)
+    monkeypatch.setattr(decoder_vision, "AT_ONCE", 3)
     queries, keys = torch.randn(2, 2, 3, 20, 2, generator=torch.Generator().manual_seed(0))
     whole = (queries @ keys.transpose(2, 3) / 2**0.5).softmax(-1).mean((1, 2))
     with Largest() as largest:
-        known = vision_capture.attention_of(frozenset({"received_BN"}), queries, keys, first=True)
+        known = decoder_vision.attention_of(frozenset({"received_BN"}), queries, keys, first=True)
     torch.testing.assert_close(known["received_BN"], whole[:, 1:], rtol=0, atol=1e-6)
     assert largest.size == 2 * 3 * 3 * 20
 
@@ -210,8 +211,8 @@ def test_an_image_and_a_video_in_one_prompt(family):
 def test_facts_follow_the_language_model_to_its_device():
     """As where `device_map` has put the tower elsewhere."""
     facts = Encoder(received_BN=torch.rand(1, 4), keys_BNC=torch.rand(1, 4, 2))
-    for pictures in ([Picture(4, encoder=facts)], [Picture(4, encoder=facts)] * 2):
-        found = before_llm._encoder(pictures, torch.device("meta"))
+    for images in ([ImageSpan(4, encoder=facts)], [ImageSpan(4, encoder=facts)] * 2):
+        found = decoder_view._row_encoders(images, torch.device("meta"))
         assert {found.received_BN.device.type, found.keys_BNC.device.type} == {"meta"}
 
 
@@ -287,7 +288,7 @@ def test_no_reducer_is_asked_under_autocast(llava, monkeypatch):
 
         monkeypatch.setattr(owner, name, asked)
 
-    listen(vision_capture, "attention_of")
+    listen(decoder_vision, "attention_of")
     listen(FasterVLM, "plan")
     listen(Random, "plan")
     family = tiny.FAMILIES["ViLT"]
@@ -349,7 +350,7 @@ def test_half_precision_holds_the_scores():
     queries, keys = torch.randn(2, 1, 1, 6, 64, generator=torch.Generator().manual_seed(0)) + 36
     assert (queries.half() @ keys.half().transpose(2, 3)).isinf().any()
     needs = frozenset({"received_BN", "class_attention_BN"})
-    known = vision_capture.attention_of(needs, queries.half(), keys.half(), first=True)
+    known = decoder_vision.attention_of(needs, queries.half(), keys.half(), first=True)
     assert all(known[name].isfinite().all() for name in needs)
 
     ones = torch.ones(1, 6)

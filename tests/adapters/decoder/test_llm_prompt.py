@@ -1,4 +1,4 @@
-"""How a plan for some tokens changes the whole axis, whose crops are one image, whose images are
+"""How a plan for some tokens changes the whole layout, whose crops are one image, whose images are
 one prompt's."""
 
 from dataclasses import replace
@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import pumer
 from pumer.adapters.decoder import kv_cache
-from pumer.adapters.decoder.prompt import Axis, Picture, place
-from pumer.adapters.decoder.vision import Tiles, assign, join
+from pumer.adapters.decoder.prefill import group_crops, match_images_to_placeholders
+from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, TokenLayout
+from pumer.adapters.decoder.reduce import lift_plan
+from pumer.adapters.decoder.view import View
 from pumer.reducers import Chain, Energy, FastV, Plan, Random
 
 
 @st.composite
 def views(draw):
-    """An axis with empty slots at the left, a view of some of its tokens, and a plan for these."""
+    """A layout with empty slots at the left, a view of some of its tokens, and a plan for these."""
     batch, count = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     empty = [draw(st.integers(0, count - 1)) for _ in range(batch)]
     shown = [[at for at in range(first, count) if draw(st.booleans())] for first in empty]
@@ -29,7 +31,7 @@ def views(draw):
 
 
 @given(views())
-def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
+def test_a_plan_for_a_view_is_one_for_the_layout(drawn):
     batch, count, empty, shown, width, slots, goes = drawn
     at, valid = (
         torch.zeros(batch, width, dtype=torch.int64),
@@ -44,13 +46,21 @@ def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
     plan = Plan.merge(slot, torch.ones(batch, slots, dtype=torch.bool), torch.ones(batch, width))
     marks = torch.zeros(batch, count, dtype=torch.bool)
     index = torch.arange(count).expand(batch, -1)
-    axis = Axis(
-        index, filled, marks, marks, marks, marks, filled.float(), ((0, 0),) * batch, whole=False
+    layout = TokenLayout(
+        index,
+        filled,
+        marks,
+        marks,
+        marks,
+        marks,
+        filled.float(),
+        ((0, 0),) * batch,
+        unreduced=False,
     )
 
     expected = [groups_by_hand(count, empty[row], shown[row], goes[row]) for row in range(batch)]
     length = max(map(len, expected)) + 1
-    placed = place(plan, axis, None, at, valid, length)
+    placed = lift_plan(plan, View(None, at, valid), layout, length)
     sources = placed.sources()
     for row, groups in enumerate(expected):
         first = length - len(groups)
@@ -63,9 +73,9 @@ def test_a_plan_for_a_view_is_one_for_the_axis(drawn):
             assert placed.weight_BN[row, group].tolist() == pytest.approx(
                 [1 / len(group)] * len(group)
             )
-    after = axis.then(placed, ((0, 0),) * batch, gaps=True)
+    after = layout.after(placed, ((0, 0),) * batch, gaps=True)
     assert after.sizes_BK.sum(1).tolist() == [float(sum(map(len, groups))) for groups in expected]
-    spread = after.spread(count)
+    spread = after.index_of_survivor(count)
     for row, groups in enumerate(expected):
         for token in range(count):
             before = [number for number, group in enumerate(groups) if min(group) <= token]
@@ -91,8 +101,10 @@ def test_shares_in_several_slots_are_placed(drawn, seed):
     marks = torch.zeros(batch, count, dtype=torch.bool)
     index = torch.arange(count).expand(batch, -1)
     counts = ((0, 0),) * batch
-    axis = Axis(index, filled, marks, marks, marks, marks, filled.float(), counts, whole=False)
-    placed = place(replace(plan, shares_BKN=shares), axis, None, at, valid, count + 1)
+    layout = TokenLayout(
+        index, filled, marks, marks, marks, marks, filled.float(), counts, unreduced=False
+    )
+    placed = lift_plan(replace(plan, shares_BKN=shares), View(None, at, valid), layout, count + 1)
 
     x = torch.randn(batch, count, 3, generator=generator)
     found = replace(placed, index_BK=None).reduce(x)
@@ -115,34 +127,36 @@ def groups_by_hand(count, empty, shown, goes):
 
 
 def test_images_of_a_batch_and_of_its_beams():
-    pictures = [Picture(3), Picture(2), Picture(4)]
-    joined, owner = assign(pictures, [5, 0, 4])
-    assert ([picture.length for picture in joined], owner) == ([3, 2, 4], [0, 0, 2])
-    joined, owner = assign(pictures, [5, 5, 0, 0, 4, 4])
-    assert ([picture.length for picture in joined], owner) == (
+    images = [ImageSpan(3), ImageSpan(2), ImageSpan(4)]
+    joined, sample_index = match_images_to_placeholders(images, [5, 0, 4])
+    assert ([image.length for image in joined], sample_index) == ([3, 2, 4], [0, 0, 2])
+    joined, sample_index = match_images_to_placeholders(images, [5, 5, 0, 0, 4, 4])
+    assert ([image.length for image in joined], sample_index) == (
         [3, 2, 3, 2, 4, 4],
         [0, 0, 1, 1, 4, 5],
     )
     for wrong in ([4, 5], [5, 5], [9, 1], []):
         with pytest.raises(ValueError, match="placeholders"):
-            assign(pictures, wrong)
+            match_images_to_placeholders(images, wrong)
 
 
 def test_crops_of_one_image():
     image = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]]).bool()
-    tiles = Tiles.of(image, 2, 8, None)
-    assert tiles.joined_P.tolist() == [False, True, False, False]
-    assert not tiles.between_BS.any()
+    crops = CropGroups.of(image, 2, 8, None)
+    assert crops.joined_P.tolist() == [False, True, False, False]
+    assert not crops.between_BS.any()
     # With tokens that say which crop is which: 9 is before the last crop of every image.
     ids = torch.tensor(
         [[7, 0, 0, 8, 0, 0, 9, 0, 0, 5, 9, 0, 0], [9, 0, 0, 5, 5, 5, 5, 7, 0, 0, 9, 0, 0]]
     )
-    tiles = Tiles.of(ids == 0, 2, 14, ids)
-    assert tiles.joined_P.tolist() == [False, True, True, False, False, False, True]
-    assert tiles.between_BS[0].nonzero()[:, 0].tolist() == [3, 6]
-    assert tiles.between_BS[1].nonzero()[:, 0].tolist() == [10]
-    pictures, owner = join([Picture(2)] * 7, [0] * 4 + [1] * 3, tiles.joined_P.tolist())
-    assert ([picture.length for picture in pictures], owner) == ([6, 2, 2, 4], [0, 0, 1, 1])
+    crops = CropGroups.of(ids == 0, 2, 14, ids)
+    assert crops.joined_P.tolist() == [False, True, True, False, False, False, True]
+    assert crops.between_BS[0].nonzero()[:, 0].tolist() == [3, 6]
+    assert crops.between_BS[1].nonzero()[:, 0].tolist() == [10]
+    images, sample_index = group_crops(
+        [ImageSpan(2)] * 7, [0] * 4 + [1] * 3, crops.joined_P.tolist()
+    )
+    assert ([image.length for image in images], sample_index) == ([6, 2, 2, 4], [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -83,7 +83,7 @@ def test_pictures_are_left_with_as_many_tokens_as_they_need(model):
     with pumer.reduced(model, Compose(RAGGED, Unreduced())), torch.no_grad():
         cache = kv_cache.find(model(**inputs, use_cache=True))
         assert pumer.report(model).active
-    filled = cache.layers[0]._pumer_held.filled_BK.sum(1)
+    filled = cache.layers[0]._pumer_layout.filled_BK.sum(1)
     assert filled[0] != filled[1]
     assert filled.max() < inputs["input_ids"].shape[1]
 

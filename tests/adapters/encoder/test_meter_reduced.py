@@ -310,7 +310,7 @@ def answering():
             {"inputs_embeds": torch.ones(4, 12, 24)},
             "give exactly one of input_ids and inputs_embeds",
         ),
-        ({"pixel_values": None}, "give pixel_values: METER needs a picture"),
+        ({"pixel_values": None}, "give pixel_values: METER needs an image"),
         (
             {"input_ids": torch.ones(3, 12).long(), "attention_mask": None},
             "3 texts and 4 images: the batch sizes must agree",
@@ -336,11 +336,11 @@ def test_inputs_are_checked(answering, reducer, changes, message):
 def test_padded_pictures_are_refused(answering, reducer):
     inputs = tiny.batch(ANSWERING)
     inputs["pixel_mask"][1, 80:] = 0
-    with pytest.raises(RuntimeError, match="METER takes pictures of one size"):
+    with pytest.raises(RuntimeError, match="METER takes images of one size"):
         answering(**inputs)
     with (
         pumer.reduced(answering, REDUCERS[reducer]),
-        pytest.raises(RuntimeError, match="pictures of one size"),
+        pytest.raises(RuntimeError, match="images of one size"),
     ):
         answering(**inputs)
 
@@ -383,7 +383,7 @@ def test_a_composition_needs_a_tower_and_two_single_reducers():
     for make, message in (
         (
             lambda: Compose(tower=PuMer(), inside=PuMer()),
-            "a vision tower has none: give `tower` ToMe",
+            "a vision tower has none: give tower=ToMe",
         ),
         (lambda: Compose(tower=ToMe(), inside=Compose()), "inside is itself a composition"),
         (lambda: Compose(tower="tome"), "tower is a reducer, not 'tome'"),

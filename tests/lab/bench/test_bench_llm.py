@@ -162,14 +162,14 @@ def test_the_stopwatch_leaves_nothing_behind():
     hooks = [
         (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()
     ]
-    parts, adapter = (prefill.begin, decoder_output.finish), pumer.api.active(net).adapter
+    parts, adapter = (prefill.begin_prefill, decoder_output.finish), pumer.api.active(net).adapter
     shares = prefill_shares(net, Answer(net, inputs(net, text=9), 1, "cpu").prefill, runs=1)
     assert 0 < shares.selection < 1
     assert hooks == [
         (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()
     ]
-    assert (prefill.begin, decoder_output.finish) == parts
-    assert "pictures" not in vars(adapter)
+    assert (prefill.begin_prefill, decoder_output.finish) == parts
+    assert "image_spans" not in vars(adapter)
 
 
 def test_the_stopwatch_sees_what_is_slow(monkeypatch):

@@ -60,8 +60,8 @@ def test_work_counts_what_is_there():
     assert done["tower pairs"] == 37**2 + 33**2 + 29**2
     assert done["tokens"] == 39 + 32 + 32 + 32
     assert done["reducer"] == planned.parts["reducer"]
-    assert done["reducer operators"] == planned.own.operators > 0
-    assert done["reducer traffic"] == planned.own.traffic > 0
+    assert done["reducer operators"] == planned.reducer_cost.operators > 0
+    assert done["reducer traffic"] == planned.reducer_cost.traffic > 0
 
 
 def test_a_tower_that_was_never_timed_is_refused():

@@ -419,7 +419,7 @@ def test_ranking_losses_are_the_published_ones(shared):
             settings["config"] | {"pos_grid": settings["extra"]["pos_grid"]}, weights
         )
     ).eval()
-    model.load_state_dict(published.to_transformers(weights), strict=False)
+    model.load_state_dict(published.LAYOUT.to_ours(weights), strict=False)
     texts = {"input_ids": data["inputs.text_ids"], "attention_mask": data["inputs.text_masks"]}
     texts = {
         name: torch.stack([rows, rows.roll(1, 0)], 1).flatten(0, 1) for name, rows in texts.items()
@@ -671,7 +671,7 @@ def test_settings_that_do_not_fit_each_other(base, settings, task, message):
 def test_a_published_pretraining_is_a_start(tokenizer, tmp_path):
     pretrained = tiny_model("ViltForMaskedLM", image_size=96)
     matching = {"itm_score.fc.weight": torch.randn(2, 32), "itm_score.fc.bias": torch.randn(2)}
-    state = published.from_transformers(pretrained.state_dict()) | matching
+    state = published.LAYOUT.from_ours(pretrained.state_dict()) | matching
     save_file(
         {name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors"
     )

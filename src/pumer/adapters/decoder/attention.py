@@ -1,8 +1,7 @@
-"""What a stock attention module is asked and told: its queries and keys, and masks for fewer
-tokens.
+"""A stock attention module's queries and keys, and its arguments for fewer tokens.
 
-The module keeps its own kernel: queries and keys are seen through transformers' attention interface
-on their way to it, so they are the ones it uses, with rotary embeddings and norms on.
+The module keeps its own kernel: queries and keys are captured in transformers' attention interface
+on their way to it, so they are the ones it uses, after norms and rotary embeddings.
 
 Shape suffixes: B samples, H heads, Q queries, K keys, L keys as the model counts them, C channels
 of a head.
@@ -16,18 +15,19 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pumer.adapters.base import Patch
-from pumer.adapters.decoder.log_sum_exp import LogSumExp
 
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 NORMALIZER = "normalizer"
 _PREFIX = "pumer_"
 _inside: ContextVar[bool] = ContextVar("pumer_inside_attention", default=False)
-"""Whether a watched module's own kernel runs, which reads the module's configuration too."""
+"""Whether a captured module's own kernel runs, which reads the module's configuration too."""
 
-Seen = Callable[[Tensor, Tensor, dict[str, Any]], None]
+OnQK = Callable[[Tensor, Tensor, dict[str, Any]], None]
 
 
 def check_backend(config: Any, where: str = "") -> None:
@@ -55,16 +55,17 @@ def check_backend(config: Any, where: str = "") -> None:
         )
 
 
-def watch(
-    patch: Patch, attention: nn.Module, seen: Seen, where: str = "", normalizer: bool = False
+def capture_qk(
+    patch: Patch, attention: nn.Module, on_qk: OnQK, where: str = "", normalizer: bool = False
 ) -> None:
-    """Call `seen(queries [B,H,Q,C], keys [B,h,K,C], options)` whenever an attention module of
+    """Call `on_qk(queries [B,H,Q,C], keys [B,h,K,C], options)` whenever an attention module of
     transformers has run.
 
     Args:
-        patch: what takes it off again.
+        patch: that undoes it.
         attention: the module.
-        seen: is told; `options` are the keyword arguments that its kernel gets.
+        on_qk: gets queries and keys whose products over sqrt(C) are the logits, detached;
+            `options` are the keyword arguments of the kernel.
         where: as for `check_backend`.
         normalizer: whether the options are to have `NORMALIZER`, the log-sum-exp [B,H,Q] of every
             query's logits, where the kernel gives it.
@@ -73,14 +74,14 @@ def watch(
     registry = _registry()
     for name in BACKENDS:
         registry.register(_PREFIX + name, _attend)
-    patch.set(attention, "config", _Watched(attention.config, seen, where, normalizer))
+    patch.set(attention, "config", _CapturingConfig(attention.config, on_qk, where, normalizer))
 
 
-class _Watched:
-    """A module's configuration, except that its attention goes by way of `_attend`."""
+class _CapturingConfig:
+    """A module's configuration, except that its attention runs through `_attend`."""
 
-    def __init__(self, config: Any, seen: Seen, where: str, normalizer: bool) -> None:
-        self.config, self.seen, self.where, self.normalizer = config, seen, where, normalizer
+    def __init__(self, config: Any, on_qk: OnQK, where: str, normalizer: bool) -> None:
+        self.config, self.on_qk, self.where, self.normalizer = config, on_qk, where, normalizer
 
     @property
     def _attn_implementation(self) -> str:
@@ -91,12 +92,7 @@ class _Watched:
         return _PREFIX + name
 
     def __getattr__(self, name: str) -> Any:
-        if name in (
-            "config",
-            "seen",
-            "where",
-            "normalizer",
-        ):  # not there yet while it is being copied
+        if name in ("config", "on_qk", "where", "normalizer"):  # missing while it is being copied
             raise AttributeError(name)
         return getattr(self.config, name)
 
@@ -104,13 +100,13 @@ class _Watched:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The module's own attention, into which somebody has a look."""
-    watched = module.config
-    name = watched.config._attn_implementation
+    """The module's own attention, whose queries and keys are then handed to `on_qk`."""
+    capturing = module.config
+    name = capturing.config._attn_implementation
     attend: Any = _eager(module) if name == "eager" else _registry()[name]
     token = _inside.set(True)
     try:
-        if name == "sdpa" and watched.normalizer and not torch.compiler.is_compiling():
+        if name == "sdpa" and capturing.normalizer and not torch.compiler.is_compiling():
             with LogSumExp() as sums:
                 output = attend(module, query, key, value, *args, **kwargs)
             kwargs = kwargs | {NORMALIZER: sums.normalizer_BHQ}
@@ -118,8 +114,17 @@ def _attend(
             output = attend(module, query, key, value, *args, **kwargs)
     finally:
         _inside.reset(token)
-    watched.seen(query, key, kwargs)
+    capturing.on_qk(*normalize_qk_scale(module, query, key), kwargs)
     return output
+
+
+def normalize_qk_scale(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by,
+    detached."""
+    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+    factor = scaling * queries.shape[-1] ** 0.5
+    queries = queries.detach()
+    return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
 
 
 def _registry() -> Any:
@@ -140,7 +145,7 @@ def _eager(module: nn.Module) -> Any:
     raise ValueError(f"{type(module).__name__} has no eager attention: use sdpa")
 
 
-def cut_mask(
+def slice_attention_mask(
     mask: Any,
     rows_BQ: Tensor | None,
     columns_BK: Tensor,
@@ -151,16 +156,16 @@ def cut_mask(
     backend: str,
     dtype: torch.dtype,
 ) -> Any:
-    """An attention mask for the tokens that are left.
+    """The rows and columns of an attention mask that belong to the tokens left.
 
     Args:
         mask: the stock one: [B,1,Q,L] (bool or added to the logits), [B,L] as flash attention takes
             it, or None where the kernel's own causal rule is enough.
-        rows_BQ: which of the mask's queries are left; None for all.
-        columns_BK: places of the keys that are left, as the model counts them.
+        rows_BQ: index of the queries left; None for all.
+        columns_BK: positions of the keys left, as the model counts them.
         filled_BK: bool, false for empty slots among these keys; None where there are none.
-        offset: place of the mask's first key: later than 0 where a sliding window has passed.
-        first: place of the mask's first query.
+        offset: position of the mask's first key, beyond 0 where a sliding window has passed.
+        first: position of the mask's first query.
         queries: number of the mask's queries.
         backend: the layer's attention.
         dtype: of the layer.
@@ -199,3 +204,97 @@ def _as(visible_BHQK: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible_BHQK.shape, dtype=dtype, device=visible_BHQK.device).masked_fill(
         ~visible_BHQK, torch.finfo(dtype).min
     )
+
+
+def gather_tokens(x: Any, index_BK: Tensor, length: int) -> Any:
+    """The tokens with these indices of anything that has one entry for each; other things as they
+    are.
+
+    Takes [B,S], [B,S,D], rotary embeddings as tuples of such, and positions of several kinds
+    [P,B,S]; a batch of one serves all samples.
+    """
+    if isinstance(x, tuple):
+        return tuple(gather_tokens(part, index_BK, length) for part in x)
+    if not isinstance(x, Tensor):
+        return x
+    batch = len(index_BK)
+    index = index_BK.to(x.device)
+    if x.shape[-1] == length and x.ndim >= 2 and x.dtype in (torch.int64, torch.int32):
+        wide = (*x.shape[:-2], batch, index.shape[1])
+        return x.expand(*x.shape[:-2], batch, length).gather(-1, index.expand(wide))
+    if x.ndim == 3 and x.shape[1] == length:
+        return x.expand(batch, -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return x
+
+
+_FLASH = 1
+"""`torch.nn.attention.SDPBackend.FLASH_ATTENTION`, as `torch._fused_sdp_choice` says it."""
+
+
+class LogSumExp(TorchFunctionMode):
+    """Inside the with block, keep the log-sum-exp of fused attention on a CPU; its output stays
+    bit-equal.
+
+    A few columns of an attention map are the exponentials of their logits less this number, so no
+    second pass over all the keys is needed.
+
+    Args:
+        normalizer_BHQ: float32, of the last call; None where its kernel does not say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalizer_BHQ: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        self.normalizer_BHQ = None
+        kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+        if (
+            kernel is None
+            or query.device.type != "cpu"
+            or torch._fused_sdp_choice(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+            != _FLASH
+        ):
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # As torch itself does it before this kernel.
+            bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+            attn_mask = bias.masked_fill_(~attn_mask, -torch.inf)
+        output, normalizer = kernel(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+        self.normalizer_BHQ = normalizer.detach().view(query.shape[:3])
+        return output

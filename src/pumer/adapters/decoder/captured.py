@@ -1,4 +1,4 @@
-"""What one call of `get_image_features` has seen of the vision tower.
+"""What one call of `get_image_features` captures of the vision tower.
 
 Shape suffixes: R crops, P patches of one, D channels, H heads, C channels of a head.
 """
@@ -15,14 +15,14 @@ from pumer.reducers import Plan
 
 @dataclass(eq=False)
 class Captured:
-    """What was seen in one call of `get_image_features`; it ends with the call.
+    """What is captured in one call of `get_image_features`; it ends with the call.
 
     Args:
-        capture: who looks.
+        capture: the hooks that it belongs to.
         needs: fields of `Encoder` that the reducer reads.
         features_RPD: what goes into the projector.
         heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for
-            each run of its attention.
+            each state of its attention.
         last_heads: those of the tower's last layer, where that is another one.
         inputs: what `get_image_features` was called with.
         plan: by which they were merged before the projector.

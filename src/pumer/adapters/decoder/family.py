@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from pumer.adapters.base import Adapter, Patch, config_of, head_macs
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.hooks import DecoderHooks
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision import Tiles, shift
-from pumer.adapters.decoder.vision_capture import (
+from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
+from pumer.adapters.decoder.vision import (
     CLASS_ATTENTION,
     LAST_CLASS_ATTENTION,
     Captured,
     VisionCapture,
     vision_features,
 )
-from pumer.reducers import EMBEDDINGS, Compose, Reducer
-from pumer.reducers.base import Encoder, Grid, ModelShape
+from pumer.reducers import EMBEDDINGS, Reducer
+from pumer.reducers.base import ModelShape
+from pumer.reducers.tokens import Encoder, Grid
 
 
 class DecoderAdapter(Adapter):
@@ -35,18 +35,18 @@ class DecoderAdapter(Adapter):
     Its parts go by the names that nearly all of them have; a family overrides what is different.
     """
 
-    prefix = 0
+    num_prefix_tokens = 0
     renumbers = True
     projects_tokens: ClassVar[bool] = False
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
-    around: ClassVar[tuple[int, int]] = (0, 0)
+    image_delimiters: ClassVar[tuple[int, int]] = (0, 0)
     """How many tokens before an image and behind it mark where it begins and ends."""
     on_host: ClassVar[tuple[str, ...]] = ()
     """Inputs of `get_image_features` that the model reads on the host: brought there once, in place
     of again and again."""
-    merger: ClassVar[str] = "get_placeholder_mask"
+    placeholder_hook: ClassVar[str] = "get_placeholder_mask"
     """The method that marks the placeholders, or puts the features there."""
 
     def trunk(self, model: nn.Module) -> Any:
@@ -70,20 +70,20 @@ class DecoderAdapter(Adapter):
         `tower_attention`."""
         return None
 
-    def tower_class(self, model: nn.Module) -> bool:
+    def has_class_token(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""
         return False
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         """What the vision tower knows of the image tokens of every crop [R,I,...]: fields of
         `Encoder`."""
         return vision_features(captured)
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         """Every image that went through `get_image_features`, whose output is given."""
         raise NotImplementedError
 
-    def marks(
+    def placeholder_mask(
         self, trunk: Any, input_ids: Tensor | None, embeddings: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Which tokens are placeholders of images, bool [B,S], and of videos; None in families
@@ -98,13 +98,13 @@ class DecoderAdapter(Adapter):
         looked_up = trunk.get_input_embeddings()(torch.full((), token, device=embeddings.device))
         return (embeddings == looked_up).all(-1)
 
-    def no_text(
-        self, trunk: Any, image_BS: Tensor, joined: Tiles | None, inputs: dict[str, Any]
+    def non_text_mask(
+        self, trunk: Any, image_BS: Tensor, joined: CropGroups | None, inputs: dict[str, Any]
     ) -> Tensor:
         """Which tokens are no text: images, videos, and the structure around them and between their
         crops."""
         none_BS = image_BS if joined is None else image_BS | joined.between_BS
-        before, behind = self.around
+        before, behind = self.image_delimiters
         around_BS = none_BS
         for step in range(-before, behind + 1):
             around_BS = around_BS | shift(none_BS, step)
@@ -115,10 +115,10 @@ class DecoderAdapter(Adapter):
             else around_BS | (ids == video).to(image_BS.device)
         )
 
-    def tiles(
+    def crop_groups(
         self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]
-    ) -> Tiles | None:
-        """Which crops are of one image, where only the prompt says so; None where `pictures` are
+    ) -> CropGroups | None:
+        """Which crops are of one image, where only the prompt says so; None where `image_spans` are
         whole images.
 
         Args:
@@ -134,32 +134,32 @@ class DecoderAdapter(Adapter):
 
     def shape(self, model: nn.Module) -> ModelShape:
         shape = super().shape(model)
-        return replace(shape, last=shape.depth - 2, proportional=False, encoder=True)
+        return replace(
+            shape, last=shape.depth - 2, proportional=False, encoder=True, co_attention=None
+        )
 
-    def settle(self, reducer: Reducer) -> Reducer:
-        if isinstance(reducer, Compose):
-            if reducer.inside.reduces_at(EMBEDDINGS):
-                raise ValueError(
-                    "what the vision tower merged is gathered before the language model, where "
-                    f"{reducer.inside.name} would act, too: compose it with a reducer inside the "
-                    "language model, or with none"
-                )
-            return replace(reducer, inside=self.settle(reducer.inside))
-        if reducer.published or reducer.needs_attention:
+    def check(self, reducer: Reducer) -> None:
+        traits = reducer.traits
+        if traits.vision_reducer is not None and reducer.reduces_at(EMBEDDINGS):
+            raise ValueError(
+                "what the vision tower merged is gathered before the language model, where "
+                f"{reducer.name} would act, too: compose it with a reducer inside the language "
+                "model, or with none"
+            )
+        if traits.official or traits.needs_attention:
             raise ValueError(
                 f"{reducer.name} needs whole attention maps, which decoders do not make: give "
                 "official=False"
             )
-        if reducer.weighs_by_size:
+        if traits.proportional_attention:
             raise ValueError(
                 f"{reducer.name}: decoders do not count merged tokens by size; give "
                 "proportional=False"
             )
-        if reducer.learned is not None:
+        if traits.learned is not None:
             raise ValueError(
                 f"{reducer.name} decides by trained parts, which decoders cannot train yet"
             )
-        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         reducer, depth = patch.reducer, self.depth(model)
@@ -170,7 +170,8 @@ class DecoderAdapter(Adapter):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
             )
-        if {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.needs and not self.tower_class(model):
+        needs_class = {CLASS_ATTENTION, LAST_CLASS_ATTENTION} & reducer.traits.needs_encoder
+        if needs_class and not self.has_class_token(model):
             raise ValueError(
                 f"{reducer.name} asks what [CLS] attends to, and the vision tower of "
                 f"{type(model).__name__} has no "
@@ -184,7 +185,7 @@ class DecoderAdapter(Adapter):
 
     def default_grid(self, model: nn.Module) -> Grid:
         vision = config_of(model).vision_config
-        side = whole(vision.image_size) // whole(vision.patch_size)
+        side = side_length(vision.image_size) // side_length(vision.patch_size)
         return side, side
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
@@ -235,7 +236,9 @@ class DecoderAdapter(Adapter):
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
         crops = max(1, round(image / (rows * columns)))
-        return crops, image * self.patches_per_token(model) // crops + int(self.tower_class(model))
+        return crops, image * self.patches_per_token(model) // crops + int(
+            self.has_class_token(model)
+        )
 
     def vision_macs(
         self, model: nn.Module, image: int, tower: Sequence[int] = ()
@@ -308,7 +311,7 @@ def linear_weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def whole(size: Any) -> int:
+def side_length(size: Any) -> int:
     """A side's length, which some configurations give twice."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
@@ -329,12 +332,12 @@ def feature_depth(tower: Any, index: int | Sequence[int]) -> int:
     )
 
 
-def plain(
+def one_span_each(
     features: Sequence[Tensor] | Tensor,
     grid: Grid | None,
     known: dict[str, Tensor],
     structure: Tensor | None = None,
-) -> list[Picture]:
+) -> list[ImageSpan]:
     """Images that are one row of features each and one of what the vision tower knows."""
     images = []
     for image_index, features_ND in enumerate(features):
@@ -343,11 +346,11 @@ def plain(
             if known
             else None
         )
-        images.append(Picture(len(features_ND), structure, grid, encoder))
+        images.append(ImageSpan(len(features_ND), structure, grid, encoder))
     return images
 
 
-def pooled(known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def pool_squares(known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """What is known of patches in a square [R,P,...], averaged over the squares that become one of
     `tokens` tokens."""
     result = {}

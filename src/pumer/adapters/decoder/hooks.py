@@ -1,10 +1,10 @@
-"""The way of a call through a reduced decoder: what is wrapped and hooked, and what each hands on.
+"""A call through a reduced decoder: what is wrapped and hooked, and what each hands on.
 
 Everything goes through methods and hooks of the instance. A reduction "after layer k" happens
 before layer k + 1 runs, with the queries and keys of layer k; `EMBEDDINGS` is before layer 0. The
 model itself goes on counting unreduced tokens: masks and rotary embeddings are made by it in full
-and cut here, layer by layer, and so the cache's (`kv_cache`). Where the patch says so, positions
-are then counted anew (`positions`).
+and sliced here, layer by layer, as are those of the cache (`kv_cache`). Where the patch says so,
+positions are then counted anew (`positions`).
 
 What a call needs to know is in its `ForwardState`. The model, its trunk (the model without its
 head) and its language model each begin one when they are called by themselves, and go on with that
@@ -27,42 +27,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, exact
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
-from pumer.adapters.decoder import reduce as reduce_llm
-from pumer.adapters.decoder.encoded import EncodedImages
+from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.prompt import (
-    Attended,
-    Axis,
     ForwardState,
+    TokenLayout,
     current_state,
     enter_state,
-    gather,
 )
 from pumer.adapters.decoder.spec import DecoderSpec
-from pumer.adapters.decoder.vision_capture import VisionCapture, normalize_qk_scale
+from pumer.adapters.decoder.view import LayerAttention
+from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
+from pumer.adapters.forward import no_autocast
+from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
 STATE = "pumer_state"
 """Keyword argument by which a call's state reaches the layers, and with them their
 recomputation."""
+ALONG_TOKENS = ("attention_mask", "position_embeddings", "position_ids")
+"""Arguments of a layer that have an entry for every token."""
 
 
 class DecoderHooks:
-    """A reducer at work in one model. It holds what is true of every call, and nothing of any."""
+    """A reducer at work in one model. It holds what is true of every call; what belongs to one call
+    is in its `ForwardState`."""
 
     def __init__(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
         self.patch, self.spec = patch, spec
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
-        self.capture = VisionCapture(patch.reducer.needs)
+        self.capture = VisionCapture(patch.reducer.traits.needs_encoder)
         self.encoded = EncodedImages()
+        reducer, depth = patch.reducer, len(self.language.layers)
+        self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
+        self.keeps_embeddings = reducer.traits.needs_embeddings
         self._install(model)
 
     def _install(self, model: nn.Module) -> None:
-        patch, spec, reducer = self.patch, self.spec, self.patch.reducer
+        patch, spec = self.patch, self.spec
         trunk, language = self.trunk, self.language
         if model is not trunk:
             parameters = inspect.signature(model.forward)
@@ -73,23 +79,28 @@ class DecoderHooks:
         for layer_index, layer in enumerate(language.layers):
             before_layer = partial(self._before_layer, layer_index)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-            if reducer.reduces_at(layer_index):
-                on_qk = partial(self._on_qk, layer_index)
-                # Where all tokens see each other words of the answer are summed up, too, which must
-                # not guide.
-                decoder_attention.watch(patch, layer.self_attn, on_qk, normalizer=spec.causal)
+            if layer_index in self.acts_after:
+                # The log-sum-exp serves causal attention alone: where all tokens see each other it
+                # sums over words of the answer, too, which must not guide.
+                decoder_attention.capture_qk(
+                    patch,
+                    layer.self_attn,
+                    partial(self._on_qk, layer_index),
+                    normalizer=spec.causal,
+                )
         self.capture.install(patch, spec, model)
         patch.wrap(trunk, "get_image_features", _image_features, self)
         if hasattr(trunk, "get_video_features"):
             patch.wrap(trunk, "get_video_features", _video_features, self)
-        in_place = spec.merger == "get_placeholder_mask"
-        patch.wrap(trunk, spec.merger, _placeholder_mask if in_place else _inputs_merger, self)
+        in_place = spec.placeholder_hook == "get_placeholder_mask"
+        find_placeholders = _placeholder_mask if in_place else _inputs_merger
+        patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
         spec.install(patch, model, self.capture)
         if hasattr(language, "_deepstack_process"):
             patch.wrap(language, "_deepstack_process", _deepstack, self)
 
     def enter(self, begun: Callable[[ForwardState], bool]) -> AbstractContextManager[ForwardState]:
-        """The state of the call that goes on, or one that begins where there is none, or it is
+        """The state of the call that is running, or a new one where there is none or it has already
         `begun`."""
         state = current_state(self)
         if state is None or begun(state):
@@ -97,15 +108,15 @@ class DecoderHooks:
         return nullcontext(state)
 
     def begin(self, state: ForwardState, inputs: dict[str, Any]) -> None:
-        """Take in what the trunk is called with.
+        """Take in the arguments of the trunk.
 
         Raises:
             ValueError: for inputs that cannot be reduced, before anything is computed.
         """
-        state.entered, state.inputs = True, inputs
+        state.trunk_entered, state.inputs = True, inputs
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            state.images = self.encoded.recall(encoded)
+            state.tower_images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
             prefill.check_inputs(inputs)
@@ -121,105 +132,119 @@ class DecoderHooks:
         self, layer_index: int, queries_BHKC: Tensor, keys_BhLC: Tensor, options: dict[str, Any]
     ) -> None:
         state = current_state(self)
-        if state is None or state.axis is None or len(state.axes) != layer_index + 1:
+        if state is None or state.layout is None or len(state.layouts) != layer_index + 1:
             return  # nothing to reduce, or the layer is being computed again for its gradients
-        attention = self.language.layers[layer_index].self_attn
-        queries, keys = normalize_qk_scale(attention, queries_BHKC, keys_BhLC)
-        held = kv_cache.held(kv_cache.find(state.inputs), layer_index)
-        state.seen[layer_index] = Attended(
-            queries,
-            keys,
+        state.attention[layer_index] = LayerAttention(
+            queries_BHKC,
+            keys_BhLC,
             options.get("sliding_window"),
             options.get("softcap"),
-            held,
+            kv_cache.layout(state.cache, layer_index) if state.past else None,
             options.get(decoder_attention.NORMALIZER),
         )
 
     def _before_layer(
         self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Before a layer: reduce after the one before it, and cut what goes along with the
+        """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
         kwargs = dict(kwargs)
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
-        cache, states = kv_cache.find(kwargs), args[0] if args else kwargs["hidden_states"]
+        states_BKD = args[0] if args else kwargs["hidden_states"]
         if layer_index == 0:
-            state.past, state.length = kv_cache.length(cache), states.shape[1]
-        if state.axis is not None:
-            states = self._reduced(state, layer_index, states)
-        axis = None
-        if state.axes:
-            axis = None if state.axes[layer_index].whole else state.axes[layer_index]
-        held = kv_cache.held(cache, layer_index)
-        if axis is None and held is None:
+            state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
+            state.past = kv_cache.length(state.cache)
+        if state.layout is not None:
+            states_BKD = self._reduced(state, layer_index, states_BKD)
+        layout = state.layouts[layer_index] if state.layouts else None
+        layout = None if layout is None or layout.unreduced else layout
+        cached = kv_cache.layout(state.cache, layer_index) if state.past else None
+        if layout is None and cached is None:
             return args, kwargs
-        mask = kwargs.get("attention_mask")
-        cut = partial(self._cut_mask, state, layer_index, mask, axis, cache, held, states)
-        kwargs["attention_mask"] = state.once((mask, axis, held), cut)
-        if axis is not None:
-            for name in ("position_embeddings", "position_ids"):
-                full = kwargs.get(name)
-                cut = partial(gather, full, axis.index_BK, state.length)
-                kwargs[name] = state.once((full, axis), cut)
-        if self.patch.renumber:
-            positions.renumber(self.language, state, layer_index, axis, held, kwargs)
-        if axis is not None and self.language.config._attn_implementation.startswith("flash"):
-            kwargs["position_ids"] = None  # whose gaps it would take for ends of packed sequences
+        along = {name: kwargs.get(name) for name in ALONG_TOKENS}
+        select = partial(self._select, state, layer_index, along, layout, cached, states_BKD)
+        kwargs |= state.memoize((*along.values(), layout, cached), select)
         if not args:
-            return (), kwargs | {"hidden_states": states}
-        return (states, *args[1:]), kwargs
+            return (), kwargs | {"hidden_states": states_BKD}
+        return (states_BKD, *args[1:]), kwargs
 
     def _reduced(self, state: ForwardState, layer_index: int, states_BKD: Tensor) -> Tensor:
         """The states that a layer runs on."""
-        if layer_index < len(state.axes):  # it is computed again: what was decided then holds
+        if layer_index < len(state.layouts):  # computed again for its gradients: the plan stands
             plan = state.plans[layer_index]
             return states_BKD if plan is None else plan.to(states_BKD.device).reduce(states_BKD)
-        if layer_index == 0 and self.patch.reducer.reads_embeddings:
+        if layer_index == 0 and self.keeps_embeddings:
             state.embeddings_BSD = states_BKD.detach()
-        states_BKD, plan = reduce_llm.reduce(
-            self.patch, state, layer_index - 1, states_BKD, self.spec.causal
-        )
-        assert state.axis is not None
-        state.axes.append(state.axis)
+        plan, layer = None, layer_index - 1
+        if layer in self.acts_after or (
+            layer == EMBEDDINGS and any(image.merged for image in state.images)
+        ):
+            states_BKD, plan = decoder_reduce.reduce(
+                self.patch, state, layer, states_BKD, self.spec.causal
+            )
+        assert state.layout is not None
+        state.layouts.append(state.layout)
         state.plans.append(plan)
         state.widths.append(states_BKD.shape[1])
         return states_BKD
 
-    def _cut_mask(
+    def _select(
         self,
         state: ForwardState,
         layer_index: int,
-        mask: Any,
-        axis: Axis | None,
-        cache: Any,
-        held: kv_cache.Held | None,
-        states: Tensor,
-    ) -> Any:
-        """The attention mask of a layer, for the tokens it has and those that its cache holds."""
-        columns_BK, filled_BK = state.places_of(axis, len(states), states.device)
+        along: dict[str, Any],
+        layout: TokenLayout | None,
+        cached: kv_cache.CacheLayout | None,
+        states_BKD: Tensor,
+    ) -> dict[str, Any]:
+        """Arguments of a layer for the tokens that it has, and those that its cache holds.
+
+        Args:
+            along: those of the unreduced model (`ALONG_TOKENS`).
+            layout: tokens of the layer; None for those of the prompt.
+            cached: what its cache holds; None for every token.
+            states_BKD: that it runs on.
+        """
+        implementation: str = self.language.config._attn_implementation
+        position_BL, filled_BL = state.positions_of(layout, len(states_BKD), states_BKD.device)
         offset = 0
         if state.past:
-            layer = cache.layers[layer_index]
+            layer = state.cache.layers[layer_index]
             _, offset = layer.get_mask_sizes(state.length)
-            cached = layer.keys.shape[-2]
-            columns_BK, filled_BK = kv_cache.before(held, state.past, cached, columns_BK, filled_BK)
-        return decoder_attention.cut_mask(
-            mask,
-            None if axis is None else axis.index_BK,
-            columns_BK,
-            filled_BK,
+            position_BL, filled_BL = kv_cache.with_cached(
+                cached, state.past, layer.keys.shape[-2], position_BL, filled_BL
+            )
+        selected = dict(along)
+        selected["attention_mask"] = decoder_attention.slice_attention_mask(
+            along["attention_mask"],
+            None if layout is None else layout.index_BK,
+            position_BL,
+            filled_BL,
             offset,
             state.past,
             state.length,
-            self.language.config._attn_implementation,
-            states.dtype,
+            implementation,
+            states_BKD.dtype,
         )
+        if layout is not None:
+            for name in ("position_embeddings", "position_ids"):
+                selected[name] = decoder_attention.gather_tokens(
+                    along[name], layout.index_BK, state.length
+                )
+        if self.patch.renumber:
+            selected |= positions.renumber(
+                self.language, state, layer_index, layout, cached, selected
+            )
+        if layout is not None and implementation.startswith("flash"):
+            # It would take gaps between positions for the ends of packed sequences.
+            selected["position_ids"] = None
+        return selected
 
 
 def _bind(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a method is called with, by name."""
+    """The arguments of a method, by name."""
     arguments = signature.bind_partial(*args, **kwargs).arguments
     return arguments | arguments.get("kwargs", {})
 
@@ -233,9 +258,9 @@ def _model_forward(
     question_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of the whole model's `forward`: the same, and noted what it was called with.
+    """In place of the whole model's `forward`: the same, and its arguments recorded.
 
-    A hook would miss those who call `forward` themselves, as PEFT does.
+    A forward hook would miss direct calls of `forward`, as PEFT makes them.
     """
     with enter_state(ForwardState(hooks)) as state:
         state.call_kwargs = _bind(signature, args, kwargs) | {QUESTION_MASK: question_mask}
@@ -252,7 +277,7 @@ def _trunk_forward(
     **kwargs: Any,
 ) -> Any:
     """In place of the trunk's `forward`."""
-    with hooks.enter(lambda state: state.entered) as state:
+    with hooks.enter(lambda state: state.trunk_entered) as state:
         if question_mask is not None:
             state.call_kwargs[QUESTION_MASK] = question_mask
         hooks.begin(state, _bind(signature, args, kwargs))
@@ -262,9 +287,9 @@ def _trunk_forward(
 def _language_forward(
     language: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
 ) -> Any:
-    """In place of the language model's `forward`: states come back in the prompt's length."""
-    with hooks.enter(lambda state: state.left) as state:
-        state.left = True
+    """In place of the language model's `forward`: its states come back in the prompt's length."""
+    with hooks.enter(lambda state: state.language_entered) as state:
+        state.language_entered = True
         if not state.inputs:  # it is called by itself, maybe to go on with a reduced prompt
             state.inputs = dict(kwargs)
         output = stock(*args, **kwargs, **{STATE: state})
@@ -276,15 +301,15 @@ def _language_forward(
 def _image_features(
     trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
 ) -> Any:
-    """In place of `get_image_features`: the same, and the images noted."""
+    """In place of `get_image_features`: the same, and the images recorded."""
     spec = hooks.spec
     names = list(inspect.signature(type(trunk).get_image_features).parameters)[1:]
 
-    def near(name: str, value: Any) -> Any:
+    def on_host(name: str, value: Any) -> Any:
         return value.cpu() if name in spec.on_host and isinstance(value, Tensor) else value
 
-    args = tuple(near(name, value) for name, value in zip(names, args, strict=False))
-    kwargs = {name: near(name, value) for name, value in kwargs.items()}
+    args = tuple(on_host(name, value) for name, value in zip(names, args, strict=False))
+    kwargs = {name: on_host(name, value) for name, value in kwargs.items()}
     inputs = dict(zip(names, args, strict=False)) | kwargs
     with hooks.capture.call(inputs) as captured:
         output = stock(*args, **kwargs)
@@ -294,14 +319,14 @@ def _image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), exact(hooks.patch.reducer, device):
-            images = spec.pictures(trunk, output, captured)
+        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
+            images = spec.image_spans(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged
             images = [replace(image, merged=merged.rows([row])) for row, image in enumerate(images)]
     state = current_state(hooks)
-    if state is not None and state.entered:
-        state.images = images
+    if state is not None and state.trunk_entered:
+        state.tower_images = images
     hooks.encoded.remember(output, images)  # for those who give it as `mm_encoder_outputs`
     return output
 
@@ -309,30 +334,32 @@ def _image_features(
 def _video_features(
     trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
 ) -> Any:
-    """In place of `get_video_features`, which may ask `get_image_features`: the call's images are
-    kept."""
+    """In place of `get_video_features`, which may call `get_image_features`: the call keeps its
+    images."""
     state = current_state(hooks)
-    images = None if state is None else state.images
+    images = None if state is None else state.tower_images
     output = stock(*args, **kwargs)
     if state is not None and images is not None:
-        state.images = images
+        state.tower_images = images
     return output
 
 
 def _placeholder_mask(
     trunk: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
 ) -> Any:
-    """In place of `get_placeholder_mask`: the same marks, but of what it makes the host read more
-    use is made."""
+    """In place of `get_placeholder_mask`: the same masks, in the one transfer to the host that the
+    prefill needs anyway."""
     state = current_state(hooks)
     arguments = (
         inspect.signature(type(trunk).get_placeholder_mask).bind(trunk, *args, **kwargs).arguments
     )
     features = arguments.get("image_features")
-    if state is None or not state.entered or features is None:
+    if state is None or not state.trunk_entered or features is None:
         return stock(*args, **kwargs)
-    image, others = hooks.spec.marks(trunk, arguments.get("input_ids"), arguments["inputs_embeds"])
-    prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    image, others = hooks.spec.placeholder_mask(
+        trunk, arguments.get("input_ids"), arguments["inputs_embeds"]
+    )
+    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return image[..., None] if others is None else (image[..., None], others[..., None])
 
 
@@ -344,14 +371,14 @@ def _inputs_merger(
     inputs_embeds: Tensor,
     image_hidden_states: Tensor,
 ) -> Tensor:
-    """In place of `inputs_merger`, which puts the features there, too."""
+    """In place of `inputs_merger`, which also puts the features there."""
     state = current_state(hooks)
-    if state is None or not state.entered:
+    if state is None or not state.trunk_entered:
         merged: Tensor = stock(input_ids, inputs_embeds, image_hidden_states)
         return merged
-    image, _ = hooks.spec.marks(trunk, input_ids, inputs_embeds)
+    image, _ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
     features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-    prefill.begin(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
     return inputs_embeds.masked_scatter(image[..., None], features)
 
 
@@ -363,8 +390,7 @@ def _deepstack(
     visual_pos_masks: Tensor,
     planes: Tensor,
 ) -> Tensor:
-    """In place of `_deepstack_process`, which adds a plane of visual features to the states of a
-    layer."""
+    """In place of `_deepstack_process`, which adds visual features to the states of a layer."""
     state = current_state(hooks)
     if state is None or state.plan is None:
         added: Tensor = stock(states, visual_pos_masks, planes)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision import Tiles
-from pumer.adapters.decoder.vision_capture import vision_features
-from pumer.reducers.base import Grid
+from pumer.adapters.decoder.family import DecoderAdapter, one_span_each, pool_squares, tower_layers
+from pumer.adapters.decoder.prompt import CropGroups, ImageSpan
+from pumer.adapters.decoder.vision import vision_features
+from pumer.reducers.tokens import Grid
 
 
 @register
@@ -22,9 +21,9 @@ class InternVLAdapter(DecoderAdapter):
 
     family = "InternVL"
     classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration", "InternVLModel")
-    around = (1, 1)
+    image_delimiters = (1, 1)
 
-    def tower_class(self, model: nn.Module) -> bool:
+    def has_class_token(self, model: nn.Module) -> bool:
         return True
 
     def tower_attention(self, model: nn.Module) -> Any:
@@ -36,18 +35,20 @@ class InternVLAdapter(DecoderAdapter):
         factor = self._factor(model)
         return rows // factor, columns // factor
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         rows, columns = self.default_grid(trunk)
-        return pooled(vision_features(captured, tower=True), rows * columns)
+        return pool_squares(vision_features(captured, tower=True), rows * columns)
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
-        return plain(
-            output.pooler_output, self.default_grid(trunk), self.image_facts(trunk, captured)
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
+        return one_span_each(
+            output.pooler_output, self.default_grid(trunk), self.vision_facts(trunk, captured)
         )
 
-    def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
+    def crop_groups(
+        self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]
+    ) -> CropGroups:
         rows, columns = self.default_grid(trunk)
-        return Tiles.of(image_BS, rows * columns, features, None)
+        return CropGroups.of(image_BS, rows * columns, features, None)
 
     def patches_per_token(self, model: nn.Module) -> int:
         return self._factor(model) ** 2

@@ -14,11 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, plain, tower_layers
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import VisionCapture, vision_features
+from pumer.adapters.decoder.family import DecoderAdapter, feature_depth, one_span_each, tower_layers
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder, Grid
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 """Vision towers that are known."""
@@ -30,8 +30,8 @@ class LlavaAdapter(DecoderAdapter):
     """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP
     one, which has none.
 
-    Pixtral's, which takes pictures of any size and marks the ends of their rows in the prompt, is
-    not supported.
+    Pixtral's, which takes images of any size and marks the ends of their rows in the prompt, is not
+    supported.
     """
 
     family = "LLaVA 1.5"
@@ -42,17 +42,17 @@ class LlavaAdapter(DecoderAdapter):
         vision = self.vision(model)
         if not is_a(vision, TOWERS):
             raise ValueError(
-                f"the vision tower of this {type(model).__name__} is a {type(vision).__name__}, of "
-                "which it is not known where its patches come to lie: supported are "
+                f"unsupported vision tower {type(vision).__name__} in this {type(model).__name__}: "
+                "expected one of "
                 f"{', '.join(TOWERS)}"
             )
         super().patch(model, patch)
 
-    def tower_class(self, model: nn.Module) -> bool:
-        return is_a(self.vision(model), ("CLIPVisionModel",))
+    def has_class_token(self, model: nn.Module) -> bool:
+        return config_of(model).vision_config.model_type == "clip_vision_model"
 
     def tower_depth(self, model: nn.Module) -> int:
-        if not self.tower_class(model):
+        if not self.has_class_token(model):
             return 0
         return feature_depth(self.vision(model), config_of(model).vision_feature_layer)
 
@@ -61,7 +61,7 @@ class LlavaAdapter(DecoderAdapter):
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        if patch.reducer.in_tower is not None:
+        if patch.reducer.traits.vision_reducer is not None:
             grid, depth = self.default_grid(model), self.tower_depth(model)
             patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
 
@@ -74,30 +74,29 @@ class LlavaAdapter(DecoderAdapter):
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        cls, full = self.tower_class(trunk), _takes_all(trunk, captured)
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        cls, full = self.has_class_token(trunk), _takes_all(trunk, captured)
         # Where not all are taken a tower's first token is dropped, whether that is [CLS] or a
         # patch.
         return vision_features(captured, cls or not full, cls and full)
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         tokens = len(output.pooler_output[0])
-        first_is_class = self.tower_class(trunk) and _takes_all(trunk, captured)
+        first_is_class = _takes_all(trunk, captured) and self.has_class_token(trunk)
         structure = torch.arange(tokens) == 0 if first_is_class else None
         rows, columns = grid = self.default_grid(trunk)
         fills_grid = rows * columns == tokens - int(first_is_class)
-        facts = self.image_facts(trunk, captured)
-        return plain(output.pooler_output, grid if fills_grid else None, facts, structure)
+        facts = self.vision_facts(trunk, captured)
+        return one_span_each(output.pooler_output, grid if fills_grid else None, facts, structure)
 
 
 class _Packed(LlavaAdapter):
-    """Images are put together from a small picture of the whole and crops, with a newline token at
-    every row's end."""
+    """An image is put together from a thumbnail and crops, with a newline token at the end of every
+    row."""
 
     on_host = ("image_sizes",)
-    projects_tokens = (
-        False  # it does, but parts of crops are cut off behind it, and of what was merged there
-    )
+    # The projector does, but behind it crops are trimmed, and would lose parts of merged tokens.
+    projects_tokens = False
 
     def tower_depth(self, model: nn.Module) -> int:
         # Crops lose tokens when they are put together; merged ones would lose parts of themselves.
@@ -106,10 +105,10 @@ class _Packed(LlavaAdapter):
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        return vision_features(captured, self.tower_class(trunk))
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+        return vision_features(captured, self.has_class_token(trunk))
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         shapes, assemble = captured.packed
         # Newlines among nothing: the model's own way of putting images together says where they
         # come.
@@ -117,7 +116,7 @@ class _Packed(LlavaAdapter):
         marks, _ = assemble(blank, image_newline=torch.ones(1))
         facts = {
             name: _assembled(value, shapes, assemble)
-            for name, value in self.image_facts(trunk, captured).items()
+            for name, value in self.vision_facts(trunk, captured).items()
         }
         crops = _crops(shapes, assemble)
         images = []
@@ -131,7 +130,7 @@ class _Packed(LlavaAdapter):
             grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
             crop_I = crops[image_index][~structure] if shapes[image_index][0] > 1 else None
             images.append(
-                Picture(
+                ImageSpan(
                     len(mark),
                     structure,
                     grid,
@@ -176,21 +175,22 @@ def _reduced_tower(
     the same states.
 
     So what follows the tower finds as many tokens as ever; the language model then gets one of each
-    group. Layers behind the `depth` ones that the features come from are not run. Where it is
+    group. Layers behind the `depth` ones that the features come from are not state. Where it is
     called by itself, it is the stock one.
     """
     captured = capture.current
     if captured is None:
         return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-    spread: list[Tensor | None] = []
-    for states, axis in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
-        spread.append(axis.expand(states))
-        captured.merged = axis.plan and axis.plan.tail(1)  # without [CLS], which is never merged
-    spread += [None] * (len(vision.encoder.layers) - depth)
-    return BaseModelOutputWithPooling(
-        hidden_states=tuple(spread)
-    )  # what else it gives nobody reads here
+    expanded: list[Tensor | None] = []
+    for states, layout in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
+        expanded.append(layout.expand(states))
+        captured.merged = layout.plan and layout.plan.tail(
+            1
+        )  # without [CLS], which is never merged
+    expanded += [None] * (len(vision.encoder.layers) - depth)
+    # The families read the hidden states alone.
+    return BaseModelOutputWithPooling(hidden_states=tuple(expanded))
 
 
 def _pack(

@@ -1,5 +1,4 @@
-"""The end of a call: states, hidden states and attention maps in the prompt's length, and what is
-noted.
+"""The end of a call: outputs in the prompt's length, and what the patch and the cache record.
 
 Shape suffixes: B samples, S tokens of the prompt, K tokens of a layer, L keys of a layer, D
 channels, H heads.
@@ -14,107 +13,107 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch
 from pumer.adapters.decoder import kv_cache
-from pumer.adapters.decoder.prompt import Axis, ForwardState
+from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 
 
 def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
-    """Lengthen what the language model gives, and tell the cache what it holds."""
+    """Bring the outputs to the prompt's length, and tell the cache what it holds."""
     if output.get("attentions") is not None:
         output.attentions = tuple(
             None if map_BHKL is None else _lengthened(map_BHKL, state, cache, layer_index)
             for layer_index, map_BHKL in enumerate(output.attentions)
         )
-    if not state.axes:
+    if not state.layouts:
         return
-    last = state.axes[-1]
-    _note(patch, state)
+    last = state.layouts[-1]
+    _record(patch, state)
     if cache is not None:
-        kv_cache.write(cache, _held(state, cache))
-    if last.whole:
+        kv_cache.write(cache, _cache_layouts(state, cache))
+    if last.unreduced:
         return
-    output.last_hidden_state = spread(output.last_hidden_state, last, state.length)
+    output.last_hidden_state = expand_states(output.last_hidden_state, last, state.length)
     if output.get("hidden_states") is not None:
-        axes = (state.axes[0], *state.axes)
+        layouts = (state.layouts[0], *state.layouts)
         output.hidden_states = tuple(
-            None if states is None else spread(states, axis, state.length)
-            for states, axis in zip(output.hidden_states, axes, strict=True)
+            None if states is None else expand_states(states, layout, state.length)
+            for states, layout in zip(output.hidden_states, layouts, strict=True)
         )
 
 
-def spread(states_BKD: Tensor, axis: Axis, length: int) -> Tensor:
-    """States of every token of the prompt: where one is gone, those of the last one before it that
-    is left."""
-    if axis.whole:
+def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tensor:
+    """States of every token of the prompt: a dropped one has those of the last kept one before
+    it."""
+    if layout.unreduced:
         return states_BKD
-    at_BS = axis.spread(length).to(states_BKD.device)
+    at_BS = layout.index_of_survivor(length).to(states_BKD.device)
     return states_BKD.gather(1, at_BS[..., None].expand(-1, -1, states_BKD.shape[2]))
 
 
 def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: int) -> Tensor:
-    """A layer's attention map over all tokens as the model counts them: nobody attends to what is
-    gone."""
-    axis = state.axes[layer_index] if state.axes else None
-    held = kv_cache.held(cache, layer_index)
-    if held is None and (axis is None or axis.whole):
+    """A layer's attention map over all tokens as the model counts them; dropped ones get zero."""
+    layout = state.layouts[layer_index] if state.layouts else None
+    cached = kv_cache.layout(cache, layer_index)
+    if cached is None and (layout is None or layout.unreduced):
         return map_BHKL
     batch, heads, _, keys = map_BHKL.shape
-    places_BL, filled_BL = state.places_of(axis, batch, map_BHKL.device)
+    positions_BL, filled_BL = state.positions_of(layout, batch, map_BHKL.device)
     if state.past:
-        places_BL, filled_BL = kv_cache.before(held, state.past, None, places_BL, filled_BL)
-    places_BL = places_BL[:, -keys:]
+        positions_BL, filled_BL = kv_cache.with_cached(
+            cached, state.past, None, positions_BL, filled_BL
+        )
+    positions_BL = positions_BL[:, -keys:]
     if filled_BL is not None:
         map_BHKL = map_BHKL * filled_BL[:, None, None, -keys:]
     total = state.past + state.length
-    columns = places_BL[:, None, None].expand_as(map_BHKL)
+    columns = positions_BL[:, None, None].expand_as(map_BHKL)
     full = map_BHKL.new_zeros(*map_BHKL.shape[:3], total).scatter_add(3, columns, map_BHKL)
-    if axis is None or axis.whole:
+    if layout is None or layout.unreduced:
         return full
-    at_BS = axis.spread(state.length)
+    at_BS = layout.index_of_survivor(state.length)
     return full.gather(2, at_BS[:, None, :, None].expand(-1, heads, -1, total))
 
 
-def _note(patch: Patch, state: ForwardState) -> None:
-    """Keep the lengths of the sample with the most tokens: those planned, and those that there
-    really were."""
+def _record(patch: Patch, state: ForwardState) -> None:
+    """Record the lengths of the longest sample: those planned, and those that it really had."""
     planned, lengths = [], []
     widths = (*state.widths, state.widths[-1])
-    for axis, width in zip((*state.axes, state.axes[-1]), widths, strict=True):
+    for layout, width in zip((*state.layouts, state.layouts[-1]), widths, strict=True):
         lengths_after = [
             num_untouched + sum(count)
-            for num_untouched, count in zip(state.rest, axis.counts, strict=True)
+            for num_untouched, count in zip(state.num_untouched, layout.counts, strict=True)
         ]
-        text, image = max(axis.counts, key=sum)
+        text, image = max(layout.counts, key=sum)
         planned.append((text, image))
         lengths.append((text, image + width - max(lengths_after)))
     patch.planned, patch.lengths, patch.entry = planned, lengths, state.entry
-    patch.kept = _kept(state, state.axes[-1])
+    patch.kept = _kept(state, state.layouts[-1])
 
 
-def _kept(state: ForwardState, axis: Axis) -> Tensor:
-    """Places of the real tokens of an axis, in order, -1 behind them [B,K]."""
-    places_BK, filled_BK = axis.index_BK + state.past, axis.filled_BK
-    real_BK = torch.ones_like(places_BK, dtype=torch.bool) if filled_BK is None else filled_BK
+def _kept(state: ForwardState, layout: TokenLayout) -> Tensor:
+    """Positions of the real tokens of a layout, in order, -1 behind them [B,K]."""
+    positions_BK, filled_BK = layout.index_BK + state.past, layout.filled_BK
+    real_BK = torch.ones_like(positions_BK, dtype=torch.bool) if filled_BK is None else filled_BK
     if state.mask_BL is not None:
-        real_BK = real_BK & state.mask_BL.to(places_BK.device).gather(1, places_BK)
+        real_BK = real_BK & state.mask_BL.to(positions_BK.device).gather(1, positions_BK)
     order_BK = (~real_BK).to(torch.uint8).argsort(dim=1, stable=True)
-    return places_BK.masked_fill(~real_BK, -1).gather(1, order_BK)
+    return positions_BK.masked_fill(~real_BK, -1).gather(1, order_BK)
 
 
-def _held(state: ForwardState, cache: Any) -> dict[int, kv_cache.Held]:
+def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheLayout]:
     """What every layer with fewer tokens holds after this call."""
-    layouts: dict[Any, kv_cache.Held] = {}
+    layouts: dict[Any, kv_cache.CacheLayout] = {}
     result = {}
-    for layer_index, axis in enumerate(state.axes):
-        if axis.whole or layer_index >= len(cache.layers):
+    for layer_index, layout in enumerate(state.layouts):
+        if layout.unreduced or layer_index >= len(cache.layers):
             continue
         if not cache.layers[layer_index].is_initialized:
             continue
-        held = kv_cache.held(cache, layer_index)
-        key = id(axis), id(held)
-        if key not in layouts:  # layers that hold the same share one, and one mask
-            places = axis.index_BK + state.past, axis.filled_BK
+        cached = kv_cache.layout(cache, layer_index)
+        key = id(layout), id(cached)
+        if key not in layouts:  # layers that hold the same tokens share one, and one mask
+            positions = layout.index_BK + state.past, layout.filled_BK
             if state.past:
-                places = kv_cache.before(held, state.past, None, *places)
-            layouts[key] = kv_cache.Held(*places, state.past + state.length)
+                positions = kv_cache.with_cached(cached, state.past, None, *positions)
+            layouts[key] = kv_cache.CacheLayout(*positions, state.past + state.length)
         result[layer_index] = layouts[key]
     return result

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import vision_features
-from pumer.reducers.base import Grid
+from pumer.adapters.decoder.family import DecoderAdapter, one_span_each, pool_squares, tower_layers
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.vision import vision_features
+from pumer.reducers.tokens import Grid
 
 
 @register
@@ -26,9 +26,9 @@ class PaliGemmaAdapter(DecoderAdapter):
     def tower_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.trunk(model).vision_tower)[-1].self_attn
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
-        return plain(
-            output.pooler_output, self.default_grid(trunk), self.image_facts(trunk, captured)
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
+        return one_span_each(
+            output.pooler_output, self.default_grid(trunk), self.vision_facts(trunk, captured)
         )
 
 
@@ -41,7 +41,7 @@ class Gemma3Adapter(PaliGemmaAdapter):
     classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration", "Gemma3Model")
     projects_tokens = False  # it averages them
     causal = True
-    around = (1, 1)
+    image_delimiters = (1, 1)
 
     def default_grid(self, model: nn.Module) -> Grid:
         side = round(config_of(model).mm_tokens_per_image ** 0.5)
@@ -53,6 +53,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
             (vision.image_size // vision.patch_size) ** 2 // config_of(model).mm_tokens_per_image
         )
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         rows, columns = self.default_grid(trunk)
-        return pooled(vision_features(captured), rows * columns)
+        return pool_squares(vision_features(captured), rows * columns)

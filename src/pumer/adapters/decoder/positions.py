@@ -1,4 +1,4 @@
-"""Positions of the tokens that are left, counted anew: what `renumber` of `pumer.apply` asks for.
+"""Positions of the tokens left, counted anew: the `renumber` option of `pumer.apply`.
 
 A token has the position that the model gave it, less one for every token before it that is gone
 from its layer, as in a prompt of nothing but what the layer has. What is cached counts too, so that
@@ -10,62 +10,58 @@ Shape suffixes: B samples, S tokens of the prompt, K tokens of the layer.
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pumer.adapters.decoder.kv_cache import Held
-from pumer.adapters.decoder.prompt import Axis, ForwardState
+from pumer.adapters.decoder.kv_cache import CacheLayout
+from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 
 
 def renumber(
     language: Any,
     state: ForwardState,
     layer_index: int,
-    axis: Axis | None,
-    held: Held | None,
-    kwargs: dict[str, Any],
-) -> None:
-    """Change the positions among a layer's arguments, which are those of its tokens already.
+    layout: TokenLayout | None,
+    cached: CacheLayout | None,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """The positions among a layer's arguments, counted anew.
 
     Args:
         language: the model whose layer it is.
         state: of the call.
-        layer_index: number of the layer.
-        axis: its tokens; None for those of the prompt.
-        held: what its cache holds; None for every token.
-        kwargs: its arguments.
+        layer_index: of the layer.
+        layout: its tokens; None for those of the prompt.
+        cached: what its cache holds; None for every token.
+        arguments: of the layer, for its tokens already.
     """
-    position_ids, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
-    numbered = partial(_numbered, state, axis, held, position_ids)
-    position_ids = state.once(("renumber", position_ids, axis, held), numbered)
-    embed = partial(_rotary, language, layer_index, rotary[0], position_ids)
-    kwargs["position_ids"] = position_ids
-    # The rotary embeddings that a layer got say which of several kinds it takes.
-    kwargs["position_embeddings"] = state.once(("renumber", rotary, position_ids), embed)
+    position_ids = _numbered(state, layout, cached, arguments["position_ids"])
+    like, _ = arguments["position_embeddings"]
+    embeddings = _rotary(language, layer_index, like, position_ids)
+    return {"position_ids": position_ids, "position_embeddings": embeddings}
 
 
 def _numbered(
     state: ForwardState,
-    axis: Axis | None,
-    held: Held | None,
+    layout: TokenLayout | None,
+    cached: CacheLayout | None,
     position_ids: Tensor,
 ) -> Tensor:
     """Positions [B,K] less the tokens gone before each; any number from 0 at empty slots."""
-    place_BK, filled_BK = state.places_of(axis, 1, position_ids.device)
-    filled_BK = torch.ones_like(place_BK) if filled_BK is None else filled_BK.long()
-    before_BK = filled_BK.cumsum(1) - 1 + _cached(state, held, place_BK.device)
-    return (position_ids - (place_BK - before_BK).to(position_ids.device)).clamp_min(0)
+    position_BK, filled_BK = state.positions_of(layout, 1, position_ids.device)
+    filled_BK = torch.ones_like(position_BK) if filled_BK is None else filled_BK.long()
+    before_BK = filled_BK.cumsum(1) - 1 + _cached(state, cached, position_BK.device)
+    return (position_ids - (position_BK - before_BK).to(position_ids.device)).clamp_min(0)
 
 
-def _cached(state: ForwardState, held: Held | None, device: torch.device) -> Tensor | int:
+def _cached(state: ForwardState, cached: CacheLayout | None, device: torch.device) -> Tensor | int:
     """How many tokens before those of this call a layer has: one number, or [B,1]."""
-    if held is None or not state.past:
+    if cached is None or not state.past:
         return state.past
-    place_BK, filled_BK = held.upto(state.past)
-    return place_BK.shape[1] if filled_BK is None else filled_BK.sum(1, keepdim=True).to(device)
+    position_BK, filled_BK = cached.extend_to(state.past)
+    return position_BK.shape[1] if filled_BK is None else filled_BK.sum(1, keepdim=True).to(device)
 
 
 def _rotary(language: Any, layer_index: int, like: Tensor, position_ids: Tensor) -> Any:

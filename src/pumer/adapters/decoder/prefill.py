@@ -1,25 +1,33 @@
-"""The beginning of a call that brings images: where images, question and answers lie in the
+"""The beginning of a call that brings images: where images, question and answers are in the
 prompts.
 
-Shape suffixes: B samples, S tokens of the prompts, L tokens of cache and prompts, P crops.
+Shape suffixes: B samples, S tokens of the prompts, L tokens of cache and prompts, P crops, I image
+tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pumer.adapters.decoder import kv_cache
-from pumer.adapters.decoder import vision as before_llm
-from pumer.adapters.decoder.prompt import Axis, ForwardState
+from pumer.adapters.decoder.prompt import (
+    ForwardState,
+    ImageSpan,
+    TokenLayout,
+    join_encoders,
+    to_device,
+)
 from pumer.adapters.decoder.spec import DecoderSpec
 
 IGNORED = -100
-"""Label of tokens that are not learned."""
+"""Label of tokens that are not trained on."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-"""Arguments by which others say where the samples of a packed row end."""
+"""Arguments that say where the samples of a packed row end."""
 
 
 def check_inputs(inputs: dict[str, Any]) -> None:
@@ -57,26 +65,24 @@ def _restarts(position_ids: Tensor | None, mask: Tensor | None) -> bool:
 
 
 def may_be_merged(inputs: dict[str, Any]) -> bool:
-    """Whether a prompt is given in such a way that images may be in it already, which nobody can
-    tell."""
+    """Whether a prompt comes as embeddings alone, into which images may be merged already."""
     embeddings = inputs.get("inputs_embeds")
     if embeddings is None or inputs.get("input_ids") is not None or embeddings.shape[1] < 2:
         return False
     return kv_cache.length(kv_cache.find(inputs)) == 0
 
 
-def begin(
-    spec: DecoderSpec, trunk: Any, state: ForwardState, image_BS: Tensor, features: int
+def begin_prefill(
+    spec: DecoderSpec, trunk: Any, state: ForwardState, image_BS: Tensor, num_features: int
 ) -> None:
-    """Take in the prompts, whose placeholders are marked: the one place where the host reads from
-    the device.
+    """Find text and images in the prompts: the one place where the host reads from the device.
 
     Args:
         spec: of the family.
         trunk: the model without its head.
         state: of the call.
         image_BS: bool, the placeholders.
-        features: how many of them the images fill.
+        num_features: image features in all, one for each placeholder.
 
     Raises:
         ValueError: for placeholders that do not match the images.
@@ -88,35 +94,45 @@ def begin(
     real_BS = torch.ones_like(image_BS)
     if state.mask_BL is not None:
         real_BS = state.mask_BL[:, -state.length :]
-    crops = spec.tiles(trunk, image_BS, features, inputs)
-    word_BS = real_BS & ~spec.no_text(trunk, image_BS, crops, inputs)
+    crops = spec.crop_groups(trunk, image_BS, num_features, inputs)
+    word_BS = real_BS & ~spec.non_text_mask(trunk, image_BS, crops, inputs)
     text_BS, question_BS = _question(state.call_kwargs, word_BS, image_BS)
-    # Real tokens that no reducer is shown. Where all tokens see each other, answers are seen by
-    # none.
+    # Real tokens that no reducer sees, but the text does. Where all tokens see each other, nothing
+    # may look at the answer.
     hidden_BS = real_BS & ~image_BS & ~text_BS
     if not spec.causal:
         hidden_BS = hidden_BS & ~word_BS
 
+    # Everything that the host has to know, in one transfer.
     per_sample = [mask.sum(1) for mask in (text_BS, image_BS, hidden_BS)]
     joined = [] if crops is None else [crops.joined_P.long()]
     counts = torch.cat([*per_sample, *joined]).tolist()
-    texts, images, hidden = (counts[start * batch : (start + 1) * batch] for start in range(3))
-    state.pictures, state.owners = before_llm.assign(state.images, images)
+    num_text, num_placeholders, num_hidden = (
+        counts[start * batch : (start + 1) * batch] for start in range(3)
+    )
+    state.images, state.sample_index = match_images_to_placeholders(
+        state.tower_images, num_placeholders
+    )
     if crops is not None:
-        state.pictures, state.owners = before_llm.join(
-            state.pictures, state.owners, counts[3 * batch :]
+        state.images, state.sample_index = group_crops(
+            state.images, state.sample_index, counts[3 * batch :]
         )
 
-    patches = [0] * batch
-    for picture, sample in zip(state.pictures, state.owners, strict=True):
-        patches[sample] += picture.patches
-    state.rest = [state.length - text - patch for text, patch in zip(texts, patches, strict=True)]
-    # Placeholders that are no patches, such as the ends of rows, are keys of the text as well.
-    state.hidden = [
-        other + image - patch for other, image, patch in zip(hidden, images, patches, strict=True)
+    num_patches = [0] * batch
+    for image, sample in zip(state.images, state.sample_index, strict=True):
+        num_patches[sample] += image.num_patches
+    state.num_untouched = [
+        state.length - text - patches for text, patches in zip(num_text, num_patches, strict=True)
     ]
-    patch_BS = before_llm.patches(image_BS, state.pictures)
-    state.axis = Axis(
+    # Placeholders that are no patches, such as the ends of rows, are keys of the text as well.
+    state.num_hidden = [
+        hidden + placeholders - patches
+        for hidden, placeholders, patches in zip(
+            num_hidden, num_placeholders, num_patches, strict=True
+        )
+    ]
+    patch_BS = patch_mask(image_BS, state.images)
+    state.layout = TokenLayout(
         index_BK=torch.arange(state.length, device=device).expand(batch, state.length),
         filled_BK=None,
         text_BK=text_BS,
@@ -124,23 +140,23 @@ def begin(
         question_BK=question_BS,
         hidden_BK=hidden_BS | image_BS & ~patch_BS,
         sizes_BK=torch.ones(batch, state.length, device=device),
-        counts=tuple(zip(texts, patches, strict=True)),
+        counts=tuple(zip(num_text, num_patches, strict=True)),
     )
-    grids = {picture.grid for picture in state.pictures}
-    state.entry = (*state.axis.lengths, grids.pop() if len(grids) == 1 else None)
+    grids = {image.grid for image in state.images}
+    state.entry = (*state.layout.lengths, grids.pop() if len(grids) == 1 else None)
 
 
 def _question(
     call_kwargs: dict[str, Any], word_BS: Tensor, image_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Words that a reducer is shown, and those of them that are the question; both bool [B,S].
+    """Words that a reducer sees, and those of them that are the question; both bool [B,S].
 
-    What is being learned, scored or checked must not guide what is kept: it was not there when the
-    answer was written. The prompt ends before the first token with a label, and before the last
+    An answer that is trained on, scored or verified must not guide what is kept: at inference it
+    is not there yet. The prompt ends before the first token with a label, and before the last
     `logits_to_keep - 1` ones where these are being scored: that is so in assisted generation, which
-    gives a cache, and with trainers of policies, which give `use_cache=False`. Who asks for the
-    last logits of a prompt does neither. `question_mask` says outright which words are the prompt.
-    The question itself is what stands behind the last image, if anything does.
+    gives a cache, and with trainers of policies, which give `use_cache=False`. A plain
+    call that asks for the last logits of a prompt does neither. `question_mask` says outright which
+    words are the prompt. The question itself is the text behind the last image, if there is any.
     """
     length = word_BS.shape[1]
     prompt_BS = word_BS
@@ -154,7 +170,7 @@ def _question(
     scoring = kv_cache.find(call_kwargs) is not None or call_kwargs.get("use_cache") is False
     if scoring and isinstance(scored, int) and 1 < scored <= length:
         tail_S = torch.arange(length, device=word_BS.device) > length - scored
-        # Who wants the logits of images too scores no answer.
+        # A call that asks for logits of image tokens too scores no answer.
         tail_BS = tail_S & ~(image_BS & tail_S).any(1, keepdim=True)
         prompt_BS = prompt_BS & ~tail_BS
     if prompt_BS is not word_BS:
@@ -173,3 +189,83 @@ def _of_tokens(mask: Tensor, word_BS: Tensor) -> Tensor:
             f"and 0 for others, not {list(mask.shape)}"
         )
     return mask[:, -length:].to(word_BS.device).bool()
+
+
+def match_images_to_placeholders(
+    images: Sequence[ImageSpan], num_placeholders: Sequence[int]
+) -> tuple[list[ImageSpan], list[int]]:
+    """The images of a batch in order and the sample of each.
+
+    Beam search and several returned sequences repeat samples, and their images with them.
+
+    Args:
+        images: as they went through the vision tower.
+        num_placeholders: of every sample.
+
+    Raises:
+        ValueError: where placeholders and images do not match.
+    """
+    have, need = sum(num_placeholders), sum(image.length for image in images)
+    copies, remainder = divmod(have, need) if need else (0, 1)
+    mismatch = ValueError(
+        f"the prompts have {have} image placeholders and the images {need} features: give every "
+        "image its own placeholders, all in one prefill (leave prefill_chunk_size unset)"
+    )
+    if remainder or not copies or len(num_placeholders) % copies:
+        raise mismatch
+    matched: list[ImageSpan] = []
+    sample_index: list[int] = []
+    first = 0
+    for sample, count in enumerate(num_placeholders):
+        if sample % copies == 0:
+            last = first
+            while last < len(images) and count > sum(image.length for image in images[first:last]):
+                last += 1
+            sample_images, first = images[first:last], last
+        if sum(image.length for image in sample_images) != count:
+            raise mismatch
+        matched += sample_images
+        sample_index += [sample] * len(sample_images)
+    return matched, sample_index
+
+
+def group_crops(
+    crops: Sequence[ImageSpan], sample_index: Sequence[int], joined: Sequence[int]
+) -> tuple[list[ImageSpan], list[int]]:
+    """Images of one or several crops, and the sample of each.
+
+    Args:
+        crops: of all images, in order.
+        sample_index: sample of every crop.
+        joined: whether each belongs to the image of the one before it.
+    """
+    groups: list[list[int]] = []
+    for crop_index, with_last in enumerate(joined):
+        if with_last and groups:
+            groups[-1].append(crop_index)
+        else:
+            groups.append([crop_index])
+    images = []
+    for group in groups:
+        parts = [crops[crop_index] for crop_index in group]
+        if len(parts) == 1:
+            images += parts
+            continue
+        encoder = join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1))
+        lengths = torch.tensor([part.length for part in parts])
+        crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
+        images.append(ImageSpan(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
+    return images, [sample_index[group[0]] for group in groups]
+
+
+def patch_mask(image_BS: Tensor, images: Sequence[ImageSpan]) -> Tensor:
+    """Which placeholders are patches."""
+    if all(image.structure is None for image in images):
+        return image_BS
+    is_patch = [
+        torch.ones(image.length, dtype=torch.bool) if image.structure is None else ~image.structure
+        for image in images
+    ]
+    return torch.zeros_like(image_BS).masked_scatter(
+        image_BS, to_device(torch.cat(is_patch), image_BS.device)
+    )

@@ -15,9 +15,9 @@ from transformers.vision_utils import get_vision_window_index
 from pumer.adapters.base import Patch, config_of, register
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision_capture import VisionCapture, attention_of
-from pumer.reducers.base import Encoder, Grid
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.vision import VisionCapture, attention_of
+from pumer.reducers.tokens import Encoder, Grid
 
 
 @register
@@ -34,7 +34,7 @@ class QwenVLAdapter(DecoderAdapter):
         "Qwen3VLModel",
     )
     renumbers = False  # an image token has three: time, row and column
-    around = (1, 1)
+    image_delimiters = (1, 1)
     on_host = ("image_grid_thw",)
 
     def projector(self, model: nn.Module) -> nn.Module:
@@ -58,7 +58,7 @@ class QwenVLAdapter(DecoderAdapter):
     def default_grid(self, model: nn.Module) -> Grid:
         return DEFAULT_GRID
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         merge = trunk.visual.spatial_merge_size
         frames = captured.inputs["image_grid_thw"]
         grids = [(rows // merge, columns // merge) for _, rows, columns in frames.tolist()]
@@ -66,7 +66,7 @@ class QwenVLAdapter(DecoderAdapter):
             trunk, frames, captured, [len(features) for features in output.pooler_output]
         )
         return [
-            Picture(
+            ImageSpan(
                 len(features), None, grid if grid[0] * grid[1] == len(features) else None, encoder
             )
             for features, grid, encoder in zip(output.pooler_output, grids, encoders, strict=True)

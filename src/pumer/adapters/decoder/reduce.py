@@ -1,7 +1,7 @@
-"""One reduction of a prompt: what the reducer sees, what it plans, and the axis after it.
+"""One reduction of the prompts: ask the reducer for a plan, and apply it to states and layout.
 
 Shape suffixes: B samples, R rows of a view (samples, or images), S tokens of the prompt, K tokens
-of the layer, N tokens of a view, D channels, H heads, C channels of a head.
+of the layer, N tokens of a view, D channels.
 """
 
 from __future__ import annotations
@@ -12,234 +12,208 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, Step, exact
-from pumer.adapters.decoder import kv_cache
-from pumer.adapters.decoder import vision as before_llm
-from pumer.adapters.decoder.prompt import (
-    Attended,
-    Axis,
-    ForwardState,
-    PromptStep,
-    View,
-    place,
-    to_device,
-)
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
-from pumer.reducers.base import Context, Embeddings, Grid
-from pumer.reducers.plan import tokens_at
+from pumer.adapters.base import Patch, ReductionStep
+from pumer.adapters.decoder.prompt import ForwardState, PromptStep, TokenLayout, to_device
+from pumer.adapters.decoder.view import View, image_rows, view_images, view_samples
+from pumer.adapters.forward import no_autocast
+from pumer.reducers import EMBEDDINGS, Plan, TokenShape
+from pumer.reducers.tokens import Grid
 
 
 def reduce(
-    patch: Patch, run: ForwardState, layer: int, states_BKD: Tensor, causal: bool
-) -> tuple[Tensor, Plan | None]:
-    """States after the reducer acted after this layer, whose axis the call's state then has, and
-    the plan from one axis to the other; None where nothing was reduced.
+    patch: Patch, state: ForwardState, layer: int, states_BKD: Tensor, causal: bool
+) -> tuple[Tensor, Plan]:
+    """Let the reducer act after a layer; `state.layout` is then that of the tokens left.
 
     Args:
         patch: whose reducer acts.
-        run: the state of the call.
+        state: of the call.
         layer: the one that has run, `EMBEDDINGS` before the first.
         states_BKD: after it.
         causal: whether a token of the prompt sees only those before it.
+
+    Returns:
+        The states of the tokens left, and the plan from one layout to the other.
     """
     reducer = patch.reducer
-    assert run.axis is not None
-    if layer == EMBEDDINGS and any(picture.merged for picture in run.pictures):
-        return _gather(patch, run, run.axis.to(states_BKD.device), states_BKD)
-    if not reducer.reduces_at(layer):
-        return states_BKD, None
-    axis = run.axis.to(states_BKD.device)
-    before = axis.counts
-    grids: list[Grid | None] = [None] * len(axis.counts)
+    assert state.layout is not None
+    layout = state.layout.to(states_BKD.device)
+    if layer == EMBEDDINGS and has_merged_images(state):
+        return _gather_merged(patch, state, layout, states_BKD)
+    counts_before = layout.counts
+    grids: list[Grid | None] = [None] * len(layout.counts)
     if layer == EMBEDDINGS:
-        rows = before_llm.rows(run.pictures, run.owners, reducer.per_crop)
-        view = before_llm.view(axis, rows, states_BKD, causal)
-        before = tuple((axis.counts[row.sample][0], len(row.at_I)) for row in rows)
+        rows = image_rows(state.images, state.sample_index, reducer.traits.per_crop)
+        view = view_images(state, layout, rows, states_BKD, causal)
+        counts_before = tuple((layout.counts[row.sample][0], len(row.patch_I)) for row in rows)
         grids = [row.grid for row in rows]
     else:
-        view = _view(run, axis, layer, states_BKD, causal)
+        view = view_samples(state, layout, layer, states_BKD, causal)
         if view.tokens.grid is not None:
-            grids = [picture.grid for picture in run.pictures]
-    # Which tokens go is a choice, not a function to differentiate; the gradient flows through what
-    # is kept.
-    with torch.no_grad(), exact(reducer, states_BKD.device):
+            grids = [image.grid for image in state.images]
+    # Which tokens to drop is a choice, not a function to differentiate; the gradient flows through
+    # those that are kept.
+    with torch.no_grad(), no_autocast(reducer, states_BKD.device):
         plan = reducer.plan(view.tokens)
-    after = [
-        reducer.lengths(*count, layer, 0, grid) for count, grid in zip(before, grids, strict=True)
+    counts_after = [
+        reducer.lengths(TokenShape(*count, layer, 0, grid))
+        for count, grid in zip(counts_before, grids, strict=True)
     ]
-    unsure = reducer.leaves_gaps
-    if unsure and patch.trim and not torch.compiler.is_compiling():
-        # The data have decided: the one kind of reducer for which the host waits.
-        unsure = False
+    gaps = reducer.traits.dynamic_length
+    if gaps and patch.trim and not torch.compiler.is_compiling():
+        # How many tokens are left depends on the data: only for such reducers does the host wait.
+        gaps = False
         filled = plan.mask_BK.sum(1).tolist()
-        after = [(text, full - text) for full, (text, _) in zip(filled, after, strict=True)]
-    return _take(patch, run, axis, view, plan, after, unsure, states_BKD)
+        counts_after = [
+            (text, total - text) for total, (text, _) in zip(filled, counts_after, strict=True)
+        ]
+    return _apply(patch, state, layout, view, plan, counts_after, gaps, states_BKD)
 
 
-def _gather(
-    patch: Patch, run: ForwardState, axis: Axis, states_BSD: Tensor
-) -> tuple[Tensor, Plan | None]:
-    """States with one token for every group that was merged before; all of a group have the
-    same."""
-    view = before_llm.view(
-        axis, before_llm.rows(run.pictures, run.owners, False), states_BSD, causal=False
-    )
-    merged = Plan.stack([picture.merged for picture in run.pictures if picture.merged]).to(
-        states_BSD.device
-    )
-    plan = Plan.side_by_side([Plan.identity(view.tokens.mask_BN[:, : view.tokens.text]), merged])
-    # The tower has cut its slots to those that the data fill; how many each picture fills is still
-    # to be asked.
+def has_merged_images(state: ForwardState) -> bool:
+    """Whether patches were merged before the language model, which is to get one of each group."""
+    return any(image.merged for image in state.images)
+
+
+def _gather_merged(
+    patch: Patch, state: ForwardState, layout: TokenLayout, states_BSD: Tensor
+) -> tuple[Tensor, Plan]:
+    """One token for every group that was merged before; all tokens of a group are the same."""
+    rows = image_rows(state.images, state.sample_index, per_crop=False)
+    view = view_images(state, layout, rows, states_BSD, causal=False)
+    merged = Plan.stack([image.merged for image in state.images if image.merged])
+    merged = merged.to(states_BSD.device)
+    text_mask_RT = view.tokens.mask_BN[:, : view.tokens.text]
+    plan = Plan.side_by_side([Plan.identity(text_mask_RT), merged])
+    # The tower has trimmed its slots to the fullest image; the others may fill fewer.
     num_kept = (
         merged.mask_BK.sum(1).tolist()
-        if patch.reducer.leaves_gaps
-        else [merged.slots] * len(run.pictures)
+        if patch.reducer.traits.dynamic_length
+        else [merged.slots] * len(state.images)
     )
-    after = [(axis.counts[row][0], count) for row, count in zip(run.owners, num_kept, strict=True)]
-    return _take(patch, run, axis, view, plan, after, False, states_BSD)
+    counts_after = [
+        (layout.counts[sample][0], count)
+        for sample, count in zip(state.sample_index, num_kept, strict=True)
+    ]
+    return _apply(patch, state, layout, view, plan, counts_after, False, states_BSD)
 
 
-def _take(
+def _apply(
     patch: Patch,
-    run: ForwardState,
-    axis: Axis,
+    state: ForwardState,
+    layout: TokenLayout,
     view: View,
     plan: Plan,
-    after: Sequence[tuple[int, int]],
-    unsure: bool,
+    counts_after: Sequence[tuple[int, int]],
+    gaps: bool,
     states_BKD: Tensor,
-) -> tuple[Tensor, Plan | None]:
-    """States after a plan for a view of the axis.
+) -> tuple[Tensor, Plan]:
+    """States and layout after a plan for a view.
 
     Args:
-        after: (text, image) tokens that it leaves in every row.
-        unsure: whether it may leave fewer.
+        counts_after: (text, image) tokens that it leaves in every row.
+        gaps: whether it may leave fewer.
     """
     tokens = view.tokens
-    counts = before_llm.by_sample(axis, view.owner, after)
-    row_R = None if tokens.layer != EMBEDDINGS else to_device(view.owner, states_BKD.device)
-    lengths_after = [
+    counts = counts_per_sample(layout, view.sample_index, counts_after)
+    num_left = [
         num_untouched + text + image
-        for num_untouched, (text, image) in zip(run.rest, counts, strict=True)
+        for num_untouched, (text, image) in zip(state.num_untouched, counts, strict=True)
     ]
-    placed = place(plan, axis, row_R, view.at_RN, view.own_RN, max(lengths_after))
-    run.axis = axis.then(placed, counts, unsure or min(lengths_after) < max(lengths_after))
+    lifted = lift_plan(plan, view, layout, max(num_left))
+    state.layout = layout.after(lifted, counts, gaps or min(num_left) < max(num_left))
     if plan.index_BK is None:
-        placed = replace(placed, index_BK=None)
-    run.plan = placed if run.plan is None else run.plan.to(states_BKD.device).then(placed)
+        lifted = replace(lifted, index_BK=None)
+    state.plan = lifted if state.plan is None else state.plan.to(states_BKD.device).then(lifted)
     if patch.steps is not None:
         images = tuple(
-            (row, image.patches, image.grid)
-            for row, image in zip(run.owners, run.pictures, strict=True)
+            (sample, image.num_patches, image.grid)
+            for sample, image in zip(state.sample_index, state.images, strict=True)
         )
-        step = PromptStep(run.plan.slot_BN, axis.image_BK if axis.whole else None, images)
+        image_BS = layout.image_BK if layout.unreduced else None
+        step = PromptStep(state.plan.slot_BN, image_BS, images)
         patch.steps.append(
-            Step(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
+            ReductionStep(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
         )
-    return placed.reduce(states_BKD), placed
+    return lifted.reduce(states_BKD), lifted
 
 
-def _view(run: ForwardState, axis: Axis, layer: int, states_BKD: Tensor, causal: bool) -> View:
-    """What a reducer sees after a layer, one row per sample."""
-    at_BN, valid_BN = axis.view()
-    attended = run.seen.pop(layer)
-    queries_BHKC, keys_BhKC = (
-        attended.queries_BHKC,
-        attended.keys_BhLC[:, :, -axis.index_BK.shape[1] :],
-    )
-    text, _ = axis.lengths
-    grid, patch_BN = None, None
-    if axis.whole and run.owners == list(range(len(at_BN))):  # one picture each
-        grid, patch_BI = before_llm.raster([picture.grid for picture in run.pictures], at_BN.device)
-        patch_BN = None if patch_BI is None else nn.functional.pad(patch_BI, (text, 0), value=-1)
-    groups = queries_BHKC.shape[1] // keys_BhKC.shape[1]
-    normalizer_BHK = attended.normalizer_BHK
-    tokens = Tokens(
-        mask_BN=valid_BN,
-        text=text,
-        sizes_BN=axis.sizes_BK.gather(1, at_BN),
-        layer=layer,
-        prefix=0,
-        grid=grid,
-        patch_BN=patch_BN,
-        states_BND=tokens_at(states_BKD, at_BN),
-        queries_BHNC=_of_heads(queries_BHKC, at_BN),
-        keys_BHNC=_of_heads(keys_BhKC, at_BN, groups),
-        place_BN=(axis.index_BK + run.past).gather(1, at_BN) if causal else None,
-        normalizer_BHN=None
-        if normalizer_BHK is None
-        else _of_heads(normalizer_BHK[..., None], at_BN)[..., 0],
-        context=_context(run, axis, attended, groups, causal),
-        question_BT=axis.question_BK.gather(1, at_BN[:, :text]) & valid_BN[:, :text],
-        embeddings=_embeddings(run, axis, at_BN[:, :text]),
-    )
-    return View(tokens, at_BN, valid_BN, range(len(at_BN)))
+def counts_per_sample(
+    layout: TokenLayout,
+    sample_index: Sequence[int] | None,
+    counts: Sequence[tuple[int, int]],
+) -> tuple[tuple[int, int], ...]:
+    """(text, image) tokens of every sample, from those of the rows of a view; `sample_index` is
+    None where rows are samples."""
+    texts, images = [text for text, _ in layout.counts], [0] * len(layout.counts)
+    rows = range(len(counts)) if sample_index is None else sample_index
+    for sample, (text, image) in zip(rows, counts, strict=True):
+        texts[sample] = text
+        images[sample] += image
+    return tuple(zip(texts, images, strict=True))
 
 
-def _embeddings(run: ForwardState, axis: Axis, at_BT: Tensor) -> Embeddings | None:
-    """What entered the first layer at the text of a view and at all image tokens; None if not
-    kept."""
-    if run.embeddings_BSD is None:
-        return None
-    device = axis.index_BK.device
-    embeddings_BSD, entered = run.embeddings_BSD.to(device), run.axes[0].to(device)
-    at_BN, valid_BN = entered.view()
-    text, _ = entered.lengths
-    return Embeddings(
-        text_BTD=tokens_at(embeddings_BSD, axis.index_BK.gather(1, at_BT)),
-        image_BID=tokens_at(embeddings_BSD, entered.index_BK.gather(1, at_BN[:, text:])),
-        valid_BI=valid_BN[:, text:],
-    )
+def lift_plan(plan: Plan, view: View, layout: TokenLayout, slots: int) -> Plan:
+    """A plan for a view, as a plan for the layout that the view is of.
 
-
-def _context(
-    run: ForwardState, axis: Axis, attended: Attended, groups: int, causal: bool
-) -> Context | None:
-    """What the text attends to besides the tokens of a view; None if there is nothing.
+    Tokens outside the view stay. Those left keep their order, a merged one is where its first
+    member was, and empty slots come first, so that the last token is the last one again.
 
     Args:
-        run: the state of the call.
-        axis: of the layer.
-        attended: what its attention was asked.
-        groups: heads of queries to one of keys.
-        causal: whether a token of the prompt sees only those before it.
+        plan: of the view.
+        view: its tokens by their index in the layout.
+        layout: of all tokens.
+        slots: number of slots, at least the tokens left in any sample.
     """
-    count = axis.index_BK.shape[1]
-    cached = attended.keys_BhLC.shape[2] - count
-    if not cached and not max(run.hidden) and attended.window is None and attended.softcap is None:
-        return None
-    # Tokens of this call that the view leaves out, as many slots as any sample has of them.
-    hidden = Plan.keep(axis.hidden_BK, max(run.hidden))
-    assert hidden.index_BK is not None
-    keys_BHMC = _of_heads(attended.keys_BhLC[:, :, cached:], hidden.index_BK, groups)
-    places_BM, valid_BM = hidden.reduce(axis.index_BK + run.past), hidden.mask_BK
-    if cached:
-        # Before them those of the cache: the last ones where a window has passed.
-        own_B0 = axis.index_BK[:, :0]
-        cached_BM, filled_BM = kv_cache.before(attended.held, run.past, cached, own_B0, None)
-        valid_cached_BM = (
-            torch.ones_like(cached_BM, dtype=torch.bool) if filled_BM is None else filled_BM
-        )
-        if run.mask_BL is not None:
-            valid_cached_BM = valid_cached_BM & run.mask_BL.to(cached_BM.device).gather(
-                1, cached_BM
-            )
-        keys = attended.keys_BhLC[:, :, :cached]
-        keys_BHMC = torch.cat(
-            [keys if groups == 1 else keys.repeat_interleave(groups, 1), keys_BHMC], 2
-        )
-        places_BM = torch.cat([cached_BM, places_BM], 1)
-        valid_BM = torch.cat([valid_cached_BM, valid_BM], 1)
-    return Context(
-        keys_BHMC, valid_BM, places_BM if causal else None, attended.window, attended.softcap
+    batch, count = layout.index_BK.shape
+    index_RN, reducible_RN = view.index_RN, view.reducible_RN
+    device = index_RN.device
+    sample_R1 = torch.arange(batch, device=device)[:, None]
+    if view.sample_index is not None:
+        sample_R1 = to_device(view.sample_index, device)[:, None]
+
+    # Of every slot the first token that goes into it, and of every token of the view that one: its
+    # leader. -1 for tokens that are dropped.
+    slot_RN = torch.where((plan.slot_BN < 0) | ~reducible_RN, plan.slots, plan.slot_BN)
+    first_RK = torch.full((len(index_RN), plan.slots + 1), count, device=device, dtype=torch.int64)
+    first_RK = first_RK.scatter_reduce(1, slot_RN, index_RN, "amin")
+    lead_RN = first_RK.gather(1, slot_RN).masked_fill(slot_RN == plan.slots, -1)
+
+    # The same for the whole layout, where a token outside the view leads itself. One entry past the
+    # end takes padding.
+    target_RN = torch.where(reducible_RN, sample_R1 * count + index_RN, batch * count)
+    index_BK = torch.arange(count, device=device).expand(batch, count)
+    itself_BK = index_BK
+    if layout.filled_BK is not None:
+        itself_BK = index_BK.masked_fill(~layout.filled_BK, -1)
+    lead_BK = torch.cat([itself_BK.flatten(), itself_BK.new_zeros(1)]).scatter(
+        0, target_RN.flatten(), lead_RN.flatten()
+    )
+    lead_BK = lead_BK[:-1].view(batch, count)
+    weight = torch.ones(batch * count + 1, device=device).scatter(
+        0, target_RN.flatten(), plan.weight_BN.flatten()
     )
 
+    # Leaders stay and are numbered in their order, the last one in the last slot; the others go
+    # where their leader goes.
+    stays_BK = lead_BK == index_BK
+    num_left_B1 = stays_BK.sum(1, keepdim=True)
+    rank_BK = stays_BK.long().cumsum(1) - 1 + slots - num_left_B1
+    slot_BK = torch.where(lead_BK < 0, -1, rank_BK.gather(1, lead_BK.clamp_min(0)))
+    kept_index = torch.zeros(batch, slots + 1, device=device, dtype=torch.int64)
+    kept_index = kept_index.scatter(1, torch.where(stays_BK, rank_BK, slots), index_BK)[:, :slots]
+    mask = torch.arange(slots, device=device) >= slots - num_left_B1
+    lifted = Plan(slot_BK, weight[:-1].view(batch, count), mask, kept_index)
+    if plan.shares_BKN is None:
+        return lifted
 
-def _of_heads(x_BHKC: Tensor, at_BN: Tensor, repeats: int = 1) -> Tensor:
-    """The tokens with these numbers in every head, each head `repeats` times; copied once."""
-    batch, heads, count, width = x_BHKC.shape
-    # Rows of x as [B*H*K,C]: those of a head begin at a multiple of its length.
-    head_H = torch.arange(heads * repeats, device=at_BN.device) // repeats
-    sample_B1 = heads * torch.arange(batch, device=at_BN.device)[:, None]
-    row_BHN = count * (sample_B1 + head_H)[..., None] + at_BN[:, None]
-    return x_BHKC.reshape(-1, width).index_select(0, row_BHN.flatten()).view(*row_BHN.shape, width)
+    # Shares of tokens in several slots: rows of the view's slots, where these are now. One row and
+    # one column too many take those of empty slots and of padding.
+    rank_RS = nn.functional.pad(rank_BK, (0, 1), value=slots)[sample_R1[:, 0]]
+    row_RK = sample_R1 * (slots + 1) + rank_RS.gather(1, first_RK[:, :-1])
+    column_RN = torch.where(reducible_RN, index_RN, count)
+    shares = nn.functional.pad(lifted.matrix(), (0, 1, 0, 1)).flatten()
+    target_RKN = row_RK[:, :, None] * (count + 1) + column_RN[:, None]
+    shares = shares.scatter(0, target_RKN.flatten(), plan.shares_BKN.float().flatten())
+    shares_BKN = shares.view(batch, slots + 1, count + 1)[:, :-1, :-1]
+    return replace(lifted, shares_BKN=shares_BKN)

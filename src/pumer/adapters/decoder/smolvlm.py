@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.family import DecoderAdapter, plain, pooled, tower_layers
-from pumer.adapters.decoder.prompt import Picture
-from pumer.adapters.decoder.vision import Tiles
-from pumer.adapters.decoder.vision_capture import vision_features
-from pumer.reducers.base import Grid
+from pumer.adapters.decoder.family import DecoderAdapter, one_span_each, pool_squares, tower_layers
+from pumer.adapters.decoder.prompt import CropGroups, ImageSpan
+from pumer.adapters.decoder.vision import vision_features
+from pumer.reducers.tokens import Grid
 
 
 @register
 class SmolVLMAdapter(DecoderAdapter):
-    """An image is a grid of crops and a picture of the whole at the end, with tokens before each
+    """An image is a grid of crops and a thumbnail at the end, with tokens before each
     that say which."""
 
     family = "SmolVLM"
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
-    around = (2, 1)
+    image_delimiters = (2, 1)
 
     def language(self, model: nn.Module) -> Any:
         return self.trunk(model).text_model
@@ -45,22 +44,24 @@ class SmolVLMAdapter(DecoderAdapter):
         factor = config_of(model).scale_factor
         return rows // factor, columns // factor
 
-    def image_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
+    def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         rows, columns = self.default_grid(trunk)
-        return pooled(vision_features(captured), rows * columns)
+        return pool_squares(vision_features(captured), rows * columns)
 
-    def pictures(self, trunk: Any, output: Any, captured: Captured) -> list[Picture]:
-        # What comes out is joined by sample; what the prompt calls an image is found in `tiles`.
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
+        # Outputs are joined by sample; which crops are of one image, `crop_groups` finds.
         rows, columns = grid = self.default_grid(trunk)
         crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
-        return plain(crops, grid, self.image_facts(trunk, captured))
+        return one_span_each(crops, grid, self.vision_facts(trunk, captured))
 
-    def tiles(self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]) -> Tiles:
+    def crop_groups(
+        self, trunk: Any, image_BS: Tensor, features: int, inputs: dict[str, Any]
+    ) -> CropGroups:
         rows, columns = self.default_grid(trunk)
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError("give input_ids: only they say which crops are of one image")
-        return Tiles.of(image_BS, rows * columns, features, ids.to(image_BS.device))
+        return CropGroups.of(image_BS, rows * columns, features, ids.to(image_BS.device))
 
 
 @register
@@ -69,4 +70,4 @@ class Idefics3Adapter(SmolVLMAdapter):
 
     family = "Idefics3"
     classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration", "Idefics3Model")
-    merger = "inputs_merger"
+    placeholder_hook = "inputs_merger"

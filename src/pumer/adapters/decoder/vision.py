@@ -1,275 +1,244 @@
-"""Seam B: between the vision tower and the language model, where every image is a row of its own.
+"""What a vision tower computes about its patches, captured while it runs.
 
-Shape suffixes: B samples, R images, P patches, N tokens of a view, T text tokens, I image tokens, D
-channels, H heads, C channels of a head.
+Shape suffixes: R crops, P patches, D channels, H heads, C channels of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.weak import WeakIdKeyDictionary
 
-from pumer.adapters.decoder.prompt import Axis, Picture, View, to_device
+from pumer.adapters.base import Patch
+from pumer.adapters.decoder import attention as decoder_attention
+from pumer.adapters.decoder.captured import Captured
+from pumer.adapters.decoder.prompt import ImageSpan
+from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
-from pumer.reducers.base import Encoder, Grid
+from pumer.reducers.tokens import Encoder
+
+CLASS_ATTENTION = "class_attention_BN"
+LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
+OF_LAST_LAYER = frozenset({LAST_CLASS_ATTENTION, LAST_KEYS})
+RECEIVED, GIVEN = "received_BN", "given_BN"
+AT_ONCE = 256
+"""Queries whose attention to all patches is there at one time."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a reducer chooses from at one time: an image, or a crop that has a budget of its own.
-
-    Args:
-        sample: whose it is.
-        at_I: its patches among all those of the sample, int64 on the host.
-        grid: as for `Picture`.
-        encoder: as for `Picture`.
-    """
-
-    sample: int
-    at_I: Tensor
-    grid: Grid | None
-    encoder: Encoder | None
+_current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=None)
 
 
-def rows(pictures: Sequence[Picture], owner: Sequence[int], per_crop: bool) -> list[Row]:
-    """A row for every image of these samples, or for every crop."""
-    patches: dict[int, int] = {}
-    result = []
-    for picture, sample in zip(pictures, owner, strict=True):
-        first = patches.get(sample, 0)
-        patches[sample] = first + picture.patches
-        if not per_crop or picture.crop_I is None:
-            at_I = torch.arange(first, patches[sample])
-            result.append(Row(sample, at_I, picture.grid, picture.encoder))
-            continue
-        for crop in picture.crop_I.unique().tolist():
-            at_I = (picture.crop_I == crop).nonzero()[:, 0]
-            encoder = None if picture.encoder is None else picture.encoder.at(at_I)
-            result.append(Row(sample, first + at_I, None, encoder))
-    return result
+class VisionCapture:
+    """Captures queries and keys of one layer of a vision tower, and the input of the projector."""
 
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs
 
-def view(axis: Axis, rows: Sequence[Row], states_BSD: Tensor, causal: bool) -> View:
-    """What a reducer sees before the first layer: every row with the text of its sample, which
-    stays.
+    def install(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
+        """Hook in, if a reducer needs anything."""
+        if not self.needs:
+            return
+        projector = spec.projector(model)
+        patch.hook(projector.register_forward_pre_hook(self._on_projector))
+        if patch.reducer.traits.before_projector and spec.projects_tokens:
+            merging = partial(self._merge, patch, spec, spec.trunk(model))
+            patch.hook(projector.register_forward_pre_hook(merging))
+            patch.hook(projector.register_forward_hook(self._expand))
+        if self.needs - {"features_BND"}:
+            attention = spec.tower_attention(model)
+            watched = {"heads": attention}
+            if self.needs & OF_LAST_LAYER and spec.last_attention(model) not in (None, attention):
+                watched["last_heads"] = spec.last_attention(model)
+            for name, module in watched.items():
+                decoder_attention.capture_qk(
+                    patch, module, partial(self._on_qk, name), "vision_config"
+                )
 
-    Args:
-        axis: of the prompts.
-        rows: of their images, in order.
-        states_BSD: embeddings.
-        causal: whether a token of the prompt sees only those before it.
-    """
-    device = axis.index_BK.device
-    at_BN, valid_BN = axis.view()
-    text, _ = axis.lengths
-    owner = [row.sample for row in rows]
-    row_R = to_device(owner, device)
-    own_RI = to_device(pad_sequence([row.at_I for row in rows], True, padding_value=-1), device)
-    at_RN = torch.cat([at_BN[row_R, :text], at_BN[row_R, text:].gather(1, own_RI.clamp_min(0))], 1)
-    valid_RN = torch.cat([valid_BN[row_R, :text], own_RI >= 0], 1)
-    grid, patch_RI = raster([row.grid for row in rows], device)
-    flat = (row_R[:, None] * axis.index_BK.shape[1] + at_RN).flatten()
-    tokens = Tokens(
-        mask_BN=valid_RN,
-        text=text,
-        sizes_BN=axis.sizes_BK.flatten()[flat].view(at_RN.shape),
-        layer=EMBEDDINGS,
-        prefix=0,
-        grid=grid,
-        patch_BN=None if patch_RI is None else nn.functional.pad(patch_RI, (text, 0), value=-1),
-        states_BND=states_BSD.flatten(0, 1)[flat].view(*at_RN.shape, -1),
-        place_BN=axis.index_BK.flatten()[flat].view(at_RN.shape) if causal else None,
-        question_BT=axis.question_BK.flatten()[flat].view(at_RN.shape)[:, :text]
-        & valid_RN[:, :text],
-        encoder=_encoder(rows, device),
-    )
-    own_RN = valid_RN & (torch.arange(at_RN.shape[1], device=device) >= text)
-    return View(tokens, at_RN, own_RN, owner)
+    @property
+    def current(self) -> Captured | None:
+        """What this call has captured so far; None where the tower runs outside of
+        `get_image_features`."""
+        captured = _current.get()
+        return captured if captured is not None and captured.capture is self else None
 
+    @contextmanager
+    def call(self, inputs: dict[str, Any]) -> Iterator[Captured]:
+        """One call of `get_image_features`: what hooks see inside the with block is its own."""
+        captured = Captured(self, self.needs, inputs=inputs)
+        token = _current.set(captured)
+        try:
+            yield captured
+        finally:
+            _current.reset(token)
 
-def by_sample(
-    axis: Axis, owner: Sequence[int], counts: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, int], ...]:
-    """(text, image) tokens of every sample, from those of rows that each belong to a sample:
-    images, or samples."""
-    texts, images = [text for text, _ in axis.counts], [0] * len(axis.counts)
-    for row, (text, image) in zip(owner, counts, strict=True):
-        texts[row] = text
-        images[row] += image
-    return tuple(zip(texts, images, strict=True))
+    def _on_projector(self, _: nn.Module, args: Any) -> None:
+        if self.current is not None:
+            self.current.features_RPD = args[0].detach()
 
-
-def raster(grids: Sequence[Grid | None], device: torch.device) -> tuple[Grid | None, Tensor | None]:
-    """The smallest grid that all these fit into, and every patch's number in it [R,I]; None if one
-    is not known."""
-    if any(grid is None for grid in grids):
-        return None, None
-    rows, columns = (max(sides) for sides in zip(*filter(None, grids), strict=True))
-    numbers = [
-        torch.arange(rows * columns).view(rows, columns)[:r, :c].flatten()
-        for r, c in filter(None, grids)
-    ]
-    return (rows, columns), to_device(
-        pad_sequence(numbers, batch_first=True, padding_value=-1), device
-    )
-
-
-def _encoder(rows: Sequence[Row], device: torch.device) -> Encoder | None:
-    """What is known of all rows, where the language model is: the vision tower may be elsewhere."""
-
-    def padded(values: list[Tensor]) -> Tensor:
-        wide = (
-            values[0]
-            if len(values) == 1
-            else pad_sequence([value[0] for value in values], batch_first=True)
+    def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
+        """Before the projector: one token for every group, in place of all the patches."""
+        captured = self.current
+        if captured is None:
+            return None
+        features_RPD = args[0]
+        encoder = Encoder(**spec.vision_facts(trunk, captured))
+        image = next(len(value[0]) for value in vars(encoder).values() if value is not None)
+        real_RP = torch.ones(features_RPD.shape[:2], device=features_RPD.device, dtype=torch.bool)
+        tokens = Tokens(
+            mask_BN=real_RP,
+            text=0,
+            sizes_BN=real_RP.float(),
+            layer=EMBEDDINGS,
+            num_prefix_tokens=features_RPD.shape[1] - image,  # [CLS], in models that hand it on
+            encoder=encoder,
         )
-        return wide.to(device)
+        with torch.no_grad(), no_autocast(patch.reducer, features_RPD.device):
+            captured.plan = patch.reducer.plan(tokens)
+        captured.merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
+        return (captured.plan.reduce(features_RPD), *args[1:])
 
-    return _joined([row.encoder for row in rows], padded)
+    def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """After it: as many tokens as ever, all of a group the same, of which the language model
+        gets one."""
+        captured = self.current
+        return None if captured is None or captured.plan is None else captured.plan.expand(output)
 
-
-def _joined(
-    encoders: Sequence[Encoder | None], join: Callable[[list[Tensor]], Tensor]
-) -> Encoder | None:
-    """One for several, every field joined; None if one of them is not known."""
-    present = [encoder for encoder in encoders if encoder is not None]
-    if len(present) != len(encoders):
-        return None
-    return Encoder(
-        **{
-            field.name: join([getattr(encoder, field.name) for encoder in present])
-            for field in fields(Encoder)
-            if getattr(present[0], field.name) is not None
-        }
-    )
+    def _on_qk(self, name: str, queries: Tensor, keys: Tensor, _: Any) -> None:
+        if self.current is not None:  # layers may be computed again for their gradients
+            getattr(self.current, name).append((queries, keys))
 
 
-def assign(
-    pictures: Sequence[Picture], placeholders: Sequence[int]
-) -> tuple[list[Picture], list[int]]:
-    """The pictures of a batch in order and the sample of each, from the placeholders of every
-    sample.
-
-    Beams and returned sequences repeat samples, and their pictures with them.
-
-    Raises:
-        ValueError: where placeholders and pictures do not match.
-    """
-    have, need = sum(placeholders), sum(picture.length for picture in pictures)
-    copies, odd = divmod(have, need) if need else (0, 1)
-    mismatch = ValueError(
-        f"the prompts have {have} image placeholders and the images {need} features: give every "
-        "image its own placeholders, all in one prefill (leave prefill_chunk_size unset)"
-    )
-    if odd or not copies or len(placeholders) % copies:
-        raise mismatch
-    joined: list[Picture] = []
-    owner: list[int] = []
-    first = 0
-    for row, count in enumerate(placeholders):
-        if row % copies == 0:
-            last = first
-            while last < len(pictures) and count > sum(
-                picture.length for picture in pictures[first:last]
-            ):
-                last += 1
-            row_images, first = pictures[first:last], last
-        if sum(picture.length for picture in row_images) != count:
-            raise mismatch
-        joined += row_images
-        owner += [row] * len(row_images)
-    return joined, owner
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Crops that are pictures of their own to the vision tower, and parts of one image to the
-    prompt.
+def vision_features(
+    captured: Captured, tower: bool = False, projected: bool = False
+) -> dict[str, Tensor]:
+    """Facts about the patches of every crop [R,P,...], from the layer that the features come from.
 
     Args:
-        joined_P: bool, whether each crop belongs to the image of the one before it.
-        between_BS: bool, tokens between crops of one image.
+        captured: of the tower.
+        tower: whether its tokens begin with one that is no patch of the image.
+        projected: whether what goes into the projector does.
+    """
+    features, needs = captured.features_RPD, captured.needs
+    facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    if captured.heads:
+        facts |= attention_of(needs, *captured.heads[-1], tower)
+    if captured.last_heads:
+        facts |= all_heads_as_one(needs, *captured.last_heads[-1], tower)
+    return {name: facts[name] for name in needs}
+
+
+def attention_of(
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+) -> dict[str, Tensor]:
+    """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the
+    logits.
+
+    `first` is whether the first token, such as [CLS], is no patch.
+    """
+    facts = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
+    facts |= {
+        "keys_BNC": keys_RHPC.mean(1)[:, int(first) :],
+        "queries_BNC": queries_RHPC.mean(1)[:, int(first) :],
+    }
+    # Scaled before they are multiplied: in half precision the products alone may be too large.
+    queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
+    if CLASS_ATTENTION in needs:
+        logits = queries_RHPC[:, :, :1].float() @ keys_RHPC.float().transpose(2, 3)
+        facts[CLASS_ATTENTION] = logits.softmax(-1)[:, :, 0, 1:].mean(1)
+    if {RECEIVED, GIVEN} & needs:
+        # In parts: all at once would take gigabytes for the thousands of patches of a large image.
+        received, paid = [], []
+        for part in queries_RHPC.split(AT_ONCE, 2):
+            attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
+            received.append(attention.sum((1, 2)))
+            paid.append(attention[..., int(first) :].mean((1, 3)))
+        facts[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
+            :, int(first) :
+        ]
+        facts[GIVEN] = torch.cat(paid, 1)[:, int(first) :]
+    return facts
+
+
+def all_heads_as_one(
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+) -> dict[str, Tensor]:
+    """What `Encoder` says of the tower's last layer; arguments as for `attention_of`."""
+    if not OF_LAST_LAYER & needs:
+        return {}
+    keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
+    facts = {LAST_KEYS: keys_RPC[:, int(first) :]}
+    if LAST_CLASS_ATTENTION in needs:
+        query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
+        logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
+        facts[LAST_CLASS_ATTENTION] = logits.softmax(-1)[:, 1:]
+    return facts
+
+
+class EncodedImages:
+    """Images that were encoded before the call that they are for.
+
+    `generate` asks for the image features first and hands the vision tower's output to the forward.
+    What the tower said of these images is kept beside the output for as long as somebody holds it,
+    never on it: hooks that move tensors between devices rebuild every output.
     """
 
-    joined_P: Tensor
-    between_BS: Tensor
+    def __init__(self) -> None:
+        self._known: Any = WeakIdKeyDictionary()
 
-    @classmethod
-    def of(cls, image_BS: Tensor, tile: int, features: int, ids_BS: Tensor | None) -> Tiles:
-        """Crops of `tile` placeholders each.
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which hold no features."""
+        return {}
 
-        Those are of one image that follow upon each other without a token in between. Where there
-        are tokens in between (`ids_BS` given), every image ends with a crop that has the same token
-        before it: that which the last crop of the sample has.
+    def __setstate__(self, _: Any) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def remember(self, output: Any, images: list[ImageSpan]) -> None:
+        """Note the images of an output of `get_image_features`."""
+        for features in _tensors(output):
+            self._known[features] = images
+
+    def recall(self, output: Any) -> list[ImageSpan]:
+        """The images of an output, or of one that was rebuilt from its tensors or copies of them.
+
+        Raises:
+            ValueError: if nothing is known of them.
         """
-        length = image_BS.shape[1]
-        flat = (~image_BS).flatten().to(torch.uint8).argsort(stable=True)[:features]
-        first_P, last_P = flat[::tile], flat[tile - 1 :: tile]
-        row_P = first_P // length
-        same_P = row_P[1:] == row_P[:-1]
-        if ids_BS is None:
-            same_P = same_P & (first_P[1:] == last_P[:-1] + 1)
-        else:
-            label_P = ids_BS.flatten()[(first_P - 1).clamp_min(0)]
-            final_P = torch.searchsorted(row_P, row_P, right=True) - 1
-            same_P = same_P & (label_P != label_P[final_P])[:-1]
-        steps = torch.zeros(image_BS.numel() + 1, dtype=torch.int64, device=image_BS.device)
-        steps = steps.scatter_add(0, last_P[:-1] + 1, same_P.long()).scatter_add(
-            0, first_P[1:], -same_P.long()
+        outputs = list(_tensors(output))
+        for features in outputs:
+            if features in self._known:
+                images: list[ImageSpan] = self._known[features]
+                return images
+        # They were copied, as between devices: seldom, and the host has to look at them.
+        for features, images in list(self._known.items()):
+            if any(_same(features, other) for other in outputs):
+                return list(images)
+        raise ValueError(
+            "nothing is known of the images in mm_encoder_outputs: give what get_image_features "
+            "returns while this reducer is active, all in one prefill (leave prefill_chunk_size "
+            "unset)"
         )
-        between = steps[:-1].cumsum(0).bool().view_as(image_BS)
-        return cls(nn.functional.pad(same_P, (1, 0)), between)
 
 
-def shift(x_BS: Tensor, step: int) -> Tensor:
-    """Every mark `step` places further on, or back."""
-    if step == 0:
-        return x_BS
-    return (
-        nn.functional.pad(x_BS[:, :-step], (step, 0))
-        if step > 0
-        else nn.functional.pad(x_BS[:, -step:], (0, -step))
-    )
+def _same(features: Tensor, other: Tensor) -> bool:
+    if features.shape != other.shape:
+        return False
+    return torch.equal(features, other.to(features.device, features.dtype))
 
 
-def join(
-    pictures: Sequence[Picture], owner: Sequence[int], joined: Sequence[int]
-) -> tuple[list[Picture], list[int]]:
-    """Images of one or several crops, and the sample of each."""
-    groups: list[list[int]] = []
-    for crop_index, with_last in enumerate(joined):
-        if with_last and groups:
-            groups[-1].append(crop_index)
-        else:
-            groups.append([crop_index])
-    images = []
-    for group in groups:
-        parts = [pictures[crop_index] for crop_index in group]
-        if len(parts) == 1:
-            images += parts
-            continue
-        encoder = _joined([part.encoder for part in parts], partial(torch.cat, dim=1))
-        lengths = torch.tensor([part.length for part in parts])
-        crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        images.append(Picture(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
-    return images, [owner[group[0]] for group in groups]
-
-
-def patches(image_BS: Tensor, pictures: Sequence[Picture]) -> Tensor:
-    """Which placeholders are patches."""
-    if all(picture.structure is None for picture in pictures):
-        return image_BS
-    flat = [
-        torch.ones(picture.length, dtype=torch.bool)
-        if picture.structure is None
-        else ~picture.structure
-        for picture in pictures
-    ]
-    return torch.zeros_like(image_BS).masked_scatter(
-        image_BS, to_device(torch.cat(flat), image_BS.device)
-    )
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The features, and what the tower gives besides."""
+    if isinstance(output, tuple):  # not what `mm_encoder_outputs` takes
+        return
+    for value in (output.pooler_output, *output.values()):
+        yield from (
+            item
+            for item in ([value] if isinstance(value, Tensor) else value or ())
+            if isinstance(item, Tensor)
+        )

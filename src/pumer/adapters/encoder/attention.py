@@ -50,7 +50,7 @@ def attend(
     return attention @ values_BHNC, attention
 
 
-def attend_published(
+def attend_official(
     queries_BHNC: Tensor,
     keys_BHNC: Tensor,
     values_BHNC: Tensor,
@@ -96,9 +96,8 @@ def attend_gated(
     return attention.to(values_BHNC.dtype) @ values_BHNC, attention
 
 
-def visibility(mask_BN: Tensor, sizes_BN: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What attention is told of the keys, [B,1,1,N]: the mask, plus the log of the sizes where they
-    are to count."""
+def attention_bias(mask_BN: Tensor, sizes_BN: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The attention mask of the keys, [B,1,1,N]: bool, or the log of the sizes where they count."""
     if sizes_BN is None:
         return mask_BN[:, None, None]
     weights = sizes_BN.clamp_min(1e-6).log().to(dtype)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, run_block
-from pumer.adapters.encoder import attention as probes
+from pumer.adapters.base import Patch
+from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder import inplace
 from pumer.adapters.encoder import reduce as encoder
-from pumer.adapters.encoder.reduce import Axis
+from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.forward import run_block
 from pumer.reducers import Plan, Reducer
-from pumer.reducers.base import Grid
+from pumer.reducers.tokens import Grid
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ class Encoded:
 def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
     """Every token of a `CLIPVisionModel` after its last layer, normed; reduced on the way if the
     patch says so."""
-    reducer = patch.reducer.in_tower
+    reducer = patch.reducer.traits.vision_reducer
     grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
     if reducer is None:
         states = vision(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         patch.tower = [states.shape[1]] * (len(vision.encoder.layers) + 1)
         return Encoded(vision.post_layernorm(states), grid=grid)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=True)
-    for states, axis in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are what is wanted
+    for states, layout in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are what is wanted
         pass
-    return Encoded(vision.post_layernorm(states), axis.sizes_BN, axis.plan, grid)
+    return Encoded(vision.post_layernorm(states), layout.sizes_BN, layout.plan, grid)
 
 
 def layers(
     vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = None
-) -> Iterator[tuple[Tensor, Axis]]:
+) -> Iterator[tuple[Tensor, TokenLayout]]:
     """States and axis before the first layer of a `CLIPVisionModel` and after every one, the
     tower's reducer at work.
 
@@ -80,38 +81,53 @@ def layers(
         patch: whose reducer acts.
         grid: rows and columns of patches.
     """
-    reducer = patch.reducer.in_tower
+    reducer = patch.reducer.traits.vision_reducer
     assert reducer is not None
     states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)
     raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
-    axis = Axis(0, ones.bool(), ones, None, grid, raster)
+    layout = TokenLayout(0, ones.bool(), ones, None, grid, raster)
     lengths = [states.shape[1]]
     patch.tower = lengths  # of this call alone
-    yield states, axis
+    yield states, layout
     for layer_index, layer in enumerate(vision.encoder.layers):
-        states, axis = _layer(layer, patch, reducer, layer_index, states, axis)
+        states, layout = _layer(layer, patch, reducer, layer_index, states, layout)
         lengths.append(states.shape[1])
-        yield states, axis
+        yield states, layout
 
 
 def _layer(
-    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
-) -> tuple[Tensor, Axis]:
-    return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, axis)
+    layer: Any,
+    patch: Patch,
+    reducer: Reducer,
+    layer_index: int,
+    states: Tensor,
+    layout: TokenLayout,
+) -> tuple[Tensor, TokenLayout]:
+    return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, layout)
 
 
 def _block(
-    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
-) -> tuple[Tensor, Axis]:
+    layer: Any,
+    patch: Patch,
+    reducer: Reducer,
+    layer_index: int,
+    states: Tensor,
+    layout: TokenLayout,
+) -> tuple[Tensor, TokenLayout]:
     """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
-    states, axis = _attend_and_reduce(layer, patch, reducer, layer_index, states, axis)
-    return inplace.add(layer.mlp(layer.layer_norm2(states)), states), axis
+    states, layout = _attend_and_reduce(layer, patch, reducer, layer_index, states, layout)
+    return inplace.add(layer.mlp(layer.layer_norm2(states)), states), layout
 
 
 def _attend_and_reduce(
-    layer: Any, patch: Patch, reducer: Reducer, layer_index: int, states: Tensor, axis: Axis
-) -> tuple[Tensor, Axis]:
+    layer: Any,
+    patch: Patch,
+    reducer: Reducer,
+    layer_index: int,
+    states: Tensor,
+    layout: TokenLayout,
+) -> tuple[Tensor, TokenLayout]:
     """A function of its own, so that queries, keys and values are gone when the MLP runs."""
     module = layer.self_attn
     normed = layer.layer_norm1(states)
@@ -120,21 +136,25 @@ def _attend_and_reduce(
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
     attention_bias = None
-    if axis.plan is not None and (reducer.weighs_by_size or reducer.leaves_gaps):
-        attention_bias = probes.visibility(
-            axis.mask_BN, axis.sizes_BN if reducer.weighs_by_size else None, states.dtype
+    if layout.plan is not None and (
+        reducer.traits.proportional_attention or reducer.traits.dynamic_length
+    ):
+        attention_bias = kernels.attention_bias(
+            layout.mask_BN,
+            layout.sizes_BN if reducer.traits.proportional_attention else None,
+            states.dtype,
         )
     dropout = module.dropout if module.training else 0.0
-    context, attention = probes.attend(
+    context, attention = kernels.attend(
         queries,
         keys,
         values,
         attention_bias,
         patch.attention,
         dropout,
-        reducer.needs_attention and reducer.reduces_at(layer_index),
+        reducer.traits.needs_attention and reducer.reduces_at(layer_index),
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
-    return encoder.reduce(patch, layer_index, states, axis, queries, keys, attention, tower=True)[
+    return encoder.reduce(patch, layer_index, states, layout, queries, keys, attention, tower=True)[
         :2
     ]

@@ -18,23 +18,21 @@ from torch import Tensor, nn
 from pumer.adapters.base import (
     Adapter,
     Patch,
-    Step,
+    ReductionStep,
+    attention_and_mlp_lengths,
     config_of,
-    exactly_one,
-    extent,
     head_macs,
-    inside,
     is_a,
     register,
-    run_block,
 )
-from pumer.adapters.encoder import attention as probes
 from pumer.adapters.encoder import clip as tower
-from pumer.adapters.encoder import inplace
+from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
-from pumer.adapters.encoder.reduce import Axis
-from pumer.reducers import EMBEDDINGS, Compose, Plan, PuMer, Reducer
+from pumer.adapters.encoder.joint import TextInputs
+from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.forward import max_length, run_block
+from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
     "MeterForQuestionAnswering",
@@ -54,7 +52,7 @@ class MeterAdapter(Adapter):
     family = "METER"
     classes = POOLED + PER_TOKEN
     modules: ClassVar[dict[str, str]] = dict.fromkeys(classes, "pumer.models.meter")
-    crosses = True
+    has_cross_attention = True
     separate = ("MeterForImagesAndTextClassification",)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -66,17 +64,6 @@ class MeterAdapter(Adapter):
     def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
         vision = config_of(model).vision_config
         return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
-
-    def settle(self, reducer: Reducer) -> Reducer:
-        if isinstance(reducer, Compose):
-            return replace(reducer, inside=self.settle(reducer.inside))
-        if isinstance(reducer, PuMer) and reducer.official:
-            if reducer.layers == "all":
-                raise ValueError(
-                    "METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)"
-                )
-            return replace(reducer, official="meter")
-        return reducer
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         meter = _meter(model)
@@ -96,7 +83,7 @@ class MeterAdapter(Adapter):
     ) -> list[tuple[int, int]]:
         width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
         costs = []
-        for (text, image), (new_text, new_image) in inside(lengths, after_layer):
+        for (text, image), (new_text, new_image) in attention_and_mlp_lengths(lengths, after_layer):
             attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
             attention += _attention_macs(new_image, new_image, width) + _attention_macs(
                 new_image, new_text, width
@@ -112,11 +99,11 @@ class MeterAdapter(Adapter):
         tower: Sequence[int] = (),
         after_layer: bool = False,
     ) -> dict[str, int]:
-        config, passes = config_of(model), self.passes(model)
+        config, forwards_per_example = config_of(model), self.forwards_per_example(model)
         text_config, vision = config.text_config, config.vision_config
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
-        # The text is encoded and projected once, however many pictures there are.
+        # The text is encoded and projected once, however many images there are.
         text_layer = _attention_macs(text, text, text_config.hidden_size)
         text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
         vision_layers = sum(
@@ -128,14 +115,18 @@ class MeterAdapter(Adapter):
         layers = self.layer_macs(model, lengths, after_layer)
         times = text if is_a(model, PER_TOKEN) else 1
         return {
-            "embedding": passes * patches,
+            "embedding": forwards_per_example * patches,
             "text encoder": text_config.num_hidden_layers * text_layer
             + text * text_config.hidden_size * config.hidden_size,
-            "vision tower": passes * vision_layers,
-            "projection": passes * tower[-1] * vision.hidden_size * config.hidden_size,
-            "attention": passes * sum(attention for attention, _ in layers),
-            "mlp": passes * sum(mlp for _, mlp in layers),
-            "head": passes * 2 * config.hidden_size**2 + times * head_macs(model, _meter(model)),
+            "vision tower": forwards_per_example * vision_layers,
+            "projection": forwards_per_example
+            * tower[-1]
+            * vision.hidden_size
+            * config.hidden_size,
+            "attention": forwards_per_example * sum(attention for attention, _ in layers),
+            "mlp": forwards_per_example * sum(mlp for _, mlp in layers),
+            "head": forwards_per_example * 2 * config.hidden_size**2
+            + times * head_macs(model, _meter(model)),
         }
 
 
@@ -148,25 +139,16 @@ def _meter(model: nn.Module) -> Any:
 
 
 def _encode_text(
-    meter: Any,
-    patch: Patch,
-    pooled: bool,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
+    meter: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch, its mask
     is not."""
-    text_input = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    given_mask = attention_mask = encoder.check_mask(attention_mask, text_input)
-    # The published code counts padded text.
-    if patch.trim and pooled and not patch.reducer.published and not torch.compiler.is_compiling():
-        length = int(extent(attention_mask))
-        attention_mask = attention_mask[:, :length]
-        input_ids, token_type_ids, inputs_embeds = (
-            None if x is None else x[:, :length] for x in (input_ids, token_type_ids, inputs_embeds)
-        )
+    text = TextInputs(*args, **kwargs)
+    given_mask = attention_mask = text.mask
+    official = patch.reducer.traits.official  # the published code counts padded text
+    if patch.trim and pooled and not official and not torch.compiler.is_compiling():
+        length = int(max_length(attention_mask))
+        text, attention_mask = text.trimmed(length), attention_mask[:, :length]
     # A mask of four dimensions is taken as it is; of two, transformers would ask the device whether
     # it masks anything.
     dtype = meter.text_projection.weight.dtype
@@ -174,10 +156,7 @@ def _encode_text(
     hidden = hidden.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)
     length = attention_mask.shape[1]
     states = meter.text_model(
-        input_ids=input_ids,
-        attention_mask=hidden[:, None, None].expand(-1, 1, length, length),
-        token_type_ids=token_type_ids,
-        inputs_embeds=inputs_embeds,
+        attention_mask=hidden[:, None, None].expand(-1, 1, length, length), **text.embedded
     ).last_hidden_state
     return meter.text_projection(states), given_mask
 
@@ -186,9 +165,9 @@ def _encode_image(
     meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_mask: Tensor | None = None
 ) -> Encoded:
     """In place of `MeterModel.encode_image`."""
-    from pumer.models.meter.modeling import check_pictures
+    from pumer.models.meter.modeling import check_images
 
-    check_pictures(pixel_values, pixel_mask)
+    check_images(pixel_values, pixel_mask)
     assert pixel_values is not None
     encoded = tower.encode(meter.vision_model, pixel_values, patch)
     projected = meter.image_projection(encoded.states_BID)
@@ -217,107 +196,109 @@ def _fuse(
     )
     encoded, given_text, trimmed = encoded.to(text_BTD.device), mask_BT.shape[1], text_BTD.shape[1]
     mask_BT = mask_BT.to(text_BTD.device)[:, :trimmed]
-    axis = _axis(patch, mask_BT, encoded)
-    source = axis.plan.slot_BN.shape[1] if axis.plan is not None else sum(axis.lengths)
-    entry = (axis.text, source - axis.text, encoded.grid)
-    text, picture = (
+    layout = _layout(patch, mask_BT, encoded)
+    source = layout.plan.slot_BN.shape[1] if layout.plan is not None else sum(layout.lengths)
+    entry = (layout.text, source - layout.text, encoded.grid)
+    text, image_states = (
         add_modality(meter, text_BTD, 0),
         add_modality(meter, encoded.states_BID, image_token_type_idx),
     )
-    joint = torch.cat([text, picture], dim=1)
-    joint, axis, _ = encoder.reduce(patch, EMBEDDINGS, joint, axis)
-    text, picture = joint[:, : axis.text], joint[:, axis.text :]
-    del joint
-    lengths, texts, images = [axis.lengths], [], []
+    states = torch.cat([text, image_states], dim=1)
+    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, states, layout)
+    text, image_states = states[:, : layout.text], states[:, layout.text :]
+    del states
+    lengths, texts, images = [layout.lengths], [], []
     for layer in (None, *meter.layers):
         if layer is not None:
-            text, picture, axis = layer(text, picture, axis)
-            lengths.append(axis.lengths)
+            text, image_states, layout = layer(text, image_states, layout)
+            lengths.append(layout.lengths)
         if output_hidden_states:
-            full_length = _expand(axis, trimmed, text, picture)
+            full_length = _expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
-    patch.lengths, patch.entry, patch.kept = lengths, entry, axis.places(trimmed, given_text)
-    patch.note(axis.spent, axis.heads)
+    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
+    patch.record_decisions(layout.keep_ratios, layout.heads)
     # Without any image token, the pooled image is that of nothing.
-    first = picture if picture.shape[1] else picture.new_zeros(len(picture), 1, picture.shape[2])
+    first = (
+        image_states
+        if image_states.shape[1]
+        else image_states.new_zeros(len(image_states), 1, image_states.shape[2])
+    )
     pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
     if not pooled:
-        text, picture = _expand(axis, trimmed, text, picture)
+        text, image_states = _expand(layout, trimmed, text, image_states)
     return MeterModelOutput(
         text_states=text,
-        image_states=picture,
+        image_states=image_states,
         pooler_output=pooler_output,
         text_hidden_states=tuple(texts) if output_hidden_states else None,
         image_hidden_states=tuple(images) if output_hidden_states else None,
     )
 
 
-def _axis(patch: Patch, mask_BT: Tensor, image: Encoded) -> Axis:
+def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
     """The token axis before the first fusion layer, with what the tower has made of the image."""
     batch, text = mask_BT.shape
-    states = image.states_BID
-    ones_BI = torch.ones(batch, states.shape[1], device=states.device)
-    sizes_BI = ones_BI if image.sizes_BI is None else image.sizes_BI
-    real_BI = ones_BI.bool() if image.plan is None else image.plan.mask_BK
-    mask = torch.cat([mask_BT.bool(), real_BI], dim=1)
-    sizes = torch.cat([torch.ones(batch, text, device=states.device), sizes_BI], dim=1)
-    plan = (
-        None
-        if image.plan is None
-        else Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
-    )
-    count = states.shape[1] if image.plan is None else image.plan.slot_BN.shape[1]
+    states, plan = image.states_BID, None
+    if image.plan is None:
+        real_BI = torch.ones(batch, states.shape[1], device=states.device, dtype=torch.bool)
+        count = states.shape[1]
+    else:
+        real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
+        plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
     # Patches lie behind [CLS] in raster order.
     position_S = torch.arange(count, device=states.device) - 1
     patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
     if plan is not None and patch.steps is not None:
-        patch.steps.append(Step(EMBEDDINGS, text, plan, image.grid, patch_BS))
-    axis = Axis(text, mask, sizes, plan, image.grid, patch_BS)
-    return replace(axis, mask_BN=mask.float()) if patch.reducer.published else axis
+        patch.steps.append(ReductionStep(EMBEDDINGS, text, plan, image.grid, patch_BS))
+    return joint.joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
 
 
-def _expand(axis: Axis, whole_text: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def _expand(
+    layout: TokenLayout, whole_text: int, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
-    if axis.plan is None:
+    if layout.plan is None:
         return text, image
-    joint = axis.expand(torch.cat([text, image], dim=1))
-    return joint[:, :whole_text], joint[:, whole_text:]
+    states = layout.expand(torch.cat([text, image], dim=1))
+    return states[:, :whole_text], states[:, whole_text:]
 
 
 def _layer(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Tensor, TokenLayout]:
     """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers
     wraps around it."""
-    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, axis)
+    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, layout)
 
 
 def _block(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis]:
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
+) -> tuple[Tensor, Tensor, TokenLayout]:
     """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
-    attended, text_keys, axis = _look(layer, patch, layer_index, "text_self", text, text, axis)[:3]
-    attended, image_keys, axis, queries, attention = _look(
-        layer, patch, layer_index, "text_cross", attended, image, axis
+    attended, text_keys, layout = _look(layer, patch, layer_index, "text_self", text, text, layout)[
+        :3
+    ]
+    attended, image_keys, layout, queries, attention = _look(
+        layer, patch, layer_index, "text_cross", attended, image, layout
     )
-    if not patch.reducer.after_layer:
-        before = axis.text
+    if not patch.reducer.traits.post_layer:
+        before = layout.text
         keys = torch.cat([text_keys, image_keys], dim=2)
-        looked_at = attention if patch.reducer.needs_attention else None
-        attended, image, axis, plan = _reduce(
-            patch, layer_index, attended, image, axis, queries, keys, looked_at
+        looked_at = attention if patch.reducer.traits.needs_attention else None
+        attended, image, layout, plan = _reduce(
+            patch, layer_index, attended, image, layout, queries, keys, looked_at
         )
         if plan is not None and not layer.sequential:
-            text = plan.head(before, axis.text).reduce(text)
+            text = plan.head(before, layout.text).reduce(text)
     new_text = _feed_forward(layer.text, attended)
-    image, _, axis = _look(layer, patch, layer_index, "image_self", image, image, axis)[:3]
+    image, _, layout = _look(layer, patch, layer_index, "image_self", image, image, layout)[:3]
     asked = new_text if layer.sequential else text
-    image, _, axis = _look(layer, patch, layer_index, "image_cross", image, asked, axis)[:3]
+    image, _, layout = _look(layer, patch, layer_index, "image_cross", image, asked, layout)[:3]
     text, image = new_text, _feed_forward(layer.image, image)
-    if patch.reducer.after_layer:
-        text, image, axis, _ = _reduce(patch, layer_index, text, image, axis)
-    return text, image, axis
+    if patch.reducer.traits.post_layer:
+        text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
+    return text, image, layout
 
 
 def _reduce(
@@ -325,24 +306,30 @@ def _reduce(
     layer_index: int,
     text: Tensor,
     image: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     queries: Tensor | None = None,
     keys: Tensor | None = None,
     attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Axis, Plan | None]:
+) -> tuple[Tensor, Tensor, TokenLayout, Plan | None]:
     """Text, image and axis after the reducer acted."""
     if not patch.reducer.reduces_at(layer_index):
-        return text, image, axis, None
-    joint = torch.cat([text, image], dim=1)
-    joint, axis, plan = encoder.reduce(
-        patch, layer_index, joint, axis, queries, keys, attention, cross=True
+        return text, image, layout, None
+    states = torch.cat([text, image], dim=1)
+    states, layout, plan = encoder.reduce(
+        patch, layer_index, states, layout, queries, keys, attention, cross=True
     )
-    return joint[:, : axis.text], joint[:, axis.text :], axis, plan
+    return states[:, : layout.text], states[:, layout.text :], layout, plan
 
 
 def _look(
-    layer: Any, patch: Patch, layer_index: int, name: str, states: Tensor, other: Tensor, axis: Axis
-) -> tuple[Tensor, Tensor, Axis, Tensor, Tensor | None]:
+    layer: Any,
+    patch: Patch,
+    layer_index: int,
+    name: str,
+    states: Tensor,
+    other: Tensor,
+    layout: TokenLayout,
+) -> tuple[Tensor, Tensor, TokenLayout, Tensor, Tensor | None]:
     """One of a layer's four attentions -> states, keys, axis, queries, and probabilities.
 
     Args:
@@ -354,37 +341,28 @@ def _look(
     half = getattr(layer, stream)
     is_self_attention = at == "self"
     of_text = is_self_attention == (stream == "text")
-    heard, axis = _hear(patch, layer_index, name, states, other, axis, stream == "text", of_text)
+    columns = {"text": slice(0, layout.text), "image": slice(layout.text, None)}
+    head_mask, layout = encoder.head_mask(
+        patch,
+        layer_index,
+        name,
+        layout,
+        states,
+        other,
+        columns[stream],
+        columns["text" if of_text else "image"],
+    )
     states, queries, keys, attention = _attend(
         half.attention if is_self_attention else half.crossattention,
         patch,
         states,
         other,
-        axis,
+        layout,
         of_text,
         is_self_attention,
-        heard,
+        head_mask,
     )
-    return states, keys, axis, queries, attention
-
-
-def _hear(
-    patch: Patch,
-    layer_index: int,
-    name: str,
-    states: Tensor,
-    other: Tensor,
-    axis: Axis,
-    from_text: bool,
-    of_text: bool,
-) -> tuple[Tensor | None, Axis]:
-    learned = patch.reducer.learned
-    if learned is None or not learned.trims_heads:
-        return None, axis
-    columns = {True: slice(0, axis.text), False: slice(axis.text, None)}
-    return encoder.hear(
-        patch, layer_index, name, axis, states, other, columns[from_text], columns[of_text]
-    )
+    return states, keys, layout, queries, attention
 
 
 def _attend(
@@ -392,10 +370,10 @@ def _attend(
     patch: Patch,
     states: Tensor,
     other: Tensor,
-    axis: Axis,
+    layout: TokenLayout,
     of_text: bool,
     is_self_attention: bool,
-    heard: Tensor | None,
+    head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In place of `BertAttention.forward` -> states that have looked at others, queries, keys,
     probabilities.
@@ -403,7 +381,7 @@ def _attend(
     Args:
         of_text: `other` are the states of the text, else those of the image.
         is_self_attention: they are `states` themselves.
-        heard: which heads are heard, [B,H]; None for all.
+        head_mask: 1 or 0 for every head, [B,H]; None for all.
     """
     module = attention.self
     queries, keys, values = (
@@ -414,32 +392,21 @@ def _attend(
             (module.value, other),
         )
     )
-    columns = slice(0, axis.text) if of_text else slice(axis.text, None)
-    mask = axis.mask_BN[:, columns]
-    dropout = module.dropout.p if module.training else 0.0
-    probabilities: Tensor | None
-    if axis.gate_BN is not None:
-        gate = axis.gate_BN[:, columns]
-        context, probabilities = probes.attend_gated(
-            queries, keys, values, mask, gate, is_self_attention, dropout
-        )
-    elif patch.reducer.published:
-        context, probabilities = probes.attend_published(queries, keys, values, mask, dropout)
-    else:
-        weighs = patch.reducer.weighs_by_size and axis.plan is not None
-        attention_bias = None
-        if of_text or weighs or patch.reducer.leaves_gaps:  # pictures have no padding
-            attention_bias = probes.visibility(
-                mask, axis.sizes_BN[:, columns] if weighs else None, states.dtype
-            )
-        wanted = patch.reducer.needs_attention
-        context, probabilities = probes.attend(
-            queries, keys, values, attention_bias, patch.attention, dropout, wanted
-        )
-    if heard is not None:
-        context = context * heard[..., None, None].to(context.dtype)
+    context, probabilities = joint.attend(
+        patch,
+        layout,
+        queries,
+        keys,
+        values,
+        slice(0, layout.text) if of_text else slice(layout.text, None),
+        dtype=states.dtype,
+        is_self_attention=is_self_attention,
+        padded=of_text,  # images have no padding
+        dropout=module.dropout.p if module.training else 0.0,
+        head_mask=head_mask,
+    )
     output = attention.output
-    projected = output.dropout(output.dense(context.transpose(1, 2).flatten(2)))
+    projected = output.dropout(output.dense(context))
     return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities
 
 

@@ -61,19 +61,19 @@ def work(planned: Report) -> dict[str, float]:
     Args:
         planned: lengths of the model with its reducer, and what that takes.
     """
-    passes, parts = planned.passes, planned.parts
+    forwards_per_example, parts = planned.forwards_per_example, planned.parts
     counts, tower = [sum(pair) for pair in planned.lengths], planned.tower[:-1]
     return {
         "forward": 1.0,  # and whatever else no reducer changes
         "towers": sum(parts.get(part, 0) for part in TOWERS),
-        "tower tokens": passes * sum(tower),
-        "tower pairs": passes * sum(n * n for n in tower),
+        "tower tokens": forwards_per_example * sum(tower),
+        "tower pairs": forwards_per_example * sum(n * n for n in tower),
         "products": parts["attention"] + parts["mlp"],
-        "tokens": passes * sum(counts[1:]),
-        "pairs": passes * sum(n * n for n in counts[:-1]),
+        "tokens": forwards_per_example * sum(counts[1:]),
+        "pairs": forwards_per_example * sum(n * n for n in counts[:-1]),
         "reducer": parts["reducer"],
-        "reducer operators": planned.own.operators,
-        "reducer traffic": planned.own.traffic,
+        "reducer operators": planned.reducer_cost.operators,
+        "reducer traffic": planned.reducer_cost.traffic,
     }
 
 

@@ -98,7 +98,7 @@ def _watched(model: nn.Module, device: torch.device | str) -> Iterator[_Stopwatc
     adapter: Any = patch.adapter
     language, vision = adapter.language(model), adapter.vision(model)
     watch = _Stopwatch(device)
-    parts = [(prefill, "begin"), (decoder_output, "finish")]
+    parts = [(prefill, "begin_prefill"), (decoder_output, "finish")]
     with ExitStack() as undo:
         hooks = [
             vision.register_forward_pre_hook(watch.start),
@@ -117,6 +117,6 @@ def _watched(model: nn.Module, device: torch.device | str) -> Iterator[_Stopwatc
             function = getattr(module, name)
             undo.callback(setattr, module, name, function)
             setattr(module, name, watch.timing(function))
-        undo.callback(delattr, adapter, "pictures")
-        adapter.pictures = watch.timing(adapter.pictures)
+        undo.callback(delattr, adapter, "image_spans")
+        adapter.image_spans = watch.timing(adapter.image_spans)
         yield watch

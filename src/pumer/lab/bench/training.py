@@ -227,7 +227,7 @@ def _step(
 ) -> Callable[[], None]:
     patch = active(student)
     assert patch is not None
-    learned = patch.reducer.learned
+    learned = patch.reducer.traits.learned
 
     def call() -> None:
         loss = torch.zeros((), device=target.device)
@@ -259,7 +259,7 @@ def _macs(student: nn.Module, base: int | None) -> int:
     unreduced step."""
     patch = active(student)
     assert patch is not None
-    learned = patch.reducer.learned
+    learned = patch.reducer.traits.learned
     if learned is None or base is None:
         return (1 + _BACKWARD) * last_forward_macs(student)
     return (2 if learned.self_distils else 1) * base  # trained parts are trained on all tokens

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pumer._files import sha256
-from pumer.adapters.base import execution_device
+from pumer.adapters.forward import execution_device
 from pumer.api import active
 from pumer.lab.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.lab.data.text import TextTransform

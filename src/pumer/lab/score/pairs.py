@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pumer.adapters.encoder.vilt import embed_patches
+from pumer.adapters.encoder.patches import embed_patches
 from pumer.adapters.rebind import rebind
 from pumer.api import active
-from pumer.reducers import Pool
 
 Inputs = dict[str, Tensor]
 
@@ -67,7 +66,7 @@ class ViltPairs(Pairs):
 
     def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
         patch = active(self.model)
-        if patch is not None and isinstance(patch.reducer, Pool):
+        if patch is not None and patch.reducer.traits.needs_grid:
             # It goes by place, which the model is not told of patches that come embedded.
             return [{"pixel_values": picture} for picture in pixel_values_B3HW.split(1)]
         embeddings = self.model.vilt.embeddings
@@ -108,4 +107,4 @@ def pairs(model: nn.Module) -> Pairs:
 def counts_padding(model: nn.Module) -> bool:
     """Whether padded text changes the scores, as in the published mode."""
     patch = active(model)
-    return patch is not None and patch.reducer.published
+    return patch is not None and patch.reducer.traits.official

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 import pumer
 from pumer._shipped import model_folder
-from pumer.adapters.base import Step
+from pumer.adapters.base import ReductionStep
 from pumer.costs.report import last_forward_parts
-from pumer.costs.result import GIGA, PICTURES, TOWERS
+from pumer.costs.result import GIGA, IMAGE_PARTS, TOWERS
 from pumer.hub import is_stock, load, load_stock
 from pumer.lab.bench.llm_overhead import prefill_shares
 from pumer.lab.bench.memory import peak_activations
@@ -220,7 +220,7 @@ def macs(one: Subject, count: int) -> tuple[int, int]:
             "texts_per_image", 1
         )  # which only models take that see each picture once
         parts = {
-            name: value * (once if name in PICTURES else rows)
+            name: value * (once if name in IMAGE_PARTS else rows)
             for name, value in last_forward_parts(one.model).items()
         }
         total_macs += sum(parts.values())
@@ -271,7 +271,7 @@ def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)
 
 
-def _left(step: Step) -> Tensor:
+def _left(step: ReductionStep) -> Tensor:
     """(text, image) tokens that a reduction left in every row: int64 [B, 2]."""
     plan, slots = step.plan, step.plan.slots
     filled = []

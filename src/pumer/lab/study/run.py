@@ -314,7 +314,7 @@ class _Work:
 def _by_weights(point: Point) -> bool:
     """Whether the speed depends on what was trained, because the data decide how many tokens
     stay."""
-    return point.recipe is not None and from_dict(point.reducer).leaves_gaps
+    return point.recipe is not None and from_dict(point.reducer).traits.dynamic_length
 
 
 def _examples(study: Study, task: Task) -> list[Example]:

@@ -27,7 +27,7 @@ def check(
     optimizer: object,
 ) -> None:
     """Raise ValueError for settings of `train` that do not fit each other."""
-    learned = reducer.learned
+    learned = reducer.traits.learned
     if dense and any(
         reducer.reduces_at(layer) for layer in range(EMBEDDINGS, find(net).depth(net))
     ):

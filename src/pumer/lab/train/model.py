@@ -26,9 +26,9 @@ from pumer.lab.tasks.prompts import vocabulary, writes
 from pumer.lab.tasks.vqav2 import with_new_answers
 from pumer.lab.train.configuration import check_config, new_model
 from pumer.models.llava import new_llava, writing_tokenizer
-from pumer.models.meter.start import start_meter
+from pumer.models.meter.init import init_meter_from_vilt
+from pumer.models.vilt.init import init_local_attention
 from pumer.models.vilt.resize import resize_patches
-from pumer.models.vilt.start import start_local
 
 _LOG = logging.getLogger(__name__)
 _MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
@@ -112,9 +112,9 @@ def _new(
         ), build(task)
     net = new_model(net_class, config | _label_names(the_task))
     if net.config.model_type == "vilt":
-        start_local(net)
+        init_local_attention(net)
     elif vilt is not None:
-        start_meter(net, vilt)
+        init_meter_from_vilt(net, vilt)
     return net, the_task
 
 

@@ -209,9 +209,9 @@ def train(
             raise ValueError(f"{reason}: leave distill.cache out")
     if "tensorboard" in (chosen.get("report_to") or ()):
         need("trainer.report_to: tensorboard", "train", "tensorboard")
-    arguments = trainer_arguments(out, seed, chosen, learned=settings.learned is not None)
+    arguments = trainer_arguments(out, seed, chosen, learned=settings.traits.learned is not None)
     groups = None
-    if optimizer or settings.learned:
+    if optimizer or settings.traits.learned:
         optimizer_class, options = TaskTrainer.get_optimizer_cls_and_kwargs(arguments, net)
         rates = arguments.learning_rate, arguments.weight_decay
         options["params"] = (

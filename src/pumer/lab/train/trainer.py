@@ -74,9 +74,9 @@ class TaskTrainer(Trainer):
         collator = getattr(self.data_collator, "student", self.data_collator)
         patch = active(self.model)
         full_logits = None
-        if patch is not None and patch.reducer.learned and model.training:
+        if patch is not None and patch.reducer.traits.learned and model.training:
             patch.progress = self.state.global_step / max(self.state.max_steps, 1)
-            if patch.reducer.learned.self_distils:
+            if patch.reducer.traits.learned.self_distils:
                 with unreduced(self.model):
                     full_logits = self._logits(
                         model(**paired(self.model, inputs, texts)), labels, collator
@@ -84,7 +84,7 @@ class TaskTrainer(Trainer):
         outputs = model(**paired(self.model, inputs, texts))
         logits = self._logits(outputs, labels, collator)
         parts = {"task": task_loss(logits, labels, self.task.loss_kind)}
-        if patch is not None and patch.reducer.learned and model.training:
+        if patch is not None and patch.reducer.traits.learned and model.training:
             price = patch.budget_loss()
             assert price is not None
             parts["budget"] = price

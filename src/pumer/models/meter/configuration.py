@@ -18,7 +18,7 @@ class MeterConfig(PreTrainedConfig):
             hidden_dropout_prob, attention_probs_dropout_prob: of the fusion layers.
         modality_type_vocab_size: kinds of tokens: text, image, and a second image where there are
             two.
-        num_images: pictures per example in `MeterForImagesAndTextClassification`.
+        num_images: images per example in `MeterForImagesAndTextClassification`.
         update: what the image half of a fusion layer reads of the text. "parallel": what came into
             the layer, as in the original METER; "sequential": what the text half has made of it, as
             in the published PuMer code. Weights trained one way give other results the other way.
@@ -105,7 +105,7 @@ class MeterConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return self.vision_config.image_size
 
     @property

@@ -1,4 +1,4 @@
-"""METER's heads: question answering, two pictures, entailment, retrieval, masked words."""
+"""METER's heads: question answering, two images, entailment, retrieval, masked words."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
-    """METER with a classifier over a sentence and several pictures, each seen in a pass of its own
+    """METER with a classifier over a sentence and several images, each seen in a pass of its own
     (NLVR2)."""
 
     def __init__(self, config: MeterConfig) -> None:
@@ -138,16 +138,16 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
         )
         image = self.meter.encode_image(pixel_values.flatten(0, 1), pixel_mask)
         pooled: list[Any] = [
-            self.meter.fuse(text, mask, picture, image_token_type_idx=type_index).pooler_output
-            for type_index, picture in enumerate(_per_picture(image, self.config.num_images), 1)
+            self.meter.fuse(text, mask, each, image_token_type_idx=type_index).pooler_output
+            for type_index, each in enumerate(_per_image(image, self.config.num_images), 1)
         ]
         logits = self.classifier(torch.cat(pooled, dim=-1))
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def _per_picture(image: Any, count: int) -> list[Any]:
-    """States of the first pictures of all examples, of the second ones, and so on."""
+def _per_image(image: Any, count: int) -> list[Any]:
+    """States of the first images of all examples, of the second ones, and so on."""
     return [image[image_index::count] for image_index in range(count)]
 
 

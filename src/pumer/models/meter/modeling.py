@@ -157,12 +157,12 @@ class MeterModel(MeterPreTrainedModel):
             input_ids: int64 [B,T].
             attention_mask: [B,T], 1 at real tokens; all are if not given.
             token_type_ids: [B,T]; RoBERTa knows one type, 0.
-            pixel_values: [B,3,H,W], or [B/K,3,H,W] with `texts_per_image` K. All pictures have one
+            pixel_values: [B,3,H,W], or [B/K,3,H,W] with `texts_per_image` K. All images have one
                 size; if it is not the configured one, the grid of positions is resized.
-            pixel_mask: [B,H,W], where given all ones: METER knows no padded pictures.
+            pixel_mask: [B,H,W], where given all ones: METER knows no padded images.
             inputs_embeds: [B,T,D] in place of `input_ids`.
-            image_token_type_idx: 1, or 2 for the second picture of a pair.
-            texts_per_image: every so many rows of text belong to one picture.
+            image_token_type_idx: 1, or 2 for the second image of a pair.
+            texts_per_image: every so many rows of text belong to one image.
             output_hidden_states: give the states of all fusion layers too.
 
         Raises:
@@ -200,7 +200,7 @@ class MeterModel(MeterPreTrainedModel):
 
     def encode_image(self, pixel_values: Tensor | None, pixel_mask: Tensor | None = None) -> Tensor:
         """Projected states of the image [B,I,D], [CLS] first."""
-        check_pictures(pixel_values, pixel_mask)
+        check_images(pixel_values, pixel_mask)
         states = self.vision_model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         # CLIP norms its [CLS] alone; METER every token.
         return self.image_projection(self.vision_model.post_layernorm(states))
@@ -253,15 +253,15 @@ def add_modality(meter: MeterModel, states_BND: Tensor, modality: int) -> Tensor
     )
 
 
-def check_pictures(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None:
-    """Raise ValueError without pictures, and RuntimeError for padded ones, the latter without
+def check_images(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None:
+    """Raise ValueError without images, and RuntimeError for padded ones, the latter without
     waiting for a GPU."""
     if pixel_values is None:
-        raise ValueError("give pixel_values: METER needs a picture")
+        raise ValueError("give pixel_values: METER needs an image")
     if pixel_mask is not None:
         torch._assert_async(
             pixel_mask.bool().all(),
-            "METER takes pictures of one size: use an image transform that makes them square",
+            "METER takes images of one size: use an image transform that makes them square",
         )
 
 

@@ -1,4 +1,4 @@
-"""METER's processor: texts and pictures to what the model reads."""
+"""METER's processor: texts and images to what the model reads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MeterImageProcessor(CLIPImageProcessorPil):
 
 
 def square_images(size: int) -> CLIPImageProcessorPil:
-    """CLIP's image processor as PuMer has it: pictures are stretched to `size` x `size` pixels,
+    """CLIP's image processor as PuMer has it: images are stretched to `size` x `size` pixels,
     nothing is cut off.
 
     Bicubic, CLIP's mean and standard deviation. It needs Pillow alone, where transformers' default

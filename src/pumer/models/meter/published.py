@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, RobertaConfig
 
 from pumer.models import published
+from pumer.models.layout import Layout
 from pumer.models.meter.configuration import MeterConfig
 from pumer.models.meter.resize import resize_positions
 from pumer.models.published import setting, shape
@@ -34,7 +35,7 @@ _OUR_VISION = "meter.vision_model."
 _LAYER = f"{_OUR_VISION}encoder.layers.#."
 _FUSION = "meter.cross_modal_text_layers."
 _POSITIONS = f"{_VISION}positional_embedding"
-LAYOUT = published.Layout(
+LAYOUT = Layout(
     model="meter",
     classes=CLASSES,
     names={
@@ -70,8 +71,6 @@ LAYOUT = published.Layout(
     },
     text=f"{_TEXT}embeddings.",
 )
-to_meter = LAYOUT.to_ours
-from_meter = LAYOUT.from_ours
 
 _KNOWN = [
     "image_size",
@@ -179,10 +178,10 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: MeterConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights for pictures of another size, which the configuration is told.
+    """The weights for images of another size, which the configuration is told.
 
     Raises:
-        ValueError: if the pictures have no whole number of patches.
+        ValueError: if the images have no whole number of patches.
     """
     published.check_image_size(image_size, config.patch_size)
     config.vision_config.image_size = image_size

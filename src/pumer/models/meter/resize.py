@@ -1,4 +1,4 @@
-"""METER for pictures of another size."""
+"""METER for images of another size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Visual entailment with ViLT: does the picture contradict a sentence, leave it open, or entail it?
+"""Visual entailment with ViLT: does the image contradict a sentence, leave it open, or entail it?
 
 transformers has no class for it. Xie et al., "Visual Entailment: A Novel Task for Fine-Grained
 Image Understanding", 2019; the head is the one of the published PuMer checkpoints.

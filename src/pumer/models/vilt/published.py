@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.models.vilt.configuration_vilt import ViltConfig
 
 from pumer.models import published
+from pumer.models.layout import Layout
 from pumer.models.published import setting, shape
 from pumer.reducers import DynamicViT, PuMer
 
@@ -26,7 +27,7 @@ CLASSES = {
 
 _BLOCK = "vilt.transformer.blocks.#."
 _LAYER = "vilt.encoder.layer.#."
-LAYOUT = published.Layout(
+LAYOUT = Layout(
     model="vilt",
     classes=CLASSES,
     names={
@@ -52,8 +53,6 @@ LAYOUT = published.Layout(
     },
     text="vilt.text_embeddings.",
 )
-to_transformers = LAYOUT.to_ours
-from_transformers = LAYOUT.from_ours
 
 _SCORES = {"mh": "mean_head", "fh": "first_head", "km": "k_metric"}
 _FIXED = ("hidden_act", "layer_norm_eps", "qkv_bias", "max_image_length")
@@ -126,10 +125,10 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: ViltConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights as they are: ViLT's grid of positions is resized to every picture at run time.
+    """The weights as they are: ViLT's grid of positions is resized to every image at run time.
 
     Raises:
-        ValueError: if the pictures have no whole number of patches.
+        ValueError: if the images have no whole number of patches.
     """
     published.check_image_size(image_size, config.patch_size)
     return state

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
-    """A copy of a ViLT model that cuts the picture into patches of another size.
+    """A copy of a ViLT model that cuts the image into patches of another size.
 
     Args:
         model: any stock ViLT class, unreduced.
@@ -26,7 +26,7 @@ def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if config.image_size % patch_size:
         raise ValueError(
-            f"pictures of {config.image_size} px have no whole number of patches of {patch_size} px"
+            f"images of {config.image_size} px have no whole number of patches of {patch_size} px"
         )
     config.patch_size = patch_size
     resized = type(model)(config)

@@ -73,11 +73,11 @@ def stage(keep: float, number: int, start: Count, count: Count) -> Count:
     return larger(smaller(num_kept, count), smaller(count, 1))
 
 
-def kept(keep: float | int, count: Count) -> Count:
+def num_keep(keep: float | int, count: Count) -> Count:
     """How many of `count` tokens stay: `keep` is a share of them, or a whole number.
 
     At least one stays. Where there are fewer tokens than the number asks for, all stay: the
-    pictures of one batch have their own sizes, and a small one among them is no mistake.
+    images of one batch have their own sizes, and a small one among them is no mistake.
     """
     if isinstance(count, Tensor):
         return (

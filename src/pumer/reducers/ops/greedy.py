@@ -24,7 +24,7 @@ def cosines(x_BID: Tensor) -> Tensor:
     return (unit @ unit.transpose(1, 2)).round(decimals=10)
 
 
-def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
+def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most: int) -> Tensor:
     """The token farthest from its nearest neighbour, then always the one farthest from those
     chosen.
 
@@ -37,13 +37,13 @@ def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: i
     chosen = torch.zeros_like(valid_BI)
     for step in range(most):
         pick_B1 = _best(nearest, valid_BI & ~chosen)
-        chosen = _with(chosen, pick_B1, step < kept_B)
+        chosen = _with(chosen, pick_B1, step < num_keep_B)
         to_pick = _row(distance, pick_B1)
         nearest = to_pick if step == 0 else torch.minimum(nearest, to_pick)
     return chosen
 
 
-def determinantal(kernel_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: int) -> Tensor:
+def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most: int) -> Tensor:
     """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS
     2018).
 
@@ -57,7 +57,7 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, kept_B: Tensor, most: in
     factor_BKI = kernel_BII.new_zeros(len(kernel_BII), most, valid_BI.shape[1])
     for step in range(most):
         pick_B1 = _best(left_BI, valid_BI & ~chosen)
-        chosen = _with(chosen, pick_B1, step < kept_B)
+        chosen = _with(chosen, pick_B1, step < num_keep_B)
         before = factor_BKI[:, :step]
         picked = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
         explained = (picked * before).sum(1)
@@ -73,7 +73,7 @@ def coverage(
     weight_BI: Tensor,
     bonus_BI: Tensor,
     valid_BI: Tensor,
-    kept_B: Tensor,
+    num_keep_B: Tensor,
     most: int,
 ) -> Tensor:
     """Always the token that adds most to the coverage, times its weight and with its bonus.
@@ -86,7 +86,7 @@ def coverage(
         weight_BI: of every token.
         bonus_BI: of every token.
         valid_BI: bool, false at padding.
-        kept_B: how many tokens of each row are chosen.
+        num_keep_B: how many tokens of each row are chosen.
         most: the largest of these.
 
     Returns:
@@ -98,7 +98,7 @@ def coverage(
         # In steps: two tokens that cover nothing but each other add the same.
         gain_BI = (cosine_BII - covered_BI[:, None]).clamp_min(0).sum(2).round(decimals=9)
         pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
-        chosen = _with(chosen, pick_B1, step < kept_B)
+        chosen = _with(chosen, pick_B1, step < num_keep_B)
         covered_BI = torch.maximum(covered_BI, _row(cosine_BII, pick_B1))
     return chosen
 

@@ -47,9 +47,9 @@ UNALIKE = -2.0
 """Similarity of a pair whose keys are not finite: below every cosine, above that of padding."""
 
 
-def split(count: int, prefix: int) -> tuple[slice, slice]:
-    """Sources and destinations among `count` tokens behind `prefix` structure tokens."""
-    first = prefix % 2
+def split(count: int, num_prefix_tokens: int) -> tuple[slice, slice]:
+    """Sources and destinations among `count` tokens behind `num_prefix_tokens` structure tokens."""
+    first = num_prefix_tokens % 2
     return slice(first, count, 2), slice(1 - first, count, 2)
 
 
@@ -65,7 +65,9 @@ def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.nn.functional.normalize(scaled_BND, dim=-1, eps=1e-30)
 
 
-def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
+def partners(
+    keys_BND: Tensor, valid_BN: Tensor, num_prefix_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
     """The best destination of every source, at least one of each there.
 
     Sources are compared in blocks, so that memory is linear in the tokens.
@@ -73,13 +75,13 @@ def partners(keys_BND: Tensor, valid_BN: Tensor, prefix: int = 0) -> tuple[Tenso
     Args:
         keys_BND: what similarity is measured on (cosine).
         valid_BN: bool, false at padding, which is nobody's partner.
-        prefix: structure tokens in front of these.
+        num_prefix_tokens: structure tokens in front of these.
 
     Returns:
         similarity [B,S] (-inf where there is no partner), and the partner's number among the
         destinations [B,S].
     """
-    sources, destinations = split(keys_BND.shape[1], prefix)
+    sources, destinations = split(keys_BND.shape[1], num_prefix_tokens)
     unit_BND = unit_vectors(keys_BND)
     from_BSD, to_BED = unit_BND[:, sources], unit_BND[:, destinations]
     from_BS, to_BE = valid_BN[:, sources], valid_BN[:, destinations]
@@ -112,7 +114,7 @@ def bipartite(
     merged: int | Tensor,
     slots: int,
     sizes_BN: Tensor | None = None,
-    prefix: int = 0,
+    num_prefix_tokens: int = 0,
 ) -> Plan:
     """Merge the `merged` sources that are most like a destination into it.
 
@@ -128,14 +130,16 @@ def bipartite(
         slots: number of slots, at least the real tokens less the merged ones of any row.
         sizes_BN: source tokens that each token stands for already (all one if not given): weights
             of the average.
-        prefix: structure tokens in front of these, which count in the split.
+        num_prefix_tokens: structure tokens in front of these, which count in the split.
     """
     if keys_BND.shape[1] < 2:
         return Plan.keep(valid_BN, slots)
-    similarity_BS, partner_BS = partners(keys_BND, valid_BN, prefix)
+    similarity_BS, partner_BS = partners(keys_BND, valid_BN, num_prefix_tokens)
     limit_B1 = halves(valid_BN.sum(1, keepdim=True))
     limit_B1 = smaller(limit_B1, merged[:, None] if isinstance(merged, Tensor) else merged)
-    return absorb(rank(similarity_BS) < limit_B1, partner_BS, valid_BN, slots, sizes_BN, prefix)
+    return absorb(
+        rank(similarity_BS) < limit_B1, partner_BS, valid_BN, slots, sizes_BN, num_prefix_tokens
+    )
 
 
 def absorb(
@@ -144,13 +148,13 @@ def absorb(
     valid_BN: Tensor,
     slots: int,
     sizes_BN: Tensor | None = None,
-    prefix: int = 0,
+    num_prefix_tokens: int = 0,
 ) -> Plan:
     """Merge the marked sources, real ones with a real partner, into their partners.
 
     The other arguments are as in `bipartite`.
     """
-    sources, destinations = split(valid_BN.shape[1], prefix)
+    sources, destinations = split(valid_BN.shape[1], num_prefix_tokens)
     sizes_BN = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
     gone_BN = torch.zeros_like(valid_BN)
     gone_BN[:, sources] = merges_BS

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import Tokens
 from pumer.reducers.ops.blocks import row_blocks
+from pumer.reducers.tokens import Tokens
 
 SCORES = ("mean_head", "first_head", "k_metric", "qk")
 """Ways to score image tokens by the text: attention averaged over heads, attention of head 0,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def start_local(model: PreTrainedModel) -> PreTrainedModel:
+def init_local_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Let every token of a new ViLT model attend to what is near it and looks like it, before any
     training.
 
@@ -32,7 +32,7 @@ def start_local(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
+def init_tower_from_vilt(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
     """Copy a trained ViLT's patch embeddings and first blocks into a new CLIP vision tower.
 
     A ViLT block and a CLIP layer are the same but for the activation: give the tower that of the
@@ -64,7 +64,7 @@ def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
     vision.embeddings.position_embedding.weight.copy_(source.embeddings.position_embeddings[0])
     vision.embeddings.position_embedding.weight[1:] += projection.bias + image_type_embedding
     # ViLT has no norm there. One that scales by the usual spread changes least.
-    vision.pre_layrnorm.weight.fill_(vision.embeddings(plain_pictures(new)).std(-1).mean())
+    vision.pre_layrnorm.weight.fill_(vision.embeddings(plain_images(new)).std(-1).mean())
     for layer, block in zip(vision.encoder.layers, source.encoder.layer, strict=False):
         attention = block.attention.attention
         for ours, theirs in (
@@ -80,8 +80,8 @@ def start_tower(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
             ours.load_state_dict(theirs.state_dict())
 
 
-def plain_pictures(config: Any) -> Tensor:
-    """Pictures whose patches have one colour each [8,3,H,W], for the usual spread of what a tower
+def plain_images(config: Any) -> Tensor:
+    """Images whose patches have one colour each [8,3,H,W], for the usual spread of what a tower
     makes of them."""
     side = config.image_size // config.patch_size
     colours = torch.rand(8, config.num_channels, side, side)

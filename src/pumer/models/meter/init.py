@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from pumer.models.vilt.start import start_tower
+from pumer.models.vilt.init import init_tower_from_vilt
 
 
 @torch.no_grad()
-def start_meter(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
+def init_meter_from_vilt(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
     """Copy a trained ViLT's word embeddings, and its first blocks into the vision tower, of a new
     METER model.
 
-    Raises ValueError if vocabularies differ; for the tower see `start_tower`.
+    Raises ValueError if vocabularies differ; for the tower see `init_tower_from_vilt`.
     """
     source, text = vilt.base_model, model.base_model.text_model
     if vilt.config.vocab_size != model.config.vocab_size:
         raise ValueError("the text encoder cannot start from this ViLT: vocab_size differ")
-    start_tower(model.base_model.vision_model, vilt)
+    init_tower_from_vilt(model.base_model.vision_model, vilt)
     words, embeddings = source.embeddings.text_embeddings, text.embeddings
     embeddings.word_embeddings.weight.copy_(words.word_embeddings.weight)
     embeddings.LayerNorm.load_state_dict(words.LayerNorm.state_dict())

@@ -1,0 +1,164 @@
+"""What ViLT and METER share: the inputs of the text, the joint token axis, and its attention.
+
+Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, H heads, Q queries, K keys, C
+channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumer.adapters.base import Patch
+from pumer.adapters.encoder import attention as kernels
+from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.forward import exactly_one
+from pumer.reducers import Plan
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """The inputs of a text encoder, in the order of METER's `encode_text`."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids [B,T] or embeddings [B,T,D]; raises ValueError unless exactly one of them is
+        given."""
+        return exactly_one(input_ids=self.input_ids, inputs_embeds=self.inputs_embeds)
+
+    @property
+    def embedded(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of transformers' text embeddings."""
+        return {name: x for name, x in vars(self).items() if name != "attention_mask"}
+
+    @property
+    def mask(self) -> Tensor:
+        """The attention mask [B,T], ones where none is given; raises ValueError for one of another
+        shape."""
+        mask, tokens = self.attention_mask, self.tokens
+        if mask is None:
+            return torch.ones(tokens.shape[:2], device=tokens.device, dtype=torch.long)
+        if mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)} for texts of {list(tokens.shape[:2])}: "
+                "give it one entry per token"
+            )
+        return mask
+
+    def trimmed(self, length: int) -> TextInputs:
+        """The first tokens of every text."""
+        return replace(
+            self, **{name: x[:, :length] for name, x in vars(self).items() if x is not None}
+        )
+
+
+def joint_layout(
+    patch: Patch,
+    mask_BT: Tensor,
+    mask_BI: Tensor,
+    grid: tuple[int, int] | None,
+    patch_BS: Tensor | None,
+    sizes_BI: Tensor | None = None,
+    plan: Plan | None = None,
+) -> TokenLayout:
+    """The token axis before the first layer, text first.
+
+    Args:
+        patch: whose reducer says which kind of mask it works with.
+        mask_BT: of the text.
+        mask_BI: bool, of the image.
+        grid: rows and columns of patches.
+        patch_BS: raster number of every source token's patch, -1 for tokens that are none.
+        sizes_BI: patches that each image token stands for; None if one each.
+        plan: from the source tokens to these, where the vision tower has reduced them.
+    """
+    mask_BN = torch.cat([mask_BT.bool(), mask_BI], dim=1)
+    sizes_BN = torch.ones_like(mask_BN, dtype=torch.float32)
+    if sizes_BI is not None:
+        sizes_BN = torch.cat([sizes_BN[:, : mask_BT.shape[1]], sizes_BI], dim=1)
+    if patch.reducer.traits.official:  # the published code works with fractional masks
+        mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
+    return TokenLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
+
+
+def attend(
+    patch: Patch,
+    layout: TokenLayout,
+    queries_BHQC: Tensor,
+    keys_BHKC: Tensor,
+    values_BHKC: Tensor,
+    keys_at: slice,
+    *,
+    dtype: torch.dtype,
+    is_self_attention: bool,
+    padded: bool = True,
+    dropout: float = 0.0,
+    probabilities: bool = False,
+    head_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as the reducer asks for it -> context [B,Q,H*C], and the probabilities [B,H,Q,K]
+    where they were computed.
+
+    Args:
+        patch: whose reducer is active.
+        layout: the token axis.
+        queries_BHQC, keys_BHKC, values_BHKC: of this attention.
+        keys_at: where the keys are on the axis.
+        dtype: of the states.
+        is_self_attention: whether the keys are the queries' own tokens.
+        padded: whether there may be padding among the keys although nothing was reduced.
+        dropout: of the probabilities.
+        probabilities: whether somebody wants them; a reducer that needs them gets them anyway.
+        head_mask: 1 or 0 for every head, [B,H]; None for all heads.
+    """
+    traits, mask = patch.reducer.traits, layout.mask_BN[:, keys_at]
+    attention: Tensor | None
+    if layout.gate_BN is not None:
+        context, attention = kernels.attend_gated(
+            queries_BHQC,
+            keys_BHKC,
+            values_BHKC,
+            mask,
+            layout.gate_BN[:, keys_at],
+            is_self_attention,
+            dropout,
+        )
+    elif traits.official:
+        context, attention = kernels.attend_official(
+            queries_BHQC, keys_BHKC, values_BHKC, mask, dropout
+        )
+    else:
+        sizes = None
+        if layout.plan is not None and _counts_sizes(traits):
+            sizes = layout.sizes_BN[:, keys_at]
+        bias = None
+        if padded or sizes is not None or traits.dynamic_length:
+            bias = kernels.attention_bias(mask, sizes, dtype)
+        context, attention = kernels.attend(
+            queries_BHQC,
+            keys_BHKC,
+            values_BHKC,
+            bias,
+            patch.attention,
+            dropout,
+            probabilities or traits.needs_attention,
+        )
+    if head_mask is not None:
+        context = context * head_mask[..., None, None].to(context.dtype)
+    return context.transpose(1, 2).flatten(2), attention
+
+
+def _counts_sizes(traits: Any) -> bool:
+    """Whether attention counts a token by its size, for the reducer here or that in the tower."""
+    tower = traits.vision_reducer
+    return traits.proportional_attention or (
+        tower is not None and tower.traits.proportional_attention
+    )

@@ -1,0 +1,55 @@
+"""What the forward of a reduced model needs in every family: devices, autocast, inputs, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumer.reducers import Reducer
+
+
+def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
+    """`block(*args)` in place of a layer's forward, and of the gradient checkpointing around it."""
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs; its weights may be on "meta" until accelerate's hooks bring them."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
+
+
+def no_autocast(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
+    """Where a reducer chooses: outside the user's autocast, which would round its float32 products
+    to half precision.
+
+    Trained parts stay under it, as their weights expect.
+    """
+    if reducer.traits.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def exactly_one(**inputs: Tensor | None) -> Tensor:
+    """The one input that is given; raises ValueError for none or several."""
+    inputs_set = [value for value in inputs.values() if value is not None]
+    if len(inputs_set) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(inputs)}")
+    return inputs_set[0]
+
+
+def max_length(mask_BN: Tensor) -> Tensor:
+    """Position after the last real token of any row."""
+    places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
+    return (places * mask_BN.bool()).max()
