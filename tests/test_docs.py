@@ -203,7 +203,7 @@ def test_results_name_the_files_of_their_rows(title):
 
 DERIVED = {
     "Scenes-VQA": "1.83 1.80 1.78 1.82 8.45",  # quotients of examples per second
-    "PuMer without its parts": "0.6 1.76 0.3 1.52 0.4 1.46 0.9 1.8 2.03 2.01 0.1 1.31",  # the paper's
+    "PuMer without its parts": "0.6 1.76 0.3 1.52 0.4 1.46 0.9 1.8 2.03 2.01 0.1 1.31",  # paper
     "Questions of your own": "7.7 7.9 2.0 4.5 6.4 3.3",  # minutes, from the logs
 }
 """Numbers that are not in a section's files, by the start of its title."""
