@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, media, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
@@ -143,6 +143,7 @@ class DecoderHooks:
             options.get(decoder_attention.NORMALIZER),
         )
 
+    @timed("decoder")
     def _before_layer(
         self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:

@@ -42,7 +42,8 @@ def image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
+        no_cast = no_autocast(hooks.patch.reducer, device)
+        with hooks.patch.timing("decoder"), torch.no_grad(), no_cast:
             images = spec.image_spans(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged
@@ -82,8 +83,9 @@ def placeholder_mask(
     masks = hooks.spec.placeholder_mask(
         trunk, arguments.get("input_ids"), arguments["inputs_embeds"]
     )
-    num_features = features.numel() // features.shape[-1]
-    prefill.begin_prefill(hooks.spec, trunk, state, masks[0], num_features)
+    with hooks.patch.timing("decoder"):
+        num_features = features.numel() // features.shape[-1]
+        prefill.begin_prefill(hooks.spec, trunk, state, masks[0], num_features)
     columns = tuple(mask[..., None] for mask in masks)
     return columns if len(columns) > 1 else columns[0]
 
@@ -91,9 +93,12 @@ def placeholder_mask(
 def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> None:
     """Begin the prefill of a family whose placeholders are marked by a method that is not told of
     the features: behind it."""
-    image, *_ = hooks.spec.placeholder_mask(hooks.trunk, state.inputs.get("input_ids"), embeddings)
-    num_features = sum(span.length for span in state.tower_images)
-    prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
+    with hooks.patch.timing("decoder"):
+        image, *_ = hooks.spec.placeholder_mask(
+            hooks.trunk, state.inputs.get("input_ids"), embeddings
+        )
+        num_features = sum(span.length for span in state.tower_images)
+        prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
 
 
 def inputs_merger(
@@ -111,7 +116,9 @@ def inputs_merger(
         return merged
     image, *_ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
     features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    with hooks.patch.timing("decoder"):
+        num_features = features.numel() // features.shape[-1]
+        prefill.begin_prefill(hooks.spec, trunk, state, image, num_features)
     return inputs_embeds.masked_scatter(image[..., None], features)
 
 
