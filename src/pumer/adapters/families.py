@@ -31,7 +31,7 @@ def find(model: nn.Module) -> Adapter:
     raise ValueError(
         f"{name} cannot be reduced.{_hint(model, name)}\n"
         f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
-        "Their classes: `pumer list`, docs/compatibility.md; a family of your own: "
+        "Their classes: `pumer list`, docs/models.md; a family of your own: "
         "docs/add-a-model.md"
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pumer.adapters.base import config_of
+from pumer.adapters.decoder.costs import expert_weights, experts_per_token, linear_weights
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.costs.result import GIGA, Report
 
@@ -112,10 +113,10 @@ def _until(tokens: int | None) -> str:
 
 def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> DecoderReport:
     """Extend a report by the costs of decoding."""
-    language = adapter.language(model)
     head = adapter.head_macs(model)
+    top_k = experts_per_token(config_of(model).get_text_config())
     linear = sum(
-        part.weight.numel() for part in language.layers.modules() if isinstance(part, nn.Linear)
+        linear_weights(layer) + expert_weights(layer, top_k) for layer in adapter.layers(model)
     )
     reduced, stock = report.lengths, (report.entry,) * len(report.lengths)
     return DecoderReport(
