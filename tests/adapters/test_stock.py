@@ -16,12 +16,21 @@ from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.clip import modeling_clip as clip
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.vilt import modeling_vilt as vilt
 
 PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").split()
+
+
+def trunk(name):
+    """A family's model without its head."""
+    return getattr(transformers, f"{name}Model")
+
+
 STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     (vilt.ViltModel, "forward"): ("058b0e7663bd2e70", "_forward in encoder/vilt.py"),
     (vilt.ViltEmbeddings, "forward"): ("f759e118b6e05731", "_forward in encoder/vilt.py"),
@@ -79,33 +88,47 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (idefics3.Idefics3Model, "inputs_merger"): (
         "65beaa033ba95e55",
-        "_inputs_merger in adapters/decoder/hooks.py",
+        "inputs_merger in decoder/media.py",
     ),
+    (transformers.Llama4ForConditionalGeneration, "get_placeholder_mask"): (
+        "dc8eb48fa0367d32",
+        "placeholder_mask in decoder/media.py and decoder/family.py",
+    ),
+    (gemma4.Gemma4TextModel, "_maybe_slice_kv_shared_inputs"): (
+        "490d479a37d652d9",
+        "_unsliced in decoder/gemma4.py",
+    ),
+    (llama4.Llama4TextAttention, "forward"): ("1c89b14ada6c8891", "_scaled in decoder/llama4.py"),
     (qwen3_vl.Qwen3VLTextModel, "_deepstack_process"): (
         "a78050f93b55c837",
-        "_deepstack in adapters/decoder/hooks.py",
+        "deepstack in decoder/media.py",
     ),
 } | {
-    (model, "get_placeholder_mask"): (
+    (trunk(name), "get_placeholder_mask"): (
         known,
-        "_placeholder_mask in decoder/hooks.py, placeholder_mask in decoder/family.py",
+        "placeholder_mask in decoder/media.py and decoder/family.py",
     )
-    for known, models in {
+    for known, names in {
         "125a9d7446d62bc2": (
-            transformers.LlavaModel,
-            transformers.InternVLModel,
-            transformers.PaliGemmaModel,
-            transformers.Gemma3Model,
+            "Llava InternVL PaliGemma Gemma3 Aria AyaVision Cohere2Vision DeepseekVL "
+            "DeepseekVLHybrid FastVlm Fuyu GotOcr2 Janus LightOnOcr Mistral3 Ovis2 QianfanOCR "
+            "VipLlava"
         ),
-        "dc8eb48fa0367d32": (transformers.LlavaNextModel, transformers.SmolVLMModel),
+        "dc8eb48fa0367d32": "LlavaNext SmolVLM",
         "3b5e8a3ce6008fc9": (
-            transformers.LlavaOnevisionModel,
-            transformers.Qwen2VLModel,
-            transformers.Qwen2_5_VLModel,
-            transformers.Qwen3VLModel,
+            "LlavaOnevision Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe CohereCompass Cosmos3Edge "
+            "Cosmos3Omni Ernie4_5_VLMoe Exaone4_5_ HyperCLOVAXVisionV2 Kimi_K25 "
+            "LlavaNextVideo VideoLlama3"
         ),
+        "7e4478310f3a85e2": "Qwen2_5OmniThinker Qwen3OmniMoeThinker",
+        "220486487c00b9ad": "Glm46V Glm4v Glm4vMoe GlmOcr",
+        "8ed63217f08707cf": "PaddleOCRVL",
+        "b2666f8fbb6bbeef": "VideoLlava",
+        "a4c92bd1beb1f835": "HunYuanVL",
+        "c2b5232e33fd2f04": "Chameleon",
+        "a39fcc62b0e2e68f": "PerceptionLM",
     }.items()
-    for model in models
+    for name in names.split()
 }
 
 
