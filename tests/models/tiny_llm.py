@@ -7,11 +7,22 @@ from collections.abc import Sequence
 
 import tiny_decoders  # noqa: F401  # registers its families
 import torch
-from tiny_parts import (
+from tiny_parts import (  # noqa: F401  # what other tests take from here
+    CACHE,
+    CLIP,
     FAMILIES,
     GREEDY,
     IMAGE,
+    LAYERS,
     PAD,
+    PINPOINTS,
+    QWEN_IDS,
+    QWEN_TEXT,
+    QWEN_VISION,
+    SIDES,
+    SIGLIP,
+    TEXT,
+    VOCABULARY,
     Image,
     Inputs,
 )
