@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tiny_decoders  # noqa: F401  # registers its families
+import tiny_any_size  # noqa: F401  # each registers its families
+import tiny_decoders
+import tiny_families  # noqa: F401
+import tiny_more  # noqa: F401
 import torch
 from tiny_parts import (  # noqa: F401  # what other tests take from here
     CACHE,
@@ -28,12 +31,10 @@ from tiny_parts import (  # noqa: F401  # what other tests take from here
 )
 from torch import Tensor, nn
 
-BUILDERS = tuple(FAMILIES)
+BUILDERS = tuple(
+    name for name, family in FAMILIES.items() if family.build.__module__ == tiny_decoders.__name__
+)
 """Families that go through every test of decoders; the others go through `test_families.py`."""
-
-import tiny_any_size  # noqa: E402, F401
-import tiny_families  # noqa: E402, F401
-import tiny_more  # noqa: E402, F401
 
 
 def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
