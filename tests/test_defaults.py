@@ -20,7 +20,8 @@ from pumer.reducers.ops.budget import spread, stage_layers
 
 SHIPPED = ("scenes-vilt", "scenes-vilt-pumer")
 REFUSED = (
-    r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size"
+    r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size|"
+    r"has no language model"
 )
 """Reasons that no default can mend."""
 

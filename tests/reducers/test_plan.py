@@ -154,7 +154,7 @@ def test_a_plan_moves_every_token_once_and_keeps_padding_behind(reducer, batch):
         torch.testing.assert_close(plan.total(sizes).sum(1) + dropped, sizes.sum(1))
 
         # [CLS] of either modality stays where it is, and alone.
-        if reducer.name != "no-vision":
+        if not reducer.traits.drops_image:
             for token, slot in ((0, 0), (tokens.text, text)):
                 assert (plan.slot_BN[:, token] == slot).all()
                 assert (plan.sources()[:, slot].sum(1) == 1).all()

@@ -236,6 +236,11 @@ class Adapter:
 
     def check(self, reducer: Reducer) -> None:
         """Raise ValueError for a reducer that this family cannot run; it is resolved already."""
+        if reducer.traits.needs_input:
+            raise ValueError(
+                f"{reducer.name} compares what a layer of a language model gives with what it was "
+                f"given: {self.family} has no language model, take another reducer"
+            )
 
     def encoder_facts(
         self, model: nn.Module, needs: frozenset[str], image: int, place: str

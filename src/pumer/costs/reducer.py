@@ -125,6 +125,7 @@ def count_reducer_costs(
                 None
             ],
             states_BND=states,
+            input_BND=states if reducer.traits.needs_input and layer != EMBEDDINGS else None,
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
             attention_BHNN=torch.ones(1, heads, *attention_shape, device=place)

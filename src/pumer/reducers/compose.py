@@ -46,6 +46,10 @@ class Compose(Reducer):
                 f"{self.tower.name} is guided by the text, and a vision tower has none: give "
                 "tower=ToMe(), for example"
             )
+        if self.tower.traits.needs_input or self.tower.traits.drops_image:
+            raise ValueError(
+                f"{self.tower.name} acts inside a language model alone: give it as `inside`"
+            )
         if self.tower.traits.learned is not None:
             raise ValueError(
                 f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for "

@@ -182,14 +182,14 @@ class NoVision(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(drops_image=True)
+        return Traits(needs_qk=False, drops_image=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (EMBEDDINGS,)
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
-        return (shape.text, 0) if shape.layer == EMBEDDINGS else shape.unchanged
+        return (shape.text, 0) if self.reduces_at(shape.layer) else shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         count = tokens.mask_BN.shape[1]

@@ -68,6 +68,7 @@ class Encoder:
         features_BND: the encoder's output, before the projector.
         class_attention_BN: attention that [CLS] pays each token, mean over the heads.
         received_BN: attention that each token receives, mean over heads and queries.
+        middle_received_BN: the same in the layer that the reducer names, `Traits.middle_layer`.
         keys_BNC: mean over the heads.
         queries_BNC: mean over the heads.
         given_BN: attention that each token pays the image tokens, mean over heads and these.
@@ -80,6 +81,7 @@ class Encoder:
     features_BND: Tensor | None = None
     class_attention_BN: Tensor | None = None
     received_BN: Tensor | None = None
+    middle_received_BN: Tensor | None = None
     keys_BNC: Tensor | None = None
     queries_BNC: Tensor | None = None
     given_BN: Tensor | None = None
@@ -157,6 +159,8 @@ class Tokens:
         patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are
             none.
         states_BND: hidden states.
+        input_BND: the same tokens as this layer was given them; None for reducers that do not ask,
+            and outside of language models.
         queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,
@@ -193,6 +197,7 @@ class Tokens:
     grid: Grid | None = None
     patch_BN: Tensor | None = None
     states_BND: Tensor | None = None
+    input_BND: Tensor | None = None
     queries_BHNC: Tensor | None = None
     keys_BHNC: Tensor | None = None
     normalizer_BHN: Tensor | None = None

@@ -70,6 +70,12 @@ class DecoderAdapter(Adapter):
         `tower_attention`."""
         return None
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        """The attention of every layer of the vision tower that sees the whole image, by the layer's
+        number from 1."""
+        layers = tower_layers(self.vision(model))
+        return {number: layer.self_attn for number, layer in enumerate(layers, start=1)}
+
     def has_class_token(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""
         return False
@@ -133,9 +139,15 @@ class DecoderAdapter(Adapter):
         return list(self.language(model).layers)
 
     def shape(self, model: nn.Module) -> ModelShape:
-        shape = super().shape(model)
+        shape, attentions = super().shape(model), self.tower_attentions(model)
         return replace(
-            shape, last=shape.depth - 2, proportional=False, encoder=True, co_attention=None
+            shape,
+            last=shape.depth - 2,
+            proportional=False,
+            encoder=True,
+            co_attention=None,
+            encoder_depth=max(attentions, default=0),
+            encoder_layers=tuple(attentions),
         )
 
     def check(self, reducer: Reducer) -> None:

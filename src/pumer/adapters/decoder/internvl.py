@@ -30,6 +30,10 @@ class InternVLAdapter(DecoderAdapter):
         layers = tower_layers(self.trunk(model).vision_tower)
         return layers[config_of(model).vision_feature_layer].attention
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        layers = tower_layers(self.trunk(model).vision_tower)
+        return {number: layer.attention for number, layer in enumerate(layers, start=1)}
+
     def default_grid(self, model: nn.Module) -> Grid:
         rows, columns = super().default_grid(model)
         factor = self._factor(model)

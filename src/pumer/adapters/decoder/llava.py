@@ -71,6 +71,9 @@ class LlavaAdapter(DecoderAdapter):
             feature_depth(vision, config_of(model).vision_feature_layer) - 1
         ].self_attn
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        return super().tower_attentions(model) if is_a(self.vision(model), TOWERS) else {}
+
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn
 

@@ -16,7 +16,7 @@ from pumer.adapters.base import Patch, config_of, register
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.vision import VisionCapture, attention_of
+from pumer.adapters.decoder.vision import VisionCapture, attention_of, received_in_middle
 from pumer.reducers.tokens import Encoder, Grid
 
 
@@ -42,9 +42,13 @@ class QwenVLAdapter(DecoderAdapter):
 
     def tower_attention(self, model: nn.Module) -> Any:
         # The last block; in Qwen2.5-VL the last one that sees the whole image.
+        attentions = self.tower_attentions(model)
+        return attentions[max(attentions)]
+
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         blocks = self.trunk(model).visual.blocks
         full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
-        return blocks[max(full) if full else -1].attn
+        return {index + 1: blocks[index].attn for index in sorted(full or range(len(blocks)))}
 
     def vision(self, model: nn.Module) -> nn.Module:
         return self.trunk(model).visual
@@ -89,16 +93,21 @@ class QwenVLAdapter(DecoderAdapter):
                 trunk.visual.patch_size,
             )[0].argsort()
         # Chunks of the sequence are given one by one, or all in one.
-        wide = None if not heads else [torch.cat(part, 2) for part in zip(*heads, strict=True)]
+        wide, middle = (
+            [torch.cat(part, 2) for part in zip(*given, strict=True)]
+            for given in (heads, captured.middle_heads or heads)
+        )
         encoders: list[Encoder | None] = []
         for image_index, length in enumerate(lengths):
             start = sum(lengths[:image_index])
             # An image's tokens are a stretch of the sequence in either order.
             stretch = slice(start * group, (start + length) * group)
             facts = {} if features is None else {"features_BND": features[None, stretch]}
-            if wide is not None:
+            if heads:
                 queries, keys = (part[:, :, stretch] for part in wide)
                 facts |= attention_of(captured.needs, queries, keys, first=False)
+                queries, keys = (part[:, :, stretch] for part in middle)
+                facts |= received_in_middle(captured.needs, queries, keys, first=False)
             order = (back[start : start + length] - start).to(trunk.visual.device)
             encoders.append(
                 Encoder(

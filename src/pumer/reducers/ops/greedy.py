@@ -3,7 +3,7 @@
 All samples of a batch take their steps together, as many as the largest budget asks for; a row that
 has all its tokens goes on choosing and nothing comes of it. No step waits for the host.
 
-Shape suffixes: B batch, I candidates, D channels, K steps.
+Shape suffixes: B batch, I candidates, R what they cover, D channels, K steps.
 """
 
 from __future__ import annotations
@@ -69,37 +69,38 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
 
 
 def coverage(
-    cosine_BII: Tensor,
+    cover_BIR: Tensor,
     weight_BI: Tensor,
     bonus_BI: Tensor,
     valid_BI: Tensor,
     num_keep_B: Tensor,
     most: int,
+    decimals: int = 9,
 ) -> Tensor:
     """Always the token that adds most to the coverage, times its weight and with its bonus.
 
-    Coverage is the sum over all tokens of the cosine with the nearest chosen one, 0 where that is
-    less.
+    Coverage is the sum, over all that is to be covered, of the largest cover by a chosen token, 0
+    where that is less.
 
     Args:
-        cosine_BII: of all pairs.
+        cover_BIR: how much each token covers of each thing, such as the cosines of all pairs.
         weight_BI: of every token.
         bonus_BI: of every token.
         valid_BI: bool, false at padding.
         num_keep_B: how many tokens of each row are chosen.
         most: the largest of these.
+        decimals: of what a token adds: two tokens that cover nothing but each other add the same.
 
     Returns:
         Which tokens are chosen, bool [B,I].
     """
     chosen = torch.zeros_like(valid_BI)
-    covered_BI = cosine_BII.new_zeros(valid_BI.shape)
+    covered_BR = cover_BIR.new_zeros(len(cover_BIR), cover_BIR.shape[2])
     for step in range(most):
-        # In steps: two tokens that cover nothing but each other add the same.
-        gain_BI = (cosine_BII - covered_BI[:, None]).clamp_min(0).sum(2).round(decimals=9)
+        gain_BI = (cover_BIR - covered_BR[:, None]).clamp_min(0).sum(2).round(decimals=decimals)
         pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
-        covered_BI = torch.maximum(covered_BI, _row(cosine_BII, pick_B1))
+        covered_BR = torch.maximum(covered_BR, _row(cover_BIR, pick_B1))
     return chosen
 
 

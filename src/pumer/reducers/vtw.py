@@ -1,0 +1,49 @@
+"""VTW: the language model goes on without the image from some layer on.
+
+Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid
+Inference", AAAI 2025, arXiv 2405.05803.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from pumer.reducers.base import ModelShape
+from pumer.reducers.registry import register
+from pumer.reducers.simple import NoVision
+
+
+@register
+@dataclass(frozen=True)
+class VTW(NoVision):
+    """Withdraw all image tokens after some layers: a baseline that chooses nothing.
+
+    Args:
+        layer: the first layer that runs without them. None: half of the layers run with them. The
+            published code finds it on a calibration set, by how far the answers' distribution
+            moves; try some values with `pumer tune` instead.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.VTW())
+        >>> [image for _, image in pumer.report(llava).lengths]  # before and after every layer
+        [16, 16, 0, 0, 0]
+    """
+
+    name = "vtw"
+    layer: int | None = None
+    layer_offset = 1
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(
+                f"the layers before run with the image, so layer is at least 1, not {self.layer}: "
+                "no-vision does without from the start"
+            )
+
+    def resolve(self, model: ModelShape) -> Self:
+        return self if self.layer else replace(self, layer=max(1, model.depth // 2))
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:  # type: ignore[override]
+        return None if self.layer is None else (self.layer - 1,)
