@@ -71,10 +71,10 @@ class DecoderAdapter(Adapter):
         return None
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
-        """The attention of every layer of the vision tower that sees the whole image, by the layer's
+        """The attention of the layers of the vision tower that see the whole image, by the layer's
         number from 1."""
         layers = tower_layers(self.vision(model))
-        return {number: layer.self_attn for number, layer in enumerate(layers, start=1)}
+        return {index + 1: layer.self_attn for index, layer in enumerate(layers)}
 
     def has_class_token(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""

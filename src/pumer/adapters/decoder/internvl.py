@@ -32,7 +32,7 @@ class InternVLAdapter(DecoderAdapter):
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         layers = tower_layers(self.trunk(model).vision_tower)
-        return {number: layer.attention for number, layer in enumerate(layers, start=1)}
+        return {index + 1: layer.attention for index, layer in enumerate(layers)}
 
     def default_grid(self, model: nn.Module) -> Grid:
         rows, columns = super().default_grid(model)

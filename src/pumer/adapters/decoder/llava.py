@@ -131,7 +131,8 @@ class _Packed(LlavaAdapter):
                 for name, value in facts.items()
             }
             grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
-            crop_I = crops[image_index][~structure] if shapes[image_index][0] > 1 else None
+            several = shapes[image_index][0] > 1
+            crop_I = crops[image_index][~structure] if several else None
             images.append(
                 ImageSpan(
                     len(mark),
@@ -139,6 +140,7 @@ class _Packed(LlavaAdapter):
                     grid,
                     Encoder(**encoder) if encoder else None,
                     crop_I=crop_I,
+                    crop_grids=_crop_grids(structure, crops[image_index], self.default_grid(trunk)),
                 )
             )
         return images
@@ -229,6 +231,24 @@ def _crops(shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor
     marks = [torch.eye(most)[: shape[0], None].repeat(1, shape[1], 1) for shape in shapes]
     packed, _ = assemble(marks, image_newline=torch.zeros(most))
     return [share_NC.argmax(1) for share_NC in packed]
+
+
+def _crop_grids(structure: Tensor, crop_N: Tensor, thumbnail: Grid) -> tuple[Grid | None, ...]:
+    """Rows and columns of the patches of every crop, of which parts may have been cut off.
+
+    Args:
+        structure: bool, the ends of rows.
+        crop_N: the crop of every token, the thumbnail first, which has no ends of rows.
+        thumbnail: its rows and columns.
+    """
+    row_N = structure.long().cumsum(0)
+    grids: list[Grid | None] = []
+    for crop in range(int(crop_N.max()) + 1):
+        row_I = row_N[(crop_N == crop) & ~structure]
+        rows = len(row_I.unique()) if crop else thumbnail[0]
+        grid = (rows, len(row_I) // max(rows, 1))
+        grids.append(grid if grid[0] * grid[1] == len(row_I) else None)
+    return tuple(grids)
 
 
 def _assembled(

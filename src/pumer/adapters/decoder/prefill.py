@@ -254,7 +254,14 @@ def group_crops(
         encoder = join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1))
         lengths = torch.tensor([part.length for part in parts])
         crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        images.append(ImageSpan(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
+        images.append(
+            ImageSpan(
+                int(lengths.sum()),
+                encoder=encoder,
+                crop_I=crop_I,
+                crop_grids=tuple(part.grid for part in parts),
+            )
+        )
     return images, [sample_index[group[0]] for group in groups]
 
 

@@ -32,6 +32,8 @@ class ImageSpan:
         merged: the plan by which patches were merged in the vision tower or before the projector,
             of one row; None if they were not.
         crop_I: of several crops that of every patch, int64 on the host; None if there is one.
+        crop_grids: of several crops rows and columns of each, None for one whose patches in raster
+            order are no grid.
     """
 
     length: int
@@ -40,6 +42,7 @@ class ImageSpan:
     encoder: Encoder | None = None
     merged: Plan | None = None
     crop_I: Tensor | None = None
+    crop_grids: tuple[Grid | None, ...] = ()
 
     @property
     def num_patches(self) -> int:

@@ -94,8 +94,8 @@ class QwenVLAdapter(DecoderAdapter):
             )[0].argsort()
         # Chunks of the sequence are given one by one, or all in one.
         wide, middle = (
-            [torch.cat(part, 2) for part in zip(*given, strict=True)]
-            for given in (heads, captured.middle_heads or heads)
+            [torch.cat(part, 2) for part in zip(*captures, strict=True)]
+            for captures in (heads, captured.middle_heads or heads)
         )
         encoders: list[Encoder | None] = []
         for image_index, length in enumerate(lengths):

@@ -102,7 +102,7 @@ def image_rows(
         for crop in image.crop_I.unique().tolist():
             patch_I = (image.crop_I == crop).nonzero()[:, 0]
             encoder = None if image.encoder is None else image.encoder.at(patch_I)
-            result.append(Row(sample, first + patch_I, None, encoder))
+            result.append(Row(sample, first + patch_I, image.crop_grids[crop], encoder))
     return result
 
 

@@ -38,7 +38,7 @@ _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=Non
 
 
 class VisionCapture:
-    """Captures queries and keys of some layers of a vision tower, and the input of the projector."""
+    """Captures queries and keys of layers of a vision tower, and the input of the projector."""
 
     def __init__(self, traits: Traits) -> None:
         self.needs, self.middle_layer = traits.needs_encoder, traits.middle_layer
