@@ -106,4 +106,5 @@ def change(tokens: Tokens) -> Tensor:
     first = tokens.text + tokens.num_prefix_tokens
     moved_BID = tokens.states_BND[:, first:].double() - tokens.input_BND[:, first:].double()
     finite_BID = candidates(tokens)[..., None] & moved_BID.isfinite()
-    return torch.linalg.vector_norm(torch.where(finite_BID, moved_BID, 0.0), dim=-1)
+    length_BI: Tensor = torch.where(finite_BID, moved_BID, 0.0).norm(dim=-1)
+    return length_BI
