@@ -27,6 +27,9 @@ READS = {
     "cdpruner": CDPruner(keep=0.5),
     "random": Random(prune=0.5, layers=(-1, 1)),
     "divprune": DivPrune(keep=0.5),
+    "mmtok": pumer.MMTok(keep=0.5),
+    "v2drop": pumer.V2Drop(keep=(0.5, 0.5), layers=(0, 1)),
+    "vtw": pumer.VTW(layer=2),
 }
 """Reducers that act inside the language model or read text, and two that do neither."""
 BY_PLACE = ("dart", "DART")
