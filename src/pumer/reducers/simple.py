@@ -48,6 +48,10 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_qk=False)
+
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if shape.layer not in self.layers:
             return shape.unchanged
@@ -129,7 +133,7 @@ class Pool(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs_grid=True)
+        return Traits(needs_qk=False, needs_grid=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
