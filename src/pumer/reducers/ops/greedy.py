@@ -1,7 +1,7 @@
-"""Choosing a set token by token, each for what it adds to those before.
+"""Greedy selection of a set of tokens, one token per step.
 
-All samples of a batch take their steps together, as many as the largest budget asks for; a row that
-has all its tokens goes on choosing and nothing comes of it. No step waits for the host.
+All samples of a batch step together, as often as the largest budget needs; rows that are complete
+ignore further steps. There is no host-device sync.
 
 Shape suffixes: B batch, I candidates, R what they cover, D channels, K steps.
 """
@@ -17,8 +17,8 @@ from pumer.reducers.ops.matching import unit_vectors
 def cosines(x_BID: Tensor) -> Tensor:
     """Cosine similarity of all pairs, float64 [B,I,I]; zero with tokens that are all zero.
 
-    In steps of 1e-10: of tokens that are the same, such as those of a blank wall, places tell which
-    is first, and not the last bit, which the length of the padding can change.
+    Rounded to 1e-10: between equal tokens, such as those of a blank wall, the position decides, not
+    the last bit, which depends on the amount of padding.
     """
     unit = unit_vectors(x_BID, torch.float64)
     return (unit @ unit.transpose(1, 2)).round(decimals=10)
@@ -47,7 +47,7 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
     """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS
     2018).
 
-    Where the kernel has a lower rank than the budget, what is left is told apart by rounding alone.
+    If the rank of the kernel is below the budget, rounding decides on the last tokens.
 
     Returns:
         Which tokens are chosen, bool [B,I].
@@ -77,10 +77,10 @@ def coverage(
     most: int,
     decimals: int = 9,
 ) -> Tensor:
-    """Always the token that adds most to the coverage, times its weight and with its bonus.
+    """Greedy maximum coverage: gain in coverage times weight, plus bonus.
 
-    Coverage is the sum, over all that is to be covered, of the largest cover by a chosen token, 0
-    where that is less.
+    Coverage is the sum, over everything to be covered, of the largest cover by a selected token, at
+    least 0.
 
     Args:
         cover_BIR: how much each token covers of each thing, such as the cosines of all pairs.
@@ -89,7 +89,7 @@ def coverage(
         valid_BI: bool, false at padding.
         num_keep_B: how many tokens of each row are chosen.
         most: the largest of these.
-        decimals: of what a token adds: two tokens that cover nothing but each other add the same.
+        decimals: to which gains are rounded.
 
     Returns:
         Which tokens are chosen, bool [B,I].
@@ -97,6 +97,7 @@ def coverage(
     chosen = torch.zeros_like(valid_BI)
     covered_BR = cover_BIR.new_zeros(len(cover_BIR), cover_BIR.shape[2])
     for step in range(most):
+        # Rounded, so that two tokens that cover only each other have the same gain.
         gain_BI = (cover_BIR - covered_BR[:, None]).clamp_min(0).sum(2).round(decimals=decimals)
         pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
@@ -105,7 +106,7 @@ def coverage(
 
 
 def _best(score_BI: Tensor, free_BI: Tensor) -> Tensor:
-    # argmax takes NaN for the largest, and the largest may be infinite.
+    # argmax would select NaN; scores may be infinite.
     score_BI = torch.nan_to_num(score_BI, nan=torch.finfo(score_BI.dtype).min)
     return score_BI.masked_fill(~free_BI, -torch.inf).argmax(1, keepdim=True)
 
