@@ -447,9 +447,9 @@ def test_settings_survive_json(reducer):
         (lambda: V2Drop(keep=(1.5,)), r"keep\[0\] is a share from 0.0 to 1.0"),
         (lambda: V2Drop(keep=(0.5,), layers=(1, 2)), "one number to keep for each layer"),
         (lambda: V2Drop(keep=(0.5,), layers=(-1,)), "cannot act before layer 0"),
-        (lambda: VTW(layer=0), "no-vision does without"),
-        (lambda: Compose(V2Drop(), Unreduced()), "acts inside a language model alone"),
-        (lambda: Compose(VTW(), Unreduced()), "acts inside a language model alone"),
+        (lambda: VTW(layer=0), "use no-vision"),
+        (lambda: Compose(V2Drop(), Unreduced()), "acts in a language model, not in a vision tower"),
+        (lambda: Compose(VTW(), Unreduced()), "acts in a language model, not in a vision tower"),
         (lambda: Energy(SparseVLM()), "can keep any number"),
         (lambda: Energy(PyramidDrop()), "acts in several layers"),
         (lambda: Energy(tau=1), "tau is a share"),
@@ -470,7 +470,7 @@ def test_what_is_missing_is_named():
         FoPru(strategy="row").plan(replace(tokens, grid=None))
     with pytest.raises(ValueError, match="in a grid: choose another reducer"):
         HiPrune(object_layer=1).plan(replace(tokens, grid=None))
-    with pytest.raises(ValueError, match="which only the layers of a language model tell"):
+    with pytest.raises(ValueError, match="compares the input and the output of a layer"):
         V2Drop(keep=(0.5,), layers=(1,)).plan(replace(tokens, layer=1))
     with pytest.raises(ValueError, match="there is no attention before the first layer"):
         PyramidDrop(keep=(0.5,), layers=(1,)).plan(replace(tokens, layer=1))

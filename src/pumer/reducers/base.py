@@ -22,7 +22,7 @@ class Traits:
         needs_attention: `plan` reads `Tokens.attention_BHNN`; the layer then runs without a fused
             attention kernel.
         needs_qk: `plan` reads queries or keys, which decoders capture in the layers it acts after.
-        needs_input: `plan` reads `Tokens.input_BND`, which decoders alone have.
+        needs_input: `plan` reads `Tokens.input_BND`, which only decoders provide.
         needs_encoder: fields of `Encoder` that `plan` reads. The adapter captures these and no
             others.
         middle_layer: layer of the vision encoder, counted from 1, that `Encoder.middle_received_BN`

@@ -50,7 +50,8 @@ class Compose(Reducer):
             )
         if self.tower.traits.needs_input or self.tower.traits.drops_image:
             raise ValueError(
-                f"{self.tower.name} acts inside a language model alone: give it as `inside`"
+                f"{self.tower.name} acts in a language model, not in a vision tower: "
+                "set `inside` to it"
             )
         if self.tower.traits.learned is not None:
             raise ValueError(

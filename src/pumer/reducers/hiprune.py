@@ -1,4 +1,4 @@
-"""HiPrune: what the middle layers of the vision encoder look at, and what its deep layers do.
+"""HiPrune: tokens that a middle and a deep layer of the vision encoder attend to.
 
 Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in
 Vision-Language Models", AAAI 2026, arXiv 2508.00553.
@@ -21,7 +21,7 @@ from pumer.reducers.selector import Selector, best, candidates, encoded
 from pumer.reducers.tokens import Tokens
 
 OBJECT_SHARE = 3 / 8
-"""Of the encoder's layers those up to the one that attends to objects: 9 of CLIP's 24."""
+"""Position of the layer that attends to objects in the encoder: 9 of CLIP's 24."""
 AROUND = 5
 """An anchor and its four neighbours."""
 
@@ -29,27 +29,26 @@ AROUND = 5
 @register
 @dataclass(frozen=True)
 class HiPrune(Selector):
-    """Keep anchors that a middle layer of the vision encoder attends to, their neighbours, and of
-    the others what its deep layer attends to.
+    """Keep anchors that a middle layer of the vision encoder attends to most, their neighbours, and
+    the tokens that a deep layer attends to most.
 
-    Neighbours stand before and behind an anchor, and above and below it. As published, those before
-    and behind may be in another row, and those beyond the image are its first or its last token.
-    Each crop of an image has a budget of its own.
+    Neighbours are the tokens before, after, above and below an anchor. As published, those before
+    and after may lie in another row, and those outside the image are replaced by its first or last
+    token. The budget is per crop of an image.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
+        keep: image tokens to keep: a share (float) or a number (int).
         alpha: share of the budget for anchors and their neighbours.
-        object_layer: layer of the vision encoder, counted from 1, whose attention chooses the
-            anchors. None: of those that see the whole image the one closest to three eighths of
-            the depth, which is 9 of CLIP's 24 and 16 of Qwen2.5-VL's 32, as published.
-        penalty: None: what stands around the anchors is kept once. A number: it loses this many
-            times the mean attention of the deep layer and may be chosen again, so that fewer than
-            `keep` stay; 1.0 is the published code for Qwen2.5-VL.
+        object_layer: layer of the vision encoder, counted from 1, whose attention selects the
+            anchors. None: among the layers that attend to the whole image, the one closest to
+            three eighths of the depth: 9 of CLIP's 24 and 16 of Qwen2.5-VL's 32, as published.
+        penalty: None: anchors and neighbours are selected once. A number: their deep attention is
+            lowered by this multiple of its mean and they may be selected again, so that fewer than
+            `keep` stay; 1.0 matches the published code for Qwen2.5-VL.
 
     Example:
         >>> llava = pumer.apply(llava, pumer.HiPrune(keep=0.5, alpha=0.3))
-        >>> pumer.active(llava).reducer.object_layer  # of the two that its vision tower has
+        >>> pumer.active(llava).reducer.object_layer  # one of two layers
         1
     """
 
@@ -69,15 +68,15 @@ class HiPrune(Selector):
 
     def resolve(self, model: ModelShape) -> Self:
         layers = model.encoder_layers
-        if not layers:  # refused by whoever has no vision encoder
+        if not layers:  # no vision encoder: `pumer.apply` refuses it
             return self
         if self.object_layer is None:
             wanted = OBJECT_SHARE * model.encoder_depth
-            # Of two that are as close the later one.
+            # The later one of two that are equally close.
             return replace(self, object_layer=min(layers, key=lambda x: (abs(x - wanted), -x)))
         if self.object_layer not in layers:
             raise ValueError(
-                f"hiprune: object_layer is a layer of the vision encoder that sees the whole "
+                "hiprune: object_layer is a layer of the vision encoder that attends to the whole "
                 f"image, {', '.join(map(str, layers))}, not {self.object_layer}"
             )
         return self
@@ -99,7 +98,7 @@ class HiPrune(Selector):
         anchor_BI = best(encoded(tokens, "middle_received_BN"), valid_BI, num_anchors_B)
         around_BI = around(anchor_BI, valid_BI, _columns(tokens))
 
-        # Anchors first, then their neighbours, then the others; by deep attention among themselves.
+        # Anchors come first, then neighbours, then the others, each sorted by deep attention.
         tier_BI = 3 - anchor_BI.long() - around_BI.long()
         place_BI, _ = rank_in_groups(deep_BI, tier_BI.masked_fill(~valid_BI, 4), 5)
         taken_BI = valid_BI & (place_BI < num_keep_B[:, None])
@@ -118,7 +117,7 @@ def around(anchor_BI: Tensor, valid_BI: Tensor, columns_B: Tensor) -> Tensor:
     zero_B, one_B = torch.zeros_like(columns_B), torch.ones_like(columns_B)
     step_BA = torch.stack([zero_B, one_B, -one_B, columns_B, -columns_B], 1)
     target_BAI = torch.arange(count, device=valid_BI.device) + step_BA[..., None]
-    # Below the first token first: where there is no token the last one is none either.
+    # The lower bound first: without tokens, the last one has the index -1.
     target_BAI = torch.minimum(target_BAI.clamp_min(0), last_B11)
     target_BAI = torch.where(anchor_BI[:, None], target_BAI, count)
     found_BI = torch.zeros(len(valid_BI), count + 1, dtype=torch.bool, device=valid_BI.device)
@@ -129,8 +128,8 @@ def _columns(tokens: Tokens) -> Tensor:
     """Patches in a row of every image, int64 [B]."""
     if tokens.grid is None or tokens.patch_BN is None:
         raise ValueError(
-            "hiprune looks for neighbours and needs all patches of an image or crop in a grid: "
-            "choose another reducer for this model, fopru for example"
+            "hiprune selects neighbours, so it needs all patches of an image or crop in a grid: "
+            "choose another reducer for this model, such as fopru"
         )
     valid_BI = candidates(tokens)
     column_BI = tokens.patch_BN[:, tokens.mask_BN.shape[1] - valid_BI.shape[1] :] % tokens.grid[1]

@@ -1,4 +1,4 @@
-"""MMTok: the image tokens that together cover the question's words and the image best.
+"""MMTok: greedy coverage of the words of the question and of the image.
 
 Dong et al., "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", ICLR 2026,
 arXiv 2508.18264.
@@ -22,25 +22,24 @@ from pumer.reducers.selector import Selector, candidates, encoded, image_states
 from pumer.reducers.tokens import Tokens
 
 GAIN_DECIMALS = 13
-"""Decimals of what a token adds: equal tokens add the same whatever the padding."""
+"""Gains are rounded to these, so that equal tokens have equal gains whatever the padding."""
 
 
 @register
 @dataclass(frozen=True)
 class MMTok(Selector):
-    """Greedy choice of the tokens that cover the words of the question and all image tokens.
+    """Select, one by one, the image token that adds most to the coverage of words and image.
 
-    A token covers a word by its share of a softmax over the image of their cosines, an image token
-    by that of the encoder's features; each word and each image token counts by the largest share
-    among the chosen. The published code leaves stop words out on LLaVA, and none on Qwen; here all
-    words of the question count, or those that the caller names with `question_mask`.
+    How much a token covers of a word is its share in a softmax of cosines over the image; of an
+    image token, the same with the encoder's features. Coverage is the sum of the largest shares
+    among the selected tokens. The published code leaves out stop words on LLaVA but not on Qwen;
+    here all words of the question count, or those in `question_mask`.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        alpha: weight of the image tokens, all together, against the words.
-        text_temperature: of the softmax of a word. Published: 0.02 for LLaVA, 0.01 for Qwen2.5-VL.
-        image_temperature: of the softmax of an image token.
+        keep: image tokens to keep: a share (float) or a number (int).
+        alpha: weight of all image tokens together; that of all words is 1.
+        text_temperature: of the softmax for words. Published: 0.02 for LLaVA, 0.01 for Qwen2.5-VL.
+        image_temperature: of the softmax for image tokens.
 
     Example:
         >>> llava = pumer.apply(llava, pumer.MMTok(keep=4))
@@ -96,7 +95,7 @@ class MMTok(Selector):
 
 
 def _shares(cosine_BRI: Tensor, rows_BR: Tensor, valid_BI: Tensor, temperature: float) -> Tensor:
-    """Softmax of every row over the real image tokens; all real rows together add up to one."""
+    """Softmax of every row over the real image tokens, divided by the number of real rows."""
     logits_BRI = cosine_BRI / temperature
     lowest = torch.finfo(logits_BRI.dtype).min
     share_BRI = logits_BRI.masked_fill(~valid_BI[:, None], lowest).softmax(-1)

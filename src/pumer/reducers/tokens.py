@@ -167,8 +167,7 @@ class Tokens:
         patch_BN: int64, raster index of every token's patch in that grid, -1 for tokens that are no
             patch.
         states_BND: hidden states.
-        input_BND: the same tokens as this layer was given them; None for reducers that do not ask,
-            and outside of language models.
+        input_BND: the input of this layer for the same tokens; None unless `Traits.needs_input`.
         queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,

@@ -1,4 +1,4 @@
-"""V2Drop: image tokens that a layer of the language model hardly changes are dropped.
+"""V2Drop: prune image tokens that a layer of the language model hardly changes.
 
 Chen et al., "Variation-aware Vision Token Dropping for Faster Large Vision-Language Models", CVPR
 2026, arXiv 2509.01552.
@@ -21,24 +21,25 @@ from pumer.reducers.selector import Selector, best, candidates
 from pumer.reducers.tokens import Tokens
 
 PUBLISHED = (3 / 32, 17 / 32, 22 / 32)
-"""Shares of LLaVA-1.5-7B's layers that have run before each of its three stages."""
+"""Share of LLaVA-1.5-7B's layers before each of the three stages."""
 
 
 @register
 @dataclass(frozen=True)
 class V2Drop(Selector):
-    """Keep the image tokens whose states a layer of the language model changes most, stage by
-    stage.
+    """At every stage, keep the image tokens whose states a layer of the language model changes
+    most.
 
-    The change is the length of the difference between what a layer gives and what it was given, so
-    neither queries nor keys are read, whatever the attention's kernel. The published layers 3, 17
-    and 22 are the first that run short: it acts after 2, 16 and 21.
+    The change is the norm of the difference between output and input of the layer. Neither queries
+    nor keys are captured, so any attention kernel can be used. The published layers 3, 17 and 22
+    are the first with fewer tokens: it acts after 2, 16 and 21.
 
     Args:
-        keep: what each stage leaves of the image tokens that it finds: shares, rounded down, or
-            whole numbers. One token stays also at 0.0. Published for Qwen2-VL: (0.25, 0.05, 0.0).
+        keep: tokens kept at each stage: shares of the tokens that are left, rounded down, or
+            numbers. At least one stays, also at 0.0. Published for Qwen2-VL: (0.25, 0.05, 0.0).
         layers: the layers after which it acts, counted from 0, one for each number. None: for three
-            stages the published ones, as shares of the depth; else ends of stages of equal length.
+            stages the published ones, relative to the depth; otherwise the ends of all stages but
+            the last, of equal length.
 
     Example:
         >>> llava = pumer.apply(llava, pumer.V2Drop(keep=(0.5, 0.25), layers=(0, 1)))
@@ -70,7 +71,7 @@ class V2Drop(Selector):
                 f"{self.layers}"
             )
         if min(self.layers) < 0:
-            raise ValueError("a layer's change decides, so it cannot act before layer 0")
+            raise ValueError("a layer's change scores the tokens, so it cannot act before layer 0")
 
     def resolve(self, model: ModelShape) -> Self:
         if self.layers is not None:
@@ -96,12 +97,12 @@ class V2Drop(Selector):
 
 
 def change(tokens: Tokens) -> Tensor:
-    """How far the layer has moved every image token, float64 [B,I]; what is not finite counts as
-    unmoved."""
+    """Norm of the change of every image token by the layer, float64 [B,I]; values that are not
+    finite count as unchanged."""
     if tokens.states_BND is None or tokens.input_BND is None:
         raise ValueError(
-            "v2drop compares what a layer gives with what it was given, which only the layers of a "
-            "language model tell: give `layers` numbers from 0 there"
+            "v2drop compares the input and the output of a layer of a language model, and there "
+            "are none here"
         )
     first = tokens.text + tokens.num_prefix_tokens
     moved_BID = tokens.states_BND[:, first:].double() - tokens.input_BND[:, first:].double()

@@ -1,4 +1,4 @@
-"""VTW: the language model goes on without the image from some layer on.
+"""VTW: withdraw all image tokens from a layer of the language model on.
 
 Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid
 Inference", AAAI 2025, arXiv 2405.05803.
@@ -17,12 +17,11 @@ from pumer.reducers.simple import NoVision
 @register
 @dataclass(frozen=True)
 class VTW(NoVision):
-    """Withdraw all image tokens after some layers: a baseline that chooses nothing.
+    """Drop the whole image after some layers: a baseline without selection.
 
     Args:
-        layer: the first layer that runs without them. None: half of the layers run with them. The
-            published code finds it on a calibration set, by how far the answers' distribution
-            moves; try some values with `pumer tune` instead.
+        layer: the first layer that runs without image tokens. None: half of the layers run with
+            them. The paper selects it on a calibration set; `pumer tune` compares several values.
 
     Example:
         >>> llava = pumer.apply(llava, pumer.VTW())
@@ -38,7 +37,7 @@ class VTW(NoVision):
         if self.layer is not None and self.layer < 1:
             raise ValueError(
                 f"the layers before run with the image, so layer is at least 1, not {self.layer}: "
-                "no-vision does without from the start"
+                "for no image at all, use no-vision"
             )
 
     def resolve(self, model: ModelShape) -> Self:

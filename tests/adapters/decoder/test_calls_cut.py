@@ -299,7 +299,7 @@ def test_an_image_without_a_word(model, name):
 def test_nothing_is_left_of_an_image_without_a_word(model, reducer):
     with pumer.reduced(model, reducer):
         for inputs in image_alone():
-            with pytest.raises(ValueError, match="prompt 0 is nothing but its image"):
+            with pytest.raises(ValueError, match="prompt 0 is only an image"):
                 answer(model, inputs)
 
 

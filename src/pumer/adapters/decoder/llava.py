@@ -130,17 +130,15 @@ class _Packed(LlavaAdapter):
                 name: value[image_index][patch_NI.to(value[image_index].device)]
                 for name, value in facts.items()
             }
-            grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
-            several = shapes[image_index][0] > 1
-            crop_I = crops[image_index][~structure] if several else None
+            grid, several = self.default_grid(trunk), shapes[image_index][0] > 1
             images.append(
                 ImageSpan(
                     len(mark),
                     structure,
-                    grid,
+                    None if several else grid,
                     Encoder(**encoder) if encoder else None,
-                    crop_I=crop_I,
-                    crop_grids=_crop_grids(structure, crops[image_index], self.default_grid(trunk)),
+                    crop_I=crops[image_index][~structure] if several else None,
+                    crop_grids=_crop_grids(structure, crops[image_index], grid) if several else (),
                 )
             )
         return images

@@ -138,8 +138,8 @@ def begin_prefill(
     ):
         if reducer.traits.drops_image and patches and not text + hidden:
             raise ValueError(
-                f"prompt {sample} is nothing but its image, of which {reducer.name} leaves no "
-                "token: put words into the same call, or take another reducer"
+                f"prompt {sample} is only an image, of which {reducer.name} leaves no token: add "
+                "words to the same call, or choose another reducer"
             )
     patch_BS = patch_mask(image_BS, state.images)
     state.layout = TokenLayout(

@@ -102,7 +102,8 @@ def image_rows(
         for crop in image.crop_I.unique().tolist():
             patch_I = (image.crop_I == crop).nonzero()[:, 0]
             encoder = None if image.encoder is None else image.encoder.at(patch_I)
-            result.append(Row(sample, first + patch_I, image.crop_grids[crop], encoder))
+            grid = image.crop_grids[crop] if image.crop_grids else None
+            result.append(Row(sample, first + patch_I, grid, encoder))
     return result
 
 
@@ -176,9 +177,10 @@ def view_samples(
 
     if state.layer_input_BKD is not None:
         input_BKD, state.layer_input_BKD = state.layer_input_BKD, None
-        tokens = replace(tokens, input_BND=tokens_at(input_BKD, index_BN))
+        input_BND = tokens_at(input_BKD.to(index_BN.device), index_BN)
+        tokens = replace(tokens, input_BND=input_BND)
     attention = state.attention.pop(layer, None)
-    if attention is None:  # of a reducer that reads none
+    if attention is None:  # the reducer reads neither queries nor keys
         embeddings = _embeddings(state, layout, index_BN[:, :text])
         return View(replace(tokens, embeddings=embeddings), index_BN, valid_BN)
     queries_BHKC = attention.queries_BHKC
