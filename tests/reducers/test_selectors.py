@@ -181,24 +181,6 @@ def test_features_can_be_centred_and_scaled():
         assert kept(plan, tokens, row) == slow.top(scores, budget(0.3, one.count))
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.8])
-@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 100.0])
-def test_hiprune_may_choose_a_neighbour_again(keep, penalty):
-    """As published for Qwen2.5-VL; fewer than the budget are then left."""
-    reducer = HiPrune(keep=keep, alpha=0.6, object_layer=1, penalty=penalty)
-    fewer = False
-    for seed in SEEDS:
-        tokens = batch(seed)
-        plan = reducer.plan(tokens)
-        for row in range(len(GRIDS)):
-            one = picture(tokens, row)
-            count = budget(keep, one.count)
-            found = kept(plan, tokens, row)
-            assert found == slow.hiprune(one, count, alpha=0.6, penalty=penalty)
-            fewer |= len(found) < count
-    assert fewer == (penalty < 100)
-
-
 def test_whole_rows_of_the_picture():
     reducer = FoPru(keep=0.4, strategy="row", fill=False)
     tokens = batch(2)
