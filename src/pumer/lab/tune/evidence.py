@@ -95,6 +95,7 @@ def _drops(prefix: str, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the evidence as a CSV file."""
     with replacing(path) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
