@@ -19,25 +19,22 @@ def study_(
     only: Only = None,
     device: Device = "auto",
 ) -> None:
-    """Compare methods at many settings: train and score every point, then write tables and draw
-    plots.
+    """Compare methods at many settings: train and score every point, then write tables and plots.
 
-    Stopped at any moment and started again, it goes on where it was; no point is lost or computed
-    twice. Started several times at once, with a GPU or cores of its own each, the processes share
-    the points.
+    It can be stopped at any time and resumes where it was; no point is lost or computed twice.
+    Several processes, each with its GPU or cores, share the points.
 
     Args:
         file: YAML file of the study; docs/studies.md has examples.
         out: folder for NAME.csv, with a row per point, NAME.md, and the plots as PNG and SVG.
-        scratch: folder for `study-NAME`, where trainings lie until they have their row.
-        skip_impossible: leave settings out that the model cannot have, instead of refusing the
+        scratch: folder for `study-NAME`, where trainings lie until their points are finished.
+        skip_impossible: skip settings that the model does not support, instead of refusing the
             study.
         keep_models: keep the models of finished points in `scratch`.
-        only: "plan" says which points there are, what they cost and how long they will take;
-            "scores" leaves the timing for when nothing else runs on the machine; "plots" writes
-            tables and plots of the rows there are.
-        device: device that points are scored and timed on, in float32; "auto" takes a CUDA device
-            if there is one.
+        only: "plan" prints the points, their cost and an estimate of the time; "scores" skips the
+            timing, for a machine that is busy; "plots" writes tables and plots of existing rows.
+        device: device to score and time points on, in float32; "auto" is a CUDA device if there is
+            one.
     """
     screen = console()
     run(
