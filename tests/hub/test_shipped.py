@@ -2,6 +2,7 @@
 that fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,9 +14,14 @@ from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import evaluate
 from pumer.lab.scenes.tasks import Scenes
-from pumer.lab.train import run
+from pumer.lab.train.settings import ModelSettings, TrainSettings
 
-RECIPES = sorted((SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    [
+        *(SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"),
+        *(Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml"),
+    ]
+)
 
 
 def test_it_is_small():
@@ -43,9 +49,9 @@ def test_photographs_open_and_say_whose_they_are():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_settings_that_exist(recipe):
     settings = yaml.safe_load(recipe.read_text())
-    known = run.train.__annotations__
+    known = TrainSettings.__dataclass_fields__
     assert set(settings) <= set(known)
-    assert set(settings["model"]) <= set(run.ModelSettings.__dataclass_fields__)
+    assert set(settings["model"]) <= set(ModelSettings.__dataclass_fields__)
     if "reducer" in settings:
         pumer.reducers.from_dict(settings["reducer"])
     TrainingArguments(output_dir="unused", **{"use_cpu": True, **settings["trainer"]})

@@ -161,7 +161,7 @@ DEEP = '{"reducer": "tome", "depth": 12}'
 
 def test_commands_explain_what_is_wrong(folder, capsys):
     assert main(["eval", "--model", "nowhere"]) == 2
-    assert "no model folder" in capsys.readouterr().err
+    assert "not a model folder" in capsys.readouterr().err
     assert main(["eval", "--model", str(folder), "--reducer", "best"]) == 2
     assert "no reducer is named 'best'" in capsys.readouterr().err
     for words, message in (
@@ -199,7 +199,7 @@ def test_command_list_names_everything(capsys):
         "ViltForQuestionAnswering",
         "vqav2",
         "nlvr",
-        "scenes-pumer-2",
+        "scenes-pumer",
     ):
         assert word in shown
 

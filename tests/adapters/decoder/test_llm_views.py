@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import pumer
 from pumer import PuMer, Random, Reducer
 from pumer.reducers import FastV, Plan, Tokens
+from pumer.reducers.base import Traits
 
 NEEDS = frozenset({"features_BND", "received_BN", "keys_BNC", "queries_BNC"})
 CLASS = "class_attention_BN"
@@ -37,8 +38,8 @@ class Spy(Reducer):
         return self.at
 
     @property
-    def needs(self):
-        return self.asks
+    def traits(self):
+        return Traits(needs_encoder=self.asks)
 
     def lengths(self, shape):
         return shape.unchanged

@@ -38,11 +38,12 @@ from pumer.lab.tasks.prompts import (
     image_tokens,
 )
 from pumer.lab.tasks.vqa_answers import normalize, vqa_score
+from pumer.lab.train.generative_trainer import answered
 from pumer.lab.train.grounding import Grounded
 from pumer.lab.train.model import ModelSettings, prepare
 from pumer.lab.train.optimizer import OptimizerSettings
-from pumer.lab.train.run import DistillSettings, GroundingSettings, train
-from pumer.lab.train.writing import answered
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import DistillSettings, GroundingSettings, TrainSettings
 from pumer.lab.tune.examples import ExamplePool
 from pumer.models.llava import IMAGE, writing_tokenizer
 from pumer.reducers import FastV
@@ -106,12 +107,14 @@ def settings(vilt):
 def base(settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("base")
     train(
-        str(out),
-        TASK | {"patch_size": 8},
-        settings,
-        image=IMAGES,
-        grounding=GroundingSettings(1.0, 2),
-        trainer=STEPS | {"max_steps": 8},
+        TrainSettings(
+            str(out),
+            TASK | {"patch_size": 8},
+            settings,
+            image=IMAGES,
+            grounding=GroundingSettings(1.0, 2),
+            trainer=STEPS | {"max_steps": 8},
+        )
     )
     return out / "model"
 
@@ -447,12 +450,14 @@ def test_study_and_tuning_take_models_that_write(base):
 
 def test_training_goes_on_with_reducer_and_teacher(base, tmp_path):
     metrics = train(
-        str(tmp_path / "out"),
-        TASK,
-        ModelSettings(path=str(base), max_length=24),
-        reducer=REDUCER,
-        distill=DistillSettings(teacher=str(base), weight=2.0),
-        trainer=STEPS,
+        TrainSettings(
+            str(tmp_path / "out"),
+            TASK,
+            ModelSettings(path=str(base), max_length=24),
+            reducer=REDUCER,
+            distill=DistillSettings(teacher=str(base), weight=2.0),
+            trainer=STEPS,
+        )
     )
     assert 0 <= metrics["eval_accuracy"] <= 100
     model = load(tmp_path / "out/model")
@@ -465,7 +470,11 @@ def test_training_goes_on_with_reducer_and_teacher(base, tmp_path):
 
 def test_the_loss_falls(settings, tmp_path):
     steps = STEPS | {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
-    train(str(tmp_path / "out"), TASK, settings, image=IMAGES, eval_split=None, trainer=steps)
+    train(
+        TrainSettings(
+            str(tmp_path / "out"), TASK, settings, image=IMAGES, eval_split=None, trainer=steps
+        )
+    )
     losses = [
         row["task_loss"]
         for row in json.loads((tmp_path / "out/log.json").read_text())
@@ -486,12 +495,14 @@ def test_accumulated_batches_teach_as_one(vilt, tmp_path):
         more |= {"optim": "sgd", "max_grad_norm": 0.0}
         task = TASK | {"questions": 8}
         train(
-            str(tmp_path / name),
-            task,
-            ModelSettings(path=vilt),
-            image=IMAGES,
-            eval_split=None,
-            trainer=STEPS | more,
+            TrainSettings(
+                str(tmp_path / name),
+                task,
+                ModelSettings(path=vilt),
+                image=IMAGES,
+                eval_split=None,
+                trainer=STEPS | more,
+            )
         )
         return load(tmp_path / name / "model").state_dict()
 
@@ -557,20 +568,24 @@ def test_starts_that_do_not_fit(settings, changes, message):
 def test_settings_that_do_not_fit(settings, base, tmp_path):
     with pytest.raises(ValueError, match="scenes-ve is no task"):
         train(
-            str(tmp_path),
-            {"name": "scenes-ve", "image_size": 32},
-            settings,
-            image=IMAGES,
-            trainer=STEPS,
+            TrainSettings(
+                str(tmp_path),
+                {"name": "scenes-ve", "image_size": 32},
+                settings,
+                image=IMAGES,
+                trainer=STEPS,
+            )
         )
-    with pytest.raises(ValueError, match="knows no LlavaForConditionalGeneration"):
+    with pytest.raises(ValueError, match="does not support LlavaForConditionalGeneration"):
         train(
-            str(tmp_path),
-            TASK,
-            settings,
-            image=IMAGES,
-            optimizer=OptimizerSettings(),
-            trainer=STEPS,
+            TrainSettings(
+                str(tmp_path),
+                TASK,
+                settings,
+                image=IMAGES,
+                optimizer=OptimizerSettings(),
+                trainer=STEPS,
+            )
         )
     with pytest.raises(ValueError, match="is trained on as it is"):
         prepare(ModelSettings(path=str(base), config={"image_seq_length": 3}), TASK)

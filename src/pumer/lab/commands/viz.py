@@ -12,12 +12,13 @@ import pumer
 from pumer._files import check_file, replacing
 from pumer._options import Index, OutputFile
 from pumer._terminal import visible
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import answer, model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.base import Collator, Example
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 from pumer.viz import TokenMap, draw, to_image, token_map, token_maps
 
 
@@ -68,7 +69,7 @@ def shown_images(
     net: PreTrainedModel, collator: Collator, example: Example
 ) -> list[tuple[TokenMap, Image.Image, str]]:
     """Token map, image and title of every image of an example; decoders may have several."""
-    if not writes(net):
+    if not is_generative(net):
         return [show(net, collator, example)]
     batch = model_inputs(collator([example]))
     tokenizer: Any = collator.text.tokenizer
@@ -78,7 +79,7 @@ def shown_images(
     title = _title(collator, example, written)
     images = [
         open_image(image) if isinstance(image, str) else image
-        for image in collator.pictures([example])
+        for image in collator.load_images([example])
     ]
     return [(shown, _plain(image), title) for shown, image in zip(maps, images, strict=True)]
 

@@ -23,9 +23,8 @@ from pumer.adapters.base import ReductionStep
 from pumer.costs.report import last_forward_parts
 from pumer.costs.result import GIGA, IMAGE_PARTS, TOWERS
 from pumer.hub import is_stock, load, load_stock
-from pumer.lab.bench.llm_overhead import prefill_shares
 from pumer.lab.bench.memory import peak_activations
-from pumer.lab.bench.overhead import overhead_share
+from pumer.lab.bench.overhead import overhead_share, prefill_shares
 from pumer.lab.bench.timing import alternate
 from pumer.lab.data.images import KeepAspect
 from pumer.lab.data.transforms import Stock
@@ -34,7 +33,7 @@ from pumer.lab.study.results import pack_scores
 from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.processors import ProcessorCollator, saved_collator
-from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.reducers import EMBEDDINGS, from_dict
 
 
@@ -66,7 +65,7 @@ class EvalModel:
                 self.model, model_inputs(batch, self.device), batch.get("texts_per_image", 1)
             )
             # For generative models the prefill is measured, up to the first token of the answer.
-            batches.append(inputs | {"logits_to_keep": 1} if writes(self.model) else inputs)
+            batches.append(inputs | {"logits_to_keep": 1} if is_generative(self.model) else inputs)
         return replace(self, batches=tuple(batches))
 
     def run(self) -> None:
@@ -192,7 +191,7 @@ def _overhead(eval_model: EvalModel) -> float:
     share = overhead_share(eval_model.model, eval_model.run, eval_model.device, runs=3)
     return (
         share + prefill_shares(eval_model.model, eval_model.run, eval_model.device).selection
-        if writes(eval_model.model)
+        if is_generative(eval_model.model)
         else share
     )
 
@@ -239,7 +238,7 @@ def _tokens(eval_model: EvalModel) -> tuple[np.ndarray, np.ndarray]:
         patch = pumer.active(eval_model.model)
         assert patch is not None
         depth = len(patch.lengths) - 1
-        several = batch["pixel_values"].ndim == 5 and not writes(eval_model.model)
+        several = batch["pixel_values"].ndim == 5 and not is_generative(eval_model.model)
         passes = batch["pixel_values"].shape[1] if several else 1
         steps_by_layer = {
             layer: [step for step in steps if step.layer == layer]
@@ -259,7 +258,7 @@ def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     """(text, image) tokens of every row at the entry, of its image with this number: int64 [B,
     2]."""
     text = batch["attention_mask"].sum(1)
-    if writes(model):  # a prompt, which holds both
+    if is_generative(model):  # a prompt, which holds both
         image = (batch["input_ids"] == model.config.image_token_id).sum(1)
         return torch.stack([text - image, image], dim=1)
     mask, patch_size = batch["pixel_mask"], model.config.patch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from pumer._shipped import model_folder
 from pumer._suggest import did_you_mean
 from pumer.lab.train.arguments import trainer_settings
 from pumer.lab.train.recipe import read_recipe, read_settings
-from pumer.lab.train.run import train
+from pumer.lab.train.settings import TrainSettings
 from pumer.presets import read_reducer
 from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
 
@@ -216,12 +215,12 @@ class Study:
         trainer_settings(
             merged.get("trainer") or {}, early_stopping=bool(merged.get("early_stopping"))
         )
-        unknown = set(merged) - set(inspect.signature(train).parameters) | {
+        unknown = set(merged) - set(TrainSettings.__dataclass_fields__) | {
             "output",
             "resume",
         } & set(merged)
         if unknown:
-            hint = did_you_mean(min(unknown), inspect.signature(train).parameters)
+            hint = did_you_mean(min(unknown), TrainSettings.__dataclass_fields__)
             raise ValueError(f"a training has no setting {', '.join(sorted(unknown))}.{hint}")
         if "task" not in merged:
             raise ValueError("train has no task: name a recipe, or give task")

@@ -36,7 +36,7 @@ from pumer.lab.study.results import (
 from pumer.lab.study.tables import markdown
 from pumer.lab.study.training import expected_seconds, train_point
 from pumer.lab.tasks.base import Example, Task
-from pumer.lab.train.checks import uncached
+from pumer.lab.train.validate import uncached
 from pumer.reducers import Unreduced, from_dict, to_dict
 
 Only = Literal["plan", "scores", "plots"] | None

@@ -25,7 +25,7 @@ from pumer.lab.bench.memory import weight_bytes
 from pumer.lab.bench.run import FUSED
 from pumer.lab.evaluate import model_inputs
 from pumer.lab.tasks.base import Collator, Example
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.tune.evidence import evidence_rows, nearest_point, write_rows
 from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.plot import plot
@@ -277,7 +277,7 @@ def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
         model_inputs(collated, next(model.parameters()).device),
         collated.get("texts_per_image", 1),
     )
-    if writes(model):
+    if is_generative(model):
         return inputs | {"logits_to_keep": 1}
     if texts == 1:
         return inputs
