@@ -43,11 +43,11 @@ EXAMPLES = [(module, name) for module in modules_with_examples() for name in doc
 @pytest.mark.parametrize(("module", "name"), EXAMPLES, ids=[".".join(pair) for pair in EXAMPLES])
 def test_the_example_runs(module, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    documented_object = importlib.import_module(module)
+    documented_object = imported = importlib.import_module(module)
     for part in name.split("."):
         documented_object = vars(documented_object)[part]
     # `llava` stands in the examples for any LLaVA, which nobody downloads for a test.
-    names = {"pumer": pumer, "torch": torch, "llava": tiny_llm.model("llava")}
+    names = vars(imported) | {"pumer": pumer, "torch": torch, "llava": tiny_llm.model("llava")}
     docstring = getattr(documented_object, "fget", documented_object).__doc__
     example = doctest.DocTestParser().get_doctest(docstring, names, name, module, None)
     report = []

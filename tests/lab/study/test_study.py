@@ -755,6 +755,7 @@ def test_without_training(study, tmp_path, capsys, monkeypatch):
         for kind in ("png", "svg")
     }
     assert names == {"tiny.csv", "tiny-speed.csv", "tiny.md"} | plots
+    assert "![tiny-flops.svg](tiny-flops.svg)" in (tmp_path / "out/tiny.md").read_text()
     assert main(words) == 0
     assert "5 of them done" in capsys.readouterr().out
     assert (tmp_path / "out/tiny.csv").read_text() == results

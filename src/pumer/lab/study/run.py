@@ -112,7 +112,11 @@ def run(
     )
     plots = plot(settings_of(rows, times), out, study.name)
     with replacing(out / f"{study.name}.md") as text:
-        text.write(markdown(rows, times, study.reference, [path.name for path in plots]))
+        text.write(
+            markdown(
+                rows, times, study.reference, [path.with_suffix(".svg").name for path in plots]
+            )
+        )
     say(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
 
 
