@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
-from pumer.reducers import Learned, Plan, Reducer
+from pumer.reducers import Learned, Plan, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
@@ -71,6 +71,8 @@ class Patch:
     progress: float = 1.0
     """Progress of the training of `parts`, 0 to 1."""
     renumber: bool = False
+    traits: Traits = field(init=False, repr=False)
+    """Of the reducer; read in every layer."""
     forwards_per_example: int = 1
     """Forwards of the layers per example; see `Adapter.forwards_per_example`."""
     decisions: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
@@ -95,6 +97,9 @@ class Patch:
     _methods: list[Rebound] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.traits = self.reducer.traits
+
     def __repr__(self) -> str:
         """Leaves the changes out: each would print the whole model."""
         return (
@@ -113,7 +118,7 @@ class Patch:
     def budget_loss(self) -> Tensor | None:
         """The budget loss of a learned reducer's decisions in the last training forward; None if
         there were none."""
-        learned: Learned | None = self.reducer.traits.learned
+        learned: Learned | None = self.traits.learned
         if learned is None or not self.decisions:
             return None
         losses = [

@@ -144,7 +144,7 @@ def _encode_text(
     its mask, which is not cut."""
     text = TextInputs(*args, **kwargs)
     given_mask = attention_mask = text.mask
-    official = patch.reducer.traits.official  # the published code counts padded text
+    official = patch.traits.official  # the published code counts padded text
     if patch.trim and pooled and not official and not torch.compiler.is_compiling():
         length = int(max_length(attention_mask))
         text, attention_mask = text.trimmed(length), attention_mask[:, :length]

@@ -121,7 +121,7 @@ def reduce(
         queries_BHNC, keys_BHNC, attention_BHNN, cross: as in `Tokens`.
         tower: whether the vision tower's reducer acts.
     """
-    reducer = patch.reducer.traits.vision_reducer if tower else patch.reducer
+    reducer = patch.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
     if patch.bypassed or not reducer.reduces_at(layer):
         return states_BND, layout, None
@@ -213,7 +213,7 @@ def head_mask(
         queries_BQD, keys_BKD: states that queries and keys are computed from.
         queries_at, keys_at: where these are on the token axis.
     """
-    learned: Learned | None = patch.reducer.traits.learned
+    learned: Learned | None = patch.traits.learned
     if patch.bypassed or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
         return None, layout
     weight_BN = layout.mask_BN.float() if layout.gate_BN is None else layout.gate_BN

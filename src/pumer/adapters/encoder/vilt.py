@@ -60,7 +60,7 @@ class ViltAdapter(Adapter):
         vilt = _vilt(model)
         patch.replace(vilt, "forward", _forward, patch, is_a(model, POOLED))
         patch.wrap(vilt.embeddings, "forward", _embed)
-        official = patch.reducer.traits.official
+        official = patch.traits.official
         for layer_index, layer in enumerate(vilt.encoder.layer):
             patch.replace(layer, "forward", _layer, patch, layer_index)
             patch.replace(layer.intermediate, "forward", _intermediate)
@@ -243,7 +243,7 @@ def _embed_trimmed(
         ).tolist()
         image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
         patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
-        if pooled and not patch.reducer.traits.official:  # the published code counts padded text
+        if pooled and not patch.traits.official:  # the published code counts padded text
             text, text_mask = text.trimmed(text_length), text_mask[:, :text_length]
     text_embeds = embeddings.text_embeddings(**text.embedded)
     # Both with the embedding of their modality, text first: [B,T+I,D].
@@ -320,7 +320,7 @@ def _block(
         layer, patch, layer_index, states, layout, attentions
     )
     states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
-    if patch.reducer.traits.post_layer:
+    if patch.traits.post_layer:
         states, layout, _ = encoder.reduce(patch, layer_index, states, layout)
     return states, layout, attention
 
@@ -341,8 +341,8 @@ def _attend_and_reduce(
     )
     states, queries, keys, attention = _attend(layer, patch, states, layout, attentions, head_mask)
     # Without `needs_attention` reducers score by queries and keys: the kernel makes no difference.
-    shown = attention if patch.reducer.traits.needs_attention else None
-    if not patch.reducer.traits.post_layer:
+    shown = attention if patch.traits.needs_attention else None
+    if not patch.traits.post_layer:
         states, layout, _ = encoder.reduce(patch, layer_index, states, layout, queries, keys, shown)
     return states, layout, attention if attentions else None
 
