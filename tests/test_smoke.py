@@ -15,7 +15,7 @@ import torch
 import pumer
 from pumer.cli import COMMANDS, main
 from pumer.lab.data.image_store import open_store
-from pumer.lab.score.ray import spread
+from pumer.lab.score.ray import Cluster, spread
 from pumer.lab.study import run as run_study
 
 pytestmark = pytest.mark.smoke
@@ -202,7 +202,7 @@ def test_what_a_command_misses_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"pip install '\.\[study\]'"):
         run_study(None, tmp_path / "out")
     with pytest.raises(ValueError, match=r"pip install '\.\[ray\]'"):
-        next(spread(None, [0], None, None))
+        next(spread(None, [0], Cluster()))
     (tmp_path / "images.lmdb").touch()
     with pytest.raises(ValueError, match=r"pip install '\.\[data\]'"):
         open_store(tmp_path / "images.lmdb")

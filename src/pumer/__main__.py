@@ -1,4 +1,4 @@
-"""`python -m pumer`: the command line, where the scripts of an environment are not on the path."""
+"""`python -m pumer`: the command line, where scripts are not on the path."""
 
 from pumer.cli import main
 

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and where they come from: the extras of `pumer`."""
+"""Optional packages: the extras of `pumer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 
 def need(what: str, extra: str, *packages: str) -> None:
-    """Raise ValueError, saying how to install them, if packages of an extra are not there."""
+    """Raise ValueError with installation instructions if packages of an extra are missing."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ValueError(f"{what} needs {' and '.join(missing)}: {hint(extra)}")

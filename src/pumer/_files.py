@@ -1,7 +1,6 @@
-"""Files that are written: complete or not at all, by one process at a time, and checked before the
-work.
+"""Atomic writes, file locks and checks of output paths.
 
-Only the standard library is imported here, so that every part of the package can use it.
+Imports only the standard library, so that every part of the package can use it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MARGIN = 2**20  # bytes that stay free on a disk
 
 
 def check_file(path: str | Path) -> None:
-    """Raise ValueError if no file can be written to `path`; nothing is left behind."""
+    """Raise ValueError if `path` cannot be written; leaves nothing behind."""
     target = real_file(path)
     if target.exists() and not os.access(target, os.W_OK):
         raise ValueError(f"{path} is read-only: name another file, or make it writable")
@@ -37,12 +36,11 @@ def check_file(path: str | Path) -> None:
 
 
 def check_folder(path: str | os.PathLike[str], empty: bool = False) -> None:
-    """Raise ValueError if no files can be written into the folder `path`; nothing is left behind.
+    """Raise ValueError if no files can be written into the folder `path`; leaves nothing behind.
 
     Args:
-        path: of a folder that is there or can be made.
-        empty: refuse one that holds anything; what a kill left of `new_folder` beside it is
-            deleted.
+        path: of a folder that exists or can be created.
+        empty: refuse a folder that is not empty; leftovers of a killed `new_folder` are deleted.
     """
     target = _real(path)
     if target.exists() and not target.is_dir():
@@ -65,7 +63,7 @@ def check_space(path: str | Path, size: int) -> None:
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise ValueError for a name that is to be part of a file's name and could lead elsewhere."""
+    """Raise ValueError for a name that is not safe as part of a file name."""
     if not re.fullmatch(r"\w[\w .+=,@-]{0,99}", name) or name.endswith((".", " ")):
         raise ValueError(
             f"{what} is {name!r}, which is no plain name: use letters, digits, dots and dashes"
@@ -73,14 +71,14 @@ def check_name(name: str, what: str) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing but a lock lies in a folder, or there is no folder."""
+    """Whether a folder does not exist, or contains at most a lock."""
     return not folder.exists() or (
         folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())
     )
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
-    """Where a path leads through all symbolic links; what it names need not be there."""
+    """Resolve all symbolic links; the target need not exist."""
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise ValueError(f"{path} is a symbolic link that leads to itself: name another path")
@@ -88,7 +86,7 @@ def _real(path: str | os.PathLike[str]) -> Path:
 
 
 def real_file(path: str | Path) -> Path:
-    """Where a file is written; raises ValueError for what is no regular file."""
+    """The resolved path of a file to write; raises ValueError for anything but a regular file."""
     target = _real(path)
     if target.is_dir() or str(path).endswith(os.sep):
         raise ValueError(f"{path} is a folder: name a file in it")
@@ -98,12 +96,12 @@ def real_file(path: str | Path) -> Path:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or of those it would be made in the one that is there."""
+    """The folder itself, or its nearest existing parent."""
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
-    """Write a file without a name, which is gone even if this process is killed."""
+    """Try to write an unnamed temporary file, which vanishes even if this process is killed."""
     try:
         parent = _nearest(folder)
         if not parent.is_dir():
@@ -121,11 +119,10 @@ def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[IO[str] | None]:
-    """Lock a folder, which is made if it is not there, for this process; None if another one has
-    it.
+    """Lock a folder for this process, creating it if needed; yields None if another process has it.
 
-    The system unlocks it when the process ends, however that happens, and all to whom it passed the
-    file have ended.
+    The system unlocks it when this process and all that inherited the file have ended, however that
+    happens.
     """
     path = folder / LOCK
     while True:
@@ -153,12 +150,11 @@ def locked(folder: Path, wait: float = 60.0) -> Iterator[IO[str]]:
     """Lock a folder for this process.
 
     Args:
-        folder: made if it is not there.
-        wait: seconds to wait for another process that has it; a training may outlive the one that
-            launched it.
+        folder: created if it does not exist.
+        wait: seconds to wait for another process; a training may outlive the one that launched it.
 
     Raises:
-        ValueError: if the other process has it for longer.
+        ValueError: if another process holds the lock for longer.
     """
     end = time.monotonic() + wait
     while True:
@@ -196,7 +192,7 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
 
 
 def _lock_on_windows(file: IO[Any], wait: bool) -> bool:
-    """A byte far behind what is written stands for the file: nobody else can read a locked one."""
+    """Lock a byte far behind the content, because others cannot read locked bytes."""
     import msvcrt
 
     windows: Any = msvcrt
@@ -216,7 +212,7 @@ def _lock_on_windows(file: IO[Any], wait: bool) -> bool:
 
 
 def _is_at(file: IO[Any], path: str | Path) -> bool:
-    """Whether a path still leads to an open file."""
+    """Whether a path still points to an open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -228,18 +224,23 @@ def _is_at(file: IO[Any], path: str | Path) -> bool:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file to write that becomes `path` once the block is through; if it fails nothing
-    changes.
+    """Open a file that replaces `path` when the block ends; on failure nothing changes.
 
-    Missing folders are made, symbolic links are followed, and a file that is replaced keeps its
-    permissions. What a killed process left of the same file is deleted.
+    Missing folders are created, symbolic links followed, and permissions of a replaced file kept.
+    Leftovers of a killed process are deleted.
 
     Args:
-        path: of a regular file, or of none yet.
-        mode: "w" for text in UTF-8, "wb" for bytes. Libraries that want a path take `file.name`.
+        path: of a regular file, existing or not.
+        mode: "w" for text in UTF-8, "wb" for bytes. Libraries that take a path get `file.name`.
 
     Raises:
         ValueError: for a folder, a pipe or a device.
+
+    >>> path = Path(tempfile.mkdtemp()) / "new.txt"
+    >>> with replacing(path) as file:
+    ...     _ = file.write("all or nothing")
+    >>> path.read_text()
+    'all or nothing'
     """
     target = real_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,8 +264,8 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _unfinished(target: Path, mode: str) -> IO[Any]:
-    """A new file beside `target`, locked while it is written; those that a kill left there are
-    deleted."""
+    """A new file beside `target`, locked while it is written; deletes leftovers of killed
+    processes."""
     prefix = f".{_short(target.name)}."
     ours = re.compile(re.escape(prefix) + r"[0-9a-f]{8}\.tmp")
     for entry in target.parent.iterdir():
@@ -284,18 +285,16 @@ def _unfinished(target: Path, mode: str) -> IO[Any]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
-    """A folder to write that becomes `path` once the block is through; if it fails nothing changes.
+    """A folder that becomes `path` when the block ends; on failure nothing changes.
 
-    Until then it lies beside `path` under a hidden name, and what a killed process left there is
-    deleted.
+    Until then it has a hidden name beside `path`; leftovers of killed processes are deleted.
 
     Args:
-        path: of an empty folder, or of none yet.
-        replace: delete the folder that is there, once the new one is complete.
+        path: of an empty folder, or one that does not exist.
+        replace: replace an existing folder once the new one is complete.
 
     Raises:
-        ValueError: if `path` is there already, and no empty folder; if another process is writing
-            it.
+        ValueError: if `path` exists and is not an empty folder, or another process is writing it.
     """
     target = _real(path)
     check_folder(path, empty=not replace)
@@ -328,13 +327,12 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
 
 
 def _hidden(target: Path) -> Path:
-    """Where a folder lies until it is complete."""
+    """The name of a folder until it is complete."""
     return target.with_name(f".{_short(target.name)}.unfinished")
 
 
 def _delete_left_over(target: Path) -> None:
-    """Delete what a killed process left of a new folder; another process may still be writing
-    it."""
+    """Delete leftovers of a killed `new_folder`, unless another process is still writing."""
     if _hidden(target).is_dir():
         with suppress(OSError), claimed(_hidden(target)) as lock:
             if lock is not None:
@@ -342,12 +340,12 @@ def _delete_left_over(target: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """A file's name, if it is long another one, so that some letters can be added to it."""
+    """A file's name, shortened if necessary so that a suffix fits."""
     return name if len(name.encode()) < 200 else sha256([name.encode()])
 
 
 def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk, where the system can do that."""
+    """Flush a file or folder to disk, where the system can."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -368,8 +366,11 @@ def sha256(parts: Iterable[bytes]) -> str:
 
 
 def digest(data: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of plain data, the same however its keys are
-    ordered."""
+    """The first 12 hex digits of the SHA-256 of plain data, independent of the order of keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
     return sha256([json.dumps(data, sort_keys=True).encode()])[:12]
 
 

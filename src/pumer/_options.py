@@ -1,5 +1,4 @@
-"""Options of commands that are checked before anything is computed, by the way their arguments are
-annotated."""
+"""Types of command options that are checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pumer._files import check_file, check_folder
 
 @dataclass(frozen=True)
 class Checked:
-    """Mark of an argument; `check` raises ValueError for a value that cannot be."""
+    """Marks an annotation; `check` raises ValueError for invalid values."""
 
     check: Callable[[Any], None]
 
@@ -58,14 +57,20 @@ OutputFolder = Annotated[str, Checked(check_folder)]
 NewFolder = Annotated[str, Checked(_check_new)]
 
 
-def check_options(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check the arguments for a function whose annotations are `Checked`, and the fields of
-    dataclasses among them.
+def check_options(values: Mapping[str, Any], *targets: Callable[..., Any]) -> None:
+    """Check a command's options, and the fields of dataclasses among them.
 
-    Raises ValueError naming the option; also for a file to write that another option names too.
+    Args:
+        values: by option.
+        targets: functions and dataclasses whose annotations are `Checked`.
+
+    Raises:
+        ValueError: naming the option; also for a file to write that another option names too.
     """
-    check_values(function, values, "--")
-    hints = get_type_hints(function, include_extras=True)
+    hints: dict[str, Any] = {}
+    for target in targets:
+        hints |= get_type_hints(target, include_extras=True)
+    _check_all(hints, values, "--")
     paths = {
         name: os.path.realpath(value)
         for name, value in values.items()
@@ -80,12 +85,15 @@ def check_options(function: Callable[..., Any], values: Mapping[str, Any]) -> No
 
 
 def check_values(target: Any, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Check values for the parameters of a function or the fields of a dataclass, nested ones
-    included.
+    """Check values for the parameters of a function or the fields of a dataclass, recursively.
 
-    Raises ValueError naming the first that cannot be, behind the prefix.
+    Raises:
+        ValueError: naming the first invalid one, after the prefix.
     """
-    hints = get_type_hints(target, include_extras=True)
+    _check_all(get_type_hints(target, include_extras=True), values, prefix)
+
+
+def _check_all(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     for name, value in values.items():
         for check in _checks(hints.get(name)) if value is not None else ():
             for part in value if isinstance(value, list | tuple) else [value]:
@@ -98,7 +106,7 @@ def check_values(target: Any, values: Mapping[str, Any], prefix: str = "") -> No
 
 
 def _checks(hint: Any) -> list[Callable[[Any], None]]:
-    """The checks of a value, or of each part of a list."""
+    """The checks of a value, or of each item of a list."""
     if get_origin(hint) is Annotated:
         return [mark.check for mark in hint.__metadata__ if isinstance(mark, Checked)]
     if get_origin(hint) in (Union, types.UnionType, list):

@@ -1,4 +1,4 @@
-"""What other packages bring along: reducers and model families, by entry points."""
+"""Reducers and model families of other packages, found by entry points."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ _loading: set[str] = set()
 
 
 def load(group: str, register: Callable[[Any], None]) -> None:
-    """Import what the installed packages offer in a group of entry points, and register it; once
-    per process.
+    """Import and register a group of entry points, once per process.
 
-    Nothing is read before a name is asked for that pumer itself does not have, so that `import
-    pumer` costs the same with any number of plugins. One that fails is left out with a warning that
-    names it.
+    They are only read when a name is not one of pumer's own, so that plugins do not slow down
+    `import pumer`. A plugin that fails is skipped with a warning.
 
     Args:
         group: `REDUCERS` or `MODELS`.
-        register: takes the object that an entry point names.
+        register: called with the object of each entry point.
     """
     if group not in _loading:  # a plugin that is being imported may ask for names, too
         _loading.add(group)

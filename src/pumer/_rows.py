@@ -1,4 +1,4 @@
-"""Rows added to a CSV file: whole ones, by any number of processes, checked before the work."""
+"""Append rows to a CSV file: complete ones, from any number of processes, checked first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from pumer._files import check_file, lock, real_file
 
 
 def append_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, which is made if it is not there; whole rows that stand in it are
-    never changed.
+    """Append rows to a CSV file, created if needed; existing complete rows never change.
 
-    A last row that a kill or a full disk cut off is taken out first; if these rows cannot be
+    A last row that was cut off by a kill or a full disk is removed first. If the new rows cannot be
     written, none is.
 
     Raises:
-        ValueError: if the rows differ in their columns, or the file has other ones.
+        ValueError: if the rows' columns differ from each other or from the file's.
         OSError: if they cannot be written.
     """
     if not rows:
@@ -44,7 +43,7 @@ def append_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def mend_rows(path: str | Path) -> None:
-    """Take a last row that a kill or a full disk cut off out of a CSV file, if there is one."""
+    """Remove a last row that was cut off by a kill or a full disk."""
     target = real_file(path)
     if target.exists():
         with _locked(target) as file:
@@ -53,8 +52,7 @@ def mend_rows(path: str | Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[FileIO]:
-    """A file to read and write, made if it is not there, that no other process adds rows to
-    meanwhile."""
+    """Open a file for reading and writing, created if needed, and lock it against other writers."""
     with FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
         lock(file, wait=True)
         try:
@@ -65,8 +63,7 @@ def _locked(path: Path) -> Iterator[FileIO]:
 
 
 def _add(file: FileIO, text: bytes, rows: bytes) -> None:
-    """Bring an open file from what it holds to its whole rows and some more; none of those if that
-    fails."""
+    """Append to the complete rows of an open file; on failure nothing is added."""
     finished = finished_rows(text.decode("utf-8")).encode()
     start = min(len(text), len(finished))
     content = finished[start:] + rows

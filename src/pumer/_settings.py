@@ -1,5 +1,4 @@
-"""Settings from YAML, JSON or a command line, compared with the types of the fields they are
-for."""
+"""Check settings from YAML, JSON or a command line against the types of fields and parameters."""
 
 from __future__ import annotations
 
@@ -18,15 +17,16 @@ _YAML_WORDS = " (YAML reads yes, no, on and off as true and false: put the words
 
 
 def check_settings(target: Any, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The settings as the fields of a dataclass, or the parameters of a function, have them.
+    """Convert settings to the types of a dataclass's fields, or of a function's parameters.
 
-    YAML and JSON have lists where a field is a tuple, and PyYAML reads 1e-4 as text: those are
-    converted. A whole number may stand for a float and stays one. Names without a type pass.
+    YAML and JSON have lists where a field is a tuple, and PyYAML reads 1e-4 as text: these are
+    converted. An int is accepted for a float and stays an int. Names without an annotation are not
+    checked.
 
     Args:
         target: the dataclass or the function.
         settings: by name.
-        what: names the owner of the settings in errors, for example "task vqav2".
+        what: names the settings in errors, for example "task vqav2".
 
     Raises:
         ValueError: naming the first setting of another type, its value and the expected type.
@@ -51,8 +51,7 @@ R = TypeVar("R")
 
 
 def typed(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose arguments are settings: they are checked before it is
-    called."""
+    """Decorator that checks a function's arguments as settings before it is called."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -66,11 +65,11 @@ def typed(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 class _MismatchError(Exception):
-    """A value that is not of the expected type."""
+    """A value of another type than expected."""
 
 
 class _FieldError(_MismatchError):
-    """The same in a field of a nested dataclass; its text begins with the field's name."""
+    """The same in a field of a nested dataclass; the message begins with the field's name."""
 
 
 class _Nested(type):
@@ -84,8 +83,8 @@ class _Nested(type):
 
 
 class _Anything(metaclass=_Nested):
-    """Stands for a type that cannot be resolved, such as `torch` in `torch.dtype`; every value
-    passes."""
+    """Stands for a type that cannot be resolved, such as `torch` in `torch.dtype`; accepts every
+    value."""
 
 
 @functools.cache
@@ -116,7 +115,7 @@ def _has_bool(value: Any) -> bool:
 
 
 def _conform(value: Any, hint: Any, convert: bool = True) -> Any:
-    """The value as the type has it; raises _MismatchError. `convert`: text may be read as a
+    """The value converted to a type; raises _MismatchError. `convert`: text may be read as a
     number."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in (Any, _Anything) or isinstance(hint, str | typing.TypeVar):

@@ -1,5 +1,4 @@
-"""Text on a terminal: names, questions and answers of others are shown as text, whatever they
-hold."""
+"""Print text of others safely to a terminal."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ _LINES = 5
 
 
 def visible(text: str) -> str:
-    """The text with whatever a terminal would obey, rather than show, written as an escape such as
-    \\x1b."""
+    """The text with control characters escaped."""
     if text.isprintable():
         return text
     return "".join(map(_visible, text))
@@ -33,7 +31,7 @@ def brief(text: str) -> str:
 
 
 def console(**settings: Any) -> Any:
-    """A rich Console to which brackets are brackets and escape sequences text."""
+    """A rich Console that does not interpret markup or escape sequences in text."""
     from rich.console import Console
     from rich.text import Text
 

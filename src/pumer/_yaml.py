@@ -1,4 +1,4 @@
-"""YAML that others have written: bounded, whatever its aliases repeat."""
+"""Read YAML of others, bounding the size of expanded aliases."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LARGEST = 100_000
 
 
 def load_yaml(text: str) -> Any:
-    """What YAML's safe loader makes of a text.
+    """Parse a text with YAML's safe loader.
 
-    Raises yaml.YAMLError, also for a text whose aliases would repeat its parts beyond `LARGEST`
-    values or for ever: those load at once and stop whatever then walks through them.
+    Raises yaml.YAMLError, also for a text whose aliases expand to more than `LARGEST` values or
+    endlessly: such a text loads at once, but stops whatever traverses the result.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -27,7 +27,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The data in a YAML file; raises ValueError for one that cannot be read, or is none."""
+    """Parse a YAML file; raises ValueError for one that cannot be read or parsed."""
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """Where YAML is broken and how, in a line."""
+    """What is wrong with a YAML text and where, in one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error).strip().splitlines()[0]
     mark = error.problem_mark
@@ -48,7 +48,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node has, its aliases written out; each node is looked at once."""
+    """Number of values of a node with its aliases expanded; visits each node once."""
     if id(node) not in sizes:
         sizes[id(node)] = LARGEST + 1  # what it counts for inside itself
         parts: list[yaml.Node] = []

@@ -1,5 +1,4 @@
-"""The command line. Each command is a function with typed arguments; only the one that is asked for
-is imported."""
+"""The command line. Each command is a function with typed arguments, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -60,10 +59,10 @@ COMMANDS = {
     ),
     "bench where": (
         "pumer.lab.commands.bench:where_",
-        "show at which batch and picture sizes reduction pays",
+        "show at which batch and image sizes reduction pays",
     ),
     "bench pairs": (
-        "pumer.lab.commands.score:bench_pairs",
+        "pumer.lab.commands.score:bench_pairs_",
         "time scoring of a pool against the plain loop over its pairs",
     ),
     "tune": (
@@ -102,10 +101,10 @@ POSITIONAL = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; what the user can mend is a few lines on stderr, never a traceback.
+    """Run a command; errors that the user can fix are a few lines on stderr, never a traceback.
 
     Returns:
-        0; 2 for wrong settings and input, 1 where the machine failed, such as a full disk; 130 or
+        0; 2 for wrong settings and input, 1 for failures of the machine such as a full disk; 130 or
         143 when stopped.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -153,12 +152,12 @@ def _fail(name: str, message: str, code: int) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """SIGTERM came: everything ends as it does after Ctrl-C."""
+    """SIGTERM was received: handled like Ctrl-C."""
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C, where this is the main thread."""
+    """Handle SIGTERM like Ctrl-C, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

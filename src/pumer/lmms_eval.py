@@ -1,10 +1,8 @@
-"""A model of lmms-eval, the field's runner of benchmarks: any decoder that pumer reduces, with any
-reducer or none.
+"""A model for lmms-eval: any decoder that pumer supports, with any reducer or none.
 
-lmms-eval finds it by itself, through the entry point in pyproject.toml:
+lmms-eval finds it by the entry point in pyproject.toml:
 
-    lmms-eval --model pumer --model_args pretrained=llava-hf/llava-1.5-7b-hf,reducer=fastv,keep=0.5
-    --tasks mme
+    lmms-eval --model pumer --tasks mme --model_args pretrained=FOLDER,reducer=fastv,keep=0.5
 
 This is the only file that imports lmms_eval.
 """
@@ -117,8 +115,8 @@ class PumerModel(lmms):
         """The answers, in the order of the requests.
 
         Raises:
-            ValueError: if a task shows anything but images, or `generate` cannot do what it asks
-                for.
+            ValueError: for inputs other than images, and for `generation_kwargs` that `generate`
+                rejects.
         """
         alike = defaultdict(list)  # what is generated in the same way can be generated together
         for request_index, request in enumerate(requests):
@@ -141,7 +139,7 @@ class PumerModel(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """For every request its answers, round by round: a task makes the next prompt from the
+        """The answers of every request, round by round: the task builds the next prompt from the
         answers so far.
 
         Raises:
@@ -164,8 +162,8 @@ class PumerModel(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not here: lmms-eval asks it of no model that takes conversations, and its models disagree
-        on the sign."""
+        """Not implemented: lmms-eval does not call it for chat models, whose implementations
+        disagree on its sign."""
         raise NotImplementedError(
             "pumer writes answers, it does not compare given ones: take the form of the task that "
             "generates, such as seedbench in place of seedbench_ppl"
@@ -174,23 +172,23 @@ class PumerModel(lmms):
     def answer(
         self, conversations: Sequence[Conversation], settings: Mapping[str, Any]
     ) -> list[str]:
-        """What the model says next in each of these conversations, in one batch.
+        """The model's answers to a batch of conversations.
 
         Args:
-            conversations: messages of lmms-eval's chat protocol, with images as pictures, files or
+            conversations: messages of lmms-eval's chat protocol, images as PIL images, files or
                 addresses.
-            settings: a task's `generation_kwargs`; what `generate` does not know is left out.
+            settings: a task's `generation_kwargs`; those that `generate` does not know are ignored.
 
         Raises:
-            ValueError: for anything in a conversation but texts and images.
+            ValueError: for content other than texts and images.
         """
         images = [
             [load_image(part["url"]) for part in _parts(messages, "image")]
             for messages in conversations
         ]
         answers = [""] * len(conversations)
-        for pictured in (True, False):  # processors take no batches of which some have no image
-            rows = [row for row, row_images in enumerate(images) if bool(row_images) is pictured]
+        for with_images in (True, False):  # processors take no batches of which some have no image
+            rows = [row for row, row_images in enumerate(images) if bool(row_images) is with_images]
             if rows:
                 written = self._write(
                     [conversations[row] for row in rows], [images[row] for row in rows], settings
@@ -221,14 +219,14 @@ class PumerModel(lmms):
 
 
 def _saved(model: str, revision: str) -> Reducer | None:
-    """The reducer that a model was saved with; None for a stock one."""
+    """The reducer that a model was saved with; None for a stock model."""
     return None if is_stock(model, revision=revision) else saved_reducer(model, revision=revision)
 
 
 def _split(
     reducer: str | Reducer | None, settings: dict[str, Any]
 ) -> tuple[Reducer | None, dict[str, Any]]:
-    """The reducer with those of the settings that are its own, and the rest of them."""
+    """The reducer with those of the settings that belong to it, and the other settings."""
     settings = {name: load_yaml(x) if isinstance(x, str) else x for name, x in settings.items()}
     if reducer is None:
         return None, settings
@@ -239,8 +237,7 @@ def _split(
 
 
 def _check(settings: dict[str, Any], image_processor: Any, reducer: Reducer | None) -> None:
-    """Raise ValueError for settings that nobody knows: transformers would pass over them in
-    silence."""
+    """Raise ValueError for unknown settings, which transformers would silently ignore."""
     valid_settings = type(image_processor).valid_kwargs.__annotations__
     unknown = sorted(set(settings) - set(valid_settings))
     if unknown:
@@ -268,7 +265,7 @@ def _parts(messages: Conversation, part_type: str) -> Iterator[dict[str, Any]]:
 
 
 def _plain(messages: Conversation) -> Conversation:
-    """The conversation without its images, of which a template only needs the places."""
+    """The conversation with image placeholders in place of images, for chat templates."""
     return [
         message
         | {
@@ -281,8 +278,8 @@ def _plain(messages: Conversation) -> Conversation:
 
 
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's settings as `generate` takes them; greedy without a word about it, whatever the
-    model's default is."""
+    """A task's settings as arguments of `generate`; greedy by default, whatever the model's own
+    default."""
     options = {
         name: x
         for name, x in settings.items()

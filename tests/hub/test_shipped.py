@@ -2,6 +2,7 @@
 that fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,13 +11,17 @@ from transformers import TrainingArguments
 import pumer
 from pumer._shipped import SHIPPED, shipped_models
 from pumer.lab.commands.common import open_model, open_task
-from pumer.lab.commands.demo import demo
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import evaluate
 from pumer.lab.scenes.tasks import Scenes
-from pumer.lab.train import run
+from pumer.lab.train.settings import ModelSettings, TrainSettings
 
-RECIPES = sorted((SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    [
+        *(SHIPPED.parent / "lab" / "train" / "recipes").glob("*.yaml"),
+        *(Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml"),
+    ]
+)
 
 
 def test_it_is_small():
@@ -44,25 +49,9 @@ def test_photographs_open_and_say_whose_they_are():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_settings_that_exist(recipe):
     settings = yaml.safe_load(recipe.read_text())
-    known = run.train.__annotations__
+    known = TrainSettings.__dataclass_fields__
     assert set(settings) <= set(known)
-    assert set(settings["model"]) <= set(run.ModelSettings.__dataclass_fields__)
+    assert set(settings["model"]) <= set(ModelSettings.__dataclass_fields__)
     if "reducer" in settings:
         pumer.reducers.from_dict(settings["reducer"])
     TrainingArguments(output_dir="unused", **{"use_cpu": True, **settings["trainer"]})
-
-
-def test_the_demo_draws_and_counts(tmp_path, capsys):
-    demo(
-        out=str(tmp_path / "demo"),
-        questions=40,
-        batch_size=8,
-        photographs=False,
-        record=str(tmp_path / "rows.csv"),
-    )
-    shown = capsys.readouterr().out
-    assert "ToMe" in shown
-    assert "no vision" in shown
-    assert (tmp_path / "demo/tokens.png").stat().st_size > 10_000
-    assert "data:image/png" in (tmp_path / "demo/tokens.html").read_text()
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 8

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from pumer.reducers import Learned, Plan, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
@@ -93,6 +97,9 @@ class Patch:
     layer."""
     steps: list[ReductionStep] | None = None
     """Reductions since `trace` began; None outside of it."""
+    timer: Callable[[str], AbstractContextManager[Any]] | None = None
+    """Entered around every part of a forward that reduction adds, see `timed`; None outside of
+    benchmarks."""
     _changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
     _methods: list[Rebound] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
@@ -126,6 +133,10 @@ class Patch:
             for keep_ratios, heads in self.decisions
         ]
         return torch.stack(losses).mean()
+
+    def timing(self, part: str) -> AbstractContextManager[Any]:
+        """The timer of a part, "encoder" or "decoder", to be entered around it."""
+        return nullcontext() if self.timer is None else self.timer(part)
 
     def record_decisions(self, keep_ratios: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
         """Record the decisions of one pass."""
@@ -178,6 +189,24 @@ class Patch:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose first argument is a patch, or has one: its calls are timed if
+    the patch has a timer."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            patch: Any = getattr(args[0], "patch", args[0])
+            if patch.timer is None:
+                return function(*args, **kwargs)
+            with patch.timing(part):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class Adapter:

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from pumer.reducers.base import MAX_LAYERS
 
-_LISTED = 12
 _LIGHTNING = ("pytorch_lightning.", "lightning.")
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names in order, and the number of the others."""
-    names = sorted(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:

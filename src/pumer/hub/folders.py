@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from pumer._suggest import did_you_mean
+from pumer._suggest import did_you_mean, some
 from pumer.adapters.base import adapters
 from pumer.api import active, apply
-from pumer.hub.files import read_config, read_json, some
+from pumer.hub.files import read_config, read_json
 from pumer.hub.reduction import LEARNED, SETTINGS, is_part, load_parts, read_settings, reducer_in
 from pumer.hub.sources import ADAPTER, CONFIG, Source, find_source, is_hub_name, split_hub
 
@@ -86,7 +86,7 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
         ) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"the weights in {source.name} lack {some(info['missing_keys'])}, which the "
+            f"the weights in {source.name} lack {some(sorted(info['missing_keys']))}, which the "
             f"{cls.__name__} of its config.json has: restore its config.json, or save the model "
             "again"
         )
@@ -94,8 +94,9 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
     unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
     if unexpected:
         raise ValueError(
-            f"the weights in {source.name} have {some(unexpected)}, which the {cls.__name__} of "
-            "its config.json has not: restore its config.json, or save the model again"
+            f"the weights in {source.name} have {some(sorted(unexpected))}, which the "
+            f"{cls.__name__} of its config.json has not: restore its config.json, or save the "
+            "model again"
         )
     return model
 

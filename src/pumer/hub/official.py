@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pumer._files import new_folder
+from pumer._suggest import some
 from pumer.api import active, apply
 from pumer.hub.files import (
     find_answers,
@@ -21,7 +22,6 @@ from pumer.hub.files import (
     read_config,
     read_lightning,
     read_weights,
-    some,
     write_answers,
 )
 from pumer.hub.folders import class_in, model_class
@@ -108,7 +108,7 @@ def load_official(
             f"{', '.join(read.unknown)}"
         )
     if read.left_out:
-        _warn(f"unused weights in {source}: {some(read.left_out)}")
+        _warn(f"unused weights in {source}: {some(sorted(read.left_out))}")
     return read.model
 
 
@@ -257,7 +257,7 @@ def _read_stock(
         raise ValueError(f"the model in {source} cannot be read: {error}") from error
     if info["missing_keys"]:
         raise ValueError(
-            f"the weights in {source} do not fit, missing: {some(info['missing_keys'])}"
+            f"the weights in {source} do not fit, missing: {some(sorted(info['missing_keys']))}"
         )
     if image_size is not None:
         resize({}, model.config, image_size)
@@ -343,7 +343,9 @@ def _family(state: Iterable[str], source: Path) -> Any:
     for family in _FAMILIES:
         if any(name.startswith(f"{family}.") for name in state):
             return _module(family)
-    raise ValueError(f"the weights in {source} are neither ViLT's nor METER's: {some(state)}")
+    raise ValueError(
+        f"the weights in {source} are neither ViLT's nor METER's: {some(sorted(state))}"
+    )
 
 
 def _check_weights(
@@ -351,14 +353,14 @@ def _check_weights(
 ) -> None:
     problems = []
     if missing := set(expected) - set(state):
-        problems.append(f"missing: {some(missing)}")
+        problems.append(f"missing: {some(sorted(missing))}")
     mismatched = [
         f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
     if mismatched:
-        problems.append(f"wrong shapes: {some(mismatched)}")
+        problems.append(f"wrong shapes: {some(sorted(mismatched))}")
     if problems:
         hint = next(
             (hint for name, hint in _HINTS.items() if any(name in line for line in mismatched)), ""

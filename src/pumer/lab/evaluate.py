@@ -1,4 +1,4 @@
-"""Model x task x reducer: predictions sample by sample, a metric with its interval, a prediction
+"""Evaluate a model on a task: predictions per example, a metric with its interval, a prediction
 file."""
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pumer._files import replacing
 from pumer.lab.data.images import BrokenImageError, open_image
 from pumer.lab.tasks.base import Collator, Example, Task
-from pumer.lab.tasks.prompts import MAX_ANSWER, WritingCollator
+from pumer.lab.tasks.prompts import MAX_ANSWER, GenerativeCollator
 
 NOT_NUMBERS = (
     "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
     "overflow in half precision; get the model again, or use float32"
 )
-_NO_INPUTS = ("labels", "patch_labels", "taught", "texts_per_image")
+_NO_INPUTS = ("labels", "patch_labels", "teacher_logits", "texts_per_image")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an evaluation.
+    """The outcome of an evaluation.
 
-    `predictions` by example id; `broken` the examples whose images could not be read, by id, with
-    the reason; `seconds` spent in the model alone, for `examples` of them.
+    `predictions` are by example id. `broken` holds the examples whose images could not be read, by
+    id, with the reason. `seconds` is the time spent in the model, for `examples` examples.
     """
 
     predictions: dict[Any, Any]
@@ -56,7 +56,7 @@ def predict(
     *,
     batch_size: int = 32,
     skip_broken: bool = False,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> Result:
     """Predict every example; the metric is left empty.
 
@@ -64,9 +64,8 @@ def predict(
         model: reduced or not, on its device.
         examples: of a task's split.
         collator: that task's, with the model's transforms.
-        skip_broken: leave examples with unreadable images out and report them, instead of failing
-            at the first.
-        progress: show a bar.
+        skip_broken: skip and report examples with unreadable images, instead of failing.
+        show_progress: show a bar.
 
     Raises:
         BrokenImageError: for an unreadable image, unless `skip_broken`.
@@ -78,7 +77,7 @@ def predict(
     seconds = 0.0
     steps = -(-len(examples) // batch_size)
     for chunk in track(
-        _chunks(examples, batch_size), "predicting", total=steps, disable=not progress
+        _chunks(examples, batch_size), "predicting", total=steps, disable=not show_progress
     ):
         if skip_broken:
             chunk = _readable(chunk, broken)
@@ -94,19 +93,18 @@ def predict(
 
 
 def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int) -> list[Any]:
-    """Predictions for `count` examples: the labels with the highest scores, or what a model that
-    writes has written.
+    """Predictions for `count` examples: the most likely labels, or the generated answers.
 
     Args:
         model: reduced or not, in eval mode.
-        inputs: what its forward takes of a collated batch, on its device.
-        collator: that made the batch.
+        inputs: of the model's forward, on its device.
+        collator: the one that made the batch.
 
     Raises:
-        ValueError: for outputs that are NaN, of which the largest means nothing.
+        ValueError: for NaN outputs.
     """
     with torch.inference_mode():
-        if isinstance(collator, WritingCollator):
+        if isinstance(collator, GenerativeCollator):
             written = model.generate(
                 **inputs,
                 do_sample=False,
@@ -122,7 +120,7 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
 
 
 class _Numbers(LogitsProcessor):
-    """Passes the logits of the next tokens on; raises ValueError for NaN."""
+    """Raise ValueError for NaN logits of the next tokens."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if nan := int(scores.isnan().any(1).sum()):
@@ -131,13 +129,13 @@ class _Numbers(LogitsProcessor):
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What a model's forward takes of a collated batch, without what it learns from."""
+    """The inputs of a model's forward from a collated batch, without training targets."""
     return {name: value.to(device) for name, value in batch.items() if name not in _NO_INPUTS}
 
 
 def paired(model: Any, inputs: dict[str, Tensor], texts_per_image: int) -> dict[str, Any]:
     """Inputs with an image for every text; models that can repeat images after their vision tower
-    do it themselves."""
+    do that themselves."""
     if texts_per_image == 1:
         return inputs
     if "texts_per_image" in inspect.signature(type(model.base_model).forward).parameters:
@@ -155,11 +153,11 @@ def evaluate(
     collator: Collator,
     *,
     batch_size: int = 32,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> Result:
-    """Predict and score every example of a labelled split; `constant` in the metric is that of
+    """Predict and score every example of a labelled split; the metric's `constant` is
     `constant_accuracy`."""
-    result = predict(model, examples, collator, batch_size=batch_size, progress=progress)
+    result = predict(model, examples, collator, batch_size=batch_size, show_progress=show_progress)
     examples = [
         replace(example, images=()) for example in examples
     ]  # once, as they may be made on the fly
@@ -169,10 +167,10 @@ def evaluate(
 
 
 def constant_accuracy(task: Task, examples: Sequence[Example]) -> float:
-    """What the best answer that is always the same would score on these examples, in percent.
+    """The score of the best constant answer on these examples, in percent.
 
-    Any answer of the data counts, not only those that a model knows. Where texts are ranked no
-    answer can be the same; there it is what drawing one by lot scores.
+    Any answer in the data counts, also ones that a model does not know. For ranking, where no
+    answer can be constant, it is the expected score of a random choice.
     """
     if any(example.negatives for example in examples):
         return round(
@@ -186,7 +184,7 @@ def constant_accuracy(task: Task, examples: Sequence[Example]) -> float:
 
 
 def take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
-    """The examples with these numbers, made together where a task can do that."""
+    """The examples at these indices, fetched together where a task supports that."""
     many = getattr(examples, "__getitems__", None)
     return many(list(numbers)) if many else [examples[index] for index in numbers]
 
@@ -194,8 +192,8 @@ def take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
 def write_samples(
     path: str | Path, result: Result, examples: Sequence[Example], collator: Collator
 ) -> None:
-    """Write one JSON line per example: id, text, prediction, score where a label is known; all or
-    nothing."""
+    """Write one JSON line per example, atomically: id, text, prediction, and score if there is a
+    label."""
     with replacing(path) as file:
         for example in examples:
             if example.id not in result.predictions:

@@ -11,8 +11,9 @@ from pumer.cli import main
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.models import build, inputs
 from pumer.lab.bench.run import bench
+from pumer.lab.bench.settings import BenchSettings
+from pumer.lab.bench.sweep import Sweep
 from pumer.lab.bench.timing import Timing, alternate
-from pumer.lab.bench.where import Where
 
 LLAVA = Path(__file__).parents[3] / "benchmarks" / "models" / "scenes-llava"
 
@@ -62,7 +63,7 @@ def test_rows_are_added_and_never_changed(tmp_path):
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "bench.csv"
     reducers = ["tome", {"reducer": "pumer", "layers": [0, 2], "prune": 0.3}]
-    result = bench("vilt-tiny", reducers, batch=4, text=20, runs=2, warmup=1)
+    result = bench(BenchSettings("vilt-tiny", reducers, batch=4, text=20, runs=2), warmup=1)
     append_rows(path, result.records())
     return result, path
 
@@ -85,7 +86,7 @@ def test_the_table_has_every_variant(measured):
 
 @pytest.fixture(scope="module")
 def measured_meter():
-    return bench("meter-tiny", batch=2, text=20, runs=1, warmup=1)
+    return bench(BenchSettings("meter-tiny", batch=2, text=20, runs=1), warmup=1)
 
 
 def test_a_model_that_transformers_lacks(measured_meter):
@@ -115,25 +116,25 @@ def test_inputs_are_as_the_processors_give_them():
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "not measured" in str(bench("vilt-tiny", device="cuda"))
+    assert "not measured" in str(bench(BenchSettings("vilt-tiny", device="cuda")))
 
 
 def test_bad_names_are_explained(measured):
     with pytest.raises(ValueError, match="no model to measure"):
-        bench("vilt-huge")
+        bench(BenchSettings("vilt-huge"))
     with pytest.raises(ValueError, match="no reducer is named"):
-        bench("vilt-tiny", ["fastest"])
+        bench(BenchSettings("vilt-tiny", ["fastest"]))
     with pytest.raises(ValueError, match="once"):
-        bench("vilt-tiny", ["tome", "tome"])
+        bench(BenchSettings("vilt-tiny", ["tome", "tome"]))
     with pytest.raises(ValueError, match="no variant is named"):
         measured[0].row("nothing")
 
 
 def test_where_it_pays(measured, measured_meter):
-    cells = Where((measured[0],)).cells()
+    cells = Sweep((measured[0],)).cells()
     assert cells[0]["batch"] == 4
     assert cells[0]["x_fused"] == measured[0].rows[-1].x_fused
-    assert str(Where((measured_meter, measured_meter))).count("stock: our own METER") == 1
+    assert str(Sweep((measured_meter, measured_meter))).count("stock: our own METER") == 1
 
 
 def test_command(capsys):

@@ -10,13 +10,12 @@ import torch
 import pumer
 from pumer import FastV, PuMer, Unreduced
 from pumer._rows import append_rows
-from pumer.adapters.decoder import output as decoder_output
-from pumer.adapters.decoder import prefill
 from pumer.cli import main
 from pumer.lab.bench.llm import Answer, bench_llm, forward_costs
 from pumer.lab.bench.llm_models import build, configure, default_reducers, inputs
-from pumer.lab.bench.llm_overhead import prefill_shares
+from pumer.lab.bench.overhead import prefill_shares
 from pumer.lab.bench.run import twin
+from pumer.lab.bench.settings import AnswerBenchSettings
 from pumer.presets import read_reducer
 
 TINY = {"model": "llava-tiny-shape", "layers": None, "tower_layers": None}
@@ -108,7 +107,9 @@ def test_costs_are_those_of_the_report():
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "llm.csv"
     reducers = ["none", {"reducer": "visionzip", "keep": 32}, "fastv"]
-    result = bench_llm(**TINY, reducers=reducers, batch=2, new_tokens=3, runs=2)
+    result = bench_llm(
+        AnswerBenchSettings(**TINY, reducers=reducers, batch=2, new_tokens=3, runs=2)
+    )
     append_rows(path, result.records())
     return result, path
 
@@ -151,7 +152,9 @@ def test_the_table_has_every_variant(measured):
 
 def test_an_answer_of_one_token_has_no_further_ones():
     row = bench_llm(
-        **TINY, reducers=["fastv"], new_tokens=1, runs=1, memory=False, overhead=False
+        AnswerBenchSettings(**TINY, reducers=["fastv"], new_tokens=1, runs=1),
+        memory=False,
+        overhead=False,
     ).row("fastv")
     assert (row.decode, row.x_decode, row.peak_bytes, row.selection) == (None,) * 4
 
@@ -162,14 +165,12 @@ def test_the_stopwatch_leaves_nothing_behind():
     hooks = [
         (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()
     ]
-    parts, adapter = (prefill.begin_prefill, decoder_output.finish), pumer.api.active(net).adapter
     shares = prefill_shares(net, Answer(net, inputs(net, text=9), 1, "cpu").prefill, runs=1)
     assert 0 < shares.selection < 1
     assert hooks == [
         (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in net.modules()
     ]
-    assert (prefill.begin_prefill, decoder_output.finish) == parts
-    assert "image_spans" not in vars(adapter)
+    assert pumer.active(net).timer is None
 
 
 def test_the_stopwatch_sees_what_is_slow(monkeypatch):
@@ -186,23 +187,23 @@ def test_the_stopwatch_sees_what_is_slow(monkeypatch):
 
 def test_bad_settings_are_explained():
     with pytest.raises(ValueError, match="no shape is named"):
-        bench_llm("llava-huge")
+        bench_llm(AnswerBenchSettings("llava-huge"))
     with pytest.raises(ValueError, match="no reducer is named"):
-        bench_llm(**TINY, reducers=["fastest"])
+        bench_llm(AnswerBenchSettings(**TINY, reducers=["fastest"]))
     with pytest.raises(ValueError, match="1 token or more"):
-        bench_llm(**TINY, new_tokens=0)
-    with pytest.raises(ValueError, match="two or more each"):
-        bench_llm(**TINY, text=1)
+        bench_llm(AnswerBenchSettings(**TINY, new_tokens=0))
+    with pytest.raises(ValueError, match="give 1 or more, 2 or more each"):
+        bench_llm(AnswerBenchSettings(**TINY, text=1))
     with pytest.raises(ValueError, match="has layers 0 to 3"):
-        bench_llm(**TINY, reducers=[{"reducer": "fastv", "layer": 9}])
+        bench_llm(AnswerBenchSettings(**TINY, reducers=[{"reducer": "fastv", "layer": 9}]))
     with pytest.raises(ValueError, match="give sdpa"):
-        bench_llm(**TINY, attention="flash_attention_2")
+        bench_llm(AnswerBenchSettings(**TINY, attention="flash_attention_2"))
 
 
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "not measured" in str(bench_llm(device="cuda"))
+    assert "not measured" in str(bench_llm(AnswerBenchSettings(device="cuda")))
 
 
 def test_command(capsys):

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from pumer._rows import append_rows
+from pumer.lab.bench.settings import TrainingBenchSettings
 from pumer.lab.bench.training import BASE, bench_training
 
 
@@ -16,7 +17,9 @@ def result(tmp_path_factory):
         {"reducer": "dynamicvit", "layers": [2]},
         {"reducer": "smarttrim", "layers": [1, 2]},
     ]
-    measured = bench_training("vilt-tiny", reducers, batch=2, runs=2, device="cpu", threads=1)
+    measured = bench_training(
+        TrainingBenchSettings("vilt-tiny", reducers, batch=2, runs=2, device="cpu", threads=1)
+    )
     append_rows(record, measured.records())
     return measured, record
 

@@ -143,9 +143,9 @@ def test_options_are_checked_where_they_may_be_none():
     def function(count: "pumer._options.Count | None" = None):
         pass
 
-    check_options(function, {"count": None})
+    check_options({"count": None}, function)
     with pytest.raises(ValueError, match="--count: give a whole number from 1, not 0"):
-        check_options(function, {"count": 0})
+        check_options({"count": 0}, function)
 
 
 def test_rows_of_other_columns_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
@@ -160,7 +160,7 @@ def test_rows_of_other_columns_are_refused_before_the_work(tmp_path, capsys, mon
         "bench.bench_training",
     ):
         monkeypatch.setattr(f"pumer.lab.commands.{name}", work)
-    for name in ("bench.where", "score.measure"):
+    for name in ("bench.sweep", "score.bench_pairs"):
         monkeypatch.setattr(f"pumer.lab.commands.{name}", work)
     for words, _ in OUTPUTS:
         if words[-1] == "--record":

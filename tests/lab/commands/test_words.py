@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from jsonargparse import ArgumentParser
 
 import pumer
 from pumer.cli import COMMANDS, _function, main
-from pumer.lab.commands.help import options
+from pumer.lab.commands.help import FLAT, options
 from pumer.lab.commands.words import unknown_command, with_settings
 
 
@@ -105,14 +106,19 @@ def test_a_name_close_to_the_right_one_is_suggested(words, message, capsys):
 def test_help_tells_every_option(name, capsys):
     function = _function(COMMANDS[name][0])
     shown = {option.name: option for option in options(COMMANDS[name][0])}
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
+    settings = get_type_hints(function)[FLAT] if parameters.pop(FLAT, None) else None
+    if settings is not None:  # a dataclass whose fields are the command's own options
+        parameters = dict(inspect.signature(settings).parameters) | parameters
     assert [option for option in shown if "." not in option] == list(parameters)
     for parameter in parameters.values():
         assert (shown[parameter.name].default is None) == (parameter.default is parameter.empty)
         assert shown[parameter.name].help, f"{parameter.name} is not explained"
     # What is parsed is what is told: dataclasses among the arguments, field by field.
     parser = ArgumentParser()
-    parser.add_function_arguments(function, as_positional=False)
+    if settings is not None:
+        parser.add_class_arguments(settings, as_positional=False)
+    parser.add_function_arguments(function, as_positional=False, skip={FLAT})
     parsed = {key for key in parser.get_defaults().as_dict() if key in parameters}
     assert parsed <= set(shown)
     assert main([*name.split(), "--help"]) == 0

@@ -28,9 +28,10 @@ from pumer.lab.data.text import TextTransform, train_tokenizer
 from pumer.lab.data.transforms import save_transform
 from pumer.lab.score import Job, score_pairs, stream_pairs
 from pumer.lab.score import run as run_module
+from pumer.lab.score.bench import COLUMNS, MODELS, PairsBenchSettings, bench_pairs
 from pumer.lab.score.chunks import Chunks, Matrix
 from pumer.lab.score.job import Scorer
-from pumer.lab.score.measure import COLUMNS, MODELS, measure
+from pumer.lab.score.ray import Cluster
 
 REDUCER = pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
 CASES = {
@@ -210,7 +211,7 @@ def test_what_was_finished_is_not_computed_again(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_module, "Scorer", Counting)
     said = []
-    scores = stream_pairs(job, tmp_path / "out", say=said.append)
+    scores = stream_pairs(job, tmp_path / "out", log=said.append)
     assert computed == list(range(6))
     assert "3 of 6 chunks" in said[0]
     assert (tmp_path / "out/scores.npy").read_bytes() == (
@@ -259,8 +260,8 @@ def test_what_was_cut_is_computed_again(job, tmp_path):
     for damaged in (good[:-4], good[:-1] + bytes([good[-1] ^ 1]), b""):
         scores.write_bytes(damaged)
         said = []
-        stream_pairs(job, tmp_path / "out", say=said.append)
-        assert said == [f"{scores} is not as it was written, and is computed again"]
+        stream_pairs(job, tmp_path / "out", log=said.append)
+        assert said == [f"{scores} has changed since it was written, and is computed again"]
         assert scores.read_bytes() == good
     (tmp_path / "out/scores.npy.sha256").unlink()  # as an earlier version wrote it
     before = scores.stat().st_mtime_ns
@@ -416,7 +417,7 @@ def test_ranks_of_torchrun_share_the_work(folder, tmp_path):
 def test_ray_is_started_for_the_call_and_gives_the_same_scores(job, tmp_path):
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     plain_scores = stream_pairs(job, tmp_path / "plain")
-    scores = stream_pairs(job, tmp_path / "ray", engine="ray", workers=2)
+    scores = stream_pairs(job, tmp_path / "ray", cluster=Cluster(workers=2))
     np.testing.assert_allclose(scores, plain_scores, atol=1e-5)
     assert not ray.is_initialized()
     assert (tmp_path / "ray/manifest.json").read_bytes() == (
@@ -458,16 +459,20 @@ def test_ray_writes_the_same_predictions(folder, tmp_path):
 def test_without_ray_the_extra_is_named(job, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[ray\]'"):
-        stream_pairs(job, tmp_path / "out", engine="ray")
+        stream_pairs(job, tmp_path / "out", cluster=Cluster())
     with pytest.raises(ValueError, match="workers is 0"):
-        stream_pairs(job, tmp_path / "out", engine="ray", workers=0)
+        stream_pairs(job, tmp_path / "out", cluster=Cluster(workers=0))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
-        stream_pairs(job, tmp_path / "out", engine="ray")
+        stream_pairs(job, tmp_path / "out", cluster=Cluster())
 
 
 def test_measurements_are_rows(tmp_path):
-    rows = measure("meter-tiny", [REDUCER], 2, 6, rows=1, plain_pairs=5, batch_size=4, runs=1)
+    rows = bench_pairs(
+        PairsBenchSettings(
+            "meter-tiny", [REDUCER], 2, 6, rows=1, plain_pairs=5, batch_size=4, runs=1
+        )
+    )
     assert all(tuple(row) == COLUMNS for row in rows)
     assert [(bool(row["reducer"]), row["way"]) for row in rows] == [
         (False, "plain"),
@@ -479,4 +484,4 @@ def test_measurements_are_rows(tmp_path):
     assert max(row["difference"] for row in rows) < 1e-4
     assert rows[0]["x_plain"] == rows[0]["x_unreduced"] == rows[2]["x_plain"] == 1
     with pytest.raises(ValueError, match="no model to measure"):
-        measure("bert", [])
+        bench_pairs(PairsBenchSettings("bert", []))

@@ -25,7 +25,7 @@ from pumer.lab.evaluate import answer, constant_accuracy, evaluate, model_inputs
 from pumer.lab.scenes.other_tasks import ScenesVE
 from pumer.lab.scenes.questions import ANSWERS
 from pumer.lab.scenes.tasks import Scenes
-from pumer.lab.study.measure import cost, read_subject, score
+from pumer.lab.study.evaluation import cost, load_eval_model, score
 from pumer.lab.tasks import VQAv2
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.inputs import Inputs
@@ -38,12 +38,13 @@ from pumer.lab.tasks.prompts import (
     image_tokens,
 )
 from pumer.lab.tasks.vqa_answers import normalize, vqa_score
+from pumer.lab.train.generative_trainer import answered
 from pumer.lab.train.grounding import Grounded
 from pumer.lab.train.model import ModelSettings, prepare
 from pumer.lab.train.optimizer import OptimizerSettings
-from pumer.lab.train.run import DistillSettings, GroundingSettings, train
-from pumer.lab.train.writing import answered
-from pumer.lab.tune.examples import Pool
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import DistillSettings, GroundingSettings, TrainSettings
+from pumer.lab.tune.examples import ExamplePool
 from pumer.models.llava import IMAGE, writing_tokenizer
 from pumer.reducers import FastV
 
@@ -106,12 +107,14 @@ def settings(vilt):
 def base(settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("base")
     train(
-        str(out),
-        TASK | {"patch_size": 8},
-        settings,
-        image=IMAGES,
-        grounding=GroundingSettings(1.0, 2),
-        trainer=STEPS | {"max_steps": 8},
+        TrainSettings(
+            str(out),
+            TASK | {"patch_size": 8},
+            settings,
+            image=IMAGES,
+            grounding=GroundingSettings(1.0, 2),
+            trainer=STEPS | {"max_steps": 8},
+        )
     )
     return out / "model"
 
@@ -430,7 +433,7 @@ def test_vqav2_by_the_command(base, capsys, tmp_path):
 
 def test_study_and_tuning_take_models_that_write(base):
     whole, one = (
-        read_subject(str(base), TASK, reducer) for reducer in ({"reducer": "none"}, REDUCER)
+        load_eval_model(str(base), TASK, reducer) for reducer in ({"reducer": "none"}, REDUCER)
     )
     examples = whole.collator.task.examples("test")[:8]
     assert {"accuracy", "accuracy_low", "scores"} <= set(score(one, examples, 4))
@@ -441,18 +444,20 @@ def test_study_and_tuning_take_models_that_write(base):
     questions = [len(whole.collator.prompt(example.text, example.id)) - 16 for example in examples]
     assert (text, image) == (pytest.approx(sum(questions) / 8, abs=0.01), 16)
     assert json.loads(spent["tokens"])[-1][1] < 16
-    pool = Pool(whole.collator.task.examples("test"), whole.collator, 4, 16)
+    pool = ExamplePool(whole.collator.task.examples("test"), whole.collator, 4, 16)
     assert [len(scores) for scores in pool.scores(one.model, range(3))] == [4, 4, 4]
 
 
 def test_training_goes_on_with_reducer_and_teacher(base, tmp_path):
     metrics = train(
-        str(tmp_path / "out"),
-        TASK,
-        ModelSettings(path=str(base), max_length=24),
-        reducer=REDUCER,
-        distill=DistillSettings(teacher=str(base), weight=2.0),
-        trainer=STEPS,
+        TrainSettings(
+            str(tmp_path / "out"),
+            TASK,
+            ModelSettings(path=str(base), max_length=24),
+            reducer=REDUCER,
+            distill=DistillSettings(teacher=str(base), weight=2.0),
+            trainer=STEPS,
+        )
     )
     assert 0 <= metrics["eval_accuracy"] <= 100
     model = load(tmp_path / "out/model")
@@ -465,7 +470,11 @@ def test_training_goes_on_with_reducer_and_teacher(base, tmp_path):
 
 def test_the_loss_falls(settings, tmp_path):
     steps = STEPS | {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
-    train(str(tmp_path / "out"), TASK, settings, image=IMAGES, eval_split=None, trainer=steps)
+    train(
+        TrainSettings(
+            str(tmp_path / "out"), TASK, settings, image=IMAGES, eval_split=None, trainer=steps
+        )
+    )
     losses = [
         row["task_loss"]
         for row in json.loads((tmp_path / "out/log.json").read_text())
@@ -486,12 +495,14 @@ def test_accumulated_batches_teach_as_one(vilt, tmp_path):
         more |= {"optim": "sgd", "max_grad_norm": 0.0}
         task = TASK | {"questions": 8}
         train(
-            str(tmp_path / name),
-            task,
-            ModelSettings(path=vilt),
-            image=IMAGES,
-            eval_split=None,
-            trainer=STEPS | more,
+            TrainSettings(
+                str(tmp_path / name),
+                task,
+                ModelSettings(path=vilt),
+                image=IMAGES,
+                eval_split=None,
+                trainer=STEPS | more,
+            )
         )
         return load(tmp_path / name / "model").state_dict()
 
@@ -557,20 +568,24 @@ def test_starts_that_do_not_fit(settings, changes, message):
 def test_settings_that_do_not_fit(settings, base, tmp_path):
     with pytest.raises(ValueError, match="scenes-ve is no task"):
         train(
-            str(tmp_path),
-            {"name": "scenes-ve", "image_size": 32},
-            settings,
-            image=IMAGES,
-            trainer=STEPS,
+            TrainSettings(
+                str(tmp_path),
+                {"name": "scenes-ve", "image_size": 32},
+                settings,
+                image=IMAGES,
+                trainer=STEPS,
+            )
         )
-    with pytest.raises(ValueError, match="knows no LlavaForConditionalGeneration"):
+    with pytest.raises(ValueError, match="does not support LlavaForConditionalGeneration"):
         train(
-            str(tmp_path),
-            TASK,
-            settings,
-            image=IMAGES,
-            optimizer=OptimizerSettings(),
-            trainer=STEPS,
+            TrainSettings(
+                str(tmp_path),
+                TASK,
+                settings,
+                image=IMAGES,
+                optimizer=OptimizerSettings(),
+                trainer=STEPS,
+            )
         )
     with pytest.raises(ValueError, match="is trained on as it is"):
         prepare(ModelSettings(path=str(base), config={"image_seq_length": 3}), TASK)

@@ -15,7 +15,7 @@ from pumer.lab import tasks
 from pumer.lab.data.images import Square
 from pumer.lab.data.text import TextTransform, train_tokenizer
 from pumer.lab.tasks import Collator, Retrieval
-from pumer.lab.tasks.retrieval import _Captions, _Photo, recalls, recalls_in_folds, write_rankings
+from pumer.lab.tasks.retrieval import _Captions, _Photo, recalls, recalls_in_folds
 
 FIXTURES = Path(__file__).parents[2] / "data" / "fixtures"
 FLICKR, COCO = FIXTURES / "flickr30k", FIXTURES / "coco"
@@ -362,20 +362,3 @@ def test_ranking_a_few_captions(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert rows[0] == {"imgid": 0, "caption": examples[0].text}
     assert rows[1] == {"imgid": 1, "caption": examples[1].negatives[1]}
-
-
-def test_rankings_of_a_pool(tmp_path):
-    pool = Retrieval(COCO, dataset="coco").pool("test")
-    scores = np.zeros((3, 18))
-    scores[1, 7] = 1
-    scores[2, 0] = 1
-    write_rankings(tmp_path / "r.jsonl", scores, pool, top=2)
-    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert rows[:3] == [
-        {"imgid": 0, "sentids": [0, 1]},
-        {"imgid": 1, "sentids": [7, 0]},
-        {"imgid": 2, "sentids": [0, 1]},
-    ]
-    assert rows[3] == {"sentid": 0, "imgids": [2, 0]}
-    assert rows[10] == {"sentid": 7, "imgids": [1, 0]}
-    assert len(rows) == 3 + 18

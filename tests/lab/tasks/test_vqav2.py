@@ -27,7 +27,7 @@ from pumer.lab.tasks.vqa_answers import (
     vocabulary_of,
     vqa_score,
 )
-from pumer.lab.tasks.vqav2 import read_vocabulary
+from pumer.lab.tasks.vqav2 import read_answers
 
 FIXTURE = Path(__file__).parents[2] / "data" / "fixtures" / "vqav2"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -163,7 +163,7 @@ def test_vocabulary_orders_and_threshold():
 
 
 def test_vocabulary_of_files():
-    assert read_vocabulary(FIXTURE, ["val2014"], 1, "first") == (
+    assert build_vocabulary(read_answers(FIXTURE, ["val2014"]), 1, "first") == (
         "2",
         "red",
         "no",
@@ -172,9 +172,9 @@ def test_vocabulary_of_files():
         "4",
         "windows",
     )
-    assert read_vocabulary(FIXTURE, ["val2014"], 2) == ("no",)
+    assert build_vocabulary(read_answers(FIXTURE, ["val2014"]), 2) == ("no",)
     with pytest.raises(ValueError, match=r"train2014_annotations\.json does not exist"):
-        read_vocabulary(FIXTURE)
+        read_answers(FIXTURE, ["train2014"])
 
 
 def test_vocabulary_of_a_model():
@@ -395,7 +395,7 @@ def test_names_of_ok_vqa_and_of_coco_2017(root):
         path.rename(path.with_name(path.name.removeprefix("COCO_val2014_")))
     examples = VQAv2(root).examples("val2014")
     assert examples[0].images[0] == root / "val2017" / "000000000001.png"
-    assert read_vocabulary(root, ["val2014"], 2) == ("no",)
+    assert build_vocabulary(read_answers(root, ["val2014"]), 2) == ("no",)
 
 
 def test_questions_that_name_their_images(root):
@@ -418,7 +418,7 @@ def test_missing_images_are_counted(root):
     for path in (root / "val2014").iterdir():
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"3 of 3 images \(COCO_val2014_0{11}1, .*set images to where they are"
+        ValueError, match=r"3 of 3 images \(COCO_val2014_0{11}1, .*set images to their folder"
     ):
         VQAv2(root).examples("val2014")
 

@@ -1,5 +1,5 @@
-"""Every shipped recipe: read as the command line reads it, made of names and settings that
-exist."""
+"""Every recipe, shipped or of the benchmarks: read as the command line reads it, made of names and
+settings that exist."""
 
 import json
 from dataclasses import fields
@@ -20,20 +20,22 @@ from pumer.lab.data.transforms import build_transform
 from pumer.lab.tasks import get
 from pumer.lab.train.model import ModelSettings
 from pumer.lab.train.optimizer import OptimizerSettings
-from pumer.lab.train.run import train
+from pumer.lab.train.settings import TrainSettings
 from pumer.presets import PRESETS, read_reducer
 
-FOLDER = Path(pumer.lab.train.__file__).parent / "recipes"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SHIPPED = Path(pumer.lab.train.__file__).parent / "recipes"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks" / "recipes"
+FILES = {path.stem: path for folder in (SHIPPED, BENCHMARKS) for path in folder.glob("*.yaml")}
+RECIPES = sorted(FILES)
 PUBLISHED = [name for name in RECIPES if name.startswith("published-")]
 
 
 def read(name, *more):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_function_arguments(train, as_positional=False)
+    parser.add_class_arguments(TrainSettings, as_positional=False)
     return parser.instantiate(
-        parser.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--output", "out", *more])
+        parser.parse_args(["--config", str(FILES[name]), "--output", "out", *more])
     )
 
 
@@ -52,14 +54,15 @@ def test_a_recipe_is_made_of_what_there_is(name, tmp_path):
     build_transform(settings.image)
     arguments = TrainingArguments(str(tmp_path), **settings.trainer | {"bf16": False})
     assert arguments.num_train_epochs >= 1
-    first = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    first = yaml.safe_load(FILES[name].read_text())
     assert set(first) <= {"output", *vars(settings)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_commands_in_a_recipe_name_it_and_what_it_starts_from(name):
-    text = (FOLDER / f"{name}.yaml").read_text()
-    assert f"--config {name} " in text
+    text = FILES[name].read_text()
+    shipped = FILES[name].parent == SHIPPED
+    assert f"--config {name if shipped else f'benchmarks/recipes/{name}.yaml'} " in text
     path = read(name).model.path
     if path and path.startswith("runs/"):
         assert path.split("/")[1] in RECIPES
@@ -113,11 +116,7 @@ def test_published_settings(name, tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_second_step_of_a_published_recipe_adds_reducer_and_teacher(name):
-    steps = [
-        line
-        for line in (FOLDER / f"{name}.yaml").read_text().splitlines()
-        if line.startswith("#   --")
-    ]
+    steps = [line for line in FILES[name].read_text().splitlines() if line.startswith("#   --")]
     settings = read(name, *" ".join(steps).replace("#", "").split())
     assert settings.distill.teacher == f"runs/{name.removeprefix('published-')}/model"
     assert settings.distill.weight == (3129 if "vqav2" in name else 1)

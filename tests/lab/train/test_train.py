@@ -28,8 +28,14 @@ from pumer.lab.train.losses import distillation_loss, grounding_loss, matching_l
 from pumer.lab.train.model import prepare
 from pumer.lab.train.optimizer import OptimizerSettings, group_of, parameter_groups, published_names
 from pumer.lab.train.precision import in_bfloat16
-from pumer.lab.train.run import DistillSettings, GroundingSettings, ModelSettings, train
-from pumer.lab.train.trainer import TaskTrainer
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import (
+    DistillSettings,
+    GroundingSettings,
+    ModelSettings,
+    TrainSettings,
+)
+from pumer.lab.train.trainer import Distillation, TaskTrainer
 from pumer.models.vilt import published
 from pumer.models.vilt.resize import resize_patches
 
@@ -68,12 +74,14 @@ def tokenizer(tmp_path_factory):
 def base(tokenizer, tmp_path_factory):
     out = tmp_path_factory.mktemp("base")
     train(
-        str(out),
-        TASK | {"patch_size": 8},
-        ModelSettings(tokenizer=tokenizer, config=TINY, max_length=24),
-        image=IMAGE,
-        grounding=GroundingSettings(1.0, 2),
-        trainer=STEPS,
+        TrainSettings(
+            str(out),
+            TASK | {"patch_size": 8},
+            ModelSettings(tokenizer=tokenizer, config=TINY, max_length=24),
+            image=IMAGE,
+            grounding=GroundingSettings(1.0, 2),
+            trainer=STEPS,
+        )
     )
     return out
 
@@ -135,23 +143,27 @@ def test_curves_are_written_for_tensorboard(tokenizer, tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra train")
     settings = ModelSettings(tokenizer=tokenizer, config=TINY, max_length=24)
     train(
-        str(tmp_path),
-        TASK | {"patch_size": 8},
-        settings,
-        image=IMAGE,
-        trainer=STEPS | {"report_to": "tensorboard"},
+        TrainSettings(
+            str(tmp_path),
+            TASK | {"patch_size": 8},
+            settings,
+            image=IMAGE,
+            trainer=STEPS | {"report_to": "tensorboard"},
+        )
     )
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
 def test_reducer_and_teacher_train_and_are_saved(base, tmp_path):
     metrics = train(
-        str(tmp_path / "pumer"),
-        TASK,
-        ModelSettings(path=str(base / "model")),
-        reducer=REDUCER,
-        distill=DistillSettings(teacher=str(base / "model"), weight=2.0),
-        trainer=STEPS,
+        TrainSettings(
+            str(tmp_path / "pumer"),
+            TASK,
+            ModelSettings(path=str(base / "model")),
+            reducer=REDUCER,
+            distill=DistillSettings(teacher=str(base / "model"), weight=2.0),
+            trainer=STEPS,
+        )
     )
     model = load(tmp_path / "pumer/model")
     assert pumer.active(model).reducer == pumer.PuMer(0.2, 0.3, 0.2, (0, 1))
@@ -167,14 +179,16 @@ def test_a_teacher_asked_once_teaches_what_it_does_in_every_step(base, tmp_path,
 
     def run(out, cache=None, **more):
         train(
-            str(tmp_path / out),
-            TASK,
-            ModelSettings(path=model),
-            reducer=REDUCER,
-            distill=DistillSettings(model, weight=5.0, cache=cache),
-            eval_split=None,
-            trainer=STEPS | {"num_train_epochs": 2, "max_steps": -1},
-            **more,
+            TrainSettings(
+                str(tmp_path / out),
+                TASK,
+                ModelSettings(path=model),
+                reducer=REDUCER,
+                distill=DistillSettings(model, weight=5.0, cache=cache),
+                eval_split=None,
+                trainer=STEPS | {"num_train_epochs": 2, "max_steps": -1},
+                **more,
+            )
         )
         return load(tmp_path / out / "model").state_dict()
 
@@ -200,7 +214,7 @@ def test_a_teacher_asked_once_teaches_what_it_does_in_every_step(base, tmp_path,
     run("blind", cache, blind="text")
     assert len(asked) == 1
     assert len(list((tmp_path / "teacher").iterdir())) == 2
-    with pytest.raises(ValueError, match=r"augment changes the pictures.*leave distill.cache out"):
+    with pytest.raises(ValueError, match=r"augment changes the images.*leave distill.cache out"):
         run("augmented", cache, augment=RandAugment())
 
 
@@ -212,13 +226,15 @@ def test_a_teacher_is_asked_of_all_examples_however_they_are_trained(base, tmp_p
         "prediction_loss_only": True,
     }
     train(
-        str(tmp_path / "out"),
-        TASK | {"questions": 30},
-        ModelSettings(path=str(base / "model")),
-        distill=DistillSettings(str(base / "model"), cache=str(tmp_path / "teacher")),
-        trainer=STEPS
-        | settings
-        | {"per_device_train_batch_size": 7, "per_device_eval_batch_size": 7},
+        TrainSettings(
+            str(tmp_path / "out"),
+            TASK | {"questions": 30},
+            ModelSettings(path=str(base / "model")),
+            distill=DistillSettings(str(base / "model"), cache=str(tmp_path / "teacher")),
+            trainer=STEPS
+            | settings
+            | {"per_device_train_batch_size": 7, "per_device_eval_batch_size": 7},
+        )
     )
     (file,) = (tmp_path / "teacher").iterdir()
     assert len(load_file(file)["logits"]) == len(
@@ -235,11 +251,13 @@ def test_a_teacher_has_the_answers_of_the_student(base, tmp_path):
     model = ModelSettings(path=str(base / "model"))
     with pytest.raises(ValueError, match="28 answers, the student 28, others: distil from a model"):
         train(
-            str(tmp_path / "x"),
-            TASK,
-            model,
-            distill=DistillSettings(str(tmp_path / "other")),
-            trainer=STEPS,
+            TrainSettings(
+                str(tmp_path / "x"),
+                TASK,
+                model,
+                distill=DistillSettings(str(tmp_path / "other")),
+                trainer=STEPS,
+            )
         )
     assert not (tmp_path / "x").exists()
 
@@ -261,15 +279,18 @@ def test_a_models_fingerprint_is_of_its_weights(tmp_path):
 def test_a_resumed_run_ends_where_an_unbroken_one_does(base, tmp_path):
     def run(out, steps, resume=False):
         train(
-            str(tmp_path / out),
-            TASK,
-            ModelSettings(path=str(base / "model")),
-            reducer=REDUCER,
-            augment=RandAugment(),
-            optimizer=OptimizerSettings(head_lr_multiplier=10),
-            eval_split=None,
-            resume=resume,
-            trainer=STEPS | {"max_steps": steps, "save_steps": 3, "lr_scheduler_type": "constant"},
+            TrainSettings(
+                str(tmp_path / out),
+                TASK,
+                ModelSettings(path=str(base / "model")),
+                reducer=REDUCER,
+                augment=RandAugment(),
+                optimizer=OptimizerSettings(head_lr_multiplier=10),
+                eval_split=None,
+                resume=resume,
+                trainer=STEPS
+                | {"max_steps": steps, "save_steps": 3, "lr_scheduler_type": "constant"},
+            )
         )
         return load(tmp_path / out / "model").state_dict()
 
@@ -289,34 +310,48 @@ def test_a_folder_that_another_process_trains_in(base, tmp_path, monkeypatch):
         locked(tmp_path / "out"),
         pytest.raises(ValueError, match=r"another process works in .*out"),
     ):
-        train(str(tmp_path / "out"), TASK, ModelSettings(path=str(base / "model")), trainer=STEPS)
+        train(
+            TrainSettings(
+                str(tmp_path / "out"), TASK, ModelSettings(path=str(base / "model")), trainer=STEPS
+            )
+        )
 
 
 def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tokenizer):
     model = ModelSettings(path=str(base / "model"))
     with pytest.raises(ValueError, match="not empty"):
-        train(str(base), TASK, model, trainer=STEPS)
+        train(TrainSettings(str(base), TASK, model, trainer=STEPS))
     with pytest.raises(ValueError, match="a new model needs"):
-        train(str(tmp_path / "x"), TASK, ModelSettings(config=TINY), image=IMAGE)
+        train(TrainSettings(str(tmp_path / "x"), TASK, ModelSettings(config=TINY), image=IMAGE))
     with pytest.raises(ValueError, match="without a reducer"):
         train(
-            str(tmp_path / "x"), TASK, model, reducer=REDUCER, grounding=GroundingSettings(1.0, 2)
+            TrainSettings(
+                str(tmp_path / "x"),
+                TASK,
+                model,
+                reducer=REDUCER,
+                grounding=GroundingSettings(1.0, 2),
+            )
         )
-    with pytest.raises(ValueError, match="without augment"):
+    with pytest.raises(ValueError, match="`augment` and `grounding` cannot be combined"):
         train(
-            str(tmp_path / "x"),
-            TASK,
-            model,
-            augment=RandAugment(),
-            grounding=GroundingSettings(1.0, 2),
+            TrainSettings(
+                str(tmp_path / "x"),
+                TASK,
+                model,
+                augment=RandAugment(),
+                grounding=GroundingSettings(1.0, 2),
+            )
         )
-    with pytest.raises(ValueError, match="leave one of the two out"):
+    with pytest.raises(ValueError, match="`optimizer` and `grounding` cannot be combined"):
         train(
-            str(tmp_path / "x"),
-            TASK,
-            model,
-            optimizer=OptimizerSettings(),
-            grounding=GroundingSettings(1.0, 2),
+            TrainSettings(
+                str(tmp_path / "x"),
+                TASK,
+                model,
+                optimizer=OptimizerSettings(),
+                grounding=GroundingSettings(1.0, 2),
+            )
         )
     for trainer, message in (
         ({"nothing": 1}, "trainer has no setting nothing"),
@@ -328,25 +363,31 @@ def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tok
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            train(str(tmp_path / "x"), TASK, model, augment=RandAugment(), trainer=STEPS | trainer)
+            train(
+                TrainSettings(
+                    str(tmp_path / "x"), TASK, model, augment=RandAugment(), trainer=STEPS | trainer
+                )
+            )
     trims = {"reducer": "smarttrim", "layers": [1]}
     with pytest.raises(
-        ValueError, match=r"is its own teacher.*leave trainer.gradient_checkpointing out"
+        ValueError, match=r"distils from itself.*leave trainer.gradient_checkpointing out"
     ):
         train(
-            str(tmp_path / "x"),
-            TASK,
-            model,
-            reducer=trims,
-            trainer=STEPS | {"gradient_checkpointing": True},
+            TrainSettings(
+                str(tmp_path / "x"),
+                TASK,
+                model,
+                reducer=trims,
+                trainer=STEPS | {"gradient_checkpointing": True},
+            )
         )
     (tmp_path / "done/model").mkdir(parents=True)
     with pytest.raises(ValueError, match="a finished model and no checkpoint"):
-        train(str(tmp_path / "done"), TASK, model, resume=True, trainer=STEPS)
+        train(TrainSettings(str(tmp_path / "done"), TASK, model, resume=True, trainer=STEPS))
     with pytest.raises(ValueError, match="no task is named"):
-        train(str(tmp_path / "x"), {"name": "nothing"}, model)
-    with pytest.raises(ValueError, match="no model folder"):
-        train(str(tmp_path / "x"), TASK, ModelSettings(path=str(tmp_path / "none")))
+        train(TrainSettings(str(tmp_path / "x"), {"name": "nothing"}, model))
+    with pytest.raises(ValueError, match="not a model folder"):
+        train(TrainSettings(str(tmp_path / "x"), TASK, ModelSettings(path=str(tmp_path / "none"))))
     assert not (tmp_path / "x").exists()
 
 
@@ -398,11 +439,13 @@ def test_training_tells_the_examples_their_epoch_and_evaluation_shows_them_as_th
     task = TASK | {"questions": 4}
     settings = STEPS | {"max_steps": 3}
     train(
-        str(tmp_path / "x"),
-        task,
-        ModelSettings(path=str(base / "model")),
-        augment=RandAugment(),
-        trainer=settings,
+        TrainSettings(
+            str(tmp_path / "x"),
+            task,
+            ModelSettings(path=str(base / "model")),
+            augment=RandAugment(),
+            trainer=settings,
+        )
     )
     assert sorted(shown) == [(epoch, number) for epoch in range(3) for number in range(4)]
 
@@ -472,8 +515,7 @@ def test_texts_are_ranked_per_image(kind, tmp_path, monkeypatch):
         model,
         arguments,
         task=ScenesRetrieval(),
-        teacher=teacher,
-        distill_weight=2.0,
+        distillation=Distillation(teacher, weight=2.0),
         itm_weight=0.25,
     )
     batch = {**texts, **pictures, "texts_per_image": 3, "labels": own}
@@ -497,15 +539,17 @@ def test_retrieval_trains_with_reducer_and_teacher(base, tmp_path):
     model = ModelSettings(
         path=str(base / "model"), kind="ViltForImageAndTextRetrieval", max_length=24
     )
-    train(str(tmp_path / "base"), task, model, eval_split=None, trainer=STEPS)
+    train(TrainSettings(str(tmp_path / "base"), task, model, eval_split=None, trainer=STEPS))
     trained = str(tmp_path / "base/model")
     metrics = train(
-        str(tmp_path / "pumer"),
-        task,
-        ModelSettings(path=trained, max_length=24),
-        reducer=REDUCER,
-        distill=DistillSettings(trained),
-        trainer=STEPS,
+        TrainSettings(
+            str(tmp_path / "pumer"),
+            task,
+            ModelSettings(path=trained, max_length=24),
+            reducer=REDUCER,
+            distill=DistillSettings(trained),
+            trainer=STEPS,
+        )
     )
     right = metrics["eval_accuracy"] * 12 / 100
     assert right == pytest.approx(round(right), abs=1e-4)
@@ -557,22 +601,27 @@ METER = {
 
 def test_a_new_meter_trains_on_retrieval_in_published_groups(tokenizer, tmp_path):
     train(
-        str(tmp_path / "meter"),
-        {"name": "scenes-retrieval", "questions": 8, "negatives": 2, "image_size": 32},
-        ModelSettings(
-            kind="MeterForImageAndTextRetrieval", tokenizer=tokenizer, config=METER, max_length=24
-        ),
-        image=IMAGE,
-        reducer={
-            "reducer": "pumer",
-            "prune": 0.2,
-            "merge": 0.3,
-            "merge_text": 0.2,
-            "layers": [0, 1],
-        },
-        optimizer=OptimizerSettings(fusion_lr_multiplier=5),
-        eval_split=None,
-        trainer=STEPS | {"max_steps": 2, "save_steps": 2, "weight_decay": 0.01},
+        TrainSettings(
+            str(tmp_path / "meter"),
+            {"name": "scenes-retrieval", "questions": 8, "negatives": 2, "image_size": 32},
+            ModelSettings(
+                kind="MeterForImageAndTextRetrieval",
+                tokenizer=tokenizer,
+                config=METER,
+                max_length=24,
+            ),
+            image=IMAGE,
+            reducer={
+                "reducer": "pumer",
+                "prune": 0.2,
+                "merge": 0.3,
+                "merge_text": 0.2,
+                "layers": [0, 1],
+            },
+            optimizer=OptimizerSettings(fusion_lr_multiplier=5),
+            eval_split=None,
+            trainer=STEPS | {"max_steps": 2, "save_steps": 2, "weight_decay": 0.01},
+        )
     )
     log = json.loads((tmp_path / "meter/log.json").read_text())
     assert log[0]["loss"] == pytest.approx(log[0]["task_loss"] + log[0]["itm_loss"], abs=2e-4)
@@ -770,11 +819,13 @@ def test_a_training_says_that_it_leaves_bfloat16_out(base, tmp_path, monkeypatch
     monkeypatch.setattr(TaskTrainer, "train", lambda self, **_: used.append(self.args.bf16))
     steps = STEPS | {"bf16": True, "use_cpu": True}
     train(
-        str(tmp_path / "run"),
-        TASK,
-        ModelSettings(path=str(base / "model")),
-        eval_split=None,
-        trainer=steps,
+        TrainSettings(
+            str(tmp_path / "run"),
+            TASK,
+            ModelSettings(path=str(base / "model")),
+            eval_split=None,
+            trainer=steps,
+        )
     )
     assert used == [False]
     assert "training in float32" in caplog.text

@@ -25,7 +25,13 @@ from pumer.lab.tasks import VQAv2
 from pumer.lab.tasks.prompts import collator_for
 from pumer.lab.tasks.vqav2 import with_new_answers
 from pumer.lab.train import run as runs
-from pumer.lab.train.run import DistillSettings, EarlyStoppingSettings, ModelSettings, train
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import (
+    DistillSettings,
+    EarlyStoppingSettings,
+    ModelSettings,
+    TrainSettings,
+)
 from pumer.lab.train.teacher import TeachingCollator, teachers_collator
 from pumer.lab.train.watch import log_line
 
@@ -69,7 +75,12 @@ def model(tokenizer, tmp_path_factory):
 def go(out, model, **more):
     settings = {"eval_split": None, "trainer": STEPS} | more
     return train(
-        str(out), settings.pop("task", TASK), ModelSettings(path=model, max_length=24), **settings
+        TrainSettings(
+            str(out),
+            settings.pop("task", TASK),
+            ModelSettings(path=model, max_length=24),
+            **settings,
+        )
     )
 
 

@@ -11,7 +11,8 @@ from tiny import model as tiny_model
 import pumer
 from pumer.hub import load
 from pumer.lab.train.optimizer import OptimizerSettings, reducer_groups
-from pumer.lab.train.run import DistillSettings, ModelSettings, train
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import DistillSettings, ModelSettings, TrainSettings
 from pumer.reducers import DynamicViT, SmartTrim
 
 DYNAMIC = {"reducer": "dynamicvit", "keep": 0.6, "layers": [0, 1]}
@@ -20,12 +21,14 @@ SMART = {"reducer": "smarttrim", "target": 0.5, "layers": [0, 1, 2]}
 
 def run(base, out, reducer, start=None, **more):  # noqa: F811
     train(
-        str(out),
-        TASK,
-        ModelSettings(path=str(start or base / "model")),
-        reducer=reducer,
-        trainer=STEPS,
-        **more,
+        TrainSettings(
+            str(out),
+            TASK,
+            ModelSettings(path=str(start or base / "model")),
+            reducer=reducer,
+            trainer=STEPS,
+            **more,
+        )
     )
     return load(out / "model"), json.loads((out / "log.json").read_text())
 
@@ -86,7 +89,7 @@ def test_its_parts_learn_faster():
 
 
 def test_the_published_optimizer_has_no_place_for_them(base, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match="knows no learned reducer"):
+    with pytest.raises(ValueError, match="cannot be combined with a learned reducer"):
         run(base, tmp_path / "out", DYNAMIC, optimizer=OptimizerSettings())
     assert not (tmp_path / "out").exists()
 
@@ -97,6 +100,6 @@ def test_layers_that_are_run_again_have_to_let_gradients_through(base, tmp_path)
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     }
     start = ModelSettings(path=str(base / "model"))
-    with pytest.raises(ValueError, match="reentrant way has no gradient"):
-        train(str(tmp_path / "out"), TASK, start, reducer=DYNAMIC, trainer=again)
+    with pytest.raises(ValueError, match="reentrant gradient checkpointing loses"):
+        train(TrainSettings(str(tmp_path / "out"), TASK, start, reducer=DYNAMIC, trainer=again))
     assert not (tmp_path / "out").exists()

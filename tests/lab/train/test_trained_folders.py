@@ -15,7 +15,8 @@ import pumer
 from pumer.lab.data.text import load_tokenizer, save_tokenizer, train_tokenizer
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.inputs import load_inputs
-from pumer.lab.train.run import ModelSettings, train
+from pumer.lab.train.run import train
+from pumer.lab.train.settings import ModelSettings, TrainSettings
 from test_lmms_eval import GREEDY, INSTALLED, requests, stand_in
 
 # PEFT asks transformers by a name that it deprecates.
@@ -80,7 +81,7 @@ def folders(tmp_path_factory):
                 kind=kind, tokenizer=str(tokenizer), config=KINDS[kind], max_length=24
             )
             image = {"kind": "square", "size": 32}
-            train(str(out), TASK, model, image=image, eval_split=None, trainer=STEPS)
+            train(TrainSettings(str(out), TASK, model, image=image, eval_split=None, trainer=STEPS))
             written[kind] = out / "model"
         return written[kind]
 
@@ -117,7 +118,7 @@ def test_a_processor_of_a_decoder_and_of_an_adapters_base(tmp_path):
     for folder in (tmp_path / "base", tmp_path / "adapter"):
         batch = pumer.processor(folder)("w4 w5", noise(0))
         assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[0] == 1
-    with pytest.raises(ValueError, match=r"is no model folder\. It has no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a model folder\. It has no config\.json"):
         pumer.processor(tmp_path)
     with pytest.raises(ValueError, match="Did you mean 'scenes-vilt'"):
         pumer.processor("scenes-vlit")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
@@ -143,6 +143,7 @@ class DecoderHooks:
             options.get(decoder_attention.NORMALIZER),
         )
 
+    @timed("decoder")
     def _before_layer(
         self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
@@ -319,7 +320,8 @@ def _image_features(
             for value in inputs.values()
             if isinstance(value, Tensor) and value.is_floating_point()
         )
-        with torch.no_grad(), no_autocast(hooks.patch.reducer, device):
+        no_cast = no_autocast(hooks.patch.reducer, device)
+        with hooks.patch.timing("decoder"), torch.no_grad(), no_cast:
             images = spec.image_spans(trunk, output, captured)
         if captured.merged is not None:
             merged = captured.merged
@@ -359,7 +361,9 @@ def _placeholder_mask(
     image, others = hooks.spec.placeholder_mask(
         trunk, arguments.get("input_ids"), arguments["inputs_embeds"]
     )
-    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    with hooks.patch.timing("decoder"):
+        num_features = features.numel() // features.shape[-1]
+        prefill.begin_prefill(hooks.spec, trunk, state, image, num_features)
     return image[..., None] if others is None else (image[..., None], others[..., None])
 
 
@@ -378,7 +382,9 @@ def _inputs_merger(
         return merged
     image, _ = hooks.spec.placeholder_mask(trunk, input_ids, inputs_embeds)
     features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-    prefill.begin_prefill(hooks.spec, trunk, state, image, features.numel() // features.shape[-1])
+    with hooks.patch.timing("decoder"):
+        num_features = features.numel() // features.shape[-1]
+        prefill.begin_prefill(hooks.spec, trunk, state, image, num_features)
     return inputs_embeds.masked_scatter(image[..., None], features)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 
 
+@timed("decoder")
 def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
     """Bring the outputs to the prompt's length, and tell the cache what it holds."""
     if output.get("attentions") is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, ReductionStep
+from pumer.adapters.base import Patch, ReductionStep, timed
 from pumer.adapters.forward import max_length, no_autocast
 from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
@@ -97,6 +97,7 @@ def _first_sources(plan: Plan) -> Tensor:
     return first_BK.scatter_reduce(1, slot_BN, positions_BN, "amin")[:, :-1]
 
 
+@timed("encoder")
 def reduce(
     patch: Patch,
     layer: int,

@@ -1,13 +1,12 @@
-"""A latency model of this machine: the time of a forward from its lengths, fitted to a few forwards
-that were timed.
+"""A latency model of this machine: predicts the time of a forward from its lengths, fitted to a few
+timed forwards.
 
-Multiply-accumulates alone miss what a forward costs besides: starting its operators, reading and
-writing every token once more for norms and activations, the softmax, what a reducer reads and
-writes. Each of these is a term here, an amount of work that follows from the planned lengths, and
-the fit finds what one unit of it costs on this machine. No unit of work can cost less than nothing,
-so the fit is least squares with non-negative coefficients. It holds for batches of the size it was
-fitted to: twice the examples can take more than twice the time, where their states no longer fit a
-cache.
+Multiply-accumulates alone miss other costs of a forward: kernel launches, memory traffic of norms
+and activations, the softmax, and the reducer's own traffic. Each of these is a term, an amount of
+work that follows from the planned lengths, and the fit finds the time per unit. Least squares with
+non-negative coefficients, because no work takes negative time. The model is valid for the batch
+size it was fitted to: twice the examples can take more than twice the time once their states no
+longer fit a cache.
 """
 
 from __future__ import annotations
@@ -32,19 +31,17 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Seconds per unit of each term of `work`, for batches of one size; made by `calibrate`.
+    """Seconds per unit of each term of `work`, for one batch size; see `calibrate`.
 
     Args:
-        costs: seconds per unit, by term; terms that no calibration forward had do not appear.
+        costs: seconds per unit, by term; terms that occurred in no calibration forward are absent.
     """
 
     costs: Mapping[str, float]
 
     def seconds(self, planned: Report) -> float:
-        """Predicted seconds of one forward with these lengths.
-
-        Raises ValueError for a vision tower if none was in the calibration.
-        """
+        """Predicted seconds of a forward with these lengths; raises ValueError for terms that were
+        not calibrated."""
         done = work(planned)
         unknown = sorted(name for name, amount in done.items() if amount and name not in self.costs)
         if unknown:
@@ -55,11 +52,11 @@ class LatencyModel:
 
 
 def work(planned: Report) -> dict[str, float]:
-    """Amounts of work of one forward, by term, per example: multiply-accumulates, tokens, pairs
-    that attend, bytes.
+    """Amounts of work of a forward per example, by term: multiply-accumulates, tokens, attending
+    pairs, bytes.
 
     Args:
-        planned: lengths of the model with its reducer, and what that takes.
+        planned: lengths of the model with its reducer, and the reducer's cost.
     """
     forwards_per_example, parts = planned.forwards_per_example, planned.parts
     counts, tower = [sum(pair) for pair in planned.lengths], planned.tower[:-1]
@@ -78,11 +75,11 @@ def work(planned: Report) -> dict[str, float]:
 
 
 def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> LatencyModel:
-    """The non-negative costs that come closest to the measured times, by relative error.
+    """The non-negative costs closest to the measured times, by relative error.
 
     Args:
         amounts: `work` of every timed forward.
-        seconds: what each took.
+        seconds: their times.
     """
     from scipy.optimize import nnls  # of the extra tune: `pumer tune --help` works without it
 
@@ -97,8 +94,8 @@ def fit(amounts: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Lat
 
 
 def calibration_reducers(model: nn.Module) -> dict[str, Reducer]:
-    """Reducers whose forwards tell the terms apart: other lengths in other layers, with cheap and
-    costly reducers."""
+    """Reducers whose forwards separate the terms: different lengths in different layers, with cheap
+    and expensive reducers."""
     adapter = find(model)
     depth, tower = adapter.depth(model), adapter.tower_depth(model)
     early, middle, late, every = 0, depth // 3, 2 * depth // 3, tuple(range(depth - 1))
@@ -132,16 +129,16 @@ def measure(
     reducers: Mapping[str, Reducer],
     runs: int = 5,
 ) -> tuple[Seconds, dict[str, Report]]:
-    """Time a model unreduced and with each reducer; seconds and planned lengths of each, by name.
+    """Time a model unreduced and with each reducer; returns seconds and planned lengths by name.
 
-    Each takes turns with the unreduced model alone: how fast that is also depends on what ran
-    before it, as memory is left behind. The median share of the unreduced time, times its median
-    over all.
+    Each reducer alternates with the unreduced model alone, because the speed of a forward also
+    depends on the memory that the one before it left. Its time is the median share of the unreduced
+    time, times the median of the latter over all.
 
     Args:
-        model: a supported model that nothing reduces.
+        model: a supported, unpatched model.
         inputs: a batch.
-        reducers: to time, by name; the unreduced model goes under `bench.run.FUSED`.
+        reducers: to time, by name; the unreduced model is `bench.run.FUSED`.
         runs: timed rounds of each.
     """
     device = next(model.parameters()).device
@@ -165,8 +162,8 @@ def measure(
 
 
 def planned(net: nn.Module, ran: nn.Module) -> Report:
-    """Report of a model for texts and images as long as those of the last forward of `ran`, reduced
-    or not."""
+    """Report of a model for texts and images as long as in the last forward of `ran`, reduced or
+    not."""
     patch = active(ran)
     assert patch is not None
     assert patch.entry is not None
@@ -176,11 +173,10 @@ def planned(net: nn.Module, ran: nn.Module) -> Report:
 
 
 def calibrate(model: nn.Module, inputs: Mapping[str, Tensor], runs: int = 5) -> LatencyModel:
-    """Time a few forwards of a model and fit its latency model; on an idle machine a matter of
-    seconds.
+    """Time a few forwards of a model and fit its latency model; takes seconds on an idle machine.
 
     Args:
-        model: a supported model that nothing reduces, on its device.
+        model: a supported, unpatched model on its device.
         inputs: a batch as it will be used.
         runs: timed rounds of each.
     """

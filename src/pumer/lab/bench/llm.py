@@ -1,15 +1,14 @@
-"""Models that write an answer, stock and reduced side by side: prefill, further tokens, the whole,
-cache and memory.
+"""Generative models, stock and reduced: time of prefill, of further tokens and of the answer, cache
+and memory.
 
-Stock transformers runs fused attention here by itself, so there is no third kind of variant; what
-the adapter costs alone is seen with the reducer "none".
+Stock transformers already runs fused attention here, so there is no "fused" variant; the reducer
+"none" shows the adapter's own cost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,125 +19,99 @@ from pumer.adapters.decoder import kv_cache
 from pumer.api import active
 from pumer.costs.report import last_forward_macs
 from pumer.lab.bench import llm_models, records
-from pumer.lab.bench.llm_overhead import Shares, prefill_shares
 from pumer.lab.bench.llm_results import AnswerBench, AnswerRow
 from pumer.lab.bench.memory import peak_activations, weight_bytes
+from pumer.lab.bench.overhead import PrefillShares, prefill_shares
 from pumer.lab.bench.run import (
     STOCK,
-    Device,
-    Dtype,
-    ReducerSpec,
     name_reducers,
     twin,
     using_threads,
 )
+from pumer.lab.bench.settings import AnswerBenchSettings, resolve_device
 from pumer.lab.bench.timing import Timing, alternate, wait
-
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+from pumer.lab.progress import Progress, no_progress
 
 
 def bench_llm(
-    model: str = "llava-1.5-7b-shape",
-    reducers: Sequence[ReducerSpec] | None = None,
-    layers: int | None = 4,
-    tower_layers: int | None = 4,
-    batch: int = 1,
-    text: int = 64,
-    new_tokens: int = 16,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    attention: Attention = "sdpa",
-    threads: int | None = None,
-    runs: int = 5,
+    settings: AnswerBenchSettings,
+    *,
     warmup: int = 1,
     memory: bool = True,
     overhead: bool = True,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> AnswerBench:
     """Measure a stock vision-language model and each reducer: times of an answer, cache, memory,
     overhead.
 
     Args:
-        model: a name in `bench.llm_models.SHAPES`.
-        reducers: reducers' names, `{"reducer": name, setting: value}`, or reducers; if not given
-            one before the language model, one early in it and PuMer.
-        layers: of the language model, 2 or more; the true number if None.
-        tower_layers: of the vision tower, 2 or more; the true number if None.
-        batch: prompts at a time, each with one picture.
-        text: text tokens of a prompt.
-        new_tokens: of the answer, decoded greedily.
-        device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
-        attention: kernel of the language model and of the vision tower.
-        threads: CPU threads; torch's own choice if not given.
-        runs: timed answers of each variant.
-        warmup: answers before those, at least one.
-        memory: measure peak activation memory, in a prefill of its own.
-        overhead: measure what vision tower and choosing cost, in prefills of their own.
-        progress: called after every round of answers.
+        settings: what to measure, where, and how often.
+        warmup: untimed answers of each variant, at least one.
+        memory: measure peak activation memory, in a separate prefill.
+        overhead: measure the cost of vision tower and selection, in separate prefills.
+        progress: called with 1 after every round of answers.
 
     Returns:
-        The rows; where this machine lacks the device asked for, rows that say "not measured".
+        The rows; without the requested device, rows that say "not measured".
 
     Raises:
         ValueError: for unknown names and settings that do not fit.
     """
-    if new_tokens < 1:
-        raise ValueError(f"an answer has 1 token or more, not {new_tokens}")
-    config = llm_models.configure(model, layers, tower_layers)
-    named = name_reducers(llm_models.default_reducers(config) if reducers is None else reducers)
-    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = {
-        "model": model,
-        "layers": layers or "all",
-        "tower_layers": tower_layers or "all",
-        "batch": batch,
-        "text": text,
-        "new_tokens": new_tokens,
-        "device": resolved_device,
-        "dtype": dtype,
-        "attention": attention,
-        "runs": runs,
-    }
-    with using_threads(threads):
-        if resolved_device == "cuda" and not torch.cuda.is_available():
+    if settings.new_tokens < 1:
+        raise ValueError(f"an answer has 1 token or more, not {settings.new_tokens}")
+    config = llm_models.configure(settings.model, settings.layers, settings.tower_layers)
+    named = name_reducers(llm_models.default_reducers(config), settings.reducers)
+    device, is_there = resolve_device(settings.device)
+    columns = _columns(settings, device)
+    with using_threads(settings.threads):
+        if not is_there:
             missing = (
                 AnswerRow(name, note="not measured, no CUDA device") for name in (STOCK, *named)
             )
-            result = AnswerBench(settings, records.environment(), tuple(missing))
-        else:
-            net = llm_models.build(config, resolved_device, getattr(torch, dtype), attention)
-            data = llm_models.inputs(net, batch, text)
-            nets = {STOCK: net, **{name: twin(net, reducer) for name, reducer in named.items()}}
-            answers = {
-                name: Answer(variant, data, new_tokens, resolved_device)
-                for name, variant in nets.items()
-            }
-            wholes = alternate(answers, runs, max(warmup, 1), resolved_device, progress)
-            watched = answers if memory else {}
-            peaks = {
-                name: peak_activations(answer.prefill, resolved_device)
-                for name, answer in watched.items()
-            }
-            shares = {
-                name: prefill_shares(nets[name], answers[name].prefill, resolved_device)
-                for name in (named if overhead else ())
-            }
-            rows = _rows(nets, answers, wholes, peaks, shares)
-            result = AnswerBench(
-                settings, records.environment(resolved_device), rows, weight_bytes(net)
-            )
-    return result
+            return AnswerBench(columns, records.environment(), tuple(missing))
+        dtype = getattr(torch, settings.dtype)
+        net = llm_models.build(config, device, dtype, settings.attention)
+        data = llm_models.inputs(net, settings.batch, settings.text)
+        nets = {STOCK: net, **{name: twin(net, reducer) for name, reducer in named.items()}}
+        answers = {
+            name: Answer(variant, data, settings.new_tokens, device)
+            for name, variant in nets.items()
+        }
+        answer_times = alternate(answers, settings.runs, max(warmup, 1), device, progress)
+        watched = answers if memory else {}
+        peaks = {name: peak_activations(answer.prefill, device) for name, answer in watched.items()}
+        shares = {
+            name: prefill_shares(nets[name], answers[name].prefill, device)
+            for name in (named if overhead else ())
+        }
+        rows = _rows(nets, answers, answer_times, peaks, shares)
+        return AnswerBench(columns, records.environment(device), rows, weight_bytes(net))
+
+
+def _columns(settings: AnswerBenchSettings, device: str) -> dict[str, Any]:
+    """The settings as the rows have them."""
+    return {
+        "model": settings.model,
+        "layers": settings.layers or "all",
+        "tower_layers": settings.tower_layers or "all",
+        "batch": settings.batch,
+        "text": settings.text,
+        "new_tokens": settings.new_tokens,
+        "device": device,
+        "dtype": settings.dtype,
+        "attention": settings.attention,
+        "runs": settings.runs,
+    }
 
 
 class Answer:
-    """A prompt's answer of a fixed length, decoded greedily, as a call without arguments.
+    """Greedy decoding of a fixed number of tokens, as a call without arguments.
 
     Args:
         net: the model.
         data: prompts of one length.
-        tokens: of the answer.
-        device: where the model computes.
+        tokens: number of tokens of the answer.
+        device: of the model.
     """
 
     def __init__(self, net: nn.Module, data: dict[str, Tensor], tokens: int, device: str) -> None:
@@ -171,8 +144,7 @@ class Answer:
 
     @torch.inference_mode()
     def prefill(self) -> Any:
-        """The model's output for the prompts, with the logits of the first token of the answer
-        alone."""
+        """The model's output for the prompts, with logits of the first answer token only."""
         return self.net(**self.data, use_cache=True, logits_to_keep=1)
 
 
@@ -181,7 +153,7 @@ def _rows(
     answers: dict[str, Answer],
     wholes: dict[str, Timing],
     peaks: dict[str, int],
-    shares: dict[str, Shares],
+    shares: dict[str, PrefillShares],
 ) -> tuple[AnswerRow, ...]:
     first = {
         name: Timing(tuple(answers[name].prefills[-len(total.seconds) :]))
@@ -223,17 +195,16 @@ def _rows(
 
 
 def _further(total: Timing, first: Timing, tokens: int) -> Timing:
-    """Seconds of each of so many tokens after the first."""
+    """Seconds of each of the tokens after the first."""
     pairs = zip(total.seconds, first.seconds, strict=True)
     return Timing(tuple((seconds - before) / tokens for seconds, before in pairs))
 
 
 def forward_costs(net: nn.Module, data: dict[str, Tensor]) -> tuple[int, int]:
-    """Multiply-accumulates of a prompt, and bytes of keys and values that the batch has to leave,
-    of the last forward.
+    """Multiply-accumulates of a prompt, and bytes of keys and values of the batch, in the last
+    forward.
 
-    Unlike in `pumer.report`, the tokens that a family puts between the parts of a picture are
-    counted.
+    Unlike `pumer.report` this includes the tokens that a family puts between parts of an image.
     """
     adapter, patch, config = find(net), active(net), config_of(net)
     ids = data["input_ids"]

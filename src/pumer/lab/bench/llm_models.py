@@ -1,5 +1,5 @@
-"""Vision-language models with a decoder to measure: true in architecture and width, random in
-weights, cut in depth."""
+"""Vision-language models for benchmarks: true architecture and width, random weights, fewer
+layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pumer._suggest import did_you_mean
 from pumer.adapters import find
 
 CROPS = 5
-"""Crops of a picture in families that cut it up, the small one of the whole included."""
+"""Crops of an image in families that cut it up, the small one of the whole included."""
 _LLAMA = {
     "vocab_size": 32064,
     "hidden_size": 4096,
@@ -73,7 +73,7 @@ def _qwen(layers: int = 28, tower_layers: int = 32) -> Qwen2_5_VLConfig:
         "out_hidden_size": 3584,
         "intermediate_size": 3420,
         "num_heads": 16,
-        # Every eighth block sees the whole picture, the others windows of it.
+        # Every eighth block sees the whole image, the others windows of it.
         "fullatt_block_indexes": list(range(7, tower_layers, 8)) or [tower_layers - 1],
     }
     text = _QWEN | {"vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope}
@@ -117,12 +117,11 @@ def configure(
 
     Args:
         name: of the shape.
-        layers: of the language model; the true number if not given.
-        tower_layers: of the vision tower; the true number if not given.
+        layers: of the language model; all if not given.
+        tower_layers: of the vision tower; all if not given.
 
     Raises:
-        ValueError: for unknown names, listing those there are, and depths that leave nothing to
-            reduce.
+        ValueError: for unknown names, listing the known ones, and for too few layers.
     """
     if name not in SHAPES:
         raise ValueError(
@@ -142,10 +141,8 @@ def configure(
 def build(
     config: PreTrainedConfig, device: str, dtype: torch.dtype, attention: str, seed: int = 0
 ) -> PreTrainedModel:
-    """A model in eval mode; what it costs depends on its shapes alone, so its weights are random.
-
-    Raises ValueError where the attention kernel cannot be had.
-    """
+    """A model with random weights in eval mode; raises ValueError if the attention kernel is not
+    available."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         try:
@@ -161,7 +158,7 @@ def build(
 
 
 def default_reducers(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """One reducer before the language model, one early in it, and PuMer at three of its layers."""
+    """One reducer before the language model, one in an early layer, and PuMer in three layers."""
     depth = config.get_text_config().num_hidden_layers
     at = sorted({min(depth * layer // 12, depth - 2) for layer in (2, 5, 8)})
     zip_ = {"reducer": "visionzip", "keep": 128}
@@ -177,22 +174,20 @@ def default_reducers(config: PreTrainedConfig) -> list[dict[str, Any]]:
 def inputs(
     model: PreTrainedModel, batch: int = 1, text: int = 64, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Prompts as the processor gives them: half of the text, one picture, the other half.
+    """Prompts as the processor makes them: half of the text, an image, the other half.
 
     Args:
-        model: for which.
-        batch: prompts, all of one length.
-        text: text tokens of each; those that a family puts around and between the parts of a
-            picture come on top.
+        model: the inputs are for.
+        batch: number of prompts, all of one length.
+        text: text tokens of each, without those that a family puts around and between the parts of
+            an image.
         seed: of the data.
 
     Raises:
-        ValueError: for fewer than one prompt or two text tokens, and families without a shape.
+        ValueError: for fewer than one prompt or two text tokens, and for families without a shape.
     """
     if batch < 1 or text < 2:
-        raise ValueError(
-            f"{batch} prompts with {text} text tokens: give one or more, with two or more each"
-        )
+        raise ValueError(f"{batch} prompts with {text} text tokens: give 1 or more, 2 or more each")
     generator = torch.Generator().manual_seed(seed)
     config, vision = model.config, model.config.vision_config
     rows, columns = find(model).default_grid(model)
@@ -215,9 +210,8 @@ def inputs(
         side = vision.image_size
         batch_inputs["pixel_values"] = torch.randn(batch, CROPS, 3, side, side, generator=generator)
         batch_inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * batch)
-        placeholders = rows * columns + 2 * rows * (
-            2 * columns + 1
-        )  # a newline at the end of every row
+        newlines = 2 * rows  # one at the end of every row of crops
+        placeholders = rows * columns + 2 * rows * 2 * columns + newlines
     elif config.model_type == "llava":
         side = vision.image_size
         batch_inputs["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)

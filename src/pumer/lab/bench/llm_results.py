@@ -1,4 +1,4 @@
-"""What was measured of models that write an answer, as data, as text, and as rows for a file."""
+"""Results of `bench_llm`, as data, text and rows for a file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ MEBI = 2**20
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """What was measured of one variant; None where something was not.
+    """Measurements of one variant; None where something was not measured.
 
     Args:
         variant: "stock" or the reducer's name.
         prefill: seconds from the prompt to the first token of the answer.
         decode: seconds of every further token.
         whole: seconds of prefill and all further tokens.
-        x_prefill, x_decode, x_whole: speed-ups against stock, of the medians.
-        macs: multiply-accumulates of a prompt's prefill, the vision tower's and the reducer's
-            included.
-        flops_ratio: those of stock over these: what `x_prefill` could be.
-        flops_share: `x_prefill` over `flops_ratio`: how much of that is seen.
+        x_prefill, x_decode, x_whole: speed-ups over stock, of the medians.
+        macs: multiply-accumulates of a prompt's prefill, with vision tower and reducer.
+        flops_ratio: FLOPs of stock over these: the upper bound of `x_prefill`.
+        flops_share: `x_prefill` over `flops_ratio`: how much of that is reached.
         cache_bytes: of keys and values after the prefill of the batch.
-        planned_bytes: those of the tokens that every layer had to keep.
+        planned_bytes: of the tokens that every layer had to keep.
         cache_share: of stock's.
-        peak_bytes: peak activation memory of the batch's prefill, cache included, weights and
-            inputs not.
+        peak_bytes: peak activation memory of the batch's prefill, with the cache, without weights
+            and inputs.
         memory_share: of stock's.
         tower: time of the vision tower, as a share of the prefill.
-        selection: time of choosing and reducing tokens, as a share of the prefill.
+        selection: time of selecting and reducing tokens, as a share of the prefill.
         note: why something was not measured.
     """
 

@@ -1,11 +1,10 @@
-"""Peak activation memory of one call: what it holds beyond the weights and inputs that were there
-before.
+"""Peak activation memory of a call: what it holds beyond the weights and inputs.
 
-On CUDA this is the allocator's own peak (`max_memory_allocated`) less what was allocated at the
-start. On a CPU, whose allocator keeps no such account, every tensor that the call makes is followed
-from the operator that made it until its memory is freed, and the largest sum of their bytes at any
-moment is the answer. It depends on shapes and on the order of operators alone, so it is the same
-number in every run. Scratch memory inside one operator is not seen.
+On CUDA this is the allocator's peak (`max_memory_allocated`) minus what was allocated before. On a
+CPU, whose allocator has no such counter, every tensor is tracked from the operator that creates it
+until its memory is freed, and the result is the largest sum of their bytes. It depends only on
+shapes and on the order of operators, so it is the same in every run. Scratch memory inside an
+operator is not counted.
 """
 
 from __future__ import annotations
@@ -21,10 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_activations(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Bytes that `call` holds at its peak beyond what was held before it.
+    """Peak bytes that `call` holds beyond what was held before it.
 
-    Its results count as long as they are held, which they are until it returns. On CUDA run the
-    call once before, or what libraries set aside at their first use counts too.
+    Results count while they are held, that is until the call returns. On CUDA run the call once
+    before, or memory that libraries allocate on first use counts too.
+
+    >>> peak_activations(lambda: torch.zeros(10) + torch.ones(10))
+    120
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,14 +41,17 @@ def peak_activations(call: Callable[[], Any], device: torch.device | str = "cpu"
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared ones counted once."""
+    """Bytes of a model's parameters and buffers, shared ones counted once.
+
+    >>> weight_bytes(nn.Linear(3, 2))
+    32
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Follows the memory of every tensor that operators make while it is on; `peak` is the most
-    there was at once."""
+    """Tracks the memory of every tensor that operators create; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Models to measure: true in architecture, random in weights, and inputs as the processor makes
-them."""
+"""Models for benchmarks with true architecture and random weights, and inputs as the processor
+makes them."""
 
 from __future__ import annotations
 
@@ -53,11 +53,8 @@ _REDUCERS = {"vilt": ("vilt-vqav2",), "meter": ("meter-vqav2", "meter-vqav2-towe
 
 
 def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
-    """A model by name, in eval mode; what it costs depends on its shapes alone, so its weights are
-    random.
-
-    Raises ValueError listing the known names.
-    """
+    """A model by name with random weights in eval mode; raises ValueError listing the known
+    names."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = _config(name)
@@ -70,18 +67,18 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
 
 
 def image_size(name: str) -> int:
-    """Side in pixels of the pictures that a model is configured for; raises ValueError listing the
-    known names."""
+    """Side in pixels of the images a model is configured for; raises ValueError listing the known
+    names."""
     return _config(name).image_size
 
 
 def default_reducers(name: str) -> tuple[str, ...]:
-    """Presets made for a model; raises ValueError listing the known names."""
+    """The presets of a model; raises ValueError listing the known names."""
     return _REDUCERS[_config(name).model_type]
 
 
 def stock_note(name: str) -> str:
-    """What stands for stock transformers where they lack the model; raises ValueError listing the
+    """What is measured as stock if transformers lacks the model; raises ValueError listing the
     known names."""
     return (
         "our own METER, unreduced: transformers has none"
@@ -108,16 +105,15 @@ def inputs(
     real: tuple[int, int] = (8, 16),
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """A batch as the model's processor gives it for square pictures and questions padded to a fixed
+    """A batch as the model's processor makes it, for square images and questions padded to one
     length.
 
     Args:
-        model: for which.
-        batch: examples.
-        size: side of the pictures in pixels; the configured one if not given.
+        model: the inputs are for.
+        batch: number of examples.
+        size: side of the images in pixels; the configured one if not given.
         text: text tokens, padding included.
-        real: fewest and most real ones; where the batch has two texts or more, one of each is in
-            it.
+        real: fewest and most real tokens; a batch of two or more has one text of each.
         seed: of the data.
 
     Raises:
@@ -133,7 +129,7 @@ def inputs(
         )
     if batch < 1 or size < config.patch_size:
         raise ValueError(
-            f"{batch} pictures of {size} px: give one or more, of {config.patch_size} px or more"
+            f"{batch} images of {size} px: give one or more, of {config.patch_size} px or more"
         )
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(few, many + 1, (batch,), generator=generator)

@@ -1,4 +1,4 @@
-"""What goes into every row of measurements: the machine, versions and date it came from."""
+"""Machine, versions and date, for every row of measurements."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pumer._version import __version__
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """What a time depends on besides the settings: date, machine and versions. Threads are torch's
-    at the call."""
+    """What times depend on besides the settings: date, machine, versions and torch's current
+    threads."""
     on_cuda = torch.device(device).type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -33,7 +33,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """The processor's model name, as far as the system tells."""
+    """The processor's model name, if the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What was measured, as data, as text, and as rows for a file."""
+"""Results of `bench`, as data, text and rows for a file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ R = TypeVar("R", bound=_Variant)
 
 @dataclass(frozen=True)
 class Measured(Generic[R]):
-    """The rows of one measurement with its settings and surroundings; `str` is a table.
+    """The rows of a measurement with settings and environment; `str` is a table.
 
     Args:
-        settings: what was asked for.
+        settings: of the measurement.
         environment: date, machine and versions.
         rows: one per variant.
         weight_bytes: of the model, which all variants share.
@@ -45,7 +45,7 @@ class Measured(Generic[R]):
         return matching_row
 
     def heading(self) -> list[str]:
-        """The lines over a table: what was asked for, where it was measured."""
+        """The lines above a table: settings and environment."""
         return [
             ", ".join(f"{name} {value}" for name, value in self.settings.items()),
             ", ".join(f"{name} {value}" for name, value in self.environment.items() if value != ""),
@@ -55,21 +55,21 @@ class Measured(Generic[R]):
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one variant; None where something was not.
+    """Measurements of one variant; None where something was not measured.
 
     Args:
         variant: "stock", "fused", or the reducer's name.
         timing: of one forward, in seconds.
         per_second: examples per second, of the median.
-        x_stock: speed-up against stock transformers.
-        x_fused: speed-up against fused but unreduced: what the reduction brings.
+        x_stock: speed-up over stock transformers.
+        x_fused: speed-up over fused but unreduced: the effect of the reduction.
         macs: multiply-accumulates per example, padding included.
-        flops_ratio: FLOPs of fused over these: what the speed-up could be.
-        flops_share: `x_fused` over `flops_ratio`: how much of that is seen.
-        peak_bytes: peak activation memory of the batch, weights and inputs not counted.
+        flops_ratio: FLOPs of fused over these: the upper bound of the speed-up.
+        flops_share: `x_fused` over `flops_ratio`: how much of that is reached.
+        peak_bytes: peak activation memory of the batch, without weights and inputs.
         memory_share: of stock's peak.
-        overhead: time of choosing and reducing tokens, as a share of the forward.
-        note: why something was not measured, or what else has to be known of it.
+        overhead: time of selecting and reducing tokens, as a share of the forward.
+        note: why something was not measured, or what else to know about it.
     """
 
     variant: str
@@ -203,5 +203,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def cell(value: float | int | None, form: str) -> str:
-    """A number of a table, empty where there is none."""
+    """A number in a table, empty for None.
+
+    >>> cell(0.5, ".0%")
+    '50%'
+    """
     return "" if value is None else format(value, form)

@@ -1,9 +1,9 @@
 """Stock, fused and reduced models side by side.
 
 Three kinds of variant: stock transformers; the same model with fused kernels and trimmed padding
-but nothing reduced ("fused"); and each reducer on top of that. Only against the second one is token
-reduction itself measured. Where transformers lacks a model, as METER, ours stands for it and the
-row says so.
+but nothing reduced ("fused"); and each reducer on top of that. Only the comparison with "fused"
+measures token reduction itself. Where transformers lacks a model, such as METER, ours is measured
+as stock and the row says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,110 +22,106 @@ from pumer.lab.bench import models, records
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.overhead import overhead_share
 from pumer.lab.bench.results import Bench, Row
+from pumer.lab.bench.settings import BenchSettings, resolve_device
 from pumer.lab.bench.timing import Timing, alternate
+from pumer.lab.progress import Progress, no_progress
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import Reducer, Unreduced
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 STOCK, FUSED = "stock", "fused"
+REAL_TEXT = (8, 16)
+"""Fewest and most real text tokens of an example; the others are padding."""
 
 
 def bench(
-    model: str = "vilt-b32",
-    reducers: Sequence[ReducerSpec] | None = None,
-    batch: int = 8,
-    image_size: int | None = None,
-    text: int = 40,
-    real_text: tuple[int, int] = (8, 16),
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    compiled: bool = False,
-    threads: int | None = None,
-    runs: int = 9,
+    settings: BenchSettings,
+    *,
     warmup: int = 2,
     memory: bool = True,
     overhead: bool = True,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> Bench:
     """Measure stock transformers, the fused but unreduced model, and each reducer: speed, memory
     and overhead.
 
     Args:
-        model: a name in `bench.models.CONFIGS`.
-        reducers: presets, reducers' names, `{"reducer": name, setting: value}`, or reducers; the
-            model's own presets for VQAv2 if not given.
-        batch: examples at a time.
-        image_size: side of the square pictures in pixels; the model's own if not given.
-        text: text tokens, padding included.
-        real_text: fewest and most real text tokens of an example.
-        device: "auto" takes a CUDA device if there is one.
-        dtype: of weights and activations.
-        compiled: measure under torch.compile, where padding is not trimmed and the overhead is not
-            told apart.
-        threads: CPU threads; torch's own choice if not given.
-        runs: timed forwards of each variant.
-        warmup: forwards before those, at least one.
-        memory: measure peak activation memory; not of compiled code on a CPU, where no operator can
-            be watched.
-        overhead: measure what choosing and reducing tokens costs, in forwards of their own.
-        progress: called after every round of forwards.
+        settings: what to measure, where, and how often.
+        warmup: untimed forwards of each variant, at least one.
+        memory: measure peak activation memory; not for compiled code on a CPU, whose operators
+            cannot be tracked.
+        overhead: measure the cost of selecting and reducing tokens, in separate forwards; not for
+            compiled code.
+        progress: called with 1 after every round of forwards.
 
     Returns:
-        The rows; where this machine lacks the device asked for, rows that say "not measured".
+        The rows; without the requested device, rows that say "not measured".
 
     Raises:
         ValueError: for unknown names and settings that do not fit.
+
+    >>> result = bench(BenchSettings("vilt-tiny", ["tome"], batch=2, text=20, runs=1), warmup=1)
+    >>> [row.variant for row in result.rows]
+    ['stock', 'fused', 'tome']
     """
-    named = name_reducers(models.default_reducers(model) if reducers is None else reducers)
-    size = models.image_size(model) if image_size is None else image_size
-    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = {
-        "model": model,
-        "batch": batch,
-        "image_size": size,
-        "text": text,
-        "real_text": "-".join(map(str, real_text)),
-        "device": resolved_device,
-        "dtype": dtype,
-        "mode": "compiled" if compiled else "eager",
-        "runs": runs,
-    }
-    with using_threads(threads):
-        if resolved_device == "cuda" and not torch.cuda.is_available():
+    model = settings.model
+    named = name_reducers(models.default_reducers(model), settings.reducers)
+    size = models.image_size(model) if settings.image_size is None else settings.image_size
+    device, is_there = resolve_device(settings.device)
+    columns = _columns(settings, size, device)
+    with using_threads(settings.threads):
+        if not is_there:
             missing = (
                 Row(name, note="not measured, no CUDA device") for name in (STOCK, FUSED, *named)
             )
-            result = Bench(settings, records.environment(), tuple(missing))
-        else:
-            net = models.build(model).to(resolved_device, getattr(torch, dtype))
-            data = models.inputs(net, batch, size, text, real_text)
-            nets = variants(net, named)
-            calls = {
-                name: forward(torch.compile(variant) if compiled else variant, data)
-                for name, variant in nets.items()
-            }
-            timings = alternate(calls, runs, max(warmup, 1), resolved_device, progress)
-            # At once: what is run below to watch it may have other lengths.
-            macs = _macs(nets, data)
-            watched = calls if memory and not (compiled and resolved_device == "cpu") else {}
-            peaks = {
-                name: peak_activations(call, resolved_device) for name, call in watched.items()
-            }
-            shares = {
-                name: overhead_share(nets[name], calls[name], resolved_device)
-                for name in (named if overhead and not compiled else ())
-            }
-            rows = _rows(batch, macs, timings, peaks, shares, {STOCK: models.stock_note(model)})
-            result = Bench(settings, records.environment(resolved_device), rows, weight_bytes(net))
-    return result
+            return Bench(columns, records.environment(), tuple(missing))
+        net = models.build(model).to(device, getattr(torch, settings.dtype))
+        data = models.inputs(net, settings.batch, size, settings.text, REAL_TEXT)
+        nets = variants(net, named)
+        calls = {
+            name: forward(torch.compile(variant) if settings.compiled else variant, data)
+            for name, variant in nets.items()
+        }
+        timings = alternate(calls, settings.runs, max(warmup, 1), device, progress)
+        # At once: the forwards below, which are watched, may have other lengths.
+        macs = _macs(nets, data)
+        watched = calls if memory and not (settings.compiled and device == "cpu") else {}
+        peaks = {name: peak_activations(call, device) for name, call in watched.items()}
+        shares = {
+            name: overhead_share(nets[name], calls[name], device)
+            for name in (named if overhead and not settings.compiled else ())
+        }
+        notes = {STOCK: models.stock_note(model)}
+        rows = _rows(settings.batch, macs, timings, peaks, shares, notes)
+        return Bench(columns, records.environment(device), rows, weight_bytes(net))
 
 
-def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
-    """Reducers under the names they get in a table; raises ValueError for unknown ones and for the
-    same one twice."""
+def _columns(settings: BenchSettings, image_size: int, device: str) -> dict[str, Any]:
+    """The settings as the rows have them."""
+    return {
+        "model": settings.model,
+        "batch": settings.batch,
+        "image_size": image_size,
+        "text": settings.text,
+        "real_text": "-".join(map(str, REAL_TEXT)),
+        "device": device,
+        "dtype": settings.dtype,
+        "mode": "compiled" if settings.compiled else "eager",
+        "runs": settings.runs,
+    }
+
+
+def name_reducers(
+    defaults: Sequence[ReducerSpec], specs: Sequence[ReducerSpec | None] | None = None
+) -> dict[str, Reducer]:
+    """Reducers by their names in a table; the defaults if none are given.
+
+    Raises:
+        ValueError: for unknown reducers, and for the same one twice.
+    """
     named: dict[str, Reducer] = {}
-    for spec in specs:
+    for spec in defaults if specs is None else specs:
+        if spec is None:
+            continue
         reducer = read_reducer(spec)
         if isinstance(spec, str):
             name = spec
@@ -142,13 +138,13 @@ def name_reducers(specs: Sequence[ReducerSpec]) -> dict[str, Reducer]:
 
 
 def variants(net: nn.Module, reducers: dict[str, Reducer]) -> dict[str, nn.Module]:
-    """The model as it is, fused, and with each reducer; all share one set of weights."""
+    """The stock model, fused, and with each reducer, sharing one set of weights."""
     twins = {FUSED: Unreduced(), **reducers}
     return {STOCK: net, **{name: twin(net, reducer) for name, reducer in twins.items()}}
 
 
 def twin(net: nn.Module, reducer: Reducer) -> nn.Module:
-    """The same model reduced, the weights shared."""
+    """The same model with a reducer, sharing its weights."""
     weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     return apply(copy.deepcopy(net, weights), reducer)
 
@@ -164,7 +160,7 @@ def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], An
 
 
 def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The first rows of a batch; raises ValueError where inputs are no rows, one per example."""
+    """The first rows of a batch; raises ValueError for inputs that are not one row per example."""
     batch = len(inputs["input_ids"])
     odd = [name for name, value in inputs.items() if torch.is_tensor(value) and len(value) != batch]
     if odd:
@@ -179,7 +175,7 @@ def first_rows(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the with block; its own choice if None."""
+    """Set torch's CPU threads inside the with block; None keeps its own choice."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -194,7 +190,7 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     patch = active(nets[FUSED])
     assert patch is not None
     assert patch.entry is not None
-    # Stock ViLT cuts padded pictures to the longest of the batch too, but no stock model ever cuts
+    # Stock ViLT cuts padded images to the longest of the batch too, but no stock model ever cuts
     # the text.
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
     return {

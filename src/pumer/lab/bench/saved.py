@@ -1,4 +1,4 @@
-"""A saved model on real inputs: stock, fused and reduced, taking turns in one process."""
+"""A saved model on real inputs: stock, fused and reduced, alternating in one process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pumer.lab.bench.llm_results import MEBI
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.run import STOCK, forward, using_threads, variants
 from pumer.lab.bench.timing import Timing, alternate
+from pumer.lab.progress import Progress, no_progress
 from pumer.reducers import Reducer
 
 
@@ -25,11 +26,10 @@ class SavedRow:
     Args:
         variant: "stock", "fused" or a reducer's name.
         timing: of a batch: a forward, or an answer.
-        first: of a batch up to the first token of the answer; None for models that choose.
-        peak_bytes: of activations, weights not counted.
-        macs: multiply-accumulates per example of a forward; None for the stock model, which is as
-            fused.
-        cache_bytes: of keys and values after the prompts; 0 without any.
+        first: of a batch up to the first token of the answer; None for models that classify.
+        peak_bytes: of activations, without weights.
+        macs: multiply-accumulates per example of a forward; None for stock, where they equal fused.
+        cache_bytes: of keys and values after the prompts; 0 without a cache.
     """
 
     variant: str
@@ -42,7 +42,7 @@ class SavedRow:
 
 @dataclass(frozen=True)
 class SavedBench:
-    """What `bench_saved` measured; `str` is a table."""
+    """Results of `bench_saved`; `str` is a table."""
 
     batch: int
     weight_bytes: int
@@ -80,19 +80,18 @@ def bench_saved(
     new_tokens: int | None = None,
     runs: int = 9,
     threads: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> SavedBench:
-    """Time and weigh a model with each reducer on inputs of its own, against the stock model and
-    the fused one.
+    """Time a model and measure its memory with each reducer, stock and fused.
 
     Args:
-        net: the model; what reduces it is taken off.
-        data: what its forward takes; prompts of one length where it writes.
-        reducers: by the names that the rows get.
-        new_tokens: of the answers that are timed; None times forwards.
+        net: the model; its own reduction is removed.
+        data: its inputs; prompts of one length for generative models.
+        reducers: by their names in the rows.
+        new_tokens: length of timed answers; None times forwards.
         runs: timed calls of each.
         threads: CPU threads; torch's own choice if not given.
-        progress: called after every round.
+        progress: called with 1 after every round.
     """
     device = next(net.parameters()).device.type
     inputs = dict(data)

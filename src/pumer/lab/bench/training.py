@@ -1,9 +1,9 @@
-"""Steps of training side by side: unreduced and reduced, each with and without a teacher."""
+"""Training steps side by side: unreduced and reduced, each with and without a teacher."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,10 @@ from pumer.lab.bench import models
 from pumer.lab.bench.memory import peak_activations
 from pumer.lab.bench.records import environment
 from pumer.lab.bench.results import Measured
-from pumer.lab.bench.run import Device, ReducerSpec, name_reducers, using_threads
+from pumer.lab.bench.run import REAL_TEXT, name_reducers, using_threads
+from pumer.lab.bench.settings import TrainingBenchSettings, resolve_device
 from pumer.lab.bench.timing import Timing, alternate
+from pumer.lab.progress import Progress, no_progress
 from pumer.reducers import Unreduced
 
 BASE = "unreduced"
@@ -29,17 +31,17 @@ _BACKWARD = 2
 
 
 @dataclass(frozen=True)
-class Step:
-    """What was measured of one way to train.
+class TrainingStep:
+    """Measurements of one way to train.
 
     Args:
         variant: "unreduced" or the reducer's name.
-        teacher: whether an unreduced model's forward goes along.
-        timing: of a step: forward, loss, backward, AdamW; in seconds.
-        macs: multiply-accumulates of a step per example, those of the teacher included.
+        teacher: whether the step includes an unreduced teacher's forward.
+        timing: seconds of a step: forward, loss, backward, AdamW.
+        macs: multiply-accumulates of a step per example, with the teacher's.
         peak_bytes: peak memory beyond weights, gradients and optimizer states.
-        x_base: speed-up against the unreduced step with, or without, the teacher as this one.
-        flops_ratio: how many times fewer FLOPs than that step: what the speed-up could be.
+        x_base: speed-up over the unreduced step, with a teacher if this one has one.
+        flops_ratio: FLOPs of that step over these: the upper bound of the speed-up.
     """
 
     variant: str
@@ -73,8 +75,8 @@ COLUMNS = (
 """Columns of `TrainingBench.records`."""
 
 
-class TrainingBench(Measured[Step]):
-    """Steps, two of a variant where both kinds of teacher were asked for, see `Measured`."""
+class TrainingBench(Measured[TrainingStep]):
+    """Training steps, with both kinds of teacher where asked for; see `Measured`."""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat row per step, for a CSV file."""
@@ -129,93 +131,83 @@ class TrainingBench(Measured[Step]):
 
 
 def bench_training(
-    model: str = "vilt-b32",
-    reducers: Sequence[ReducerSpec] | None = None,
-    batch: int = 4,
-    teachers: Sequence[bool] = (False, True),
-    text: int = 40,
-    real_text: tuple[int, int] = (8, 16),
-    device: Device = "auto",
+    settings: TrainingBenchSettings,
+    *,
     attention: Literal["sdpa", "eager"] = "sdpa",
-    threads: int | None = None,
-    runs: int = 5,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> TrainingBench:
-    """Measure steps of training: the unreduced model and each reducer, with and without a teacher.
+    """Measure training steps of the unreduced model and each reducer, with and without a teacher.
 
     Args:
-        model: a name in `bench.models.CONFIGS`.
-        reducers: as for `bench`.
-        batch: examples at a time.
-        teachers: measure without a teacher, with one, or both.
-        text: text tokens, padding included.
-        real_text: fewest and most real text tokens of an example.
-        device: "auto" takes a CUDA device if there is one.
-        attention: kernel of reduced, unreduced and teacher.
-        threads: CPU threads; torch's own choice if not given.
-        runs: timed steps of each.
-        progress: called after every round of steps.
+        settings: what to measure, where, and how often.
+        attention: kernel of reduced and unreduced model and of the teacher.
+        progress: called with 1 after every round of steps.
 
     Raises:
-        ValueError: for unknown names, settings that do not fit, and a device that is not there.
+        ValueError: for unknown names, settings that do not fit, and a missing device.
     """
+    model, teachers = settings.model, settings.teachers or [False, True]
     named = {
         BASE: Unreduced(),
-        **name_reducers(models.default_reducers(model) if reducers is None else reducers),
+        **name_reducers(models.default_reducers(model), settings.reducers),
     }
-    resolved_device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if resolved_device == "cuda" and not torch.cuda.is_available():
+    device, is_there = resolve_device(settings.device)
+    if not is_there:
         raise ValueError("there is no CUDA device here: give --device cpu")
-    settings = {
+    columns = {
         "model": model,
-        "batch": batch,
-        "text": text,
-        "device": resolved_device,
+        "batch": settings.batch,
+        "text": settings.text,
+        "device": device,
         "attention": attention,
-        "runs": runs,
+        "runs": settings.runs,
     }
-    with using_threads(threads):
-        net = models.build(model).to(resolved_device)
+    with using_threads(settings.threads):
+        net = models.build(model).to(device)
         if find(net).tower_depth(net):
             net.set_attn_implementation(attention)  # of the towers, which the adapter leaves alone
-        data = models.inputs(net, batch, models.image_size(model), text, real_text)
-        target = torch.rand(batch, net.config.num_labels, device=resolved_device)
+        size = models.image_size(model)
+        data = models.inputs(net, settings.batch, size, settings.text, REAL_TEXT)
+        target = torch.rand(settings.batch, net.config.num_labels, device=device)
         teacher = apply(copy.deepcopy(net), Unreduced(), attention=attention)
         calls: dict[tuple[str, bool], Callable[[], None]] = {}
         macs: dict[str, int] = {}
         for name, reducer in named.items():
             student = apply(copy.deepcopy(net), reducer, attention=attention).train()
             optimizer = torch.optim.AdamW(student.parameters(), fused=True)  # as the Trainer has it
-            for taught in teachers:
-                calls[name, taught] = _step(
-                    student, teacher if taught else None, optimizer, data, target
+            for has_teacher in teachers:
+                calls[name, has_teacher] = _step(
+                    student, teacher if has_teacher else None, optimizer, data, target
                 )
             calls[name, teachers[0]]()
             macs[name] = _macs(student, macs.get(BASE))
-        timings = alternate(
-            {f"{name} {taught}": call for (name, taught), call in calls.items()},
-            runs,
-            1,
-            resolved_device,
-            progress,
-        )
-        peaks = {key: peak_activations(call, resolved_device) for key, call in calls.items()}
-    steps = []
-    for name, taught in calls:
-        step_macs = {n: macs[n] + taught * macs[BASE] // (1 + _BACKWARD) for n in (BASE, name)}
-        timing = timings[f"{name} {taught}"]
-        steps.append(
-            Step(
-                name,
-                taught,
-                timing,
-                step_macs[name],
-                peaks[name, taught],
-                timings[f"{BASE} {taught}"].median / timing.median,
-                step_macs[BASE] / step_macs[name],
-            )
-        )
-    return TrainingBench(settings, environment(resolved_device), tuple(steps))
+        labelled = {f"{name} {has_teacher}": call for (name, has_teacher), call in calls.items()}
+        timings = alternate(labelled, settings.runs, 1, device, progress)
+        peaks = {key: peak_activations(call, device) for key, call in calls.items()}
+    rows = (_row(name, has_teacher, timings, macs, peaks) for name, has_teacher in calls)
+    return TrainingBench(columns, environment(device), tuple(rows))
+
+
+def _row(
+    name: str,
+    has_teacher: bool,
+    timings: Mapping[str, Timing],
+    macs: Mapping[str, int],
+    peaks: Mapping[tuple[str, bool], int],
+) -> TrainingStep:
+    """A variant compared with the unreduced one, both with or without a teacher."""
+    teacher_macs = has_teacher * macs[BASE] // (1 + _BACKWARD)
+    timing, base = (timings[f"{variant} {has_teacher}"] for variant in (name, BASE))
+    step_macs, base_macs = (macs[variant] + teacher_macs for variant in (name, BASE))
+    return TrainingStep(
+        variant=name,
+        teacher=has_teacher,
+        timing=timing,
+        macs=step_macs,
+        peak_bytes=peaks[name, has_teacher],
+        x_base=base.median / timing.median,
+        flops_ratio=base_macs / step_macs,
+    )
 
 
 def _step(
@@ -240,9 +232,9 @@ def _step(
         loss = loss + functional.binary_cross_entropy_with_logits(logits, target)
         if teacher is not None:
             with torch.no_grad():
-                taught = teacher(**data).logits
+                teacher_logits = teacher(**data).logits
             loss = loss + functional.kl_div(
-                logits.log_softmax(-1), taught.softmax(-1), reduction="batchmean"
+                logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="batchmean"
             )
         price = patch.budget_loss()
         (loss if price is None else loss + price).backward()
@@ -255,7 +247,7 @@ def _step(
 
 
 def _macs(student: nn.Module, base: int | None) -> int:
-    """Multiply-accumulates of a step per example without a teacher's, `base` being those of the
+    """Multiply-accumulates of a step per example without a teacher; `base` are those of the
     unreduced step."""
     patch = active(student)
     assert patch is not None

@@ -7,14 +7,15 @@ from rich.progress import Progress
 import pumer
 from pumer._options import Count
 from pumer._terminal import visible
-from pumer.lab.bench.run import Device, name_reducers
+from pumer.lab.bench.run import name_reducers
 from pumer.lab.bench.saved import bench_saved
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task
+from pumer.lab.bench.settings import Device, ReducerSettings
+from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.base import Example
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 
 
 def bench_model_(
@@ -29,18 +30,18 @@ def bench_model_(
     threads: Count | None = None,
     runs: Count = 9,
 ) -> None:
-    """Time and weigh a saved model on an image and a question, stock, fused and reduced, taking
-    turns in one process.
+    """Time a saved model and measure its memory on an image and a question: stock, fused and
+    reduced, alternating in one process.
 
     Args:
         model: folder of a saved model, a shipped one's name, or a decoder's name on the Hub.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         reducers: several of these.
         image: file of an image; generated ones if not given.
         question: about that image.
-        batch: examples at a time; where the model writes, the same prompt so many times.
-        new_tokens: tokens of a written answer.
+        batch: examples at a time; for generative models so many copies of one prompt.
+        new_tokens: tokens of a generated answer.
         device: "auto" takes a CUDA device if there is one.
         threads: CPU threads; torch's own choice if not given.
         runs: timed calls of each.
@@ -61,7 +62,7 @@ def bench_model_(
         examples = [Example(0, question, (open_image(image),), None, 0)] * batch
     else:
         generated = Scenes(questions=batch, seed=7).examples("test")
-        examples = [generated[0 if writes(net) else index] for index in range(batch)]
+        examples = [generated[0 if is_generative(net) else index] for index in range(batch)]
     collator = open_task(model, net, {"name": "scenes"})
     data = model_inputs(collator(examples), net.device)
     with Progress(transient=True) as progress:
@@ -70,9 +71,9 @@ def bench_model_(
             net,
             data,
             named,
-            new_tokens=new_tokens if writes(net) else None,
+            new_tokens=new_tokens if is_generative(net) else None,
             runs=runs,
             threads=threads,
-            progress=lambda: progress.advance(bar),
+            progress=lambda done: progress.advance(bar, done),
         )
     print(visible(f"{model}\n{result}"))

@@ -1,5 +1,4 @@
-"""What several commands need: a model folder opened, a task built, a reducer read from the command
-line."""
+"""Shared by commands: opening models, building tasks, printing metrics."""
 
 from __future__ import annotations
 
@@ -14,18 +13,16 @@ import pumer
 from pumer._terminal import console
 from pumer.hub import is_stock, load, load_stock
 from pumer.hub.sources import CONFIG, PROCESSING, find_source
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device, ReducerSettings
 from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator
 from pumer.lab.tasks.processors import saved_collator
 from pumer.lab.tasks.prompts import vocabulary
 from pumer.presets import read_reducer
 
-ReducerSettings = str | dict[str, Any] | None
-
 
 def pick_device(device: Device) -> str:
-    """The device that is meant; raises ValueError for CUDA where there is none."""
+    """The device that is meant; raises ValueError for CUDA if there is none."""
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
         raise ValueError(
@@ -35,9 +32,9 @@ def pick_device(device: Device) -> str:
 
 
 def open_model(model: str, reducer: ReducerSettings, device: Device = "cpu") -> PreTrainedModel:
-    """A saved model with its own reduction in force, or with another one where `reducer` is given.
+    """A saved model with its own reducer, or with `reducer` if given.
 
-    Decoders may also be as transformers saved them, or have a name on the Hub.
+    Decoders may also be stock models of transformers, in a folder or on the Hub.
     """
     resolved_device = pick_device(device)
     # Shipped in half precision, which CPUs are slow at.
@@ -62,8 +59,7 @@ def print_metrics(title: str, values: Mapping[str, float]) -> None:
 
 
 def open_task(model: str, net: PreTrainedModel, task: str | dict[str, Any]) -> Collator:
-    """A task with the labels, and the tokenizer and image transform or the processor, of a
-    model."""
+    """A task's collator with the labels, tokenizer and image transform or processor of a model."""
     settings = {"name": task} if isinstance(task, str) else task
     source = model if is_stock(model) else str(find_source(model, (CONFIG, *PROCESSING)).folder)
     return saved_collator(source, net, build(settings, vocabulary(net)))

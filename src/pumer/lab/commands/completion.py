@@ -1,4 +1,4 @@
-"""Completion of commands, options and choices in a shell; like the help it imports no torch."""
+"""Shell completion of commands, options and choices; like the help it does not import torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def completion(shell: Literal["bash", "zsh", "fish", "tcsh"]) -> None:
     """Print a script that completes commands, options and choices in a shell.
 
     Args:
-        shell: whose script; `pumer completion bash >
-            ~/.local/share/bash-completion/completions/pumer` switches it on in new shells.
+        shell: which shell; `pumer completion bash >
+            ~/.local/share/bash-completion/completions/pumer` enables it in new shells.
     """
     need("pumer completion", "completion", "shtab")
     import shtab
@@ -23,10 +23,10 @@ def completion(shell: Literal["bash", "zsh", "fish", "tcsh"]) -> None:
 
 
 def parser(paths: Mapping[str, Any]) -> ArgumentParser:
-    """The command line as argparse knows it: names and choices alone, to complete and not to parse.
+    """The command line as an argparse parser, used only for completion.
 
     Args:
-        paths: what completes file names in every shell, `shtab.FILE`.
+        paths: completes file names in every shell, `shtab.FILE`.
     """
     from pumer.cli import COMMANDS, POSITIONAL
     from pumer.lab.commands.help import options

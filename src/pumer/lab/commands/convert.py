@@ -12,9 +12,9 @@ from rich.table import Table
 import pumer
 from pumer._files import check_space, new_folder
 from pumer._options import Count, NewFolder
+from pumer._suggest import some
 from pumer._terminal import console
 from pumer.hub import Official, load, read_official, save, save_official
-from pumer.hub.files import some
 from pumer.lab.data.images import KeepAspect, Square
 from pumer.lab.data.transforms import Crop, Transform, clip_square, save_transform
 
@@ -39,17 +39,17 @@ def convert(
     answers: str | None = None,
     kind: str | None = None,
 ) -> None:
-    """Turn a published checkpoint into a model folder, with its tokenizer and image transform; or a
-    model folder back.
+    """Convert a published checkpoint into a model folder, with its tokenizer and image transform,
+    or a model folder back.
 
     Args:
         source: folder of a PuMer checkpoint or of transformers' ViLT, or an original ViLT or METER
-            .ckpt file; or a model folder, for the way back.
+            .ckpt file; or a model folder, to convert back.
         out: folder to write; must not exist or be empty.
         to: "pumer" for the other commands and `pumer.load`; "published" for PuMer's own code.
-        image_size: side of the pictures in pixels, if it is to be another one.
+        image_size: side of the images in pixels, if it is to change.
         answers: file with the answers of question answering (vqa2_label2ans.json,
-            vqa2_ans2label.json or vqa_dict.json), where none lies beside the weights.
+            vqa2_ans2label.json or vqa_dict.json), if none is beside the weights.
         kind: model class to give a new head, to start its training from a pretrained checkpoint.
     """
     with new_folder(out) as folder:
@@ -76,8 +76,8 @@ def _read(
 
 
 def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
-    """Take along files that lie in the source's folder; beside an original file they could be
-    anybody's."""
+    """Copy further files from the source's folder, but not those beside a single checkpoint
+    file."""
     present = [name for name in names if source.is_dir() and (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, folder / name)
@@ -85,7 +85,7 @@ def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def _transform(read: Official, image_size: int | None) -> Transform:
-    """What the checkpoint's authors did to pictures."""
+    """The image transform of the checkpoint's authors."""
     config = read.model.config
     size = image_size or config.image_size
     if config.model_type == "meter":
@@ -101,15 +101,15 @@ def _table(read: Official, tokenizer: list[str], image_size: int | None) -> Tabl
         "checkpoint": read.origin,
         "class": type(model).__name__,
         "weights": f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M",
-        "pictures": f"{image_size or config.image_size} px, patches of {config.patch_size} px",
+        "images": f"{image_size or config.image_size} px, patches of {config.patch_size} px",
         "texts": (
             f"up to {config.max_position_embeddings} tokens, {config.vocab_size} different ones"
         ),
         "reduction": "none" if patch is None else str(patch.reducer),
         "tokenizer": ", ".join(tokenizer) or f"none: save that of {usual} into the folder",
-        "new weights": some(read.new),
-        "left out": some(read.left_out),
-        "unknown settings": some(read.unknown),
+        "new weights": some(sorted(read.new)),
+        "left out": some(sorted(read.left_out)),
+        "unknown settings": some(sorted(read.unknown)),
     }
     if type(model).__name__.endswith("ForQuestionAnswering"):
         rows["answers"] = (

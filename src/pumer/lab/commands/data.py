@@ -1,15 +1,20 @@
-"""Check data, and make it: pictures with questions, and tokenizers."""
+"""Check data sets, generate scenes, and train tokenizers."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+from rich.table import Table
 
 from pumer._files import check_space, replacing
 from pumer._options import Count, OutputFile, OutputFolder
 from pumer._terminal import console, visible
+from pumer.lab.tasks.base import count_of
+from pumer.lab.tasks.check import SplitCheck, check_files
 
 
 def check(
@@ -19,26 +24,47 @@ def check(
     decode: bool = False,
     missing: OutputFile | None = None,
 ) -> None:
-    """Count what is there of a task's official files and images, against what was published.
+    """Count a task's official files and images against the published numbers.
 
-    Ends with 1 if anything of a split that is there is missing or wrong, or no split is there.
+    Exits with 1 if anything of an existing split is missing or wrong, or if no split exists.
 
     Args:
         task: vqav2, nlvr2, snli-ve or retrieval.
         root: folder of the official files.
         images: folder, LMDB file or Parquet files of the images; below `root` if not given.
-        decode: open every image, which takes minutes, and name those that cannot be decoded.
+        decode: open every image, which takes minutes, and list those that cannot be decoded.
         missing: file to write with the names of all images that are missing or cannot be decoded,
-            one a line.
+            one per line.
     """
-    from rich.table import Table
-
-    from pumer.lab.tasks.base import first
-    from pumer.lab.tasks.check import check_files
 
     screen = console()
-    checks = check_files(task, root, images, decode, progress=True)
-    table = Table(title=f"{task} in {root}")
+    checks = check_files(task, root, images, decode, show_progress=True)
+    screen.print(_table(checks, f"{task} in {root}", decode))
+    for split in checks:
+        notes = [split.problem] if split.problem else []
+        if split.missing:
+            lost = count_of(split.missing, split.counts["images"], "images")
+            notes.append(f"{lost} are not in {split.store}")
+        for note in notes + list(split.broken.values())[:5]:
+            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+    if missing:
+        with replacing(missing) as file:
+            file.writelines(
+                f"{key}\n"
+                for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
+            )
+    problems = _problems(checks, task, root)
+    if problems:
+        print(
+            visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."),
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def _table(checks: Sequence[SplitCheck], title: str, decode: bool) -> Table:
+    """Found and published numbers of every split."""
+    table = Table(title=title)
     for column in (
         "split",
         "found",
@@ -60,21 +86,11 @@ def check(
         ]
         cells = ["\n".join(counts), "\n".join(published), *images_wrong]
         table.add_row(split.name, *cells[: len(table.columns) - 1])
-    screen.print(table)
-    for split in checks:
-        notes = [split.problem] if split.problem else []
-        if split.missing:
-            notes.append(
-                f"{first(split.missing, split.counts['images'], 'images')} are not in {split.store}"
-            )
-        for note in notes + list(split.broken.values())[:5]:
-            screen.print(f"{split.name}: {note}", style="yellow", markup=False, soft_wrap=True)
-    if missing:
-        with replacing(missing) as file:
-            file.writelines(
-                f"{key}\n"
-                for key in dict.fromkeys(key for c in checks for key in (*c.missing, *c.broken))
-            )
+    return table
+
+
+def _problems(checks: Sequence[SplitCheck], task: str, root: str) -> list[str]:
+    """Why a task's files cannot be used as they are."""
     problems = []
     unreadable = [split.name for split in checks if split.problem and not split.absent]
     if unreadable:
@@ -84,12 +100,7 @@ def check(
         problems.append(f"images of {', '.join(lacking)} are missing or broken")
     if all(split.absent for split in checks):
         problems.append(f"no split of {task} is in {root}")
-    if problems:
-        print(
-            visible(f"pumer data check: {'; '.join(problems)}; the reasons stand above."),
-            file=sys.stderr,
-        )
-        raise SystemExit(1)
+    return problems
 
 
 def scenes(
@@ -103,18 +114,19 @@ def scenes(
     seed: int = 2,
     image_size: Count = 96,
 ) -> None:
-    """Write generated pictures with questions, sentences or captions in a task's official files.
+    """Write generated images with questions, sentences or captions in a task's official format.
 
     Args:
-        out: folder to write; new or empty, or for vqav2 one with other splits that were written so.
-        task: whose files.
-        split: vqav2: name of the split in the files' names.
-        pictures: number of pictures; but for vqav2 of the first split, the others having a tenth of
-            it.
-        per_picture: vqav2: questions about each.
-        splits: but for vqav2: number of pictures of each split, instead of all official ones.
-        dataset: retrieval: whose files.
-        seed: the shipped models were trained with 1; any other gives unseen pictures.
+        out: folder to write; new or empty, or for vqav2 one with other generated splits.
+        task: whose format.
+        split: vqav2: name of the split in file names.
+        pictures: number of images; for other tasks than vqav2 that of the first split, the others
+            get a tenth of it.
+        per_picture: vqav2: questions per image.
+        splits: other tasks than vqav2: number of images of each split, instead of all official
+            ones.
+        dataset: retrieval: whose format.
+        seed: the shipped models were trained with 1; any other gives unseen images.
         image_size: side in pixels.
     """
     from pumer.lab.scenes import set_files as scene_set_files
@@ -161,13 +173,13 @@ def tokenizer(
     sentences: list[str] | None = None,
     vocab_size: Count = 800,
 ) -> None:
-    """Train a lower-case WordPiece tokenizer on scene questions and on sentences of your own.
+    """Train a lower-case WordPiece tokenizer on scene questions and your own sentences.
 
     Args:
         out: folder to write.
         questions: number of scene questions to learn from.
         sentences: Parquet files with a column `sentence` or `caption` to learn from as well.
-        vocab_size: at most so many pieces.
+        vocab_size: largest number of tokens.
     """
     from pumer.lab.data.parquet import read_texts
     from pumer.lab.data.text import train_tokenizer

@@ -14,11 +14,10 @@ from pumer._options import Count, OutputFile
 from pumer._rows import RowFile
 from pumer._terminal import console
 from pumer.lab.bench.records import environment
-from pumer.lab.bench.run import Device
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task, print_metrics
+from pumer.lab.bench.settings import Device, ReducerSettings
+from pumer.lab.commands.common import open_model, open_task, print_metrics
 from pumer.lab.evaluate import Result, evaluate, predict, take, write_samples
-from pumer.lab.score.ray import predict_on_ray
-from pumer.lab.score.run import Engine
+from pumer.lab.score.ray import Cluster, Engine, predict_on_ray
 from pumer.lab.tasks.base import Blind, Example, Task
 from pumer.reducers import to_dict
 
@@ -50,21 +49,20 @@ def evaluate_(
     samples: OutputFile | None = None,
     record: OutputFile | None = None,
 ) -> None:
-    """Score a model on a task; next to its accuracy stands `constant`, that of the best answer that
-    is always the same.
+    """Score a model on a task; `constant` is the accuracy of the best constant answer.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
-        split: which part of its data.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
+        split: split of its data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         limit: only the first so many examples.
         device: "auto" takes a CUDA device if there is one.
-        blind: show the model the "text" alone, every image a grey square, or the "image" alone,
-            every text "a picture": what it still gets right, it needs no look, or no question, for.
-            The baseline proper is a model that was trained so too, with the same option.
+        blind: show the model only the "text", with grey images, or only the "image", with the text
+            "a picture": what it still gets right needs no image, or no question. A fair baseline is
+            a model that was also trained with this option.
         samples: file to write with one JSON line per example.
         record: CSV file to add a row to, with settings, machine and versions.
     """
@@ -73,7 +71,7 @@ def evaluate_(
     collator = replace(open_task(model, net, task), blind=blind)
     examples = collator.task.examples(split)
     examples = take(examples, range(len(examples))[:limit])
-    result = evaluate(net, examples, collator, batch_size=batch_size, progress=True)
+    result = evaluate(net, examples, collator, batch_size=batch_size, show_progress=True)
     shown = f", {blind} alone" if blind else ""
     print_metrics(
         f"{model} on {collator.task.name} {split}{shown}: {result.examples} examples",
@@ -96,19 +94,19 @@ def predict_(
     workers: Count | None = None,
     address: str | None = None,
 ) -> None:
-    """Write the prediction file that a task's evaluation server takes; broken images are reported
-    and left out.
+    """Write the prediction file for a task's evaluation server; broken images are reported and
+    skipped.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
         out: file to write.
-        split: which part of its data.
+        split: split of its data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         batch_size: examples at a time.
         device: "auto" takes a CUDA device if there is one.
-        engine: "ray" spreads the work over a Ray cluster.
+        engine: "ray" distributes the work over a Ray cluster.
         workers: Ray workers; the cluster's GPUs, or 2, if not given.
         address: address of a Ray cluster; one is started on this machine if not given.
     """
@@ -119,11 +117,11 @@ def predict_(
     examples = collator.task.examples(split)
     if engine == "ray":
         result = predict_on_ray(
-            net, examples, collator, batch_size=batch_size, workers=workers, address=address
+            net, examples, collator, Cluster(workers, address), batch_size=batch_size
         )
     else:
         result = predict(
-            net, examples, collator, batch_size=batch_size, skip_broken=True, progress=True
+            net, examples, collator, batch_size=batch_size, skip_broken=True, show_progress=True
         )
     done = [
         example
@@ -141,8 +139,8 @@ def predict_(
 
 
 def _write(task: Task, out: str, result: Result, done: list[Example]) -> str:
-    """Write predictions to a file, or where that has become impossible meanwhile to another one;
-    returns which."""
+    """Write predictions to a file, or to a temporary one if that has become impossible; returns
+    which."""
     try:
         task.write_predictions(out, result.predictions, done)
     except OSError as error:

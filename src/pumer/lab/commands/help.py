@@ -1,5 +1,4 @@
-"""A command's options, read from the source of its function: to show them nothing heavy is
-imported."""
+"""Help texts, built from the source of a command's function without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -7,10 +6,13 @@ import ast
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+FLAT = "settings"
+"""Parameter of a command's function: a dataclass whose fields are the command's options."""
 _ROOT = Path(__file__).parents[3]
 _PLAIN = {
     "str": "TEXT",
@@ -33,10 +35,10 @@ class Option:
     """One option.
 
     Args:
-        name: with what it lies in, as in `distill.teacher`.
-        type: as it is annotated, aliases of literals written out.
-        default: as in the source; None where it is required.
-        help: what the docstring says of it.
+        name: with its prefix, as in `distill.teacher`.
+        type: as annotated, with aliases of literals expanded.
+        default: source text of the default; None if it is required.
+        help: from the docstring.
     """
 
     name: str
@@ -46,8 +48,12 @@ class Option:
 
 
 def options(path: str) -> list[Option]:
-    """The options of a function, `module:name`, those of dataclasses among its arguments
-    included."""
+    """The options of a function, `module:name`, the fields of dataclasses among its parameters
+    included.
+
+    A parameter called `settings` is a dataclass whose fields are options of the command itself;
+    fields of other dataclasses have the parameter's name as a prefix, as in `distill.teacher`.
+    """
     module, _, name = path.partition(":")
     tree = _tree(module)
     function = next(
@@ -62,13 +68,40 @@ def options(path: str) -> list[Option]:
     result: list[Option] = []
     for argument, default in zip(args, defaults, strict=True):
         assert argument.annotation is not None
-        shown = None if default is None else ast.unparse(default)
         annotation = ast.unparse(argument.annotation)
-        nested = list(_fields(tree, annotation, argument.arg))
-        type_ = "settings, one by one" if nested else _written_out(tree, annotation)
-        result.append(Option(argument.arg, type_, shown, helps.get(argument.arg, "")))
-        result += nested
+        if argument.arg == FLAT:
+            result += _dataclass_options(tree, annotation)
+        else:
+            result += _option(tree, argument.arg, annotation, default, helps)
     return result
+
+
+def _dataclass_options(tree: ast.Module, name: str) -> Iterator[Option]:
+    """The options of a dataclass whose fields stand on the command line without a prefix."""
+    source, definition = _definition(tree, name)
+    assert isinstance(definition, ast.ClassDef)
+    for base in definition.bases:
+        yield from _dataclass_options(source, ast.unparse(base))
+    helps = _described(definition)
+    for field in _annotated(definition):
+        yield from _option(
+            source, field.target.id, ast.unparse(field.annotation), field.value, helps
+        )
+
+
+def _option(
+    tree: ast.Module,
+    name: str,
+    annotation: str,
+    default: ast.expr | None,
+    helps: Mapping[str, str],
+) -> Iterator[Option]:
+    """An option, followed by the fields of the dataclass that its annotation names, if any."""
+    nested = list(_fields(tree, annotation, name))
+    type_ = "settings, one by one" if nested else _written_out(tree, annotation)
+    shown = None if default is None else ast.unparse(default)
+    yield Option(name, type_, shown, helps.get(name, ""))
+    yield from nested
 
 
 def render(command: str, what: str, path: str, positional: bool = False) -> str:
@@ -103,14 +136,14 @@ def render(command: str, what: str, path: str, positional: bool = False) -> str:
 
 
 def _typed(option: Option) -> str:
-    """A required option as it is typed; of settings at least one is given."""
+    """A required option as it is typed; of nested settings at least one is required."""
     if option.type in ("settings, one by one", "{...}"):
         return f"--{option.name}.SETTING VALUE"
     return f"--{option.name} {option.name.upper()}"
 
 
 def _shown(default: str) -> str:
-    """A default as it is typed on the command line."""
+    """A default in command-line syntax."""
     try:
         value = ast.literal_eval(default)
     except ValueError:
@@ -125,7 +158,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def _described(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
-    """What the `Args:` of a docstring say, by name."""
+    """The `Args:` of a docstring, by name."""
     text = ast.get_docstring(node) or ""
     part = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.M | re.S)
     entries = re.split(r"^    (?=\w[\w, ]*: )", part[1] if part else "", flags=re.M)
@@ -137,23 +170,33 @@ def _described(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
 
 
 def _fields(tree: ast.Module, annotation: str, prefix: str) -> Iterator[Option]:
-    """The fields of the dataclass that an annotation names, if it names one."""
+    """The fields of the dataclass named by an annotation, if it names one."""
     for name in re.findall(r"[A-Za-z_]\w*", annotation):
         source, definition = _definition(tree, name)
         if not isinstance(definition, ast.ClassDef):
             continue
         helps = _described(definition)
-        for field in definition.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                shown = "None" if field.value is None else ast.unparse(field.value)
-                type_ = _written_out(source, ast.unparse(field.annotation))
-                yield Option(
-                    f"{prefix}.{field.target.id}", type_, shown, helps.get(field.target.id, "")
-                )
+        for field in _annotated(definition):
+            shown = "None" if field.value is None else ast.unparse(field.value)
+            type_ = _written_out(source, ast.unparse(field.annotation))
+            field_name = field.target.id
+            yield Option(f"{prefix}.{field_name}", type_, shown, helps.get(field_name, ""))
+
+
+class _Field(ast.AnnAssign):
+    """An annotated assignment to a plain name."""
+
+    target: ast.Name
+
+
+def _annotated(definition: ast.ClassDef) -> Iterator[_Field]:
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield cast(_Field, node)
 
 
 def _definition(tree: ast.Module, name: str) -> tuple[ast.Module, ast.AST | None]:
-    """Where a name of ours is defined, in this module or in the one that it is imported from."""
+    """Find where a name is defined, in this module or in the one it is imported from."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return tree, node
@@ -171,7 +214,7 @@ def _definition(tree: ast.Module, name: str) -> tuple[ast.Module, ast.AST | None
 
 
 def _written_out(tree: ast.Module, annotation: str) -> str:
-    """A type in words of the command line: `Literal['a', 'b'] | None` is `a|b`."""
+    """A type in command-line syntax: `Literal['a', 'b'] | None` is `a|b`."""
     parts = []
     for part in annotation.split(" | "):
         _, definition = _definition(tree, part)

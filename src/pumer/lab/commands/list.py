@@ -40,7 +40,7 @@ def list_() -> None:
 
 
 def _first_sentence(recipe: str) -> str:
-    """Of the comment that a recipe begins with, which ends with the command to run it."""
+    """The first sentence of a recipe's comment."""
     comment = itertools.takewhile(
         lambda line: line.startswith("# ") and line[2:3] != " ", recipe.splitlines()
     )

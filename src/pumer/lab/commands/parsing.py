@@ -1,20 +1,20 @@
-"""A command's line parsed and checked: values for its function, or an error of a line that says
-what to give."""
+"""Parse and check a command line; errors are one line that says what to give."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pumer._options import check_options
 from pumer._suggest import did_you_mean
 from pumer._yaml import read_yaml
-from pumer.lab.commands.help import Option
+from pumer.lab.commands.help import FLAT, Option
 from pumer.lab.commands.words import misplaced, with_settings
 from pumer.lab.train.recipe import RECIPES
 
@@ -37,40 +37,48 @@ def parse(
     positional: bool,
     recipes: bool,
 ) -> dict[str, Any]:
-    """The arguments of a command's function; nothing is run.
+    """The arguments of a command's function; runs nothing.
 
     Args:
         function: of the command.
-        options: what `help.options` says of it.
-        words: the line behind the command's name.
-        positional: its required arguments go by place.
-        recipes: `--config` takes the name of a shipped recipe, too.
+        options: the command's, from `help.options`.
+        words: the words after the command's name.
+        positional: whether required arguments are positional.
+        recipes: whether `--config` also takes the name of a shipped recipe.
 
     Raises:
-        ValueError: for options that the command does not have, and values that it cannot take.
+        ValueError: for unknown options and invalid values.
     """
     required = [option.name for option in options if option.default is None]
     if (problem := misplaced(words, options, required if positional else [])) is not None:
         raise ValueError(problem)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_function_arguments(function, as_positional=positional)
+    settings_class = get_type_hints(function).get(FLAT)
+    if settings_class is not None:
+        parser.add_class_arguments(settings_class, as_positional=positional)
+    parser.add_function_arguments(function, as_positional=positional, skip={FLAT})
     files = [
         _config(word, recipes) if option == "--config" else word
         for option, word in pairwise(["", *words])
     ]
     try:
-        settings = parser.instantiate(parser.parse_args(with_settings(files)))
+        parsed = parser.instantiate(parser.parse_args(with_settings(files)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), options, positional)) from error
-    values = {key: value for key, value in vars(settings).items() if key != "config"}
-    check_options(function, values)
-    return values
+    values = {key: value for key, value in vars(parsed).items() if key != "config"}
+    if settings_class is None:
+        check_options(values, function)
+        return values
+    check_options(values, settings_class, function)
+    names = {field.name for field in fields(settings_class)}
+    own_options = {key: value for key, value in values.items() if key not in names}
+    settings = settings_class(**{key: values[key] for key in names})
+    return {FLAT: settings, **own_options}
 
 
 def _config(name: str, recipes: bool) -> str:
-    """The YAML file that is meant by a name; raises ValueError for what is none, or holds no
-    settings."""
+    """The YAML file of a name; raises ValueError if there is none, or it has no settings."""
     shipped = RECIPES / f"{name}.yaml"
     if recipes and re.fullmatch(r"[\w-]+", name) and shipped.is_file():
         return str(shipped)
@@ -86,7 +94,7 @@ def _config(name: str, recipes: bool) -> str:
 
 
 def _explain(message: str, options: Sequence[Option], positional: bool) -> str:
-    """An error of the parser in a line that says what to give."""
+    """An error of the parser as one line that says what to give."""
     by_name = {option.name: option for option in options}
     if missing := re.search(r"following arguments are required: (.*)", message):
         names = missing[1].split(", ")
@@ -110,7 +118,7 @@ def _explain(message: str, options: Sequence[Option], positional: bool) -> str:
 
 
 def _expected(type_: str, value: str) -> str:
-    """What an option of a type, as the help shows it, takes."""
+    """What an option takes, given its type in the help."""
     parts = re.split(r"\|(?![^\[]*\])", type_)
     expected = [
         _PARTS.get(part, f"a list, as [{value}]" if part.startswith("[") else part)

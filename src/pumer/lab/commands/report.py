@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pumer
 from pumer._options import Count
-from pumer.lab.commands.common import ReducerSettings, open_model
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model
+from pumer.lab.tasks.prompts import is_generative
 
 
 def report_(
@@ -19,14 +20,14 @@ def report_(
     Args:
         model: folder of a saved model, or a shipped one's name.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
         text: text tokens; a full-length text if not given.
-        image: image tokens; those of a picture of the configured size if not given.
+        image: image tokens; those of an image of the configured size if not given.
     """
     net = open_model(model, reducer)
     longest = (
         net.config.get_text_config().max_position_embeddings
-        if writes(net)
+        if is_generative(net)
         else net.config.max_position_embeddings
     )
     if text is not None and text > longest:

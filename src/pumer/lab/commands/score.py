@@ -14,11 +14,12 @@ from pumer._extras import need
 from pumer._options import Count, OutputFile, OutputFolder
 from pumer._rows import RowFile
 from pumer._terminal import console
-from pumer.lab.commands.common import ReducerSettings, open_model, open_task, print_metrics
+from pumer.lab.bench.settings import ReducerSettings
+from pumer.lab.commands.common import open_model, open_task, print_metrics
 from pumer.lab.data.images import BrokenImageError
 from pumer.lab.score import Job, stream_pairs
-from pumer.lab.score.measure import COLUMNS, measure
-from pumer.lab.score.run import Engine
+from pumer.lab.score.bench import COLUMNS, PairsBenchSettings, bench_pairs
+from pumer.lab.score.ray import Cluster, Engine
 from pumer.lab.tasks import get
 from pumer.lab.tasks.retrieval import Pool, check_folds, recalls, recalls_in_folds
 
@@ -38,27 +39,25 @@ def score_(
     workers: Count | None = None,
     address: str | None = None,
 ) -> None:
-    """Score every image of a retrieval task with every caption, and say how well that finds the
-    right ones.
+    """Score every image of a retrieval task with every caption, and report recall.
 
-    Stopped at any moment and started again with the same options, it goes on where it was. Under
-    torchrun the devices of this machine share the work.
+    Resumable: stopped and started again with the same options, it continues. Under torchrun the
+    devices of this machine share the work.
 
     Args:
         model: folder of a saved model, or a shipped one's name.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR.
-        out: folder for the scores: `scores.npy`, float32 [images, captions], once they are
-            complete.
-        split: which part of the task's data.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR.
+        out: folder for the scores: `scores.npy`, float32 [images, captions], once complete.
+        split: split of the task's data.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
-            settings go as --reducer.SETTING VALUE; the model's own if not given.
-        chunk_images: images of a chunk; a chunk is what is lost when the command is stopped.
-        chunk_texts: captions of a chunk.
-        batch_size: captions that meet an image at a time.
+            settings are given as --reducer.SETTING VALUE; the model's own if not given.
+        chunk_images: images per chunk; unfinished chunks are lost when the command is stopped.
+        chunk_texts: captions per chunk.
+        batch_size: captions per image at a time.
         limit: only the first so many images, and their captions.
-        folds: share the images out in so many folds, rank within each, and take the mean: 5 for
+        folds: divide the images into so many folds, rank within each, and report the mean: 5 for
             COCO 1K.
-        engine: "ray" spreads the work over a Ray cluster.
+        engine: "ray" distributes the work over a Ray cluster.
         workers: Ray workers; the cluster's GPUs, or 2, if not given.
         address: address of a Ray cluster; one is started on this machine if not given.
     """
@@ -74,7 +73,7 @@ def score_(
         net.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     collator = open_task(model, net, task)
     retrieval: Any = collator.task
-    pool = _first(retrieval.pool(split), limit)
+    pool = _head(retrieval.pool(split), limit)
     check_folds(len(pool.images), folds)
     job = Job(
         net,
@@ -91,11 +90,9 @@ def score_(
         scores = stream_pairs(
             job,
             out,
-            engine=engine,
-            workers=workers,
-            address=address,
-            progress=True,
-            say=screen.print,
+            cluster=Cluster(workers, address) if engine == "ray" else None,
+            show_progress=True,
+            log=screen.print,
         )
     except BrokenImageError as error:
         raise ValueError(f"{error} Images count from 0 in the order of {split}.") from error
@@ -110,38 +107,20 @@ def score_(
     )
 
 
-def bench_pairs(
-    model: str = "meter",
-    reducers: list[ReducerSettings] | None = None,
-    images: Count = 100,
-    texts: Count = 500,
-    rows: Count | None = None,
-    plain_pairs: Count = 64,
-    batch_size: Count = 8,
-    runs: Count = 3,
-    record: OutputFile | None = None,
-) -> None:
-    """Time scoring of a pool, towers once, against the plain loop over its pairs, without and with
+def bench_pairs_(settings: PairsBenchSettings, record: OutputFile | None = None) -> None:
+    """Time scoring of a pool, towers once, against the plain loop over its pairs, with and without
     reducers.
 
     Args:
-        model: a retrieval model of random weights and true architecture: meter or vilt.
-        reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's
-            retrieval preset if not given.
-        images: images of the pool.
-        texts: texts of the pool.
-        rows: images that are really scored, each with all texts; all of them if not given.
-        plain_pairs: pairs that the plain loop is timed on.
-        batch_size: pairs at a time, of both.
-        runs: timed runs of everything, in turns.
+        settings: what to measure, and how often.
         record: CSV file to add the rows to.
     """
     lines = RowFile(record, COLUMNS)
-    wanted = [spec for spec in reducers or [f"{model}-retrieval"] if spec is not None]
-    table = Table(title=f"{model}: {images} images x {texts} texts, batches of {batch_size}")
+    pool = f"{settings.images} images x {settings.texts} texts"
+    table = Table(title=f"{settings.model}: {pool}, batches of {settings.batch_size}")
     for column in ("reducer", "", "pairs/s", "x plain", "x plain, unreduced", "largest difference"):
         table.add_column(column, justify="right" if column else "left")
-    measured = measure(model, wanted, images, texts, rows, plain_pairs, batch_size, runs)
+    measured = bench_pairs(settings)
     for row in measured:
         times = (f"{row[column]:.2f}" for column in ("pairs_per_second", "x_plain", "x_unreduced"))
         name = json.loads(row["reducer"])["reducer"] if row["reducer"] else "none"
@@ -150,18 +129,18 @@ def bench_pairs(
     lines.append(measured)
 
 
-def _first(pool: Pool, limit: Count | None) -> Pool:
+def _head(pool: Pool, limit: Count | None) -> Pool:
     """The first images of a pool and their captions."""
     if limit is None or limit >= len(pool.images):
         return pool
     if limit < 1:
         raise ValueError(f"limit is {limit}; give at least 1")
-    kept = (pool.image_of < limit).nonzero()[0].tolist()
+    captions = (pool.image_of < limit).nonzero()[0].tolist()
     return replace(
         pool,
         images=pool.images[:limit],
         image_ids=pool.image_ids[:limit],
-        captions=[pool.captions[caption] for caption in kept],
-        caption_ids=[pool.caption_ids[caption] for caption in kept],
-        image_of=pool.image_of[kept],
+        captions=[pool.captions[caption] for caption in captions],
+        caption_ids=[pool.caption_ids[caption] for caption in captions],
+        image_of=pool.image_of[captions],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pumer._options import OutputFolder
 from pumer._terminal import console
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device
 from pumer.lab.commands.common import pick_device
 from pumer.lab.study import read_study, run
 from pumer.lab.study.run import Only
@@ -19,25 +19,21 @@ def study_(
     only: Only = None,
     device: Device = "auto",
 ) -> None:
-    """Compare methods at many settings: train and score every point, then write tables and draw
-    plots.
+    """Compare methods at many settings: train and score every point, then write tables and plots.
 
-    Stopped at any moment and started again, it goes on where it was; no point is lost or computed
-    twice. Started several times at once, with a GPU or cores of its own each, the processes share
-    the points.
+    Resumable: no point is lost or computed twice. Several processes started at once, each with its
+    own GPU or cores, share the points.
 
     Args:
         file: YAML file of the study; docs/studies.md has examples.
         out: folder for NAME.csv, with a row per point, NAME.md, and the plots as PNG and SVG.
-        scratch: folder for `study-NAME`, where trainings lie until they have their row.
-        skip_impossible: leave settings out that the model cannot have, instead of refusing the
-            study.
+        scratch: folder for `study-NAME`, which holds trainings until they have their row.
+        skip_impossible: skip settings that do not fit the model, instead of refusing the study.
         keep_models: keep the models of finished points in `scratch`.
-        only: "plan" says which points there are, what they cost and how long they will take;
-            "scores" leaves the timing for when nothing else runs on the machine; "plots" writes
-            tables and plots of the rows there are.
-        device: device that points are scored and timed on, in float32; "auto" takes a CUDA device
-            if there is one.
+        only: "plan" lists the points, their cost and how long they will take; "scores" skips the
+            timing, for when other work runs on the machine; "plots" only writes tables and plots of
+            existing rows.
+        device: device to score and time on, in float32; "auto" takes a CUDA device if there is one.
     """
     screen = console()
     run(

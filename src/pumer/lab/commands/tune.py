@@ -16,12 +16,12 @@ from pumer._options import Count, OutputFolder, Probability
 from pumer._shipped import model_folder
 from pumer._terminal import console
 from pumer.hub.sources import is_hub_name
-from pumer.lab.bench.run import Device
+from pumer.lab.bench.settings import Device
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.train.recipe import read_recipe
 from pumer.lab.tune.finetune import finetune as finetune_
 from pumer.lab.tune.points import Bounds
-from pumer.lab.tune.space import Grid
+from pumer.lab.tune.space import SearchGrid
 
 if TYPE_CHECKING:
     from pumer.lab.tune.run import Tuned
@@ -37,7 +37,7 @@ def tune_(
     max_memory: str | None = None,
     task: str | dict[str, Any] | None = None,
     split: str = "val",
-    grid: Grid | None = None,
+    grid: SearchGrid | None = None,
     skip_impossible: bool = False,
     batch_size: Count = 32,
     choose: Count = 2000,
@@ -52,30 +52,30 @@ def tune_(
 ) -> None:
     """Find the best setting of PuMer or ToMe for a model and a task, within bounds.
 
-    It is the fastest one that loses at most `max_drop` points, or without that bound the one that
-    loses least, among those that keep to the other bounds.
+    The fastest one that loses at most `max_drop` points, or without that bound the one that loses
+    least, among those that meet the other bounds.
 
     Args:
-        model: folder of a saved model, or a shipped one's name; taken unreduced.
-        out: folder for the preset, the evidence, the plot and what a resumed run goes on from.
-        max_drop: points of accuracy that may be lost against the unreduced model.
-        min_speedup: how many times as fast as the unreduced model it has to be, on this machine.
+        model: folder of a saved model, or a shipped one's name; used unreduced.
+        out: folder for the preset, the evidence, the plot and the state of a resumable run.
+        max_drop: largest loss of accuracy against the unreduced model, in points.
+        min_speedup: smallest speed-up over the unreduced model, on this machine.
         max_memory: weights and activations of a forward, such as 300MB or 1.5GiB.
-        task: a task's name (`pumer list`); its settings go as --task.root DIR; 24000 questions of
-            scenes if not given.
+        task: a task's name (`pumer list`); its settings are given as --task.root DIR; 24000
+            questions of scenes if not given.
         split: labelled examples to choose and to check on.
         grid: the values to search.
-        skip_impossible: leave out settings of the grid that do not fit the model.
+        skip_impossible: skip settings of the grid that do not fit the model.
         batch_size: examples at a time; speed and memory are for this size.
         choose: examples to choose on.
         check: other examples to check the choice on.
         alpha: probability of accepting a setting that loses more than `max_drop`.
-        trials: settings to judge at most.
+        trials: largest number of settings to judge.
         seed: seed of the order of examples and of the search.
-        finetune: recipe of `pumer train` to go on with: distillation from the unreduced model at
-            the point found.
+        finetune: recipe of `pumer train` to continue with: distillation from the unreduced model at
+            the setting found.
         processes: processes that this training runs in.
-        resume: go on with the search in `out`.
+        resume: continue the search in `out`.
         device: "auto" takes a CUDA device if there is one.
     """
     need("pumer tune", "tune", "matplotlib", "optuna", "scipy")
@@ -134,8 +134,7 @@ def tune_(
 
 
 def _weights(model: str) -> str:
-    """What a resumed search knows the model again by; nothing for one that is fetched by its name
-    on the Hub."""
+    """What identifies the model when a search is resumed; empty for a model on the Hub."""
     return "" if is_hub_name(model) else fingerprint(model_folder(model))
 
 

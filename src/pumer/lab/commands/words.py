@@ -1,5 +1,5 @@
-"""What stands on the command line, before it is parsed: names that were mistyped, and settings
-given one by one."""
+"""Check the words of a command line before it is parsed: mistyped names, settings given one by
+one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED = {"reducer": "reducer", "task": "name"}
 
 
 def unknown_command(words: Sequence[str], commands: Collection[str]) -> str | None:
-    """What is wrong with the command that the words begin with; None if there is such a command."""
+    """An error if the words do not begin with a command, else None."""
     spoken = [word for word in words[:2] if not word.startswith("-")]
     pair = " ".join(spoken)
     group = [name for name in commands if spoken and name.startswith(f"{spoken[0]} ")]
@@ -38,13 +38,12 @@ def unknown_command(words: Sequence[str], commands: Collection[str]) -> str | No
 def misplaced(
     words: Sequence[str], options: Sequence[Option], by_place: Sequence[str]
 ) -> str | None:
-    """What is wrong with the first word that a command has no place for; None if it has one for
-    each.
+    """An error for the first word that the command does not accept, else None.
 
     Args:
-        words: behind the command's name.
-        options: that the command has.
-        by_place: names of its arguments that are given without their names.
+        words: the words after the command's name.
+        options: the command's.
+        by_place: names of its positional arguments.
     """
     types = {"config": "FILE", "help": "", "print_config": ""} | {
         option.name: option.type for option in options
@@ -68,8 +67,7 @@ def misplaced(
 
 
 def _alone(word: str, names: Sequence[str], placed: int, by_place: Sequence[str]) -> str | None:
-    """What is wrong with a word that is no value of an option; None if it is an argument that goes
-    by place."""
+    """An error for a word that is not an option's value, or None if it is a positional argument."""
     if re.match(r"-[A-Za-z]", word):
         close = did_you_mean(word.lstrip("-"), names).replace(" '", " '--")
         return f"there is no option {word}.{close} --help lists them"
@@ -84,14 +82,14 @@ def _alone(word: str, names: Sequence[str], placed: int, by_place: Sequence[str]
 
 
 def _has(types: Mapping[str, str], name: str) -> bool:
-    """Whether there is an option of this name, or one of settings that may have any name."""
+    """Whether there is an option of this name, or one that takes settings of any name."""
     parts = name.split(".")
     above = (".".join(parts[:count]) for count in range(1, len(parts)))
     return name in types or any("{...}" in types.get(option, "") for option in above)
 
 
 def with_settings(words: Sequence[str]) -> list[str]:
-    """`--reducer tome --reducer.depth 6` as one mapping, which is what the commands take."""
+    """Merge `--reducer tome --reducer.depth 6` into one mapping, which is what commands take."""
     merged = list(words)
     for option, key in NAMED.items():
         merged = _merge(merged, f"--{option}", key)
@@ -125,7 +123,7 @@ def _merge(words: list[str], option: str, key: str) -> list[str]:
 
 
 def _value(option: str, text: str) -> Any:
-    """What an option's value means in YAML; raises ValueError for text that is broken."""
+    """Parse an option's value as YAML; raises ValueError for invalid YAML."""
     try:
         return load_yaml(text)
     except yaml.YAMLError as error:

@@ -1,1 +1,1 @@
-"""Pictures, text and the files they come from."""
+"""Images, text and the files they come from."""

@@ -54,16 +54,19 @@ _EITHER_WAY = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Change an RGB image by a few operations drawn with replacement, before it is resized; only in
-    training.
+    """Change an RGB image by a few random operations, before it is resized; for training only.
 
     Args:
-        ops: how many operations.
-        magnitude: how strong, from 0 to 30; for color, contrast, brightness and sharpness from
-            grey, black or blurred (0.1) to more than there was (1.9). Moves are in pixels of the
-            image as it is: too far for small ones.
+        ops: number of operations, drawn with replacement.
+        magnitude: strength, from 0 to 30; color, contrast, brightness and sharpness are scaled by
+            0.1 up to 1.9. Translations are in pixels of the original image: too far for small ones.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: for settings out of range.
+
+    >>> from PIL import Image
+    >>> RandAugment(ops=2, magnitude=9)(Image.new("RGB", (32, 24))).size
+    (32, 24)
     """
 
     ops: int = 2
@@ -77,7 +80,7 @@ class RandAugment:
             )
 
     def __call__(self, image: Image, generator: torch.Generator | None = None) -> Image:
-        """The changed image, of the same size; draws from torch's own generator unless one is
+        """The changed image, of the same size; uses torch's global generator unless one is
         given."""
         chosen = torch.randint(len(OPERATIONS), (self.ops,), generator=generator).tolist()
         other_way = (torch.rand(self.ops, generator=generator) > 0.5).tolist()
@@ -98,5 +101,5 @@ class RandAugment:
 
 
 def operate(image: Image, name: str, value: float) -> Image:
-    """One operation of `OPERATIONS` at a value."""
+    """Apply one of `OPERATIONS` with a value."""
     return _OPERATIONS[name][0](image, value)

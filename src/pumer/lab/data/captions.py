@@ -11,11 +11,10 @@ from pumer.lab.data.parquet import ImageTable
 
 @dataclass(frozen=True)
 class Caption:
-    """An image and what was written about it.
+    """An image and its caption.
 
-    `image` is the encoded image's bytes. Captions that say the same have the same `caption_group`:
-    a retrieved caption counts as right when its group is the image's. `rights` says what the image
-    may be used for.
+    `image` is the encoded image's bytes. Equivalent captions share a `caption_group`: a retrieved
+    caption is right if its group is the image's. `rights` is the image's license.
     """
 
     id: str

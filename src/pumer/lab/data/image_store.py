@@ -1,4 +1,4 @@
-"""Images by name, wherever they lie: in folders, in LMDB, in Parquet files."""
+"""Images by name, in folders, LMDB or Parquet files."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _COCO = re.compile(r"(COCO_train2014_|COCO_val2014_|COCO_test2015_|)(\d{12})")
 
 
 def spellings(key: str) -> Iterator[str]:
-    """The names by which a store may know an image: its key, its file's name, COCO's of both years.
+    """Names that a store may know an image by: its key, its file name, and COCO's names of both
+    years.
 
-    COCO puts the split before the image's number in the releases of 2014 and 2015, not in that of
-    2017; the numbers are the same.
+    COCO puts the split before the image's number in the releases of 2014 and 2015, but not of 2017;
+    the numbers are the same.
     """
     yield key
     name = PurePosixPath(key)
@@ -43,11 +44,11 @@ def spellings(key: str) -> Iterator[str]:
 
 
 class ImageStore(ABC):
-    """Encoded images by key, the image's file name without its ending.
+    """Encoded images by key, the image's file name without its suffix.
 
-    A key may also be a file's name or path, see `spellings`. `open_image` decodes what a store
-    gives; where `upright` is set, it also turns it as its EXIF data says. Stores can be pickled and
-    survive a fork, so that a data loader's workers can use them.
+    A key may also be a file's name or path, see `spellings`. `open_image` decodes the result, and
+    rotates it by its EXIF data if `upright` is set. Stores can be pickled and forked, so the
+    workers of a data loader can use them.
     """
 
     path: Path
@@ -55,7 +56,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def keys(self) -> AbstractSet[str]:
-        """Of all the images that are there."""
+        """The keys of all images."""
 
     @abstractmethod
     def _has(self, name: str) -> bool:
@@ -63,27 +64,25 @@ class ImageStore(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> bytes | Path:
-        """The encoded image of exactly this name, which is there."""
+        """The encoded image of exactly this name."""
 
     def __getitem__(self, key: str) -> ImageSource:
-        """The encoded image.
-
-        Raises BrokenImageError (a ValueError) naming store and key where there is none.
-        """
+        """The encoded image; raises BrokenImageError (a ValueError) naming store and key if there
+        is none."""
         for name in spellings(key):
             if self._has(name):
                 return Upright(self._read(name)) if self.upright else self._read(name)
         raise self.missing(key)
 
     def absent(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that have no image; none is read."""
+        """The keys without an image; reads none."""
         return [key for key in keys if not any(map(self._has, spellings(key)))]
 
     def __str__(self) -> str:
         return str(self.path)
 
     def select(self, keys: Sequence[str]) -> StoredImages:
-        """Some of the images, in this order; none is read before it is asked for."""
+        """Some of the images in this order, read on access."""
         return StoredImages(self, keys)
 
     def missing(self, key: str) -> BrokenImageError:
@@ -95,7 +94,7 @@ class ImageStore(ABC):
 
 @dataclass(frozen=True)
 class StoredImages(Sequence[ImageSource]):
-    """Images of a store by their keys; an index reads one, a slice reads none."""
+    """Images of a store by their keys, read on access."""
 
     store: ImageStore
     keys: Sequence[str]
@@ -131,10 +130,10 @@ def open_store(path: str | Path, places: Sequence[str] = ("",)) -> ImageStore:
 
 
 class Folder(ImageStore):
-    """Image files, found in one listing of each folder rather than by a look at each file.
+    """Image files, found by listing each folder once.
 
-    Their names end in one of `SUFFIXES`. Where two files have the same key, the one in the earlier
-    place, then the earlier name, is taken. A key that is a path is looked for below the folder.
+    Their names end in one of `SUFFIXES`. If two files have the same key, the one in the earlier
+    place, then the earlier name, is taken. A key that is a path is resolved below the folder.
     """
 
     def __init__(self, path: Path, places: Sequence[str] = ("",)):
@@ -166,7 +165,7 @@ class Folder(ImageStore):
         return Path(self._files.get(name) or self.path / str(self._below(name)))
 
     def _below(self, name: str) -> PurePosixPath | None:
-        """The file of that path, which must not lead out of the folder."""
+        """The file of that path, which must be inside the folder."""
         path = PurePosixPath(name)
         if path.suffix.lower() not in SUFFIXES or path.is_absolute() or ".." in path.parts:
             return None

@@ -1,4 +1,4 @@
-"""From an image file to the tensors that a model reads."""
+"""From an image file to the tensors that a model takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEEP = 1 << 16
 
 @dataclass(frozen=True)
 class Upright:
-    """An image to turn as the orientation in its EXIF data says."""
+    """An image to rotate by the orientation in its EXIF data."""
 
     source: bytes | str | Path
 
@@ -41,16 +41,18 @@ ImageTransform = Callable[[Image.Image], Tensor]
 
 
 class BrokenImageError(ValueError):
-    """An image that is missing, truncated or no image at all; the message names it."""
+    """An image that is missing, truncated or not an image; the message names it."""
 
 
 def open_image(source: ImageSource, name: str = "image") -> Image.Image:
-    """Decode an image to RGB: an encoded image's bytes, a path, or a PIL image.
+    """Decode an image to RGB, from encoded bytes, a path, or a PIL image.
 
-    The first frame of an animation; transparency is dropped, and EXIF orientation is ignored unless
-    the source is `Upright`, as ViLT, METER and PuMer do. 16-bit greys are scaled. `name` stands for
-    the image in the error where the source is no path.
-    Raises BrokenImageError.
+    Takes the first frame of an animation, drops transparency and rescales 16-bit grey. EXIF
+    orientation is ignored, as by ViLT, METER and PuMer, unless the source is `Upright`. `name`
+    names the image in errors if the source is not a path.
+
+    Raises:
+        BrokenImageError: for an image that cannot be decoded.
     """
     upright = isinstance(source, Upright)
     source = source.source if isinstance(source, Upright) else source
@@ -85,8 +87,8 @@ def _stream(source: bytes | str | Path) -> io.BytesIO:
 
 @contextmanager
 def _no_half_images() -> Iterator[None]:
-    """Pillow fills in what a truncated file lacks where this global is set, and other libraries set
-    it."""
+    """Make Pillow reject truncated files, even where another library has told it to fill them
+    in."""
     with _LOADING:
         before = ImageFile.LOAD_TRUNCATED_IMAGES
         ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -105,10 +107,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """The levels of a deep grey image scaled to 0..255.
-
-    Pillow would clip them, turning nearly all white.
-    """
+    """A deep grey image rescaled to 0..255; Pillow would clip it to nearly all white."""
     # Pillow decodes 16 bits of PGM, and of PNG in older releases, into 32.
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     if not deep:
@@ -121,11 +120,14 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Square:
-    """Stretch to `size` x `size` pixels whatever the aspect ratio: PuMer's transform.
+    """Stretch to `size` x `size` pixels, ignoring the aspect ratio: PuMer's transform.
 
-    PuMer's ViLT models take the defaults; its METER models take `Resampling.BICUBIC` and CLIP's
-    mean and std. An RGB image gives float32 [3, size, size]: values scaled to 0..1, minus `mean`,
-    divided by `std`. Raises ValueError for a size below 1.
+    The defaults are those of PuMer's ViLT models; its METER models use `Resampling.BICUBIC` and
+    CLIP's mean and std. An RGB image gives float32 [3, size, size]: values scaled to 0..1, minus
+    `mean`, divided by `std`. Raises ValueError for a size below 1.
+
+    >>> Square(size=32)(Image.new("RGB", (64, 48))).shape
+    torch.Size([3, 32, 32])
     """
 
     size: int
@@ -173,10 +175,10 @@ class Crop:
 
 
 def crop_ends(image: Image.Image, aspect: float = 1) -> Image.Image:
-    """A very thin image without its ends, to cut a middle of at most this aspect ratio out of it.
+    """Crop the ends of a very thin image before its middle is cut out at a lower aspect ratio.
 
-    Enlarging all of an image of 3 x 65000 pixels to cut a square out would take gigabytes. Others
-    stay as they are.
+    Enlarging all of a 3 x 65000 image to cut out a square would take gigabytes. Other images are
+    unchanged.
     """
     shorter, longer = sorted(image.size)
     length = shorter * max(_THIN, 2 * ceil(aspect))
@@ -190,14 +192,16 @@ def crop_ends(image: Image.Image, aspect: float = 1) -> Image.Image:
 
 @dataclass(frozen=True)
 class KeepAspect:
-    """Resize keeping the aspect ratio, both sides floored to whole patches: ViLT's transform (ICML
-    2021).
+    """Resize keeping the aspect ratio, both sides rounded down to whole patches: ViLT's transform
+    (ICML 2021).
 
-    The shorter side becomes `shorter`, unless the longer one would then pass `longer` (default
-    int(1333 / 800 * shorter), which is 639 for 384). `multiple` is the patch size; no side gets
-    below one patch. An RGB image gives float32 [3, H, W]: values scaled to 0..1, minus `mean`,
-    divided by `std`. Raises ValueError for a `shorter` below one patch or a `longer` below
-    `shorter`.
+    The shorter side becomes `shorter`, unless the longer one would exceed `longer` (default
+    int(1333 / 800 * shorter), 639 for 384). `multiple` is the patch size; no side gets below one
+    patch. An RGB image gives float32 [3, H, W]: values scaled to 0..1, minus `mean`, divided by
+    `std`. Raises ValueError for a `shorter` below one patch or a `longer` below `shorter`.
+
+    >>> KeepAspect(shorter=64, multiple=32)(Image.new("RGB", (640, 480))).shape
+    torch.Size([3, 64, 64])
     """
 
     shorter: int
@@ -221,7 +225,7 @@ class KeepAspect:
 
     @property
     def limit(self) -> int:
-        """What the longer side may reach, in pixels."""
+        """Limit of the longer side, in pixels."""
         return int(1333 / 800 * self.shorter) if self.longer is None else self.longer
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -248,10 +252,10 @@ def _to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
 
 
 def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack images [3, H, W] of any sizes, padded with zeros at the right and the bottom.
+    """Stack images [3, H, W] of any sizes, padded with zeros on the right and at the bottom.
 
-    Returns `pixel_values` [B, 3, Hmax, Wmax] and `pixel_mask` int64 [B, Hmax, Wmax], 1 where the
-    image is.
+    Returns `pixel_values` [B, 3, Hmax, Wmax] and `pixel_mask` int64 [B, Hmax, Wmax], 1 on the
+    image.
     """
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)

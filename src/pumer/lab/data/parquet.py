@@ -1,4 +1,4 @@
-"""Parquet files with an image column, as Hugging Face data sets store them, at random access."""
+"""Parquet files with an image column in Hugging Face's format, with random access."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file; pages that were written with a checksum are held to it."""
+    """Open a file, verifying page checksums where there are any."""
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 @contextmanager
 def parquet_error(path: Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Errors of Arrow inside the block as one line of this kind."""
+    """Turn Arrow's errors inside the block into one line of this type."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -66,9 +66,9 @@ class ImageTable(Sequence[dict[str, Any]]):
     `path`.
 
     Only the named columns are read. A row is a dict of them, with `image` as the encoded image's
-    bytes: images stay in one Arrow buffer, which worker processes share, until a row is asked for.
-    Raises ValueError for a file that is missing, no Parquet file, without one of the columns, or
-    with rows that hold no image.
+    bytes: images stay in one Arrow buffer, shared by worker processes, until a row is accessed.
+    Raises ValueError for a file that is missing or not Parquet, for missing columns, and for rows
+    without an image.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]):

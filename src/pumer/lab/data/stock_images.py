@@ -1,8 +1,8 @@
-"""Images as an image processor of transformers takes them.
+"""Image transforms of transformers' image processors.
 
-The processor itself does the work, so that every field of its file counts for what it counts there.
-Settings that are one of our transforms become it: these may be given another size, and take images
-of any shape.
+The processor itself does the work, so that every setting in its file has its usual effect. Settings
+that equal one of our transforms become that transform, which supports other sizes and images of any
+shape.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _PROBES = ((64, 48), (40, 80))
 
 @dataclass(frozen=True)
 class Stock:
-    """What an image processor of transformers makes of an RGB image: float32 [3, H, W].
+    """An image processor of transformers, applied to an RGB image: float32 [3, H, W].
 
-    `settings` are those in its file. Raises ValueError for an image that the processor cannot take.
+    `settings` are those in its file. Raises ValueError for an image that the processor rejects.
     """
 
     settings: dict[str, Any]
@@ -92,12 +92,12 @@ def read_processor(
 
 
 def _reason(error: BaseException) -> str:
-    """The gist of an error of transformers, without its lists of classes and of empty fields."""
+    """An error of transformers, shortened to its gist."""
     return re.split(r"[.\n]* (?:Got|Should have)", str(error).strip())[0][:300]
 
 
 def _ours(processor: Any) -> Square | Crop | KeepAspect | None:
-    """The same as one of our transforms, where there is one."""
+    """The equivalent transform of ours, if there is one."""
     plain = processor.do_resize and processor.do_rescale and processor.do_normalize
     if not plain or not abs(255 * processor.rescale_factor - 1) < 1e-6:
         return None

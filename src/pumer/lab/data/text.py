@@ -1,4 +1,4 @@
-"""From questions and sentences to token ids, and small tokenizers trained on the spot."""
+"""From texts to token ids, and training of small tokenizers."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class TextTransform:
     """Tokenize a batch of texts with any Hugging Face tokenizer.
 
-    Padded to the longest of the batch, so that a model pays for no padding it need not see;
-    `padding="max_length"` pads to `max_length`, as released PuMer models were trained (32 tokens
-    for VQA, 40 elsewhere) and as compiled models like it. Texts over `max_length` tokens, special
-    ones included, are cut. Raises ValueError for a tokenizer without a padding token.
+    Pads to the longest text of the batch; `padding="max_length"` pads to `max_length`, as in the
+    training of released PuMer models (32 tokens for VQA, 40 elsewhere) and for compiled models.
+    Texts over `max_length` tokens, special ones included, are cut. Raises ValueError for a
+    tokenizer without a padding token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,10 +50,9 @@ class TextTransform:
             raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token first.")
 
     def __call__(self, texts: Sequence[str], ids: Sequence[Any]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and whatever else the tokenizer's model takes, each int64
-        [B, T].
+        """`input_ids`, `attention_mask` and the tokenizer's other tensors, each int64 [B, T].
 
-        `ids` name the texts in errors. Raises ValueError when a text is empty.
+        `ids` name the texts in errors. Raises ValueError for an empty text.
         """
         _check(texts, ids)
         return dict(
@@ -67,8 +66,8 @@ class TextTransform:
         )
 
     def cut(self, texts: Sequence[str], ids: Sequence[Any]) -> list[str]:
-        """The texts themselves, up to their `max_length`-th token, special ones not counted; raises
-        likewise."""
+        """The texts cut after `max_length` tokens, special ones not counted; raises ValueError for
+        an empty text."""
         _check(texts, ids)
         encoding = self.tokenizer(
             list(texts),
@@ -102,8 +101,7 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer without the padding and truncation of its last call, which it would begin
-    with when read."""
+    """Write a tokenizer without the padding and truncation of its last call."""
     plain = copy.deepcopy(tokenizer)
     for name in _LAST_CALL:
         plain.init_kwargs.pop(name, None)
@@ -115,7 +113,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give the same tokens for any text."""
+    """Whether two tokenizers give the same tokens for every text."""
     return one is other or _parts(one) == _parts(other)
 
 

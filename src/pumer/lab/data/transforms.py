@@ -1,7 +1,7 @@
-"""A model's image transform, kept beside its weights.
+"""A model's image transform, saved beside its weights.
 
-It goes into `preprocessor_config.json` under a key of its own, beside what transformers' processors
-read there, so that either finds what it needs.
+It is stored in `preprocessor_config.json` under a separate key, beside the settings of
+transformers' processor.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ def clip_square(size: int) -> Square:
 
 
 def build_transform(settings: dict[str, Any]) -> Transform:
-    """The transform that settings describe: `kind` (square, crop or keep_aspect) and its fields.
+    """Build a transform from `kind` (square, crop or keep_aspect) and its fields.
 
     Raises ValueError for unknown kinds and fields, and for values of a wrong type.
+
+    >>> build_transform({"kind": "square", "size": 96}).size
+    96
     """
     values = dict(settings)
     transform_name = values.pop("kind", None)
@@ -78,11 +81,11 @@ def build_transform(settings: dict[str, Any]) -> Transform:
 
 
 def save_transform(transform: Transform, directory: str | Path) -> None:
-    """Write the transform beside a model, so that AutoImageProcessor makes the same pixels of it.
+    """Write the transform beside a model, so that AutoImageProcessor reproduces its pixels.
 
-    Where it has nothing that does, it fails in place of giving others: `KeepAspect` with a `longer`
-    of its own, images so thin that ViLT's processor leaves none of a side, and `Crop` as long as
-    pumer.models.meter is not imported.
+    Where no processor of transformers can, loading fails instead of giving other pixels: for
+    `KeepAspect` with `longer` set, for images so thin that ViLT's processor drops a side, and for
+    `Crop` unless pumer.models.meter is imported.
     """
     if isinstance(transform, Stock):
         config = transform.settings
@@ -122,16 +125,16 @@ def _stock_settings(transform: Square | Crop | KeepAspect) -> dict[str, Any]:
 
 
 def load_transform(directory: str | Path) -> Transform:
-    """The transform beside a model: ours, or what the image processor of transformers there does.
+    """The transform beside a model: ours, or that of transformers' image processor.
 
-    Raises ValueError where there is none, and see `read_processor`.
+    Raises ValueError if there is none, and see `read_processor`.
     """
     config = _image_settings(Path(directory))
     return build_transform(config[_KEY]) if _KEY in config else read_processor(directory, config)
 
 
 def has_transform(directory: str | Path) -> bool:
-    """Whether `save_transform` wrote a transform of ours there."""
+    """Whether a transform of ours was saved there."""
     path = Path(directory) / _FILE
     return path.is_file() and _KEY in read_json(path, _HINT)
 

@@ -1,4 +1,4 @@
-"""Scores of many images with many texts: towers once, layers per pair, streamed to disk, over many
+"""Scores of every image with every text: towers run once, scores are streamed to disk, over many
 devices."""
 
 from pumer.lab.score.job import Job

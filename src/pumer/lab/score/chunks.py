@@ -1,4 +1,4 @@
-"""A matrix of scores in chunks: which pairs each holds, and how they lie on disk."""
+"""A matrix of scores in chunks: which pairs each contains, and its files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Chunks:
-    """Blocks of images times blocks of texts, numbered from 0, all texts of a block of images
-    first.
+    """Blocks of images times blocks of texts, numbered from 0, text blocks first.
 
     Args:
         images: rows of the matrix.
@@ -30,6 +29,10 @@ class Chunks:
 
     Raises:
         ValueError: if any of them is below 1.
+
+    >>> chunks = Chunks(images=3, texts=5, chunk_images=2, chunk_texts=4)
+    >>> len(chunks), chunks[3]
+    (4, (slice(2, 3, None), slice(4, 5, None)))
     """
 
     images: int
@@ -45,11 +48,11 @@ class Chunks:
     def __len__(self) -> int:
         return -(-self.images // self.chunk_images) * -(-self.texts // self.chunk_texts)
 
-    def __getitem__(self, number: int) -> tuple[slice, slice]:
+    def __getitem__(self, chunk_index: int) -> tuple[slice, slice]:
         """Images and texts of a chunk."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"there are {len(self)} chunks, none is numbered {number}")
-        row, column = divmod(number, -(-self.texts // self.chunk_texts))
+        if not 0 <= chunk_index < len(self):
+            raise IndexError(f"there are {len(self)} chunks, none is numbered {chunk_index}")
+        row, column = divmod(chunk_index, -(-self.texts // self.chunk_texts))
         first_image, first_text = row * self.chunk_images, column * self.chunk_texts
         bottom, right = (
             min(first_image + self.chunk_images, self.images),
@@ -57,24 +60,22 @@ class Chunks:
         )
         return slice(first_image, bottom), slice(first_text, right)
 
-    def shape(self, number: int) -> tuple[int, int]:
+    def shape(self, chunk_index: int) -> tuple[int, int]:
         """Rows and columns of a chunk."""
-        rows, columns = self[number]
+        rows, columns = self[chunk_index]
         return rows.stop - rows.start, columns.stop - columns.start
 
 
 class Matrix:
-    """Scores in a folder: `manifest.json`, a file for each finished chunk, and in the end
-    `scores.npy` alone.
+    """Scores in a folder: `manifest.json`, a file for each finished chunk, and finally only
+    `scores.npy`.
 
-    What is killed at any moment leaves finished chunks and nothing that looks like one, and a file
-    that was cut or changed later is computed again. Any number of processes may write chunks at the
-    same time.
+    A killed process leaves only complete chunks, and a file that was damaged later is computed
+    again. Any number of processes may write chunks at the same time.
     """
 
     def __init__(self, folder: str | Path, chunks: Chunks, fingerprint: dict[str, Any]) -> None:
-        """Start a matrix, or go on with one; raises ValueError if the folder holds anything
-        else."""
+        """Start or resume a matrix; raises ValueError if the folder holds anything else."""
         self.folder, self.chunks = Path(folder), chunks
         self._parts = self.folder / "chunks"
         manifest = {"format": FORMAT, **fingerprint}
@@ -122,17 +123,16 @@ class Matrix:
 
     @property
     def file(self) -> Path:
-        """The whole matrix, float32 [images, texts] in NumPy's format, there once it is
-        complete."""
+        """The complete matrix, float32 [images, texts] in NumPy's format."""
         return self.folder / "scores.npy"
 
     @property
     def complete(self) -> bool:
-        """Whether every score is there, in one file."""
+        """Whether all scores are in one file."""
         return self.file.is_file()
 
     def missing(self) -> list[int]:
-        """The chunks that are not finished."""
+        """The unfinished chunks."""
         if self.complete:
             return []
         return [
@@ -141,14 +141,14 @@ class Matrix:
             if not self._finished(chunk_index)
         ]
 
-    def write(self, number: int, scores: Tensor) -> None:
-        """Keep a finished chunk."""
-        assert tuple(scores.shape) == self.chunks.shape(number)
-        with replacing(self._part(number), "wb") as file:
+    def write(self, chunk_index: int, scores: Tensor) -> None:
+        """Write a finished chunk."""
+        assert tuple(scores.shape) == self.chunks.shape(chunk_index)
+        with replacing(self._part(chunk_index), "wb") as file:
             file.write(scores.numpy().astype("<f4").tobytes())
 
     def assemble(self) -> None:
-        """Make one file of all chunks, which are then deleted."""
+        """Join all chunks into one file and delete them."""
         if not self.complete:
             with replacing(self.file, "wb") as file:
                 all_scores = np.lib.format.open_memmap(
@@ -167,8 +167,7 @@ class Matrix:
         self._tidy()
 
     def open(self) -> np.ndarray:
-        """The whole matrix, read from disk where it is looked at; writing to it does not change the
-        file."""
+        """The complete matrix, memory-mapped copy-on-write."""
         return np.load(self.file, mmap_mode="c")
 
     def _part(self, chunk_index: int) -> Path:
@@ -180,7 +179,7 @@ class Matrix:
         return part.is_file() and part.stat().st_size == 4 * rows * columns
 
     def _intact(self) -> bool:
-        """Whether the file of all scores is as long as it should be, and as it was written."""
+        """Whether the file of all scores has its full length and its digest."""
         try:
             scores = np.load(self.file, mmap_mode="r")
         except (OSError, ValueError, EOFError):
@@ -194,7 +193,6 @@ class Matrix:
         ]
 
     def _tidy(self) -> None:
-        """Delete the chunks of a complete matrix: a process may have been killed before it got to
-        that."""
+        """Delete leftover chunks of a complete matrix."""
         if self.complete:
             shutil.rmtree(self._parts, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""One scoring job: a model, images and texts, and how they are cut into chunks."""
+"""A scoring job: a model, images and texts, and their chunks."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from pumer.api import active
 from pumer.lab.data.images import BrokenImageError, ImageSource, ImageTransform, open_image
 from pumer.lab.data.text import TextTransform
 from pumer.lab.evaluate import NOT_NUMBERS
+from pumer.lab.progress import Progress, no_progress
 from pumer.lab.score.chunks import Chunks
 from pumer.lab.score.pairs import counts_padding, pairs
 from pumer.reducers import to_dict
@@ -27,24 +28,23 @@ _NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """All that scores depend on; it can be sent to other processes.
+    """Everything that scores depend on; it can be pickled.
 
-    A published reducer counts padded text, so for one every text is padded to the full length,
+    Official reducers count padded text, so for these every text is padded to the full length,
     whatever `tokenize` says.
 
     Args:
         model: for image-text retrieval, reduced or not, on its device.
-        images: of which each is scored with each text; a broken one is an error before anything is
-            computed.
+        images: each is scored with each text; a broken one raises before anything is computed.
         texts: none of them empty.
         tokenize: the model's text transform.
         transform: the model's image transform.
-        batch_size: texts that meet an image at a time.
+        batch_size: texts per image at a time.
         chunk_images: images of a chunk, which are encoded and kept together.
         chunk_texts: texts of a chunk, likewise.
 
     Raises:
-        ValueError: for a model that scores no pairs, no image or text at all, and sizes below 1.
+        ValueError: for a model that does not score pairs, no images or texts, and sizes below 1.
     """
 
     model: Any
@@ -66,20 +66,18 @@ class Job:
 
     @property
     def chunks(self) -> Chunks:
-        """How the matrix of scores is cut up."""
+        """How the matrix of scores is divided."""
         return Chunks(len(self.images), len(self.texts), self.chunk_images, self.chunk_texts)
 
     def tokens(self, block: slice) -> dict[str, Tensor]:
-        """Some of the texts as the tokenizer gives them, int64 [B,T]; raises ValueError for an
-        empty one."""
+        """Tokenized texts, int64 [B,T]; raises ValueError for an empty one."""
         texts = self.texts[block]
         return self.tokenize(texts, range(block.start, block.start + len(texts)))
 
     def check(self) -> str:
         """A digest of all images and texts as the model gets them.
 
-        Opens every image and tokenizes every text, so that what is wrong with them shows before the
-        work and not in the midst of it.
+        Opens every image and tokenizes every text, so that errors appear before the work.
 
         Raises:
             BrokenImageError: naming the images that cannot be read.
@@ -108,9 +106,9 @@ class Job:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this job from another one, as plain data; raises as `check` does.
+        """What identifies this job, as plain data; raises as `check` does.
 
-        `batch_size` is not in it: it changes no more than the last bits of a score.
+        Without `batch_size`, which changes only the last bits of a score.
         """
         patch = active(self.model)
         return {
@@ -125,18 +123,17 @@ class Job:
 
 
 class _Texts(NamedTuple):
-    """A batch of texts, encoded, and which columns of the chunk they are."""
+    """A batch of encoded texts, and their columns in the chunk."""
 
     columns: Tensor
     encoded: Any
 
 
 class Scorer:
-    """Computes chunks of a job, one at a time, and remembers the images and the texts it encoded
-    last.
+    """Computes chunks of a job one at a time, and caches the last block of encoded images and of
+    texts.
 
-    So it holds `chunk_images` encoded images and `chunk_texts` encoded texts, however many there
-    are in all.
+    Memory is bounded by `chunk_images` encoded images and `chunk_texts` encoded texts.
     """
 
     def __init__(self, job: Job) -> None:
@@ -146,19 +143,19 @@ class Scorer:
 
     @property
     def model(self) -> Any:
-        """The job's."""
+        """The job's model."""
         return self.job.model
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """The device of the model's inputs."""
         return execution_device(self.model)
 
     @torch.inference_mode()
-    def __call__(self, number: int, advance: Callable[[int], None] = lambda pairs: None) -> Tensor:
-        """The scores of a chunk, float32 [images, texts] on the CPU; `advance` is told of pairs
-        that are done."""
-        rows, columns = self.job.chunks[number]
+    def __call__(self, chunk_index: int, progress: Progress = no_progress) -> Tensor:
+        """The scores of a chunk, float32 [images, texts] on the CPU; `progress` is called with the
+        number of pairs after every image."""
+        rows, columns = self.job.chunks[chunk_index]
         self.model.eval()
         if self._images[0] != rows:
             self._images = (
@@ -175,32 +172,32 @@ class Scorer:
         for row, image in zip(scores, self._images[1], strict=True):
             for texts in self._texts[1]:
                 row[texts.columns] = score(image, texts.encoded).float()
-            advance(count)
+            progress(count)
         if nan := int(scores.isnan().sum()):
             raise ValueError(NOT_NUMBERS.format(f"{nan} of {scores.numel()} scores of a chunk"))
         return scores.cpu()
 
     def _encode_images(self, rows: slice) -> list[Any]:
-        """In their order; pictures of one size together, as none is padded."""
+        """Encoded images in their order; those of one size go together, as none is padded."""
         job = self.job
-        pictures = [
+        transformed = [
             job.transform(open_image(image, name=f"image {image_index}"))
             for image_index, image in enumerate(job.images[rows], rows.start)
         ]
         sizes: dict[torch.Size, list[int]] = {}
-        for picture_index, picture in enumerate(pictures):
-            sizes.setdefault(picture.shape, []).append(picture_index)
+        for image_index, pixels_3HW in enumerate(transformed):
+            sizes.setdefault(pixels_3HW.shape, []).append(image_index)
         encoded: dict[int, Any] = {}
-        for places in sizes.values():
-            for start in range(0, len(places), job.batch_size):
-                some = places[start : start + job.batch_size]
-                pixels = torch.stack([pictures[picture_index] for picture_index in some])
+        for indices in sizes.values():
+            for start in range(0, len(indices), job.batch_size):
+                same_size = indices[start : start + job.batch_size]
+                pixels = torch.stack([transformed[image_index] for image_index in same_size])
                 pixels = pixels.to(self.device, self.model.dtype)
-                encoded |= zip(some, pairs(self.model).images(pixels), strict=True)
-        return [encoded[picture_index] for picture_index in range(len(pictures))]
+                encoded |= zip(same_size, pairs(self.model).images(pixels), strict=True)
+        return [encoded[image_index] for image_index in range(len(transformed))]
 
     def _encode_texts(self, columns: slice) -> Iterator[_Texts]:
-        """In batches of texts of about one length, so that little is computed for padding."""
+        """In batches of similar length, to compute little padding."""
         job, inputs = self.job, self.job.tokens(columns)
         lengths = inputs["attention_mask"].sum(1)
         for some in lengths.argsort(stable=True).split(job.batch_size):
@@ -214,7 +211,7 @@ class Scorer:
 
 
 def _model_digest(model: Any) -> str:
-    """Of the weights and of all settings but those that say where they came from."""
+    """Digest of the weights and of all settings except their origin."""
     config = model.config.to_dict()
     settings = {
         name: value

@@ -1,7 +1,7 @@
 """What is computed once per image, once per text, and per pair.
 
-METER runs each tower once, and its fusion layers for every pair. ViLT has one encoder for both:
-only the patches are embedded once, and nearly everything is left per pair.
+METER runs each tower once, and its fusion layers per pair. ViLT has one encoder for both, so only
+patch embedding is done once per image.
 
 Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 """
@@ -21,24 +21,23 @@ Inputs = dict[str, Tensor]
 
 
 class Pairs(ABC):
-    """A model in its parts; they follow the reducer that is in force when they are called."""
+    """The parts of a model, with its active reducer."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @abstractmethod
     def images(self, pixel_values_B3HW: Tensor) -> list[Any]:
-        """What becomes of each picture before it meets a text."""
+        """Encode images, each as far as it goes without a text."""
 
     @abstractmethod
     def texts(self, inputs: Inputs) -> Any:
-        """What becomes of a batch of texts before they meet a picture; `inputs` [B,T] are the
+        """Encode a batch of texts as far as it goes without an image; `inputs` [B,T] are the
         tokenizer's."""
 
     @abstractmethod
     def score(self, image: Any, texts: Any) -> Tensor:
-        """Scores [B] of one picture with every text of a batch, each as `images` and `texts` gave
-        it."""
+        """Scores [B] of one encoded image with every text of an encoded batch."""
 
 
 class MeterPairs(Pairs):
@@ -58,17 +57,17 @@ class MeterPairs(Pairs):
 
 
 class ViltPairs(Pairs):
-    """`ViltForImageAndTextRetrieval`; the images are what its forward takes of them.
+    """`ViltForImageAndTextRetrieval`.
 
-    Of a picture with more patches than `config.max_image_length` evenly spaced ones are taken, as
-    under a reducer; the stock model draws them at random, so that no two forwards agree.
+    Of an image with more patches than `config.max_image_length` evenly spaced ones are kept, as
+    with a reducer; the stock model samples them at random, so that two forwards differ.
     """
 
     def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
         patch = active(self.model)
         if patch is not None and patch.reducer.traits.needs_grid:
             # It goes by place, which the model is not told of patches that come embedded.
-            return [{"pixel_values": picture} for picture in pixel_values_B3HW.split(1)]
+            return [{"pixel_values": pixels} for pixels in pixel_values_B3HW.split(1)]
         embeddings = self.model.vilt.embeddings
         # In a call of the module, since offload hooks bring in its parameters for a call alone.
         rebound = rebind(embeddings, "forward", embed_patches)
@@ -95,7 +94,7 @@ _CLASSES: dict[str, type[Pairs]] = {
 
 
 def pairs(model: nn.Module) -> Pairs:
-    """A model in its parts; raises ValueError for classes that score no pairs."""
+    """The parts of a model; raises ValueError for classes that do not score pairs."""
     for cls in type(model).__mro__:
         if cls.__name__ in _CLASSES:
             return _CLASSES[cls.__name__](model)
@@ -105,6 +104,6 @@ def pairs(model: nn.Module) -> Pairs:
 
 
 def counts_padding(model: nn.Module) -> bool:
-    """Whether padded text changes the scores, as in the published mode."""
+    """Whether padded text changes the scores, as with official reducers."""
     patch = active(model)
     return patch is not None and patch.reducer.traits.official

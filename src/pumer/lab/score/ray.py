@@ -1,4 +1,4 @@
-"""Work spread over a Ray cluster with Ray Data; the only file that imports ray."""
+"""Distribute work over a Ray cluster with Ray Data; the only file that imports ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,32 +15,47 @@ from pumer._extras import need
 from pumer.lab.evaluate import Result, predict
 from pumer.lab.tasks.base import Collator, Example
 
+Engine = Literal["plain", "ray"]
+"""Where work is done: in this process, or on the workers of a Ray cluster."""
 
-def spread(
-    work: Any, numbers: Sequence[int], workers: int | None = None, address: str | None = None
-) -> Iterator[tuple[int, Any]]:
-    """`(number, work(number))` for every number, in the order in which they are finished.
 
-    Each worker gets a copy of `work`, once, and puts its `model` on its GPU if it has one. Where
-    the work reads files, every machine of the cluster must see them under the same path. A worker
-    that dies is replaced and its number computed again.
+@dataclass(frozen=True)
+class Cluster:
+    """Ray's workers.
+
+    Args:
+        workers: number of workers, each with its own copy of the model; the cluster's GPUs, or 2,
+            if not given.
+        address: of the cluster; one is started on this machine if not given.
+    """
+
+    workers: int | None = None
+    address: str | None = None
+
+
+def spread(work: Any, numbers: Sequence[int], cluster: Cluster) -> Iterator[tuple[int, Any]]:
+    """Yield `(number, work(number))` for every number, in order of completion.
+
+    Each worker gets one copy of `work`, and moves its `model` to its GPU if it has one. Files that
+    the work reads must have the same path on every machine. A worker that dies is replaced and its
+    number computed again.
 
     Args:
         work: callable with a number, with an attribute `model`; it can be pickled.
-        numbers: each a piece of work of its own.
-        workers: how many; the cluster's GPUs, or 2, if not given.
-        address: of the cluster; one is started on this machine, and stopped again, if not given and
-            none is running.
+        numbers: items of work.
+        cluster: its workers; without an address a cluster is started on this machine and stopped
+            again, unless one is running.
 
     Raises:
         ValueError: without ray, and for less than one worker.
     """
+    workers = cluster.workers
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1")
     if not numbers:
         return
     ray = _import()
-    with _cluster(ray, workers, address):
+    with _joined(ray, cluster):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         items = ray.data.from_items(
             [{"number": chunk_index} for chunk_index in numbers], override_num_blocks=len(numbers)
@@ -59,7 +74,7 @@ def spread(
 
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """Predicts a batch of examples by its number."""
+    """Predicts a batch of examples, by its number."""
 
     model: Any
     examples: Sequence[Example]
@@ -80,18 +95,15 @@ def predict_on_ray(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,
+    cluster: Cluster,
     *,
     batch_size: int = 32,
-    workers: int | None = None,
-    address: str | None = None,
 ) -> Result:
-    """What `evaluate.predict` gives, broken images left out, in the same batches; the rest as for
-    `spread`."""
+    """`evaluate.predict` on a cluster, skipping broken images; see `spread`."""
     work = _Batches(model, examples, collator, batch_size)
     numbers = range(-(-len(examples) // batch_size))
     results = [
-        result
-        for _, result in sorted(spread(work, numbers, workers, address), key=lambda pair: pair[0])
+        result for _, result in sorted(spread(work, numbers, cluster), key=lambda pair: pair[0])
     ]
     return Result(
         predictions={key: value for result in results for key, value in result.predictions.items()},
@@ -103,7 +115,7 @@ def predict_on_ray(
 
 
 class _Worker:
-    """What lives in one process of the cluster."""
+    """A process of the cluster."""
 
     def __init__(self, reference: list[Any]) -> None:
         import ray
@@ -129,16 +141,19 @@ def _import() -> Any:
 
 
 @contextmanager
-def _cluster(ray: Any, workers: int | None, address: str | None) -> Iterator[None]:
-    """Join a cluster, or start one; one that runs in this process already is left as it is."""
+def _joined(ray: Any, cluster: Cluster) -> Iterator[None]:
+    """Join a cluster, or start one; uses one that is already running in this process."""
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Here one processor more than there are workers, as Ray Data has work of its own.
-    local: dict[str, Any] = {"num_cpus": (workers or 2) + 1, "include_dashboard": False}
+    local: dict[str, Any] = {"num_cpus": (cluster.workers or 2) + 1, "include_dashboard": False}
     ray.init(
-        address=address, log_to_driver=False, logging_level="warning", **({} if address else local)
+        address=cluster.address,
+        log_to_driver=False,
+        logging_level="warning",
+        **({} if cluster.address else local),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

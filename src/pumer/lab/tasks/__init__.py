@@ -1,7 +1,6 @@
 """Benchmarks by name.
 
-Names are imported when they are first asked for: tasks of other rooms are among them, which need
-what is here.
+Names are imported on first use, because some tasks live in packages that need this one.
 """
 
 import importlib

@@ -1,5 +1,4 @@
-"""What a task is: examples, targets, a metric with its interval, and the file that a test server
-takes."""
+"""What a task is: examples, targets, a metric with its interval, and a prediction file."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pumer._suggest import some
 from pumer.lab.data.images import (
     BrokenImageError,
     ImageSource,
@@ -34,12 +34,12 @@ NO_TEXT = "a picture"
 class Example:
     """One thing to predict.
 
-    `images` are read and decoded only when collated. `target` is None where no label is known, else
-    a class number (loss kind "class"), a dict of the scores of some classes, 0 for the others
-    ("soft"; in words where the task has no labels), or the number of the right one of `text` and
-    `negatives` ("rank"). Examples of one `cluster`, usually a picture, are not independent: the
-    bootstrap draws them together. `meta` is what the task's metric needs besides. `negatives` are
-    texts that the images are not about.
+    `images` are read and decoded only when collated. `target` is None without a label; else a class
+    index (loss kind "class"), a dict with the scores of some classes ("soft"; by word where the
+    task has no labels), or the index of the matching text among `text` and `negatives` ("rank").
+    Examples of one `cluster`, usually an image, are not independent: the bootstrap resamples them
+    together. `meta` holds what else the task's metric needs. `negatives` are texts that do not
+    match the images.
     """
 
     id: int | str
@@ -52,12 +52,11 @@ class Example:
 
 
 class Task(ABC):
-    """A benchmark; each is a frozen dataclass whose fields say where the data is.
+    """A benchmark: a frozen dataclass whose fields say where the data is.
 
-    A prediction is whatever `decode` makes of a model's outputs for one example, by default a
-    label. Metrics are in percent, rounded to two decimals. Methods that take predictions by example
-    id raise ValueError when ids are missing or unknown; those that compare them raise ValueError
-    for examples without labels.
+    A prediction is what `decode` returns for one example, by default a label. Metrics are in
+    percent, rounded to two decimals. Methods that take predictions by example id raise ValueError
+    for missing or unknown ids, and those that score raise it for examples without labels.
     """
 
     name: ClassVar[str]
@@ -71,23 +70,23 @@ class Task(ABC):
     @property
     @abstractmethod
     def labels(self) -> Sequence[str]:
-        """What a model's outputs stand for, in their order."""
+        """The meaning of a model's outputs, in order."""
 
     @abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
-        """The examples of a split, at random access; raises ValueError for missing or wrong
+        """The examples of a split, with random access; raises ValueError for missing or wrong
         files."""
 
     @abstractmethod
     def score(self, prediction: Any, example: Example) -> float:
-        """How right one prediction is, from 0 to 1."""
+        """The score of one prediction, from 0 to 1."""
 
     @abstractmethod
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write predictions, by example id, in the format of the task's official evaluator, all or
-        nothing."""
+        """Write predictions by example id in the format of the task's official evaluator,
+        atomically."""
 
     def metric(
         self, predictions: Mapping[Any, Any], examples: Sequence[Example]
@@ -113,13 +112,14 @@ class Task(ABC):
         return {}
 
     def answer_scores(self, example: Example) -> Mapping[Any, float]:
-        """The score of every answer to an example that scores at all."""
+        """The score of every answer to an example that scores above 0."""
         return example.target if isinstance(example.target, Mapping) else {example.target: 1.0}
 
     def decode(self, logits: Tensor) -> list[Any]:
-        """Predictions of a batch of logits [B, labels]: for each the label with the highest.
+        """Predictions of a batch of logits [B, labels]: the label with the highest logit.
 
-        Raises ValueError when there are not as many outputs as labels.
+        Raises:
+            ValueError: if there are not as many outputs as labels.
         """
         if logits.shape[-1] != len(self.labels):
             raise ValueError(
@@ -129,8 +129,8 @@ class Task(ABC):
         return [self.labels[index] for index in logits.argmax(-1).tolist()]
 
     def encode_targets(self, targets: Sequence[Any]) -> Tensor:
-        """Targets of a batch as the loss takes them: float32 [B, labels] ("soft") or int64 [B] (the
-        others)."""
+        """Targets of a batch for the loss: float32 [B, labels] ("soft") or int64 [B] (other
+        kinds)."""
         if self.loss_kind != "soft":
             return torch.tensor(targets, dtype=torch.int64)
         scores = torch.zeros(len(targets), len(self.labels))
@@ -142,21 +142,23 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Collator:
-    """Make a batch of a task's examples: the data collator of transformers' Trainer.
+    """Batch a task's examples: the data collator of transformers' Trainer.
 
-    Gives the text's `input_ids` and company [B, T], `pixel_values` [B, 3, H, W], `pixel_mask` [B,
-    H, W] and, where every example has a target, `labels`; also what `carried` finds. For tasks with
-    several images B is followed by an axis of that size. Examples with negatives, of which each has
-    as many, give K texts each, the right one first: [B * K, T], next to images that are not
-    repeated, and K as the int `texts_per_image`.
+    Returns the tokenizer's `input_ids` and other tensors [B, T], `pixel_values` [B, 3, H, W],
+    `pixel_mask` [B, H, W] and, where every example has a target, `labels`; also the tensors of
+    `extra_targets`. For tasks with several images B is followed by an axis of that size. Examples
+    with negatives, of which each has equally many, give K texts each, the matching one first: [B *
+    K, T]. Their images are not repeated, and K is the int `texts_per_image`.
 
-    `blind` measures what can be had without looking, or without reading: with "text" every image is
-    a grey square of always the same size and the text is all there is to see; with "image" every
-    text is "a picture". Questions about images have answers that are likely whatever is seen, and a
-    model shall be judged by how far it gets beyond them. `order` has the number of the model's
-    output for every label of the task, None where they are in one order; see `labels.label_order`.
-    Raises BrokenImageError (a ValueError) for unreadable images, and ValueError for empty texts and
-    for `blind` "image" where texts are what is chosen from.
+    `blind` hides one of the inputs, for a baseline: with "text" every image is the same grey
+    square, with "image" every text is "a picture". Some answers are likely whatever the image
+    shows, and a model should be judged by what it gains over them. `order` holds the index of the
+    model's output for every label of the task, None if they are in the same order; see
+    `labels.label_order`.
+
+    Raises:
+        BrokenImageError: for unreadable images.
+        ValueError: for empty texts, and for `blind` "image" where texts are the candidates.
     """
 
     task: Task
@@ -177,10 +179,10 @@ class Collator:
         targets = [example.target for example in examples]
         if None not in targets:
             batch["labels"] = self.task.encode_targets(targets)
-        return batch | carried(examples)
+        return batch | extra_targets(examples)
 
     def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What the tokenizer gives, and `texts_per_image` where there are several."""
+        """The tokenizer's tensors, and `texts_per_image` if there are several."""
         texts = [text for example in examples for text in (example.text, *example.negatives)]
         each = len(texts) // len(examples)
         assert all(len(example.negatives) == each - 1 for example in examples)
@@ -194,7 +196,7 @@ class Collator:
     def pixels(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """`pixel_values` and `pixel_mask`."""
         padded = dict(
-            zip(("pixel_values", "pixel_mask"), pad_images(self.pictures(examples)), strict=True)
+            zip(("pixel_values", "pixel_mask"), pad_images(self.load_images(examples)), strict=True)
         )
         count = self.task.image_count
         return (
@@ -207,8 +209,8 @@ class Collator:
         """A model's outputs [..., labels] in the order of the task's labels."""
         return logits if self.order is None else logits[..., list(self.order)]
 
-    def pictures(self, examples: Sequence[Example]) -> list[Tensor]:
-        """The images of all examples in a row, as the model takes them."""
+    def load_images(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The transformed images of all examples, flat."""
         return [
             self.image(self._open(image, example))
             for example in examples
@@ -229,29 +231,29 @@ class Collator:
             ) from error
 
 
-def carried(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Tensors to learn from besides the labels, where all examples carry them in their `meta`.
+def extra_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Additional training targets from the examples' `meta`, where all of them have them.
 
-    `patch_labels` [B,P,7] are dense targets, `taught` [B, labels] are a teacher's logits.
+    `patch_labels` [B,P,7] are dense targets, `teacher_logits` [B, labels] a teacher's logits.
     """
     return {
         name: torch.stack([example.meta[name] for example in examples])
-        for name in ("patch_labels", "taught")
+        for name in ("patch_labels", "teacher_logits")
         if all(name in example.meta for example in examples)
     }
 
 
 def last_argmax(scores: Tensor) -> Tensor:
-    """Number of the highest score of every row, the last of equal ones, int64 [B]; scores are [B,
-    K]."""
+    """Index of the highest score in every row of [B, K], the last one if several are equal: int64
+    [B]."""
     return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
 
 
 def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> list[Any]:
-    """The ids of the examples, in their order.
+    """The ids of the examples, in order.
 
-    Raises ValueError unless there is exactly one prediction for every example, and an example at
-    all.
+    Raises:
+        ValueError: unless there is exactly one prediction per example, and at least one example.
     """
     ids = [example.id for example in examples]
     if not ids:
@@ -260,11 +262,11 @@ def check_ids(predictions: Mapping[Any, Any], examples: Sequence[Example]) -> li
     unknown = sorted(predictions.keys() - set(ids), key=str)
     if missing:
         raise ValueError(
-            f"{first(missing, len(ids), 'examples')} have no prediction; predict them too."
+            f"{count_of(missing, len(ids), 'examples')} have no prediction; predict them too."
         )
     if unknown:
         raise ValueError(
-            f"{first(unknown, len(predictions), 'predictions')} are for no example; is it the "
+            f"{count_of(unknown, len(predictions), 'predictions')} are for no example; is it the "
             "right split?"
         )
     return ids
@@ -275,7 +277,7 @@ def check_labels(predictions: Mapping[Any, Any], labels: Sequence[str]) -> None:
     unknown_names = [name for name, label in predictions.items() if label not in labels]
     if unknown_names:
         raise ValueError(
-            f"{first(unknown_names, len(predictions), 'predictions')} are none of "
+            f"{count_of(unknown_names, len(predictions), 'predictions')} are none of "
             f"{', '.join(labels)}."
         )
 
@@ -287,31 +289,35 @@ def label_score(prediction: str, example: Example, labels: Sequence[str]) -> flo
     return float(prediction == labels[example.target])
 
 
-def first(ids: Sequence[Any], total: int, what: str) -> str:
-    """How many of how many, and which: "3 of 8 examples (12, 14, 15)"; at most five are named."""
-    return (
-        f"{len(ids)} of {total} {what} "
-        f"({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
-    )
+def count_of(ids: Sequence[Any], total: int, what: str) -> str:
+    """How many of how many, and which, naming at most five.
+
+    >>> count_of([12, 14, 15], 8, "examples")
+    '3 of 8 examples (12, 14, 15)'
+    """
+    return f"{len(ids)} of {total} {what} ({some(ids, 5)})"
 
 
-def bootstrap_interval(
-    scores: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean score, resampling whole clusters; the same for the same
-    input.
+_RESAMPLES = 1000
 
-    Questions about one picture stand and fall together, so that resampling single questions would
-    promise more certainty than there is. For two models compare differences of scores: their
-    interval is narrower than either's. Efron and Tibshirani, "An Introduction to the Bootstrap",
-    1993.
+
+def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
+    """95 % percentile interval of the mean score, resampling whole clusters; deterministic.
+
+    Answers about the same image are not independent, so resampling single questions would give
+    intervals that are too narrow. To compare two models use the differences of their scores: that
+    interval is narrower than either model's. Efron and Tibshirani, "An Introduction to the
+    Bootstrap", 1993.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0], ["a", "b", "b"])
+    (1.0, 1.0)
     """
     names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = np.array([names[name] for name in clusters])
     sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
+    generator = np.random.default_rng(0)
+    means = np.empty(_RESAMPLES)
+    for i in range(_RESAMPLES):
         drawn = generator.integers(len(names), size=len(names))
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.quantile(means, [0.025, 0.975])

@@ -1,4 +1,4 @@
-"""What of a task's official files and images is there, against what was published."""
+"""Compare a task's official files and images with what was published."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from pumer.lab.tasks.retrieval import DATASETS, Retrieval
 class SplitCheck:
     """What was found of a split.
 
-    `published` is empty for a split that nobody published. `counts` are empty where the files
-    cannot be read; `problem` says why, and `absent` whether it is only that they are not there.
-    `missing` are the keys of the images that `store` lacks, `broken` the reasons for those that
-    cannot be decoded, where that was tried.
+    `published` is empty for unofficial splits. `counts` is empty if the files cannot be read; then
+    `problem` says why, and `absent` whether they just do not exist. `missing` are keys of images
+    that `store` lacks, `broken` the reasons why images cannot be decoded, if that was tried.
     """
 
     name: str
@@ -42,12 +41,14 @@ def check_files(
     root: str | Path,
     images: str | Path | None = None,
     decode: bool = False,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> list[SplitCheck]:
-    """Look at every split of a task, published or else there; `decode` also opens every image.
+    """Check every split of a task, official ones and others that exist; `decode` also opens every
+    image.
 
-    Raises ValueError for a task that has no official files, a `root` that is no folder, and where
-    `images` is none of what `open_store` takes.
+    Raises:
+        ValueError: for a task without official files, a `root` that is not a folder, and `images`
+            that `open_store` does not support.
     """
     if not Path(root).is_dir():
         raise ValueError(f"{root} is no folder; give the one with the official files.")
@@ -56,7 +57,7 @@ def check_files(
         for split in task.splits():
             title = f"{task.dataset} {split}" if isinstance(task, Retrieval) else split
             published = task.published.get(split, {})
-            checks.append(_check(task, split, title, published, decode, progress))
+            checks.append(_check(task, split, title, published, decode, show_progress))
     return checks
 
 
@@ -84,7 +85,7 @@ def _check(
     title: str,
     published: Mapping[str, int],
     decode: bool,
-    progress: bool,
+    show_progress: bool,
 ) -> SplitCheck:
     try:
         rows = task.read(split)
@@ -94,7 +95,7 @@ def _check(
         )
     store, keys = task.store(split), wanted(task, rows)
     missing = store.absent(keys)
-    broken = undecodable(store, present(keys, missing), progress) if decode else {}
+    broken = undecodable(store, present(keys, missing), show_progress) if decode else {}
     return SplitCheck(
         title, published, task.count(rows), store=str(store), missing=missing, broken=broken
     )

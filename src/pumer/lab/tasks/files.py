@@ -1,5 +1,4 @@
-"""What tasks in official files have in common: rows read with their line numbers, images found by
-name."""
+"""Shared by tasks with official files: rows with line numbers, images found by name."""
 
 from __future__ import annotations
 
@@ -15,18 +14,18 @@ from rich.progress import track
 
 from pumer.lab.data.image_store import ImageStore, open_store
 from pumer.lab.data.images import BrokenImageError, ImageSource, open_image
-from pumer.lab.tasks.base import Example, Task, first
+from pumer.lab.tasks.base import Example, Task, count_of
 
 Skip = Literal["none", "missing", "broken"]
 Exif = Literal["ignore", "apply"]
 
 
 class MissingFileError(ValueError):
-    """An official file that is not there, unlike one that is there and broken.
+    """An official file that does not exist, as opposed to a broken one.
 
     Args:
         path: of the file.
-        hint: what is in its folder, or where to get it.
+        hint: what its folder contains, or where to get it.
     """
 
     def __init__(self, path: Path, hint: str):
@@ -46,13 +45,12 @@ class FileTask(Task):
         images: where the images are: a folder in the official layout or of the images themselves,
             an LMDB file as PuMer writes it, a Parquet file or a folder of such
             (`pumer.lab.data.image_store`); default `root`.
-        skip: what is left out, with a warning that counts it, rather than an error: "none";
-            "missing", examples whose images are not there; "broken", also those whose images cannot
-            be decoded, for which every image is opened once.
-        exif: whether images are turned as their EXIF orientation says, "apply", or taken as their
-            pixels are stored, "ignore". The pipelines of ViLT, METER and PuMer ignore it, so that
-            their checkpoints, and the results published of them, are of such images; "apply" is for
-            photographs of your own that come straight from a camera.
+        skip: examples to skip with a warning instead of an error: "none"; "missing", those whose
+            images do not exist; "broken", also those whose images cannot be decoded, for which
+            every image is opened once.
+        exif: "apply" rotates images by their EXIF orientation, "ignore" takes the pixels as stored.
+            The pipelines of ViLT, METER and PuMer ignore it, so published checkpoints and results
+            are for such images; use "apply" for your own photographs.
     """
 
     root: str | Path
@@ -66,12 +64,11 @@ class FileTask(Task):
     @property
     @abstractmethod
     def published(self) -> Mapping[str, Mapping[str, int]]:
-        """How many of each thing the published splits have, under the names that `count` uses."""
+        """Numbers of items in the published splits, by the names that `count` uses."""
 
     @abstractmethod
     def read(self, split: str) -> Sequence[Any]:
-        """What the files say of a split, a row for each example; raises ValueError for missing or
-        wrong files."""
+        """The rows of a split, one per example; raises ValueError for missing or wrong files."""
 
     @abstractmethod
     def keys(self, row: Any) -> tuple[str, ...]:
@@ -79,15 +76,14 @@ class FileTask(Task):
 
     @abstractmethod
     def places(self, split: str) -> Sequence[str]:
-        """The folders below `images` that hold the images in the official layout, as glob
-        patterns."""
+        """Folders below `images` in the official layout, as glob patterns."""
 
     @abstractmethod
     def example(self, row: Any, images: Sequence[ImageSource]) -> Example:
         """The example that a row describes."""
 
     def splits(self) -> list[str]:
-        """The published splits and others that are there; these alone where no published one is."""
+        """The published splits and others that exist; only the latter if no published one does."""
         there = set[str]()
         for pattern in self.split_files:
             before, after = pattern.split("{}")
@@ -97,7 +93,7 @@ class FileTask(Task):
         return others if others and there.isdisjoint(self.published) else [*self.published, *others]
 
     def count(self, rows: Sequence[Any]) -> dict[str, int]:
-        """How many of each thing are in a split."""
+        """Numbers of items in a split."""
         return {"examples": len(rows), "images": len(wanted(self, rows))}
 
     def store(self, split: str) -> ImageStore:
@@ -109,12 +105,13 @@ class FileTask(Task):
         return store
 
     def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split whose images can be used, see `skip`."""
         rows, store = self.read(split), self.store(split)
         return FileExamples(self, usable(self, rows, store), store)
 
 
 class FileExamples(Sequence[Example]):
-    """The examples of a split in the order of the file, made when asked for."""
+    """The examples of a split in file order, created on access."""
 
     def __init__(self, task: FileTask, rows: Sequence[Any], store: ImageStore):
         self._task, self._rows, self._store = task, rows, store
@@ -127,19 +124,21 @@ class FileExamples(Sequence[Example]):
         return self._task.example(row, self._store.select(self._task.keys(row)))
 
     def targets(self) -> Iterator[Any]:
-        """The target of every example, for which no image is looked for."""
+        """The target of every example, without reading images."""
         return (self._task.example(row, ()).target for row in self._rows)
 
 
 def wanted(task: FileTask, rows: Iterable[Any]) -> list[str]:
-    """The keys of all images that rows need, each once, in their order."""
+    """The keys of all images that rows use, each once, in order."""
     return list(dict.fromkeys(key for row in rows for key in task.keys(row)))
 
 
-def undecodable(store: ImageStore, keys: Sequence[str], progress: bool = False) -> dict[str, str]:
-    """The reason for each image that is there and cannot be decoded; opens them all."""
+def undecodable(
+    store: ImageStore, keys: Sequence[str], show_progress: bool = False
+) -> dict[str, str]:
+    """The reason for each existing image that cannot be decoded; opens all of them."""
     reasons = {}
-    for key in track(keys, "opening images", disable=not progress):
+    for key in track(keys, "opening images", disable=not show_progress):
         try:
             open_image(store[key], name=key)
         except BrokenImageError as error:
@@ -154,17 +153,15 @@ def present(keys: Iterable[str], absent: Iterable[str]) -> list[str]:
 
 
 def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[Any]:
-    """The rows whose images can be used, as `task.skip` understands it; raises ValueError if none
-    is left."""
+    """The rows whose images can be used, by `task.skip`; raises ValueError if none is left."""
     if task.skip not in get_args(Skip):
         raise ValueError(f"skip is {task.skip!r}; it is one of {', '.join(get_args(Skip))}.")
     keys = wanted(task, rows)
     bad = absent = store.absent(keys)
     if bad and task.skip == "none":
         raise ValueError(
-            f"{first(bad, len(keys), 'images')} are not in {store}; set images to where they are, "
-            "or "
-            'skip to "missing" to do without.'
+            f"{count_of(bad, len(keys), 'images')} are not in {store}; set images to their "
+            'folder, or skip to "missing" to do without.'
         )
     if task.skip == "broken":
         bad = absent + list(undecodable(store, present(keys, absent)))
@@ -174,12 +171,12 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     usable_rows = [row for row in rows if not without.intersection(task.keys(row))]
     if not usable_rows:
         raise ValueError(
-            f"{first(bad, len(keys), 'images')} are missing or broken in {store}: no example is "
+            f"{count_of(bad, len(keys), 'images')} are missing or broken in {store}: no example is "
             "left."
         )
     warnings.warn(
         f"{len(rows) - len(usable_rows)} of {len(rows)} examples are left out: "
-        f"{first(bad, len(keys), 'images')} are missing or broken in {store}",
+        f"{count_of(bad, len(keys), 'images')} are missing or broken in {store}",
         stacklevel=3,
     )
     return usable_rows
@@ -216,10 +213,11 @@ def _json(line: bytes) -> Any:
 
 
 def read_rows(items: Iterable[tuple[str, Any]], parse: Callable[[Any], R]) -> list[R]:
-    """What `parse` makes of each item, which comes with the place where it stands.
+    """Parse items, each of which comes with its place in the file.
 
-    Raises ValueError counting all items that are broken and naming the first few with their places:
-    those for which `parse` raises ValueError, and those that repeat an `id`.
+    Raises:
+        ValueError: counting all broken items and naming the first few with their places: those for
+            which `parse` raises ValueError, and those that repeat an `id`.
     """
     rows: list[R] = []
     places: dict[int | str, str] = {}
@@ -246,7 +244,7 @@ def read_rows(items: Iterable[tuple[str, Any]], parse: Callable[[Any], R]) -> li
 
 
 def strings(row: Any, *names: str) -> tuple[str, ...]:
-    """These values of a JSON object; raises ValueError for one that is missing, no string or
+    """Text fields of a JSON object; raises ValueError for one that is missing, not a string or
     blank."""
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
@@ -269,20 +267,20 @@ class _Labelled(_Row, Protocol):
 def all_or_none_labelled(rows: list[T], path: Path) -> list[T]:
     """The rows, if every one has a label, or none has: a test set to predict.
 
-    Raises ValueError naming those that lack one among others.
+    Raises:
+        ValueError: naming unlabelled rows among labelled ones.
     """
     without = [row.id for row in rows if row.target is None]
     if 0 < len(without) < len(rows):
         raise ValueError(
-            f"{path}: {first(without, len(rows), 'rows')} have no label; add them, or remove the "
-            "rows."
+            f"{path}: {count_of(without, len(rows), 'rows')} have no label; add them, or "
+            "remove the rows."
         )
     return rows
 
 
 def label_of(row: Mapping[str, Any], name: str, labels: Sequence[str]) -> int | None:
-    """The number of a row's label, None where it has none; raises ValueError for one outside the
-    set."""
+    """The index of a row's label, None if it has none; raises ValueError for an unknown label."""
     if row.get(name) is None:
         return None
     (label,) = strings(row, name)
@@ -290,7 +288,7 @@ def label_of(row: Mapping[str, Any], name: str, labels: Sequence[str]) -> int | 
 
 
 def one_of(value: str, labels: Sequence[str]) -> int:
-    """The number of a label; raises ValueError for one outside the task's set."""
+    """The index of a label; raises ValueError for an unknown one."""
     if value not in labels:
         raise ValueError(f"label {value!r} is none of {', '.join(labels)}")
     return labels.index(value)

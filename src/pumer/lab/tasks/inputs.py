@@ -1,5 +1,4 @@
-"""Inputs for a model: texts and images of your own to what its forward, or its `generate`,
-takes."""
+"""Model inputs from your own texts and images."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]
 
 @dataclass(frozen=True)
 class _Asking(Task):
-    """Texts about images that nobody has answered."""
+    """Texts about images, without answers."""
 
     image_count: int = 1  # type: ignore[misc]  # of each text, where other tasks have always as many
     name = "inputs"
@@ -65,7 +64,7 @@ class Inputs:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's, which decodes what it writes."""
+        """The model's tokenizer, to decode what it generates."""
         return self.collator.text.tokenizer
 
     def __call__(self, texts: str | Sequence[str], images: Images) -> BatchFeature:
@@ -162,7 +161,7 @@ def _folder(source: str | Path, hub: Mapping[str, Any]) -> Path:
     if model.has(ADAPTER) and not model.has(CONFIG):
         model = base_of(model, files, hub)
     if not model.has(CONFIG):
-        raise ValueError(f"{source} is no model folder: there is no {CONFIG} in it")
+        raise ValueError(f"{source} is not a model folder: there is no {CONFIG} in it")
     return model.folder
 
 

@@ -1,4 +1,4 @@
-"""Which of a model's outputs stands for which label of a task, and whether the two fit at all."""
+"""Match a model's outputs to the labels of a task."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pumer._suggest import some
 from pumer.lab.tasks.base import Task
 
 _LOG = logging.getLogger(__name__)
@@ -16,10 +17,10 @@ _CLASSIFIERS = ("ForQuestionAnswering", "ForVisualEntailment", "ForImagesAndText
 
 
 def label_names(config: Any) -> list[str]:
-    """The names of a model's outputs, in their order.
+    """The names of a model's outputs, in order.
 
-    Those of `id2label`; where it has transformers' LABEL_0, LABEL_1, ... and `label2id` has names,
-    of that one.
+    From `id2label`; if that holds transformers' defaults LABEL_0, LABEL_1, ... and `label2id` has
+    names, from `label2id`.
     """
     id2label = {int(index): str(name) for index, name in config.id2label.items()}
     names = [id2label[index] for index in sorted(id2label)]
@@ -32,21 +33,25 @@ def label_names(config: Any) -> list[str]:
 
 
 def is_unnamed(names: Sequence[str]) -> bool:
-    """Whether the names are those that transformers gives where nobody gave any."""
+    """Whether the names are transformers' defaults."""
     return all(_UNNAMED.fullmatch(name) for name in names)
 
 
 def same_names(names: Sequence[str], labels: Sequence[str]) -> bool:
-    """Whether a model's names are a task's labels, in any order and case."""
+    """Whether a model's names are the task's labels, ignoring order and case.
+
+    >>> same_names(["No", "yes"], ["yes", "no"])
+    True
+    """
     return sorted(map(str.casefold, names)) == sorted(map(str.casefold, labels))
 
 
 def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
-    """For every label of a task the number of the model's output that stands for it; None if in
+    """The index of the model's output for every label of the task; None if they are in the same
     order.
 
-    Labels are matched by name, whatever their case. A model whose labels are LABEL_0, LABEL_1, ...
-    or 0, 1, ... is taken at its numbers, which a warning says.
+    Labels are matched by name, ignoring case. A model with labels LABEL_0, LABEL_1, ... or 0, 1,
+    ... is matched by index, with a warning.
 
     Raises:
         ValueError: for other names, and for another number of outputs.
@@ -67,20 +72,19 @@ def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
             "the model's labels are %s: they are taken for %s, in this order; if it is another "
             "one, "
             "set id2label in the model's config.json",
-            _some(names),
-            _some(labels),
+            some(names, _SHOWN),
+            some(labels, _SHOWN),
         )
         return None
     raise ValueError(
-        f"the model's labels ({_some(names)}) are not those of the task {task.name} "
-        f"({_some(labels)}): take a model that was trained on the task, or, if they mean the same, "
-        "set id2label in its config.json to the task's words"
+        f"the model's labels ({some(names, _SHOWN)}) are not those of the task {task.name} "
+        f"({some(labels, _SHOWN)}): take a model that was trained on the task, or, if they mean "
+        "the same, set id2label in its config.json to the task's words"
     )
 
 
 def check_fit(model: Any, task: Task) -> None:
-    """Raise ValueError for a model whose head cannot do a task; it is one that chooses from
-    labels."""
+    """Raise ValueError if a model's classification head does not fit a task."""
     if task.loss_kind == "none":
         return
     class_name = type(model).__name__
@@ -96,7 +100,7 @@ def check_fit(model: Any, task: Task) -> None:
     else:
         heads, needs = (
             _CLASSIFIERS,
-            f"has one image per example and the labels {_some(task.labels)}",
+            f"has one image per example and the labels {some(task.labels, _SHOWN)}",
         )
     suits = any(base.endswith(heads) for base in bases)
     if suits and class_name.endswith(_CLASSIFIERS[2]):
@@ -111,10 +115,6 @@ def check_fit(model: Any, task: Task) -> None:
         )
     if not ranks and is_unnamed(task.labels):
         raise ValueError(
-            f"the model's config.json names no answers ({_some(task.labels)}): set its id2label to "
-            "the answers that the head was trained on, or give the task its labels"
+            f"the model's config.json names no answers ({some(task.labels, _SHOWN)}): set "
+            "its id2label to the answers that the head was trained on, or give the task its labels"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f", ... {len(names)} in all" if len(names) > _SHOWN else "")

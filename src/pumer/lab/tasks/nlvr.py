@@ -1,4 +1,4 @@
-"""NLVR: is a sentence true of a picture of three boxes?
+"""NLVR: is a sentence true of an image of three boxes?
 
 Suhr et al., "A Corpus of Natural Language for Visual Reasoning", ACL 2017 (github.com/lil-lab/nlvr,
 CC-BY-4.0).
@@ -14,7 +14,7 @@ from typing import Any
 
 from pumer._files import replacing
 from pumer.lab.data.parquet import ImageTable
-from pumer.lab.tasks.base import Example, Task, check_ids, first, label_score
+from pumer.lab.tasks.base import Example, Task, check_ids, count_of, label_score
 
 _COLUMNS = ("id", "example_id", "presentation", "directory", "k", "sentence", "label")
 _BOX_ORDERS = set(range(6))
@@ -22,7 +22,7 @@ _BOX_ORDERS = set(range(6))
 
 @dataclass(frozen=True)
 class NLVR(Task):
-    """NLVR packed in Parquet files: the whole picture as one image, the sentence, false (0) or true
+    """NLVR packed in Parquet files: all three boxes as one image, the sentence, false (0) or true
     (1).
 
     Args:
@@ -31,10 +31,10 @@ class NLVR(Task):
             orders. With the official train.json, `attach_train.py`, which lies with the files,
             makes `train_full_k0.parquet` of all 12,410 examples: name it here.
         held_out: directories of the train file that make up "validation". Whole directories,
-            because the pictures of a sentence and their box orders lie in one; rows drawn at random
-            would put the same picture on both sides.
+            because the images of a sentence and their box orders lie in one; rows drawn at random
+            would put the same image on both sides.
 
-    Splits: "train", "validation", or the name of a file without its ending: "dev_k0" (each picture
+    Splits: "train", "validation", or the name of a file without its ending: "dev_k0" (each image
     once), "dev_all6" (in all six box orders).
     """
 
@@ -46,6 +46,7 @@ class NLVR(Task):
     held_out: tuple[int, ...] = tuple(range(72, 80))
 
     def examples(self, split: str) -> Sequence[Example]:
+        """Rows of a split, with every box order as an example of its own."""
         cut = split in ("train", "validation")
         path = Path(self.root) / (self.train_file if cut else f"{split}.parquet")
         table = ImageTable(path, _COLUMNS)
@@ -68,7 +69,7 @@ class NLVR(Task):
             missing = [column["id"][i] for i in rows if column[name][i] is None]
             if missing:
                 raise ValueError(
-                    f"{path}: {first(missing, len(ids), 'rows')} have no {name}; attach the "
+                    f"{path}: {count_of(missing, len(ids), 'rows')} have no {name}; attach the "
                     "official file."
                 )
         return _Examples(table, rows)
@@ -77,10 +78,9 @@ class NLVR(Task):
         return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
-        """`consistency`: the share of presentations with every picture right in all six box orders.
+        """`consistency`: the share of presentations that are right in all six box orders.
 
-        Only where all six are among the examples: over fewer the same name would mean something
-        easier.
+        Only where all six are among the examples; over fewer the number would not be comparable.
         """
         orders, right = defaultdict(set), defaultdict(list)
         for score, example in zip(scores, examples, strict=True):
@@ -93,13 +93,13 @@ class NLVR(Task):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write the CSV that NLVR's metrics_images.py takes; it wants every picture in all six box
+        """Write the CSV that NLVR's metrics_images.py takes; it wants every image in all six box
         orders."""
         ids = check_ids(predictions, examples)
         invalid_names = [name for name, label in predictions.items() if label not in self.labels]
         if invalid_names:
             raise ValueError(
-                f"{first(invalid_names, len(predictions), 'predictions')} are neither true "
+                f"{count_of(invalid_names, len(predictions), 'predictions')} are neither true "
                 "nor false."
             )
         with replacing(path) as file:

@@ -56,6 +56,7 @@ class NLVR2(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The rows of a split's JSON-lines file."""
         path = Path(self.root) / f"{split}.json"
         rows = read_lines(path, self._parse, "github.com/lil-lab/nlvr, nlvr2/data")
         return all_or_none_labelled(rows, path)
@@ -99,10 +100,10 @@ class NLVR2(FileTask):
         return label_score(prediction, example, self.labels)
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
-        """`consistency`: the share of sentences that are right for every pair of a set, as the
-        official script counts.
+        """`consistency`: the share of sentences that are right for every pair of a set, as in the
+        official script.
 
-        Over the examples given: those of a part of a split miss pairs, which makes it easier.
+        Over the examples given: a part of a split lacks some pairs, which makes it easier.
         """
         groups = defaultdict(list)
         for score, example in zip(scores, examples, strict=True):

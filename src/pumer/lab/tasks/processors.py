@@ -1,5 +1,4 @@
-"""Questions for models that come with a processor, which knows how they are asked: every decoder of
-transformers."""
+"""Questions for models with a processor: all of transformers' decoders."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from transformers import AutoProcessor
 from pumer.lab.data.text import TextTransform, load_tokenizer
 from pumer.lab.data.transforms import has_transform, load_transform
 from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task
-from pumer.lab.tasks.prompts import WritingCollator, collator_for, writes
+from pumer.lab.tasks.prompts import GenerativeCollator, collator_for, is_generative
 from pumer.models.llava import IMAGE
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -27,21 +26,19 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessorCollator(WritingCollator):
-    """Make a batch of a task's examples with the processor of a model: everything that `generate`
-    takes.
+class ProcessorCollator(GenerativeCollator):
+    """Batch a task's examples with a model's processor: everything that `generate` takes.
 
-    Every example becomes a chat of one message, its images first, then the question and
-    `instruction` in a line of its own. Prompts are padded on the left. `blind` is as for every
-    task.
+    Every example becomes a chat of one message: its images, the question, and `instruction` on its
+    own line. Prompts are padded on the left. `blind` works as for every task.
 
     Args:
-        processor: as `read_processor` gives it.
+        processor: as `read_processor` returns it.
         instruction: how to answer.
-        dtype: of the model, and so of what is computed of pictures.
+        dtype: of the model, for floating-point inputs.
 
     Raises:
-        ValueError: for tasks that ask for no answers in words, and for empty questions.
+        ValueError: for tasks without answers in words, and for empty questions.
     """
 
     processor: Any
@@ -58,10 +55,10 @@ class ProcessorCollator(WritingCollator):
             )
             for example, text in zip(examples, self.text.cut(texts, names), strict=True)
         ]
-        pictures: list[Any] = self.pictures(examples)
+        loaded: list[Any] = self.load_images(examples)
         first, images = 0, []
         for example in examples:
-            images.append(pictures[first : first + len(example.images)])
+            images.append(loaded[first : first + len(example.images)])
             first += len(example.images)
         batch = encode(self.processor, prompts, images)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in batch.items()}
@@ -74,18 +71,18 @@ class ProcessorCollator(WritingCollator):
 
 
 def saved_collator(source: str, model: Any, task: Task) -> Collator:
-    """The collator of a task for a model, with the tokenizer and the image transform or processor
-    it was saved with.
+    """The collator of a task for a saved model, with its tokenizer and its image transform or
+    processor.
 
     Args:
-        source: the model's folder; also the name on the Hub of one that writes.
+        source: the model's folder; for generative models also a name on the Hub.
         model: with its configuration.
         task: see `prompts.vocabulary`.
 
     Raises:
-        ValueError: like the collators, and where neither transform nor processor is found.
+        ValueError: like the collators, and if there is neither transform nor processor.
     """
-    if writes(model) and not has_transform(source):
+    if is_generative(model) and not has_transform(source):
         return processor_collator(model, task, read_processor(source))
     return collator_for(model, task, load_tokenizer(source), load_transform(source))
 
@@ -101,8 +98,7 @@ def processor_collator(model: Any, task: Task, processor: Any) -> ProcessorColla
 
 
 def read_processor(source: str, **settings: Any) -> Any:
-    """The processor in a folder or of a name on the Hub, made to pad prompts on the left; settings
-    as it takes them."""
+    """The processor in a folder or on the Hub, set to pad prompts on the left."""
     try:
         processor = AutoProcessor.from_pretrained(source, **{"trust_remote_code": False} | settings)
     except OSError:
@@ -122,10 +118,10 @@ def read_processor(source: str, **settings: Any) -> Any:
 
 
 def save_processor(config: Any, folder: str | Path) -> None:
-    """Let AutoProcessor make of the tokenizer and the image transform in a LLaVA's folder its
-    processor.
+    """Write `processor_config.json` for a LLaVA, so that AutoProcessor loads its tokenizer and
+    image transform.
 
-    Other families have none to be told of: those that choose need nothing more than these two.
+    Other families need none.
 
     Args:
         config: the model's.
@@ -146,8 +142,8 @@ def save_processor(config: Any, folder: str | Path) -> None:
 
 
 def write(processor: Any, messages: Conversation) -> str:
-    """A chat as the model's template writes it, up to where it answers; without one, its images and
-    then its texts."""
+    """A chat in the model's template, with the generation prompt; without a template, its images
+    and then its texts."""
     template = processor.chat_template or processor.tokenizer.chat_template
     if template is not None:
         text: str = processor.apply_chat_template(
@@ -160,8 +156,8 @@ def write(processor: Any, messages: Conversation) -> str:
 
 
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
-    """A batch of prompts with their images as the model takes it; either all prompts have some or
-    none has."""
+    """A batch of prompts with their images as model inputs; either all prompts have images or none
+    has."""
     bos = processor.tokenizer.bos_token
     begun = bos is not None and prompts[0].startswith(bos)
     batch = processor(
@@ -178,5 +174,5 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Ima
 
 
 def _as_it_is(image: Image.Image) -> Any:
-    """The processor sees to pictures."""
+    """Identity: the processor transforms images."""
     return image

@@ -1,5 +1,5 @@
-"""Tasks for models that write: a question becomes a prompt with an image in it, the answer is the
-text behind it.
+"""Tasks for generative models: a question becomes a prompt with an image, the answer is the
+generated text.
 
 Shape suffixes: B examples, S tokens, P patches.
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pumer.lab.data.images import ImageTransform, pad_images
 from pumer.lab.data.text import TextTransform
-from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, carried
+from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, extra_targets
 from pumer.lab.tasks.labels import check_fit, label_names, label_order
 from pumer.lab.tasks.vqa_answers import normalize
 
@@ -26,17 +26,18 @@ MAX_ANSWER = 10
 """Longest answer in tokens."""
 
 
-def writes(model: nn.Module) -> bool:
-    """Whether a model writes its answers, in place of choosing from its labels."""
+def is_generative(model: nn.Module) -> bool:
+    """Whether a model generates its answers, as opposed to classifying."""
     able = getattr(model, "can_generate", None)
     return able is not None and bool(able())
 
 
 @dataclass(frozen=True)
-class WritingCollator(Collator):
-    """Make a batch of a task's examples for a model that writes its answers, and read these.
+class GenerativeCollator(Collator):
+    """Batch a task's examples for a generative model, and decode its answers.
 
-    Raises ValueError for tasks that ask for no answers in words.
+    Raises:
+        ValueError: for tasks without answers in words.
     """
 
     def __post_init__(self) -> None:
@@ -48,8 +49,7 @@ class WritingCollator(Collator):
             )
 
     def read(self, written_BS: Tensor) -> list[str]:
-        """Answers from what a model wrote behind its prompts, as the official evaluator of VQA
-        normalises them."""
+        """Answers from generated tokens, normalized as VQA's official evaluator does."""
         return [
             normalize(text)
             for text in self.text.tokenizer.batch_decode(written_BS, skip_special_tokens=True)
@@ -57,25 +57,25 @@ class WritingCollator(Collator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptCollator(WritingCollator):
-    """Make a batch for a LLaVA with a tokenizer and an image transform of ours, to be answered or
-    to be learned.
+class PromptCollator(GenerativeCollator):
+    """Batch examples for a LLaVA with one of our tokenizers and image transforms, for inference or
+    training.
 
-    Every example becomes a prompt in the tokenizer's own chat template, its image first; questions
-    longer than the text transform's `max_length` tokens are cut, the template around them is not.
-    Gives `input_ids` and `attention_mask` [B,S], padded on the left, and `pixel_values` [B,3,H,W].
-    Where the answers are to be learned they follow their prompts, with the token that ends them,
-    and `labels` [B,S] are `IGNORED` everywhere else; `patch_labels` then come along where examples
-    carry them. `blind` is as for every task.
+    Every example becomes a prompt in the tokenizer's chat template, image first. Questions longer
+    than the text transform's `max_length` tokens are cut, the template around them is not. Returns
+    `input_ids` and `attention_mask` [B,S], padded on the left, and `pixel_values` [B,3,H,W]. With
+    `teach` the answers and their end tokens follow the prompts, and `labels` [B,S] are `IGNORED`
+    everywhere else; `patch_labels` are added where examples have them. `blind` works as for every
+    task.
 
     Args:
-        image_token: number of the token that stands for a part of an image.
-        image_tokens: how many of them an image takes.
-        teach: add the answers.
+        image_token: id of the image placeholder token.
+        image_tokens: number of placeholder tokens per image.
+        teach: append the answers, with labels.
 
     Raises:
-        ValueError: for tasks that ask for no answers in words, tokenizers without chat template or
-            end token, empty questions, and questions that themselves contain the image token.
+        ValueError: for tasks without answers in words, tokenizers without chat template or end
+            token, empty questions, and questions that contain the image token.
     """
 
     image_token: int
@@ -115,11 +115,11 @@ class PromptCollator(WritingCollator):
             mask_BS[row, start:] = 1
             labels_BS[row, length - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
         batch = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        batch["pixel_values"], _ = pad_images(self.pictures(examples))
-        return batch | {"labels": labels_BS} | carried(examples) if self.teach else batch
+        batch["pixel_values"], _ = pad_images(self.load_images(examples))
+        return batch | {"labels": labels_BS} | extra_targets(examples) if self.teach else batch
 
     def prompt(self, question: str, name: Any) -> list[int]:
-        """Tokens of a question about an image; `name` is for errors."""
+        """Token ids of a question about an image; `name` is for errors."""
         tokenizer = self.text.tokenizer
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = tokenizer.apply_chat_template(
@@ -138,17 +138,14 @@ class PromptCollator(WritingCollator):
         return ids[:position] + [self.image_token] * self.image_tokens + ids[position + 1 :]
 
     def answer(self, example: Example) -> list[int]:
-        """Tokens of an example's best answer, and the one that ends it."""
+        """Token ids of an example's best answer, with the end token."""
         words = best_answer(self.task, example)
         ids = self.text.tokenizer(words, add_special_tokens=False)["input_ids"]
         return [*ids, self.text.tokenizer.eos_token_id]
 
 
 def best_answer(task: Task, example: Example) -> str:
-    """The answer with the highest score.
-
-    Raises ValueError where none is known.
-    """
+    """The answer with the highest score; raises ValueError if there is none."""
     if not example.target:
         raise ValueError(f"question {example.id} has no answer that could be learned: leave it out")
     best = max(example.target, key=example.target.get)
@@ -162,7 +159,7 @@ def collator_for(
     image: ImageTransform,
     max_length: int | None = None,
 ) -> Collator:
-    """The collator of a task for a model, which chooses its answers or writes them.
+    """The collator of a task for a model, classifying or generative.
 
     Args:
         model: with its configuration.
@@ -173,14 +170,14 @@ def collator_for(
 
     Raises:
         ValueError: for a model that does not fit the task, see `labels.check_fit` and
-            `labels.label_order`; for a model that writes whose prompts nobody knows here, and see
+            `labels.label_order`; for generative models with an unknown prompt format, and see
             `PromptCollator`.
     """
-    text = model.config.get_text_config() if writes(model) else model.config
+    text = model.config.get_text_config() if is_generative(model) else model.config
     transform = TextTransform(
         tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length)
     )
-    if not writes(model):
+    if not is_generative(model):
         check_fit(model, task)
         order = None if task.loss_kind in ("rank", "none") else label_order(model.config, task)
         return Collator(task, transform, image, order=order)
@@ -194,13 +191,12 @@ def collator_for(
 
 
 def vocabulary(model: Any) -> list[str]:
-    """The answers that a model chooses from; none for one that writes them."""
-    return [] if writes(model) else label_names(model.config)
+    """The labels of a classifying model; empty for generative ones."""
+    return [] if is_generative(model) else label_names(model.config)
 
 
 def image_tokens(config: Any) -> int:
-    """How many tokens an image takes in a prompt; raises ValueError for families with prompts of
-    another make."""
+    """Number of placeholder tokens per image; raises ValueError for families with other prompts."""
     if config.model_type != "llava":
         raise ValueError(
             "without a processor prompts are written for LlavaForConditionalGeneration alone, not "

@@ -46,10 +46,13 @@ def list_tasks() -> list[str]:
 
 
 def build(settings: Mapping[str, Any], labels: Sequence[str] = ()) -> Task:
-    """The task that settings describe: its `name` and fields, as in a recipe.
+    """Build a task from its `name` and settings, as in a recipe.
 
-    `labels` are a model's own, for tasks whose vocabulary travels with the model.
-    Raises ValueError for unknown tasks and settings, and for settings of another type.
+    `labels` are a model's own, for tasks whose vocabulary comes with the model. Raises ValueError
+    for unknown tasks and settings, and for settings of another type.
+
+    >>> build({"name": "scenes", "questions": 8}).questions
+    8
     """
     task_settings = dict(settings)
     if "name" not in task_settings:

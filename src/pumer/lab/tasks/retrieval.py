@@ -48,8 +48,7 @@ class _Photo(NamedTuple):
 
 
 class _Captions:
-    """The captions of a split in their order: those of image i are `starts[i]` up to `starts[i +
-    1]`."""
+    """The captions of a split in order: those of image i are `starts[i]` up to `starts[i + 1]`."""
 
     def __init__(self, photos: Sequence[_Photo]):
         self.texts = [text for photo in photos for _, text in photo.captions]
@@ -59,8 +58,7 @@ class _Captions:
         self.starts = np.concatenate([[0], np.cumsum(counts)])
 
     def draw(self, image: int, negatives: int, seed: int) -> tuple[str, tuple[str, ...]]:
-        """A caption of the image and `negatives` different ones of others, the same for the same
-        arguments."""
+        """A caption of the image and `negatives` captions of other images; deterministic."""
         generator = np.random.default_rng((seed, image))
         start, stop = self.starts[image], self.starts[image + 1]
         caption = generator.integers(start, stop)
@@ -77,10 +75,10 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The images and captions of a split, every one to be scored with every other.
+    """The images and captions of a split, to score every pair of.
 
-    `images` are read one by one when asked for. Caption t is about image `image_of[t]`, int64 [T];
-    an image has five captions, mostly.
+    `images` are read on access. Caption t belongs to image `image_of[t]`, int64 [T]; most images
+    have five captions.
     """
 
     images: Sequence[ImageSource]
@@ -143,6 +141,7 @@ class Retrieval(FileTask):
         return {"images": len(rows), "captions": sum(len(row.photo.captions) for row in rows)}
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The captions of a split."""
         splits = _IMAGES[self.dataset].keys()
         if split not in splits:
             raise ValueError(f"{self.dataset} has the splits {', '.join(splits)}, not {split!r}.")
@@ -246,10 +245,10 @@ class Retrieval(FileTask):
         )
 
     def decode(self, logits: Tensor) -> list[Any]:
-        """For each example of a batch the number of the text with the highest score; logits [B, K].
+        """Index of the highest-scoring text of each example; logits [B, K].
 
-        The last of equal ones: the first text is the right one, and a model that tells none apart
-        is not right.
+        Of equal ones the last: the first text is the right one, so a model with constant scores
+        gets none right.
         """
         return last_argmax(logits).tolist()
 
@@ -259,37 +258,38 @@ class Retrieval(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write a JSON object a line, `imgid` and the caption chosen; there is no server and no
-        official format."""
+        """Write a JSON object per line, `imgid` and the chosen caption; there is no official
+        format."""
         check_ids(predictions, examples)
         with replacing(path) as file:
             for example in examples:
-                chosen = (example.text, *example.negatives)[predictions[example.id]]
+                caption = (example.text, *example.negatives)[predictions[example.id]]
                 file.write(
-                    json.dumps({"imgid": example.id, "caption": chosen}, ensure_ascii=False) + "\n"
+                    json.dumps({"imgid": example.id, "caption": caption}, ensure_ascii=False) + "\n"
                 )
 
 
 def recalls(
     scores: np.ndarray | Tensor, image_of: np.ndarray, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """R@k both ways with 95 % intervals, in percent: `tr_r1`, `tr_r1_low`, `tr_r1_high`, ...,
-    `ir_r1`, ...
+    """R@k in both directions with 95 % intervals, in percent: `tr_r1`, `tr_r1_low`, `tr_r1_high`,
+    ..., `ir_r1`, ...
 
-    Text retrieval (tr): the share of images with any caption of theirs among the k captions that
-    score highest; image retrieval (ir): the share of captions whose image is among the k images
-    that score highest. Of equal scores the earlier index comes first. The bootstrap draws images,
-    with all their captions. A k above the number of candidates is left out, as nothing could miss.
+    Text retrieval (tr): the share of images with one of their captions among the k highest-scoring
+    ones. Image retrieval (ir): the share of captions whose image is among the k highest-scoring
+    ones. Of equal scores the lower index comes first. The bootstrap resamples images with all their
+    captions. A k above the number of candidates is skipped.
 
     Args:
         scores: of every image with every caption, [I, T].
-        image_of: the image of every caption, [T]; every image has one at least, no matter in which
-            order.
-        ks: how many places count.
+        image_of: the image of every caption, [T]; every image has at least one caption.
+        ks: cutoffs.
 
     Raises:
-        ValueError: for shapes that do not fit, scores that are not numbers, and images without a
-            caption.
+        ValueError: for shapes that do not fit, NaN scores, and images without a caption.
+
+    >>> recalls(torch.eye(2), torch.tensor([0, 1]), ks=(1,))["tr_r1"]
+    100.0
     """
     scores = torch.as_tensor(scores).detach().cpu()
     owner = torch.as_tensor(image_of).long()
@@ -303,21 +303,7 @@ def recalls(
         raise ValueError(
             "some scores are NaN; a model in half precision may overflow, try float32."
         )
-    matching_scores = scores[owner, torch.arange(captions)]
-    caption_rank = torch.zeros(
-        captions, dtype=torch.int64
-    )  # how many images come before the caption's own
-    image_rank = torch.empty(
-        images, dtype=torch.int64
-    )  # how many captions come before the first of the image's own
-    for image, row in enumerate(
-        scores
-    ):  # one by one: the ranks of all at once would take gigabytes
-        caption_rank += (row > matching_scores) | ((row == matching_scores) & (owner > image))
-        mine = (owner == image).nonzero()[:, 0]
-        best = matching_scores[mine].max()
-        leader = mine[matching_scores[mine] == best][0]
-        image_rank[image] = (row > best).sum() + (row[:leader] == best).sum()
+    image_rank, caption_rank = _ranks(scores, owner)
     result: dict[str, float] = {}
     for way, rank, clusters, candidates in (
         ("tr", image_rank, range(images), captions),
@@ -334,8 +320,26 @@ def recalls(
     return result
 
 
+def _ranks(scores_IT: Tensor, image_of_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every image how many captions come before the first of its own [I], and of every caption
+    how many images come before its own [T]; of equal scores the first comes first."""
+    images, captions = scores_IT.shape
+    own_score_T = scores_IT[image_of_T, torch.arange(captions)]
+    image_rank_I = torch.empty(images, dtype=torch.int64)
+    caption_rank_T = torch.zeros(captions, dtype=torch.int64)
+    for image, row_T in enumerate(scores_IT):  # one by one: all at once would take gigabytes
+        tied_T = (row_T == own_score_T) & (image_of_T > image)
+        caption_rank_T += (row_T > own_score_T) | tied_T
+        # The best of the image's own captions, the first one where several are equal.
+        own_captions = (image_of_T == image).nonzero()[:, 0]
+        best = own_score_T[own_captions].max()
+        first_best = own_captions[own_score_T[own_captions] == best][0]
+        image_rank_I[image] = (row_T > best).sum() + (row_T[:first_best] == best).sum()
+    return image_rank_I, caption_rank_T
+
+
 def check_folds(images: int, folds: int) -> None:
-    """Raise ValueError unless so many images can be shared out evenly."""
+    """Raise ValueError unless images divide evenly into folds."""
     if folds < 1 or images < folds or images % folds:
         raise ValueError(f"{images} images do not make {folds} equal folds; COCO's 5,000 make 5.")
 
@@ -346,17 +350,17 @@ def recalls_in_folds(
     folds: int = 5,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """R@k both ways as the mean over folds of equally many images, in percent: `tr_r1`, ...,
+    """R@k in both directions as the mean over equal folds of images, in percent: `tr_r1`, ...,
     `ir_r1`, ...
 
-    COCO's test split of 5,000 images in five folds is what papers call COCO 1K. A fold is the
-    images that follow each other in the split, with their captions; each is ranked on its own.
+    COCO's 5,000 test images in five folds are what papers call COCO 1K. A fold is a run of
+    consecutive images with their captions, and is ranked by itself.
 
     Args:
         scores: of every image with every caption, [I, T].
         image_of: the image of every caption, [T].
-        folds: how many; they must share the images out evenly.
-        ks: how many places count.
+        folds: number of folds; it must divide the number of images.
+        ks: cutoffs.
 
     Raises:
         ValueError: for folds of different sizes, and see `recalls`.
@@ -373,25 +377,3 @@ def recalls_in_folds(
         )
     names = [name for name in parts[0] if not name.endswith(("_low", "_high"))]
     return {name: round(sum(part[name] for part in parts) / folds, 2) for name in names}
-
-
-def write_rankings(
-    path: str | Path, scores: np.ndarray | Tensor, pool: Pool, top: int = 10
-) -> None:
-    """Write what was retrieved, a JSON object a line: for each image the `sentids` of its `top`
-    captions, best first, then for each caption the `imgids` of its images.
-
-    `scores` are of every image with every caption, [I, T]; equal ones in the order of the pool.
-    """
-    scores = torch.as_tensor(scores).detach().cpu()
-    with replacing(path) as file:
-        for image, row in zip(pool.image_ids, scores, strict=True):
-            order = row.argsort(descending=True, stable=True)[:top].tolist()
-            file.write(
-                json.dumps({"imgid": image, "sentids": [pool.caption_ids[t] for t in order]}) + "\n"
-            )
-        for caption, column in zip(pool.caption_ids, scores.T, strict=True):
-            order = column.argsort(descending=True, stable=True)[:top].tolist()
-            file.write(
-                json.dumps({"sentid": caption, "imgids": [pool.image_ids[i] for i in order]}) + "\n"
-            )

@@ -54,6 +54,7 @@ class SNLIVE(FileTask):
     }
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The rows of a split's JSON-lines file, without disputed ones."""
         path = Path(self.root) / f"snli_ve_{split}.jsonl"
         rows = read_lines(path, self._parse, "github.com/necla-ml/SNLI-VE")
         agreed = [row for row in rows if not row.disputed]
@@ -104,8 +105,7 @@ class SNLIVE(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write a JSON object a line, `pairID` and `prediction`; there is no server and no official
-        format."""
+        """Write a JSON object per line, `pairID` and `prediction`; there is no official format."""
         ids = check_ids(predictions, examples)
         check_labels(predictions, self.labels)
         with replacing(path) as file:

@@ -1,7 +1,7 @@
-"""VQA answers: the official normalisation and score, soft targets, vocabularies.
+"""VQA answers: official normalization and score, soft targets, vocabularies.
 
-Follows the official evaluator (github.com/GT-Vision-Lab/VQA) to the digit, oddities included,
-because published numbers contain them. Goyal et al., "Making the V in VQA Matter", CVPR 2017.
+Reproduces the official evaluator (github.com/GT-Vision-Lab/VQA) exactly, quirks included, because
+published numbers depend on them. Goyal et al., "Making the V in VQA Matter", CVPR 2017.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pumer._files import replacing
-from pumer.lab.tasks.base import Example, check_ids, first
+from pumer.lab.tasks.base import Example, check_ids, count_of
 
 ANNOTATORS = 10
 
@@ -62,8 +62,10 @@ def normalize(answer: str) -> str:
     """An answer as the official evaluator compares it: lower case, no punctuation or articles,
     numbers in digits.
 
-    The vocabularies of ViLT, METER and PuMer hold answers in this form. (Their code then deletes
-    commas, but none is left.)
+    The vocabularies of ViLT, METER and PuMer hold answers in this form.
+
+    >>> normalize("Two dogs.")
+    '2 dogs'
     """
     text = answer
     delete_all = _NUMBER_WITH_COMMA.search(answer) is not None
@@ -76,10 +78,12 @@ def normalize(answer: str) -> str:
 
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    """The official score of an answer against the annotators' answers, from 0 to 1.
+    """The official score of an answer given the annotators' answers, from 0 to 1.
 
-    Where the annotators' answers are all the same string nothing is normalised, so that "The dog"
-    is then wrong for "dog".
+    If all annotators gave the same string nothing is normalized, so "The dog" is wrong for "dog".
+
+    >>> vqa_score("red", ["red"] * 3 + ["blue"] * 7)
+    0.9
     """
     prediction, *answers = (
         text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)
@@ -90,21 +94,21 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def leave_one_out(matching: int, annotators: int = ANNOTATORS) -> float:
-    """The score of an answer that `matching` of the annotators gave: for ten 0, 0.3, 0.6, 0.9, then
-    1.
+    """The score of an answer given by `matching` annotators: of ten 0, 0.3, 0.6, 0.9, then 1.
 
-    Each annotator is left out in turn; the answer then scores a third for each of the others who
-    gave it, at most 1; the score is the mean over annotators.
+    The mean over annotators of min(1, n / 3), where n counts the others who gave the answer.
+
+    >>> leave_one_out(3)
+    0.9
     """
     thirds = matching * min(3, matching - 1) + (annotators - matching) * min(3, matching)
     return thirds / (3 * annotators)
 
 
 def soft_targets(answers: Iterable[str], index: Mapping[str, int]) -> dict[int, float]:
-    """The score of every answer of a vocabulary (string -> number) that an annotator gave.
+    """The score of every annotator's answer that is in a vocabulary (string -> index).
 
-    Strings are compared as they are, as in ViLT, METER and PuMer; answers outside the vocabulary
-    are dropped.
+    Strings are compared unchanged, as in ViLT, METER and PuMer; other answers are dropped.
     """
     return {
         index[answer]: leave_one_out(n) for answer, n in Counter(answers).items() if answer in index
@@ -120,12 +124,15 @@ def scores_in_words(answers: Sequence[str]) -> dict[str, float]:
 def build_vocabulary(
     answers: Iterable[str], min_count: int = 9, order: Literal["sorted", "first"] = "sorted"
 ) -> tuple[str, ...]:
-    """The normalised answers that at least `min_count` questions have as their
-    `multiple_choice_answer`.
+    """The normalized answers that are the `multiple_choice_answer` of at least `min_count`
+    questions.
 
-    `order`: "sorted" as PuMer numbers them, or "first" by first appearance (train, then val) as
-    ViLT and METER do. A head trained with one order means nothing in the other. All of VQAv2 train
-    and val gives 3129 answers. Raises ValueError when no answer is frequent enough.
+    `order`: "sorted" as in PuMer, or "first" by first appearance (train, then val) as in ViLT and
+    METER; heads trained with one order are meaningless in the other. All of VQAv2 train and val
+    gives 3129 answers. Raises ValueError if no answer is frequent enough.
+
+    >>> build_vocabulary(["Yes", "yes", "no"], min_count=2)
+    ('yes',)
     """
     counts = Counter(map(normalize, answers))
     labels = [answer for answer, count in counts.items() if count >= min_count]
@@ -137,10 +144,8 @@ def build_vocabulary(
 
 
 def vocabulary_of(id2label: Mapping[int, str]) -> tuple[str, ...]:
-    """The answers of a model's VQA head, from its `config.id2label`.
-
-    Raises ValueError where the configuration does not name them.
-    """
+    """The answers of a model's VQA head, from `config.id2label`; raises ValueError if it does not
+    name them."""
     if sorted(id2label) != list(range(len(id2label))) or id2label.get(0) == "LABEL_0":
         raise ValueError(
             "the model's config.id2label names no answers; set it to the answers its head was "
@@ -152,9 +157,10 @@ def vocabulary_of(id2label: Mapping[int, str]) -> tuple[str, ...]:
 def write_answers(
     path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
 ) -> None:
-    """Write the JSON list that EvalAI takes, every question once; all or nothing.
+    """Write the JSON list that EvalAI takes, with every question once, atomically.
 
-    Raises ValueError for missing or unknown ids and for predictions that are no strings.
+    Raises:
+        ValueError: for missing or unknown ids, and for predictions that are not strings.
     """
     rows = [
         {"question_id": key, "answer": predictions[key]} for key in check_ids(predictions, examples)
@@ -162,7 +168,7 @@ def write_answers(
     invalid_ids = [row["question_id"] for row in rows if not isinstance(row["answer"], str)]
     if invalid_ids:
         raise ValueError(
-            f"{first(invalid_ids, len(rows), 'predictions')} are no strings; give the "
+            f"{count_of(invalid_ids, len(rows), 'predictions')} are no strings; give the "
             "answers' words."
         )
     with replacing(path) as file:

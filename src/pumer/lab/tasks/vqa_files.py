@@ -1,7 +1,6 @@
-"""The official files of VQAv2, and of data sets in its form: questions, and what annotators
-answered.
+"""The official files of VQAv2, and of data sets in its format: questions and annotations.
 
-Everything is checked when it is read: what is wrong is named by file and question.
+Everything is validated on reading; errors name file and question.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pumer.lab.tasks.base import first
+from pumer.lab.tasks.base import count_of
 from pumer.lab.tasks.files import MissingFileError, read_rows, strings
 from pumer.lab.tasks.vqa_answers import ANNOTATORS
 
@@ -32,7 +31,7 @@ class Question(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """What the annotators answered to the question with this id."""
+    """The annotators' answers to a question."""
 
     id: int | str
     image_id: int | str | None
@@ -99,7 +98,7 @@ def read_annotations(
     missing = [question.id for question in questions if question.id not in rows]
     if missing:
         raise ValueError(
-            f"{path}: {first(missing, len(questions), 'questions')} have no annotation."
+            f"{path}: {count_of(missing, len(questions), 'questions')} have no annotation."
         )
     # A question that names its image needs no image_id, and annotations need not know that name.
     numbered = [question for question in questions if question.image_id != question.key]
@@ -110,7 +109,7 @@ def read_annotations(
     ]
     if other:
         raise ValueError(
-            f"{path}: {first(other, len(questions), 'questions')} have another image_id than in "
+            f"{path}: {count_of(other, len(questions), 'questions')} have another image_id than in "
             "the questions file; are the two of one release?"
         )
     return rows
@@ -176,7 +175,8 @@ def _named(path: Path, key: str, rows: Sequence[Any]) -> Iterator[tuple[str, Any
 
 
 def _shared_answers(row: dict[str, Any]) -> Any:
-    """An annotator's answer as a shared string: millions of them as parsed would take gigabytes."""
+    """An annotator's answer as an interned string: millions of parsed strings would take
+    gigabytes."""
     if isinstance(row.get("answer"), str) and row.keys() <= _ANSWER:
         return sys.intern(row["answer"])
     return row
@@ -193,7 +193,7 @@ def _id(row: Any) -> int | str:
 
 
 def _name(row: Mapping[str, Any], key: str) -> int | str:
-    """A number or a text that names something."""
+    """A number or text used as a name."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
         problem = f"{key} is {value!r}, not a number or name"

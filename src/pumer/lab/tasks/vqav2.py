@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pumer.lab.data.images import ImageSource
-from pumer.lab.tasks.base import Example, first
+from pumer.lab.tasks.base import Example, count_of
 from pumer.lab.tasks.files import FileTask, wanted
 from pumer.lab.tasks.vqa_answers import (
     build_vocabulary,
@@ -95,7 +95,7 @@ class VQAv2(FileTask):
         if len(set(self.labels)) < len(self.labels):
             repeated = [label for label, count in Counter(self.labels).items() if count > 1]
             raise ValueError(
-                f"{first(repeated, len(self.labels), 'labels')} repeat; give every answer once."
+                f"{count_of(repeated, len(self.labels), 'labels')} repeat; give every answer once."
             )
         if self.min_count < 1:
             raise ValueError(f"min_count is {self.min_count}; give at least 1.")
@@ -104,6 +104,7 @@ class VQAv2(FileTask):
         return {"questions": len(rows), "images": len(wanted(self, rows))}
 
     def read(self, split: str) -> Sequence[_Row]:
+        """The questions of a split, with their annotations where there are any."""
         root = Path(self.root)
         questions = read_questions(root, split)
         annotations = read_annotations(root, split, questions)
@@ -132,8 +133,7 @@ class VQAv2(FileTask):
         )
 
     def _scores(self, answers: Sequence[str]) -> dict[Any, float]:
-        """The score of every answer that an annotator gave: by number, or in words where there is
-        no vocabulary."""
+        """The score of every annotator's answer: by index, or by word without a vocabulary."""
         if not self.labels:
             return scores_in_words(answers)
         # Published models were taught raw strings; a new list holds normalised ones, however the
@@ -147,6 +147,7 @@ class VQAv2(FileTask):
         return {label: index for index, label in enumerate(self.labels)}
 
     def score(self, prediction: str, example: Example) -> float:
+        """The official score; raises ValueError for a question without annotation."""
         if example.meta["answers"] is None:
             raise ValueError(
                 f"question {example.id} has no annotation; send the predictions to the EvalAI "
@@ -155,8 +156,7 @@ class VQAv2(FileTask):
         return vqa_score(prediction, example.meta["answers"])
 
     def answer_scores(self, example: Example) -> Mapping[Any, float]:
-        """The score of every answer that an annotator gave, in words, whether or not it is in
-        `labels`."""
+        """The score of every annotator's answer, by word, whether or not it is in `labels`."""
         return scores_in_words(example.meta["answers"] or ())
 
     def details(self, scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
@@ -172,19 +172,9 @@ class VQAv2(FileTask):
     def write_predictions(
         self, path: str | Path, predictions: Mapping[Any, Any], examples: Sequence[Example]
     ) -> None:
-        """Write the JSON list that EvalAI takes: all of test2015, also where only test-dev is
+        """Write the JSON list that EvalAI takes: all of test2015, even if only test-dev is
         scored."""
         write_answers(path, predictions, examples)
-
-
-def read_vocabulary(
-    root: str | Path,
-    splits: Sequence[str] = OFFICIAL,
-    min_count: int = 9,
-    order: Literal["sorted", "first"] = "sorted",
-) -> tuple[str, ...]:
-    """The answer vocabulary of the annotation files under `root`; see `build_vocabulary`."""
-    return build_vocabulary(read_answers(root, splits), min_count, order)
 
 
 def read_answers(root: str | Path, splits: Sequence[str]) -> list[str]:
@@ -193,9 +183,10 @@ def read_answers(root: str | Path, splits: Sequence[str]) -> list[str]:
 
 
 def with_new_answers(task: VQAv2, train_split: str) -> VQAv2:
-    """The task with labels counted in its annotations; says how many rare answers are left out.
+    """The task with labels counted in its annotations; logs how many rare answers are dropped.
 
-    Raises ValueError where no answer has `min_count` questions, and for missing files.
+    Raises:
+        ValueError: if no answer has `min_count` questions, and for missing files.
     """
     there = all(has_annotations(Path(task.root), split) for split in OFFICIAL)
     splits = task.answer_splits or (OFFICIAL if there else (train_split,))

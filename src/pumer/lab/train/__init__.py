@@ -1,2 +1,1 @@
-"""Training with reducers on: a thin layer over transformers' Trainer, so that everything of its
-comes along."""
+"""Training with an active reducer, on top of transformers' Trainer."""

@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments from the settings of a recipe."""
+"""transformers' TrainingArguments, from the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -43,27 +43,28 @@ _LEAST = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(
 
 
 def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[str, Any]:
-    """The settings as TrainingArguments has them; raises ValueError for one of another type."""
+    """Settings checked against TrainingArguments; raises ValueError for unknown ones and wrong
+    types."""
     # YAML takes the word no, by which the Trainer means never, for false.
-    chosen = {
+    settings = {
         name: "no" if name.endswith("_strategy") and x is False else x
         for name, x in trainer.items()
     }
     if early_stopping:
-        often = chosen.setdefault("eval_strategy", "epoch")
-        chosen = {**_BEST, "save_strategy": often, **chosen}  # of every model that is judged
-        if "eval_steps" in chosen:
-            chosen.setdefault("save_steps", chosen["eval_steps"])
+        often = settings.setdefault("eval_strategy", "epoch")
+        settings = {**_BEST, "save_strategy": often, **settings}  # of every model that is judged
+        if "eval_steps" in settings:
+            settings.setdefault("save_steps", settings["eval_steps"])
     setting_names = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
-    if ours := sorted(_OURS & set(chosen)):
+    if ours := sorted(_OURS & set(settings)):
         raise ValueError(f"trainer.{ours[0]} is set by train itself: leave it out")
-    if unknown := [name for name in chosen if name not in setting_names]:
+    if unknown := [name for name in settings if name not in setting_names]:
         hint = did_you_mean(unknown[0], setting_names)
         raise ValueError(
             f"trainer has no setting {', '.join(unknown)}.{hint} It takes those of transformers' "
             "TrainingArguments"
         )
-    checked = check_settings(TrainingArguments, chosen, "trainer")
+    checked = check_settings(TrainingArguments, settings, "trainer")
     for name, least in _LEAST.items():
         value = checked.get(name)
         if isinstance(value, int | float) and value < least and (name, value) != ("max_steps", -1):
@@ -74,28 +75,30 @@ def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[s
 def trainer_arguments(
     output: Path, seed: int, trainer: Mapping[str, Any], learned: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments; raises ValueError for those that it has not, or that do not go
-    together.
+    """Build the Trainer's arguments.
 
     Args:
         output: the training's folder.
         seed: of the training.
         trainer: from `trainer_settings`.
-        learned: whether the reducer has parts that learn.
+        learned: whether the reducer has trainable parts.
+
+    Raises:
+        ValueError: for arguments that transformers rejects.
     """
-    chosen: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **trainer}
+    settings: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **trainer}
     if learned:  # every part has its say in every step, some of it twice
-        chosen.setdefault("ddp_find_unused_parameters", False)
-    if chosen.get("bf16") and not in_bfloat16(chosen):
+        settings.setdefault("ddp_find_unused_parameters", False)
+    if settings.get("bf16") and not in_bfloat16(settings):
         _LOG.warning(
             "this processor has no bfloat16 arithmetic, and would be far slower with it: training "
             "in float32"
         )
-        chosen["bf16"] = False
+        settings["bf16"] = False
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,
         remove_unused_columns=False,
         label_names=["labels"],
-        **chosen,
+        **settings,
     )

@@ -1,4 +1,4 @@
-"""The Trainer's checkpoints after a run that was stopped."""
+"""Checkpoints of a training that was stopped: which can be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATES = {
 
 
 def usable_checkpoints(output: Path) -> bool:
-    """Whether there is a checkpoint to go on from; what a kill left unfinished is deleted."""
+    """Whether there is a checkpoint to resume from; deletes those that were only half written."""
     any_usable = False
     for checkpoint in _checkpoints(output):
         try:
@@ -29,7 +29,7 @@ def usable_checkpoints(output: Path) -> bool:
 
 
 def check_last_checkpoint(output: Path) -> None:
-    """Raise ValueError where the checkpoint to go on from lacks what a training goes on with."""
+    """Raise ValueError if the last checkpoint has no optimizer or scheduler state."""
     checkpoint = _checkpoints(output)[-1]
     lacking = [
         name
@@ -45,7 +45,7 @@ def check_last_checkpoint(output: Path) -> None:
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """The Trainer's own, in the order of their steps."""
+    """The Trainer's own checkpoints, ordered by step."""
     numbered = {
         path: match for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
     }

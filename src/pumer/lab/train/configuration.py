@@ -1,5 +1,4 @@
-"""Settings of a model's configuration in a recipe, `model.config`, compared with the fields of its
-class."""
+"""`model.config` of a recipe, checked against the model's configuration class."""
 
 from __future__ import annotations
 
@@ -13,30 +12,36 @@ from pumer._suggest import did_you_mean
 WHAT = "model.config"
 
 
-def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> dict[str, Any]:
-    """The settings as a configuration class of transformers has them, those of its parts included.
+def check_config(
+    config_class: Any, settings: Mapping[str, Any], what: str = WHAT
+) -> dict[str, Any]:
+    """Check settings of a configuration class, those of its sub-configurations included.
 
     Args:
-        kind: the class.
-        settings: by name; `text_config` and its like hold the settings of a part.
-        what: names the owner of the settings in errors.
+        config_class: the configuration class.
+        settings: by name; `text_config` and the like hold those of a sub-configuration.
+        what: names the settings in errors.
 
     Raises:
-        ValueError: for settings that the class does not have, or of another type.
+        ValueError: for unknown settings and wrong types.
     """
-    parts: dict[str, Any] = getattr(kind, "sub_configs", {})
-    default = kind()
+    parts: dict[str, Any] = getattr(config_class, "sub_configs", {})
+    default = config_class()
     setting_names = {
         name
         for name in dir(default)
         if not name.startswith("_") and not callable(getattr(default, name, None))
     }
-    setting_names |= set(inspect.signature(kind).parameters) - {"kwargs"} | set(parts)
+    setting_names |= set(inspect.signature(config_class).parameters) - {"kwargs"} | set(parts)
     if unknown := [name for name in settings if name not in setting_names]:
         hint = did_you_mean(unknown[0], setting_names)
-        raise ValueError(f"{what}: {kind.__name__} has no setting {', '.join(unknown)}.{hint}")
+        raise ValueError(
+            f"{what}: {config_class.__name__} has no setting {', '.join(unknown)}.{hint}"
+        )
     plain_settings = {name: value for name, value in settings.items() if name not in parts}
-    checked = check_settings(kind.__init__, check_settings(kind, plain_settings, what), what)
+    checked = check_settings(
+        config_class.__init__, check_settings(config_class, plain_settings, what), what
+    )
     for name, value in settings.items():
         if name in parts and isinstance(value, Mapping):
             part = _class_of(parts[name], value)
@@ -51,7 +56,7 @@ def check_config(kind: Any, settings: Mapping[str, Any], what: str = WHAT) -> di
 
 
 def _class_of(config_class: type, settings: Mapping[str, Any]) -> type | None:
-    """The class of a part; None where any may be meant."""
+    """The class of a sub-configuration; None if any is allowed."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     name = settings.get("model_type")
@@ -64,11 +69,15 @@ def _class_of(config_class: type, settings: Mapping[str, Any]) -> type | None:
     )
 
 
-def new_model(kind: Any, config: Any) -> Any:
-    """A model of a configuration, or of settings for one; raises ValueError for those that do not
-    fit each other."""
+def new_model(model_class: Any, config: Any) -> Any:
+    """Create a model from a configuration, or from settings for one; raises ValueError if they do
+    not fit each other."""
     try:
-        return kind(kind.config_class(**config) if isinstance(config, Mapping) else config)
+        return model_class(
+            model_class.config_class(**config) if isinstance(config, Mapping) else config
+        )
     except Exception as error:  # whatever torch and transformers make of them
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{WHAT} makes no {kind.__name__} ({reason}): change its sizes") from error
+        raise ValueError(
+            f"{WHAT} makes no {model_class.__name__} ({reason}): change its sizes"
+        ) from error

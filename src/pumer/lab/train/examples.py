@@ -1,4 +1,4 @@
-"""A task's examples as the Trainer's loader takes them."""
+"""A task's examples as a dataset for the Trainer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _NAMED = 5
 
 
 class Examples(torch.utils.data.Dataset):
-    """A task's examples as the loader wants them, several at a time where the task can do that.
+    """A task's examples, fetched in batches where the task supports it.
 
-    With `augment` their pictures are changed in each epoch in another way. It depends on `seed`,
-    epoch and number of the example alone, so that a resumed run, or one with other loaders, sees
-    the same.
+    With `augment` images are augmented differently in every epoch. The augmentation depends only on
+    `seed`, epoch and index of the example, so resumed runs and other numbers of workers see the
+    same images.
     """
 
     def __init__(
         self, examples: Sequence[Example], augment: RandAugment | None = None, seed: int = 0
     ) -> None:
         self.examples, self.augment, self.seed, self.epoch = examples, augment, seed, 0
-        self.taught: Tensor | None = None
+        self.teacher_logits: Tensor | None = None
         """The teacher's logits of each, if they are known."""
 
     def __len__(self) -> int:
@@ -41,11 +41,11 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
         examples = take(self.examples, indices)
-        if self.taught is not None:
-            pairs = zip(examples, self.taught[indices], strict=True)
+        if self.teacher_logits is not None:
+            pairs = zip(examples, self.teacher_logits[indices], strict=True)
             examples = [
-                replace(example, meta={**example.meta, "taught": taught})
-                for example, taught in pairs
+                replace(example, meta={**example.meta, "teacher_logits": teacher_logits})
+                for example, teacher_logits in pairs
             ]
         return list(map(self._augmented, indices, examples)) if self.augment else examples
 
@@ -60,8 +60,8 @@ class Examples(torch.utils.data.Dataset):
 
 
 class Epochs(TrainerCallback):
-    """Tells examples their epoch before a loader's workers take them along; texts to rank are drawn
-    anew for each."""
+    """Set the epoch of the examples before the loader's workers copy them; ranking tasks sample new
+    texts for each epoch."""
 
     def __init__(self, examples: Examples, task: Any, split: str) -> None:
         self.examples, self.task, self.split = examples, task, split
@@ -75,12 +75,11 @@ class Epochs(TrainerCallback):
 
 
 def count_without_target(examples: Sequence[Example], task: Task, split: str) -> int:
-    """How many examples a model cannot learn from, as none of their answers is among the task's
-    labels.
+    """Count examples that cannot be learned from, because none of their answers is a label of the
+    task.
 
     Raises:
-        ValueError: if that are all of them, for examples without a label, and where there is no
-            example.
+        ValueError: if this is true of all of them, for unlabelled examples, and for an empty split.
     """
     if not len(examples):
         raise ValueError(f"{task.name} has no example in {split}: give another split")

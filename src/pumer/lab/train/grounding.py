@@ -1,7 +1,7 @@
-"""Dense targets: what is under each patch, and whether the question means it.
+"""Dense targets: what each patch shows, and whether the question asks about it.
 
-On answers alone a small model stays at the prior for long; a loss at every patch gets it off, as
-patch prediction does in ViLT's own pre-training.
+Trained on answers alone, a small model predicts the prior for a long time. A loss at every patch
+gets it started, as masked patch prediction does in ViLT's pre-training.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pumer.lab.scenes.drawing import COLOURS, SHAPES
-from pumer.lab.tasks.prompts import IGNORED, image_tokens, writes
+from pumer.lab.tasks.prompts import IGNORED, image_tokens, is_generative
 from pumer.lab.train.losses import grounding_loss
 from pumer.reducers.plan import tokens_at
 
 
 @dataclass
 class GroundedOutput(ModelOutput):
-    """Logits [B,L], or [B,S,V] with their loss of a model that writes, and the grounding loss."""
+    """Logits [B,L], or [B,S,V] and their loss for generative models, and the grounding loss."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -30,35 +30,35 @@ class GroundedOutput(ModelOutput):
 
 
 class Grounded(nn.Module):
-    """A ViLT, METER or LLaVA with a linear head on its image tokens, for as long as it is trained
-    on dense targets.
+    """A ViLT, METER or LLaVA with a linear head on its image tokens, used while it is trained on
+    dense targets.
 
     `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in
-    raster order), and gives the logits and the `grounding_loss`. The reducer in force must not
+    raster order) and returns the logits and the `grounding_loss`. The active reducer must not
     shorten the image.
 
-    In a LLaVA's prompt the image comes before the question and cannot know it. There every patch is
-    judged together
-    with its product with the end of the question: what a later layer's attention can tell of the
-    two.
+    In a LLaVA's prompt the image precedes the question, so its tokens cannot depend on it. There
+    every patch is classified together with its product with the last token of the question: what a
+    later layer's attention can compute from the two.
 
     Args:
-        layer: number of layers, in METER fusion layers, before the head. Not the last one: what a
-            patch knows only then, no token can read.
+        layer: number of layers before the head, in METER fusion layers. Not the last one: no later
+            layer could then use what the patches have learned.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
         super().__init__()
-        config = model.config.get_text_config() if writes(model) else model.config
+        config = model.config.get_text_config() if is_generative(model) else model.config
         depth, width = config.num_hidden_layers, config.hidden_size
         if not 1 <= layer <= depth:
             raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
         self.model, self.config, self.layer = model, model.config, layer
         self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 3, 3, 2)
-        self.asks = nn.Linear(width, width) if writes(model) else None
+        self.asks = nn.Linear(width, width) if is_generative(model) else None
         self.head = nn.Linear(width if self.asks is None else 2 * width, sum(self.sizes))
 
     def forward(self, patch_labels: Tensor | None = None, **inputs: Any) -> Any:
+        """The model's output, with `grounding_loss` if there are `patch_labels`."""
         if patch_labels is None:
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)
@@ -72,14 +72,14 @@ class Grounded(nn.Module):
         return GroundedOutput(loss=output.get("loss"), logits=output.logits, grounding_loss=loss)
 
     def _of_encoder(self, hidden: Tensor, patch_labels: Tensor) -> Tensor:
-        """Image tokens that know the question: [B,P,D]."""
+        """Image tokens that have attended to the question: [B,P,D]."""
         states = hidden[:, -patch_labels.shape[1] :]
         if hasattr(self.model.base_model, "layernorm"):  # METER's layers end with their norms
             states = self.model.base_model.layernorm(states)
         return states
 
     def _of_decoder(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Image tokens next to what they have to do with the question: [B,P,2D]."""
+        """Image tokens beside their product with the question: [B,P,2D]."""
         assert self.asks is not None
         hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:])
         first = (inputs["input_ids"] == self.config.image_token_id).int().argmax(1, keepdim=True)

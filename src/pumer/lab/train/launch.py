@@ -1,5 +1,4 @@
-"""Trainings in processes of their own: one at a time in a folder, and none that outlives its parent
-unnoticed."""
+"""Run trainings in subprocesses: one at a time per folder, ended with their parent."""
 
 from __future__ import annotations
 
@@ -18,17 +17,17 @@ _SHOWN = 4
 
 
 def train_once(folder: Path, words: list[str], processes: int, lock: IO[str]) -> Path:
-    """Train into a folder, go on where that was stopped, or leave it alone if it is done; returns
-    the model's folder.
+    """Train into a folder, resume a stopped training, or do nothing if it has finished; returns the
+    model's folder.
 
     Args:
-        folder: for `training`, all that the training writes, and `training.txt`, all that it says.
-        words: options of `pumer train` but for its output.
-        processes: that train together.
+        folder: gets `training`, the output, and `training.txt`, the log.
+        words: options of `pumer train`, without its output.
+        processes: number of processes that train together.
         lock: see `launch`.
 
     Raises:
-        ValueError: if the training fails, with the end of what it said.
+        ValueError: if the training fails, with the end of its log.
     """
     output = folder / "training"
     if not (output / "log.json").is_file():  # which training writes last
@@ -41,17 +40,16 @@ def train_once(folder: Path, words: list[str], processes: int, lock: IO[str]) ->
 
 
 def launch(words: list[str], processes: int, log: Path, lock: IO[str]) -> None:
-    """Run a command of `pumer` in new processes, which end when this one does.
+    """Run a command of `pumer` in subprocesses that end when this process does.
 
     Args:
         words: the command.
-        processes: that work together.
-        log: file that what they say is added to.
-        lock: a locked file, which stays locked until they have ended, even if this process is
-            killed.
+        processes: number of processes that work together.
+        log: file that their output is appended to.
+        lock: a locked file; it stays locked until they have ended, even if this process is killed.
 
     Raises:
-        ValueError: if it fails, with the end of what it said.
+        ValueError: if the command fails, with the end of its log.
     """
     together = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command = [sys.executable, "-m", *(together if processes > 1 else []), "pumer.cli", *words]

@@ -1,4 +1,4 @@
-"""What training minimises. Shape suffixes: B batch, K texts per image, L labels, P patches."""
+"""Training losses. Shape suffixes: B batch, K texts per image, L labels, P patches."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def task_loss(logits_BL: Tensor, labels: Tensor, kind: str) -> Tensor:
+def task_loss(logits_BL: Tensor, labels: Tensor, loss_kind: str) -> Tensor:
     """Loss against the task's labels, in float32.
 
-    "soft": binary cross-entropy with scores [B,L], mean over the batch, sum over the labels
-    (ViLT's); "class": cross-entropy with class numbers [B]; "rank": the same over the K texts of an
-    image, of which the labels say which is its own.
+    "soft": binary cross-entropy with scores [B,L], mean over the batch, sum over the labels (as in
+    ViLT). "class": cross-entropy with class indices [B]. "rank": cross-entropy over the K texts of
+    an image; labels are the index of the matching one.
+
+    >>> task_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), "class")
+    tensor(0.1269)
     """
     logits = logits_BL.float()
-    if kind == "soft":
+    if loss_kind == "soft":
         return functional.binary_cross_entropy_with_logits(logits, labels) * logits.shape[1]
     return functional.cross_entropy(logits, labels)
 
 
 def matching_loss(logits_N2: Tensor, own_B: Tensor) -> Tensor:
-    """Cross-entropy of image-text matching over all N = B * K pairs, each image's K texts in a row.
+    """Cross-entropy of image-text matching over all N = B * K pairs, with each image's K texts in a
+    row.
 
     Args:
         logits_N2: for no and yes.
-        own_B: int64, which of an image's texts is its own.
+        own_B: int64, index of the matching text of each image.
     """
     texts = len(logits_N2) // len(own_B)
     return functional.cross_entropy(logits_N2.float(), functional.one_hot(own_B, texts).flatten())
@@ -37,7 +41,11 @@ def distillation_loss(student_BL: Tensor, teacher_BL: Tensor, temperature: float
     """KL(teacher || student) of the softmax over labels, mean over the batch (Hinton et al., 2015;
     PuMer, section 4).
 
-    Scaled by the squared temperature, so that its gradients keep their size.
+    Scaled by the squared temperature, so that gradients keep their magnitude.
+
+    >>> logits = torch.tensor([[1.0, 2.0]])
+    >>> distillation_loss(logits, logits)
+    tensor(0.)
     """
     student = functional.log_softmax(student_BL.float() / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_BL.float() / temperature, dim=-1)
@@ -47,13 +55,13 @@ def distillation_loss(student_BL: Tensor, teacher_BL: Tensor, temperature: float
 
 
 def grounding_loss(parts: Sequence[Tensor], labels_BP7: Tensor) -> Tensor:
-    """Every patch says what it shows, where the middle of that is, and what the question has to do
-    with it.
+    """Classify what every patch shows and how the question refers to it, and regress the offset to
+    the middle of the object.
 
     Args:
-        parts: logits [B,P,classes] of colour, shape, asked about, beside and above; then the way to
-            the middle [B,P,2] in units of eight pixels.
-        labels_BP7: int64, see `tasks.scenes.dense_labels`.
+        parts: logits [B,P,classes] of colour, shape, asked about, beside and above; then the offset
+            [B,P,2] in units of eight pixels.
+        labels_BP7: int64, see `scenes.tasks.dense_labels`.
     """
     *logits, middle = (part.float() for part in parts)
     colour, shape, asked, across, down, beside, above = labels_BP7.unbind(-1)

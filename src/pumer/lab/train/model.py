@@ -1,5 +1,4 @@
-"""The model that a training starts from: a new one, a trained one, or a trained one with a new
-head."""
+"""The model a training starts from: new, pretrained, or pretrained with a new head."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from pumer.hub.reduction import LEARNED, load_parts
 from pumer.lab.data.text import load_tokenizer
 from pumer.lab.tasks import Task, VQAv2, build, get
 from pumer.lab.tasks.labels import check_fit, label_names, same_names
-from pumer.lab.tasks.prompts import vocabulary, writes
+from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.lab.tasks.vqav2 import with_new_answers
 from pumer.lab.train.configuration import check_config, new_model
 from pumer.models.llava import new_llava, writing_tokenizer
@@ -39,20 +38,19 @@ class ModelSettings:
     """Where the model comes from.
 
     Args:
-        path: a model to start from: a folder of `pumer.save` or whatever `pumer.load_official`
-            reads; tokenizer and image transform are taken along where they lie in it.
-        kind: the model class; for a new model ViltForQuestionAnswering, else that of `path`, if not
-            given.
-        config: settings of the configuration of a new model; with `path`, those to change.
-        start: a ViLT with blocks of the same width, whose word embeddings and first blocks a new
-            METER or LLaVA starts from.
-        tokenizer: folder or name of the tokenizer, or of a shipped model that has it, if it does
-            not lie in `path`.
-        image_size: side of the pictures in pixels, if the published checkpoint at `path` is for
-            another.
-        patch_size: cut pictures into patches of this size, in pixels, if the ViLT at `path` has
-            another.
-        max_length: longest text in tokens; where the model takes less, as long as that.
+        path: a model to start from: a folder of `pumer.save` or anything that `pumer.load_official`
+            reads. Its tokenizer and image transform are used if they are in it.
+        kind: the model class; by default that of `path`, or ViltForQuestionAnswering for a new
+            model.
+        config: settings of a new model's configuration; with `path`, those to change.
+        start: a ViLT with blocks of the same width, to initialize the word embeddings and first
+            blocks of a new METER or LLaVA.
+        tokenizer: folder or name of the tokenizer, or a shipped model that has it, if `path` does
+            not.
+        image_size: side of the images in pixels, to change that of the published checkpoint at
+            `path`.
+        patch_size: patch size in pixels, to change that of the ViLT at `path`.
+        max_length: longest text in tokens; at most what the model supports.
     """
 
     path: str | None = None
@@ -68,14 +66,15 @@ class ModelSettings:
 def prepare(
     settings: ModelSettings, task: dict[str, Any], train_split: str = "train"
 ) -> tuple[PreTrainedModel, Any, Task]:
-    """Model, tokenizer and task, with a new head where the class or the labels are others.
+    """Model, tokenizer and task, with a new head where class or labels differ from the start's.
 
     Args:
         settings: of the model.
         task: `name` and settings.
-        train_split: split that new answers are counted in.
+        train_split: split in which new answers are counted.
 
-    Raises ValueError for settings that do not fit each other.
+    Raises:
+        ValueError: for settings that do not fit each other.
     """
     if settings.path is None and settings.tokenizer is None:
         raise ValueError("a new model needs model.tokenizer, the folder of its tokenizer")
@@ -86,7 +85,7 @@ def prepare(
         net, the_task = _new(settings, task, train_split, tokenizer)
     else:
         net, the_task = _trained(settings, task, train_split)
-    if not writes(net):
+    if not is_generative(net):
         check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
@@ -101,7 +100,7 @@ def prepare(
 def _new(
     settings: ModelSettings, task: dict[str, Any], train_split: str, tokenizer: Any
 ) -> tuple[PreTrainedModel, Task]:
-    """A new model and the task; the tokenizer of one that writes is made fit for that."""
+    """A new model and the task; the tokenizer of a generative model gets what it needs for that."""
     net_class = model_class(settings.kind or "ViltForQuestionAnswering")
     config = check_config(net_class.config_class, settings.config)
     the_task = _build(task, (), train_split)
@@ -121,13 +120,13 @@ def _new(
 def _trained(
     settings: ModelSettings, task: dict[str, Any], train_split: str
 ) -> tuple[PreTrainedModel, Task]:
-    """A trained model, with a new head where that is needed, and the task."""
+    """A pretrained model, with a new head where needed, and the task."""
     # Ranking starts as the matching of a published checkpoint, for which its class of pretraining
     # has no place.
     ranks = get(str(task.get("name"))).loss_kind == "rank"
     start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
     net_class = model_class(settings.kind) if settings.kind else type(start)
-    if writes(start):
+    if is_generative(start):
         if net_class is not type(start) or settings.config:
             raise ValueError(
                 f"a {type(start).__name__} is trained on as it is: leave model.kind and "
@@ -152,9 +151,9 @@ def _trained(
 
 
 def longest_text(net: PreTrainedModel, wanted: int) -> int:
-    """Tokens that texts are cut to: as many as wanted, and as a model that chooses its answers has
-    positions for."""
-    return wanted if writes(net) else min(wanted, net.config.max_position_embeddings)
+    """Length in tokens that texts are cut to: at most the positions of a model that chooses its
+    answers."""
+    return wanted if is_generative(net) else min(wanted, net.config.max_position_embeddings)
 
 
 def model_path(model: str) -> Path:
@@ -166,12 +165,12 @@ def model_path(model: str) -> Path:
 def read_model(
     path: str, image_size: int | None = None, kind: str | None = None
 ) -> PreTrainedModel:
-    """The model of `pumer.save` or of a published checkpoint, unreduced, in float32.
+    """A model of `pumer.save` or a published checkpoint, unreduced, in float32.
 
     Args:
         path: its folder, or an original checkpoint's file.
-        image_size: see `load_official`; for published checkpoints alone.
-        kind: see `load_official`; for published checkpoints alone.
+        image_size: see `load_official`; only for published checkpoints.
+        kind: see `load_official`; only for published checkpoints.
 
     Raises:
         ValueError: if there is no such model, or it cannot be read.
@@ -188,8 +187,8 @@ def read_model(
 
 
 def start_parts(net: PreTrainedModel, path: str | None) -> None:
-    """Let a learned reducer in force go on from what lies in the folder that the model starts from,
-    if that fits."""
+    """Load the trained parts of an active learned reducer from the model's start folder, if they
+    fit."""
     patch = pumer.active(net)
     if path is None or patch is None or patch.parts is None:
         return
@@ -205,23 +204,22 @@ def start_parts(net: PreTrainedModel, path: str | None) -> None:
 
 
 def rebuild(
-    start: PreTrainedModel, kind: Any, task: Task, changes: dict[str, Any]
+    start: PreTrainedModel, net_class: Any, task: Task, changes: dict[str, Any]
 ) -> PreTrainedModel:
     """A model of another class, for other labels or with other settings, with all weights that fit.
 
-    A head is taken over whole, if its shapes and, for a classifier, its labels stay the same; what
-    is new is logged. For several pictures the types of the further ones start as that of the last
-    known, as in ViLT and METER.
+    A head is kept if its shapes and, for a classifier, its labels stay the same; new weights are
+    logged. With several images the token types of further images start as the last one of the
+    start, as in ViLT and METER.
 
     Args:
         start: the model whose weights are taken.
-        kind: the class, of the same family.
-        task: tells labels and pictures.
+        net_class: the new class, of the same family.
+        task: gives labels and number of images.
         changes: settings of the configuration, see `check_config`.
 
     Raises:
-        ValueError: for settings that do not fit each other, and weights of the trunk with other
-            shapes.
+        ValueError: for settings that do not fit each other, and trunk weights of other shapes.
     """
     config = copy.deepcopy(start.config)
     keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)
@@ -232,7 +230,7 @@ def rebuild(
             config.modality_type_vocab_size, task.image_count + 1
         )
     _change(config, {**names, **changes})
-    net = new_model(kind, config)
+    net = new_model(net_class, config)
     new = net.state_dict()
     old = {
         name: _more_rows(value, len(new[name])) if name in _MODALITIES else value
@@ -267,7 +265,7 @@ def rebuild(
 
 
 def _change(config: Any, changes: Mapping[str, Any]) -> None:
-    """Change settings of a configuration in place, those of its parts included."""
+    """Change settings of a configuration in place, sub-configurations included."""
     for name, value in changes.items():
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig) and isinstance(value, Mapping):
@@ -281,13 +279,13 @@ def _head(name: str) -> str:
 
 
 def _more_rows(table: Tensor, rows: int) -> Tensor:
-    """The table, its last row repeated where it is short."""
+    """The table, its last row repeated up to so many rows."""
     return torch.cat([table, table[-1:].expand(max(rows - len(table), 0), -1)])
 
 
 def _build(task: dict[str, Any], labels: Sequence[str], train_split: str) -> Task:
-    """The task; answers that no model has fixed yet, or that are asked for anew, are counted in the
-    annotations."""
+    """The task; new answers are counted in the annotations, if the model has none or `answers` is
+    "data"."""
     anew = task.get("answers") == "data"
     if anew and task.get("labels"):
         raise ValueError(

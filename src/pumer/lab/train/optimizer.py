@@ -1,7 +1,6 @@
-"""The parameter groups that PuMer's models were trained with: what learns faster, and what does not
-decay.
+"""The parameter groups of PuMer's published training: learning rates and weight decay.
 
-They go by published names, into which ours are put first.
+Groups go by published parameter names, so ours are converted first.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def reducer_groups(
     """All parameters in groups, those of a learned reducer with a learning rate of their own.
 
     Args:
-        model: with its reducer in force.
+        model: with its reducer active.
         multiplier: of the learning rate of the reducer's parts.
         learning_rate: of the rest.
         weight_decay: of what the Trainer lets decay: neither biases nor norms.

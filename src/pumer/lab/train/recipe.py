@@ -1,4 +1,4 @@
-"""Recipes of trainings: YAML files of settings of `train`."""
+"""Recipes: YAML files with the settings of `pumer train`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe, a shipped one's name or a file; raises ValueError for a file that
-    holds none."""
+    """The settings of a recipe, given a shipped one's name or a file; raises ValueError if there is
+    none."""
     shipped = RECIPES / f"{name}.yaml"
     return read_settings(shipped if shipped.is_file() else Path(name))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; raises ValueError if there is no such file, or no settings in
-    it."""
+    """The settings in a YAML file; raises ValueError for a missing or empty file."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     settings = read_yaml(path)
@@ -74,15 +73,15 @@ does."""
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write settings of `train` as the recipe that repeats them."""
+    """Write the settings of a training as a recipe that reproduces it."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WRITTEN) as file:
         yaml.safe_dump(_plain(recipe), file, sort_keys=False)
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the settings with which the training in a folder did not begin, or if
-    nobody knows."""
+    """Raise ValueError naming the settings that differ from those a training began with, or if
+    these are unknown."""
     if not (folder / WRITTEN).is_file():
         if any(folder.glob("checkpoint-*")):
             raise ValueError(
@@ -109,7 +108,7 @@ _LISTED = 6
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """As YAML has it: no tuples, no paths, no dataclasses."""
+    """The settings as YAML holds them, without tuples, paths and dataclasses."""
     plain: dict[str, Any] = json.loads(
         json.dumps(recipe, default=lambda x: getattr(x, "__dict__", None) or str(x))
     )
@@ -117,7 +116,7 @@ def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted names; what is not set, or empty, is left out."""
+    """Settings by dotted name, without those that are None."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")

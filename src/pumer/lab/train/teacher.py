@@ -1,4 +1,4 @@
-"""What a teacher is shown, and what it says: in every step, or asked for once and then read."""
+"""The teacher's inputs and logits, computed in every step or cached."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pumer.lab.data.text import TextTransform, load_tokenizer, same_tokenizer
 from pumer.lab.data.transforms import load_transform
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.labels import label_order
-from pumer.lab.tasks.prompts import writes
+from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.train.model import model_path
 from pumer.lab.train.trainer import TaskTrainer
 
 
 @dataclass(frozen=True)
 class TeachingCollator:
-    """Batches for a student, with `teacher_inputs` made by the teacher's own tokenizer and image
+    """Batches for a student, with `teacher_inputs` from the teacher's own tokenizer and image
     transform."""
 
     student: Collator
@@ -43,14 +43,14 @@ class TeachingCollator:
 
 
 def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) -> Collator:
-    """The collator that feeds a teacher: the student's, or one with what lies in the teacher's
-    folder.
+    """The teacher's collator: the student's, or one with the tokenizer and transform of the
+    teacher's folder.
 
-    A teacher that writes judges the student's own tokens, so it has to be fed as the student is.
+    A generative teacher scores the student's own tokens, so its inputs must be the student's.
 
     Raises:
-        ValueError: for a teacher of other labels, and for one that writes and has another tokenizer
-            or image transform; for a folder without tokenizer.
+        ValueError: for a teacher with other labels, for a generative one with another tokenizer or
+            image transform, and for a folder without a tokenizer.
     """
     folder = model_path(path)
     if not (folder / "pumer.json").is_file():  # a published checkpoint, with which neither came
@@ -62,7 +62,7 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
         )
         text = TextTransform(tokenizer, longest, student.text.padding)
     same = same_tokenizer(text.tokenizer, student.text.tokenizer)
-    if writes(teacher):
+    if is_generative(teacher):
         different = ["tokenizer"] * (not same) + ["image transform"] * (image != student.image)
         if different:
             raise ValueError(
@@ -78,7 +78,7 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
 
 
 def same_inputs(one: Collator, other: Collator) -> bool:
-    """Whether two collators make the same inputs of an example."""
+    """Whether two collators produce the same inputs."""
     return one.text is other.text and one.image == other.image
 
 
@@ -92,7 +92,7 @@ _ASKING = {
 """Settings of the Trainer that asks the teacher, whatever they are for the training."""
 
 
-def taught(
+def cached_teacher_logits(
     teacher: nn.Module,
     examples: Dataset,
     collator: Collator,
@@ -100,17 +100,16 @@ def taught(
     folder: str,
     about: Any,
 ) -> Tensor:
-    """The teacher's logits of every example, float32 [examples, labels], of which only what is used
-    is read.
+    """The teacher's logits of every example, float32 [examples, labels], memory-mapped from a
+    cache.
 
     Args:
         teacher: unreduced.
-        examples: with targets, in the form that they are trained in.
+        examples: with targets, as they are trained on.
         collator: the teacher's, see `teachers_collator`.
-        arguments: of the training; the teacher has its precision, and its processes share the work.
-        folder: where the logits lie, a file for each combination of all that they depend on.
-        about: of that what the other arguments do not tell, as JSON has it: teacher, task and
-            split.
+        arguments: of the training; the teacher uses its precision and its processes.
+        folder: the cache, with a file for each combination of everything that logits depend on.
+        about: what the other arguments do not say of that, as JSON: teacher, task and split.
     """
     text = collator.text
     wanted = {

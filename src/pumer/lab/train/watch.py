@@ -1,4 +1,4 @@
-"""What a training says while it runs, and what stops it."""
+"""Log lines of a training, and stopping at NaN."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ _UNSAID = ("epoch", "total_flos", "runtime", "samples_per_second", "steps_per_se
 
 
 class Bar(ProgressCallback):
-    """The Trainer's progress bar without its log of dicts."""
+    """The Trainer's progress bar, without printing its log as dicts."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Left to `ReadableLog`."""
+        """Replaced by `ReadableLog`."""
 
 
 class ReadableLog(TrainerCallback):
-    """The Trainer's log in lines, after one that says what is trained.
+    """The Trainer's log as readable lines, the first of which describes the data.
 
     Args:
-        data: what is trained on.
-        output: where the model will be.
+        data: description of the data.
+        output: where the model will be written.
     """
 
     def __init__(self, data: str, output: Path) -> None:
         self.data, self.output = data, output
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print what is trained."""
         if state.is_world_process_zero:
             done = f" ({state.global_step} of them done)" if state.global_step else ""
             tqdm.write(
@@ -42,6 +43,7 @@ class ReadableLog(TrainerCallback):
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print an entry of the log as a line."""
         if state.is_world_process_zero and (
             line := log_line(logs or {}, state.global_step, state.max_steps)
         ):
@@ -70,35 +72,35 @@ def log_line(logs: Mapping[str, float], step: int, steps: int) -> str:
 
 
 class FirstFailure:
-    """The first step whose loss is not finite, kept on the loss's own device, for which nobody
-    waits."""
+    """The first step whose loss is not finite, tracked on the loss's device without
+    synchronizing."""
 
     def __init__(self) -> None:
         self._step: Tensor | None = None
 
     def note(self, loss: Tensor, step: int) -> None:
-        """The loss of a step."""
+        """Record the loss of a step."""
         failed = torch.where(loss.detach().float().isfinite(), math.inf, float(step))
         self._step = failed if self._step is None else torch.minimum(self._step, failed)
 
     def read(self) -> int | None:
-        """The number of that step, None where there is none; waits for the device."""
+        """The failed step, or None; synchronizes with the device."""
         step = math.inf if self._step is None else self._step.item()
         return None if math.isinf(step) else int(step)
 
 
 class StopAtNaN(TrainerCallback):
-    """Stop where a loss or a weight is not finite, before anything of it is logged, scored or
-    saved.
+    """Stop at a loss or weight that is not finite, before anything is logged, scored or saved.
 
-    On a GPU the loss is looked at only where the Trainer waits anyway, and the step is still the
-    first.
+    On a GPU the loss is only checked where the Trainer synchronizes anyway; the step reported is
+    still the first one.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the loss wherever the Trainer synchronizes, and weights before they are saved."""
         waits = (
             control.should_log
             or control.should_evaluate
@@ -112,6 +114,7 @@ class StopAtNaN(TrainerCallback):
         self._check(args, state, weights=control.should_save)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check loss and weights."""
         self._check(args, state, weights=True)
 
     def _check(self, args: Any, state: Any, weights: bool) -> None:
