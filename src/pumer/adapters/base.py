@@ -268,7 +268,7 @@ class Adapter:
         """Raise ValueError for a resolved reducer that this family cannot run."""
 
     def encoder_facts(
-        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+        self, model: nn.Module, needs: frozenset[str], image: int, device: str
     ) -> Encoder | None:
         """A stand-in for what the reducer needs of a vision encoder, to count its cost with; None
         without such an encoder."""

@@ -287,7 +287,7 @@ class DecoderAdapter(Adapter):
         return 1
 
     def encoder_facts(
-        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+        self, model: nn.Module, needs: frozenset[str], image: int, device: str
     ) -> Encoder | None:
         if not needs:
             return None
@@ -298,7 +298,7 @@ class DecoderAdapter(Adapter):
         shapes["queries_BNC"] = shapes["keys_BNC"]
         shapes["last_keys_BNC"] = shapes["features_BND"]
         return Encoder(
-            **{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs}
+            **{name: torch.ones(shapes.get(name, (1, image)), device=device) for name in needs}
         )
 
 

@@ -116,7 +116,7 @@ def attend(
         is_self_attention: whether the keys are the queries' own tokens.
         padded: whether there may be padding among the keys although nothing was reduced.
         dropout: of the probabilities.
-        probabilities: whether somebody wants them; a reducer that needs them gets them anyway.
+        probabilities: whether to compute them, even if the reducer does not need them.
         head_mask: 1 or 0 for every head, [B,H]; None for all heads.
     """
     traits, mask = patch.traits, layout.mask_BN[:, keys_at]
