@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import ModuleType
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -380,21 +379,3 @@ def is_a(model: Any, names: tuple[str, ...]) -> bool:
 def config_of(model: nn.Module) -> Any:
     """The model's configuration, which nn.Module does not declare."""
     return model.config
-
-
-def head_macs(model: nn.Module, trunk: nn.Module) -> int:
-    """Multiply-accumulates of one token in the linear layers outside the trunk and the reducer."""
-    inside = {*trunk.modules(), *getattr(model, PARTS, nn.Module()).modules()}
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module not in inside
-    ]
-    return sum(head.in_features * head.out_features for head in heads)
-
-
-def attention_and_mlp_lengths(
-    lengths: Sequence[tuple[int, int]], after_layer: bool
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(text, image) tokens of every layer's attention and of its MLP."""
-    return [(before, before if after_layer else after) for before, after in pairwise(lengths)]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Adapter, Patch, config_of, head_macs
+from pumer.adapters.base import Adapter, Patch, config_of
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.hooks import DecoderHooks
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
@@ -23,6 +23,7 @@ from pumer.adapters.decoder.vision import (
     VisionCapture,
     vision_features,
 )
+from pumer.adapters.macs import head_macs
 from pumer.reducers import EMBEDDINGS, Reducer
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid

@@ -15,21 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters.base import (
-    Adapter,
-    Patch,
-    attention_and_mlp_lengths,
-    config_of,
-    head_macs,
-    is_a,
-    register,
-)
+from pumer.adapters.base import Adapter, Patch, config_of, is_a, register
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one, max_length, run_block
+from pumer.adapters.macs import attention_and_mlp_lengths, head_macs
 from pumer.reducers import EMBEDDINGS
 
 POOLED = (
@@ -269,6 +262,7 @@ def _encode(
 
     `text`: text tokens of the input, before trimming.
     """
+    # Before the first layer.
     entry = (*start[1].lengths, start[1].grid)
     states, layout, _ = encoder.reduce(patch, EMBEDDINGS, *start)
     del start
@@ -277,6 +271,7 @@ def _encode(
         [],
         [layout.lengths],
     )
+    # Every layer returns fewer tokens, or as many, with their layout.
     for layer in vilt.encoder.layer:
         states, layout, attention = layer(states, layout, attentions)
         lengths.append(layout.lengths)
@@ -284,6 +279,7 @@ def _encode(
             all_states.append(layout.expand(states))
         if attentions:
             all_attentions.append(attention)
+    # For `report`, `kept` and the budget loss.
     patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(entry[0], text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
     return (
