@@ -299,6 +299,7 @@ def count_of(ids: Sequence[Any], total: int, what: str) -> str:
 
 
 _RESAMPLES = 1000
+_DRAWS = 2**20
 
 
 def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
@@ -316,9 +317,12 @@ def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tupl
     index = np.array([names[name] for name in clusters])
     sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
     generator = np.random.default_rng(0)
-    means = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        drawn = generator.integers(len(names), size=len(names))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = []
+    remaining = _RESAMPLES
+    while remaining:  # as many resamples at a time as fit into a few megabytes
+        rows = min(remaining, max(1, _DRAWS // len(names)))
+        drawn = generator.integers(len(names), size=(rows, len(names)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+        remaining -= rows
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
