@@ -1,4 +1,4 @@
-"""The verbs on a live model: apply, remove, reduced, trace, report."""
+"""The verbs on a live model: apply, remove, reduced, kept, trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pumer.adapters.base import PARTS
 from pumer.adapters.encoder.attention import BACKENDS
 from pumer.adapters.forward import execution_device
 from pumer.presets import ReducerSpec, read_reducer
-from pumer.reducers import EMBEDDINGS, Reducer, TokenShape
+from pumer.reducers import EMBEDDINGS, Learned, Reducer, TokenShape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,30 +28,38 @@ def apply(
     trim: bool = True,
     renumber: bool = False,
 ) -> M:
-    """Reduce a model's tokens from now on: in place, on this instance alone, until `remove`.
+    """Patch `model` in place so that it runs with token reduction; undo with `remove`.
 
-    Applying again replaces the reducer in force. A learned reducer brings new parts to train, which
-    belong to the model until `remove`; they are kept where it replaces one with the same parts.
+    Only this instance is patched. Applying again replaces the active reducer. A learned reducer
+    adds trainable parts to the model, which `remove` takes away again; they are kept where it
+    replaces a reducer with parts of the same shapes.
 
     Args:
         model: a supported Hugging Face model (`pumer list` names them).
         reducer: a reducer or its class, its name ("fastv") or `{"reducer": name, setting: value}`,
-            a preset's name ("vilt-vqav2"), a YAML or JSON file of settings, or a saved model, for
-            the reducer that it has. Settings that are None are fitted to the model.
+            a preset's name ("vilt-vqav2"), a YAML or JSON file of settings, or a saved model,
+            whose reducer is used. Settings that are None are fitted to the model.
         attention: "sdpa" (fused) or "eager".
-        trim: cut padding down to the longest text and image of the batch when the model is entered,
-            for which the host reads two numbers. Turn it off for CUDA graphs; under torch.compile
-            it is off by itself.
-        renumber: count the positions of a language model's tokens anew wherever some are gone, as
-            the published code of several methods does (docs/methods.md). By default what is left
-            keeps its positions.
+        trim: at the model's entry, cut padding down to the longest text and image of the batch;
+            this needs one host-device sync. Turn it off for CUDA graphs; it is off under
+            torch.compile.
+        renumber: renumber the positions of a language model's tokens wherever tokens were dropped,
+            as the published code of several methods does (docs/methods.md). By default the
+            remaining tokens keep their positions.
 
     Returns:
         The model itself.
 
     Raises:
         ValueError: if the model is not supported or the settings do not fit it; the model is then
-            as it was.
+            unchanged.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> model = pumer.apply(model, pumer.PuMer(prune=0.1, merge=0.3))
+        >>> model = pumer.apply(model, "tome")  # by name, in place of the one before
+        >>> pumer.active(model).reducer.name
+        'tome'
     """
     before = active(model)
     _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
@@ -66,7 +74,7 @@ def _apply(
     renumber: bool,
     parts: nn.ModuleDict | None,
 ) -> None:
-    from pumer.hub.saving import follow  # which needs what is here
+    from pumer.hub.saving import follow  # imported here, as it imports this module
 
     model = supported(wrapped)
     adapter = find(model)
@@ -75,8 +83,8 @@ def _apply(
         raise ValueError(f"attention is one of {', '.join(BACKENDS)}, not {attention!r}")
     if renumber and not adapter.renumbers:
         raise ValueError(
-            f"positions of {adapter.family} cannot be counted anew, as they are not one number "
-            "that every layer of a language model reads: leave renumber out"
+            f"positions of {adapter.family} cannot be renumbered, as they are not one number that "
+            "every layer of a language model reads: leave renumber out"
         )
     reducer = reducer.resolve(adapter.shape(model))
     adapter.check(reducer)
@@ -115,11 +123,12 @@ def _apply(
 def _fitting(
     model: nn.Module, adapter: Adapter, reducer: Reducer, parts: nn.ModuleDict | None
 ) -> nn.ModuleDict | None:
-    """What a learned reducer trains: `parts` if they fit it, else new ones; None for any other.
+    """The trainable parts of a learned reducer: `parts` if they fit, else new ones; None for other
+    reducers.
 
-    Each part is where the layer runs that it serves.
+    Each part is moved to the device of its layer.
     """
-    learned = reducer.traits.learned
+    learned: Learned | None = reducer.traits.learned
     if learned is None:
         return None
     heads, channels = adapter.attention_shape(model)
@@ -128,8 +137,8 @@ def _fitting(
     layers, dtype = adapter.layers(model), next(model.parameters()).dtype
     for layer, part in fitting.items():
         if fitting is parts and all(weight.is_meta for weight in part.parameters()):
-            continue  # they are offloaded, as the model is: hooks of their own bring them in
-        # Those kept aside meanwhile have not followed the model.
+            continue  # they are offloaded like the model: their own hooks bring them in
+        # Parts that were kept aside have not followed the model to its device.
         part.to(execution_device(layers[int(layer)]), dtype)
     return fitting.train(model.training)
 
@@ -139,8 +148,8 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
-    """Raise ValueError for a reducer in the vision tower of a model that has none, or not as many
-    layers."""
+    """Raise ValueError for a reducer in the vision tower of a model that has no tower, or too few
+    layers in it."""
     tower = reducer.traits.vision_reducer
     if tower is None:
         return
@@ -156,7 +165,7 @@ def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
 
 
 def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
-    """Raise ValueError if nothing would be left of an image of the configured size."""
+    """Raise ValueError if no image token would be left of an image of the configured size."""
     if reducer.traits.drops_image:
         return
     text, image = adapter.default_lengths(model)
@@ -181,9 +190,14 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
 def remove(model: M) -> M:
     """Restore the original model; does nothing to an unreduced one.
 
-    What others have wrapped around its methods since (torch.compile, autocast, offloading) stays,
-    around the original methods. A model that PEFT, DistributedDataParallel or torch.compile wrap is
-    restored inside its wrapper.
+    Wrappers that others have put around its methods since (torch.compile, autocast, offloading)
+    stay, around the original methods. A model inside PEFT, DistributedDataParallel or torch.compile
+    is restored inside its wrapper.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> pumer.active(pumer.remove(model)) is None
+        True
     """
     patched = patched_module(model)
     if patched is not None:
@@ -200,8 +214,17 @@ def reduced(
     trim: bool = True,
     renumber: bool = False,
 ) -> Iterator[M]:
-    """`apply` for the length of a with block; whatever was in force before is in force again
-    afterwards."""
+    """`apply` for the duration of a with block; the reducer that was active before is active again
+    afterwards.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> with pumer.reduced(model, pumer.ToMe(r=16)):
+        ...     pumer.active(model).reducer.r
+        16
+        >>> pumer.active(model) is None
+        True
+    """
     before = active(model)
     apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
     try:
@@ -215,10 +238,9 @@ def reduced(
 
 @contextmanager
 def unreduced(model: nn.Module) -> Iterator[None]:
-    """Let a reduced model see every token inside the with block, the reducer and its parts staying
-    in place.
+    """Bypass the reducer inside the with block, without removing it or its parts.
 
-    For a model that is being trained and is its own teacher; `remove` is for all else.
+    For a model in training that is its own teacher; otherwise use `remove`.
     """
     patch = active(model)
     if patch is None:
@@ -231,21 +253,25 @@ def unreduced(model: nn.Module) -> Iterator[None]:
 
 
 def kept(model: nn.Module) -> Tensor:
-    """Which tokens of its prompts the last call of a reduced model has left, after the last layer
-    that reduces.
+    """Which tokens of its prompts were left after the last reducing layer of a model's last call.
 
     Returns:
-        Places in the prompt (behind a cached prefix: in the whole sequence), in order, int64 [B,K];
-        -1 fills rows that have fewer. Text tokens are among them, and padding that was left alone.
-        A merged token is where its first member was. In joint encoders places count the text tokens
-        as given, then the image tokens, [CLS] first.
+        Positions in the prompt (with a cached prefix: in the whole sequence), in order, int64
+        [B,K]; -1 fills rows that have fewer. They include text tokens, and padding that was left
+        alone. A merged token has the position of its first member. In joint encoders positions
+        count the text tokens as given, then the image tokens, [CLS] first.
 
     Raises:
         ValueError: if the model carries no reducer, or has reduced nothing yet.
 
     Example:
-        >>> places = pumer.kept(model)  # after model(**inputs)
-        >>> words = inputs["input_ids"].gather(1, places.clamp_min(0))
+        >>> from PIL import Image
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> image = Image.new("RGB", (96, 96))
+        >>> inputs = pumer.processor("scenes-vilt")("is there a red circle?", image)
+        >>> answer = model(**inputs)
+        >>> pumer.kept(model).shape
+        torch.Size([1, 37])
     """
     patch = active(model)
     if patch is None or patch.kept is None:
@@ -257,7 +283,18 @@ def kept(model: nn.Module) -> Tensor:
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[list[ReductionStep]]:
-    """Collect every reduction of the forwards inside the with block, in order."""
+    """Collect every reduction of the forwards inside the with block, in order.
+
+    Example:
+        >>> from PIL import Image
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> image = Image.new("RGB", (96, 96))
+        >>> inputs = pumer.processor("scenes-vilt")("is there a red circle?", image)
+        >>> with pumer.trace(model) as steps:
+        ...     answer = model(**inputs)
+        >>> [step.layer for step in steps]
+        [1, 2, 3]
+    """
     patch = active(model)
     if patch is None:
         raise ValueError("nothing reduces this model: call pumer.apply(model, ...) first")

@@ -1,4 +1,4 @@
-"""Settings by name: the paper's, per model and task (Cao et al., 2023, released configurations)."""
+"""Presets: the paper's settings per model and task (Cao et al., 2023, released configurations)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pumer.reducers import (
 )
 
 ReducerSpec = str | os.PathLike[str] | Mapping[str, Any] | type[Reducer] | Reducer
-"""All that `read_reducer` takes."""
+"""What `read_reducer` accepts."""
 
 _FILES = (".yaml", ".yml", ".json")
 
@@ -34,32 +34,35 @@ PRESETS: dict[str, Reducer] = {
     "vilt-nlvr2": PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=(2, 5, 8)),
     "vilt-snli-ve": PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=(2, 4, 6, 8)),
     "vilt-retrieval": PuMer(prune=0.1, merge=0.3, merge_text=0.2, layers=(2, 4, 6, 8)),
-    # The published METER settings count two to a fusion layer: 0,2,4,6 are fusion layers 0 to 3.
+    # Published METER settings count every fusion layer twice: 0,2,4,6 are fusion layers 0 to 3.
     "meter-vqav2": PuMer(prune=0.2, merge=0.2, merge_text=0.2, layers=(0, 1, 2, 3)),
     "meter-nlvr2": PuMer(prune=0.3, merge=0.5, merge_text=0.2, layers=(1, 2, 3)),
     "meter-snli-ve": PuMer(prune=0.3, merge=0.5, merge_text=0.2, layers=(0, 1, 2, 3)),
     # No retrieval checkpoint of METER was released: the settings of its other two hard tasks.
     "meter-retrieval": PuMer(prune=0.3, merge=0.5, merge_text=0.2, layers=(0, 1, 2, 3)),
 }
-"""The reducer of every preset by its name, and `meter-vqav2-tower`, beyond the paper: `meter-vqav2`
-with ToMe in the vision tower."""
+"""The presets by name. Beyond the paper: `meter-vqav2-tower`, which adds ToMe in the vision
+tower."""
 # Beyond the paper: the CLIP tower, more than half of METER's cost, is reduced too. 2.2 times fewer
 # MACs at 384 pixels.
 PRESETS["meter-vqav2-tower"] = Compose(tower=ToMe(r=36, depth=11), inside=PRESETS["meter-vqav2"])
 
 
 def read_reducer(spec: ReducerSpec) -> Reducer:
-    """The reducer that is meant, however it is named: by `pumer.apply`, the commands, recipes and
-    studies alike.
+    """The reducer of a specification, as in `pumer.apply`, commands, recipes and studies.
 
     Args:
-        spec: a reducer; its class; its name, as `pumer list` has it; a preset's name; a YAML or
-            JSON file of settings; a folder that `pumer.save` wrote, or a shipped model's name, for
-            the reducer of that model; or `{"reducer": any of these, setting: value, ...}`, which
-            changes settings.
+        spec: a reducer; its class; its name (`pumer list`); a preset's name; a YAML or JSON file of
+            settings; a folder of `pumer.save`, or a shipped model's name, for its reducer; or
+            `{"reducer": any of these, setting: value, ...}` to change settings.
 
     Raises:
         ValueError: if there is no such reducer, or it has no such setting.
+
+    Example:
+        >>> from pumer.presets import read_reducer
+        >>> read_reducer({"reducer": "tome", "r": 16})
+        ToMe(r=16, depth=None, proportional=None)
     """
     if isinstance(spec, Reducer):
         return spec
@@ -107,7 +110,7 @@ def _named(name: str) -> Reducer:
             f"Reducers: {', '.join(list_reducers())}\nPresets: {', '.join(PRESETS)}\n"
             f"Files end in {', '.join(_FILES)}; saved models have a pumer.json"
         ) from None
-    from pumer.hub.reduction import saved_reducer  # which needs what is here
+    from pumer.hub.reduction import saved_reducer  # imported here, as it imports this module
 
     reducer = saved_reducer(folder)
     if reducer is None:

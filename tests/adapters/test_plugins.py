@@ -33,8 +33,8 @@ class Loudest(Selector):
     name = "loudest-of-all"
     keep: float = 0.5
 
-    def chosen(self, tokens, kept_B, most):
-        return best(image_states(tokens).norm(dim=-1), candidates(tokens), kept_B)
+    def select(self, tokens, num_keep_B, most):
+        return best(image_states(tokens).norm(dim=-1), candidates(tokens), num_keep_B)
 """
 FAMILY = """
 from transformers import ViltForQuestionAnswering

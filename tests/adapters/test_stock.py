@@ -40,7 +40,7 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (GradientCheckpointingLayer, "__init_subclass__"): (
         "bc6216ba47e59dfb",
-        "_layer in encoder/vilt.py, encoder/meter.py and encoder/clip.py",
+        "_layer in encoder/vilt.py, encoder/co_attention.py, encoder/clip.py",
     ),
     (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in encoder/clip.py"),
     (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in encoder/clip.py"),
@@ -49,12 +49,18 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "124d8a01d30df424",
         "_attend_and_reduce in encoder/clip.py",
     ),
-    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in encoder/meter.py"),
-    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in encoder/meter.py"),
-    (bert.BertCrossAttention, "forward"): ("867aa213dc901f2a", "_attend in encoder/meter.py"),
-    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in encoder/meter.py"),
-    (bert.BertIntermediate, "forward"): ("d60f3781ad76f95d", "_feed_forward in encoder/meter.py"),
-    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in encoder/meter.py"),
+    (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in encoder/co_attention.py"),
+    (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in encoder/co_attention.py"),
+    (bert.BertCrossAttention, "forward"): (
+        "867aa213dc901f2a",
+        "_attend in encoder/co_attention.py",
+    ),
+    (bert.BertSelfOutput, "forward"): ("c4cade7c3bed7bea", "_attend in encoder/co_attention.py"),
+    (bert.BertIntermediate, "forward"): (
+        "d60f3781ad76f95d",
+        "_feed_forward in encoder/co_attention.py",
+    ),
+    (bert.BertOutput, "forward"): ("c4cade7c3bed7bea", "_feed_forward in encoder/co_attention.py"),
     (roberta.RobertaModel, "_create_attention_masks"): (
         "93100ceb4e3a44e6",
         "_encode_text in encoder/meter.py",

@@ -1,5 +1,5 @@
-"""Model knowledge: the only place that touches a foreign module. Importing it registers
-families."""
+"""Model families: the only code that touches modules of other libraries. Importing it registers
+them."""
 
 from pumer.adapters.base import Adapter, Patch, ReductionStep
 from pumer.adapters.decoder import internvl, llava, paligemma, qwen_vl, smolvlm  # noqa: F401

@@ -1,4 +1,4 @@
-"""What is in force on a model."""
+"""The active patch of a model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def patched_module(model: nn.Module) -> nn.Module | None:
 
 
 def active(model: nn.Module) -> Patch | None:
-    """What is in force on this model, None if nothing is."""
+    """The patch of this model with its reducer, None if it is not reduced.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
+        >>> pumer.active(model).reducer.r
+        16
+    """
     patched = patched_module(model)
     return None if patched is None else vars(patched)[PATCH]

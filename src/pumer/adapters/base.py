@@ -1,5 +1,4 @@
-"""`Adapter`: what is known about one model family. `Patch`: everything it changed on one
-instance."""
+"""`Adapter`: what pumer knows about a model family. `Patch`: all it changed on one instance."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
-from pumer.reducers import Plan, Reducer
+from pumer.reducers import Learned, Plan, Reducer
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
@@ -27,21 +26,21 @@ PARTS = "reducer_parts"
 
 
 class _Absent:
-    """Stands for an attribute that was not there. A class, because copy.deepcopy does not make
-    another one of it."""
+    """Marks an attribute that was not set. A class, because copy.deepcopy does not copy classes."""
 
 
 @dataclass(frozen=True)
 class ReductionStep:
-    """One reduction that happened: for looking at, never needed for computing.
+    """One reduction of a forward, recorded for inspection.
 
     Args:
-        layer: where, -1 before the first.
-        text: text tokens before it, padding included.
+        layer: index of the layer, -1 before the first.
+        text: text tokens before the reduction, padding included.
         plan: where the tokens went.
         grid: rows and columns of patches of the unreduced image.
-        patch_BN: raster number of the patch of every unreduced token, -1 for tokens that are none.
-        prompt: what a decoder's prompt has become, a `prompt.PromptStep`; None in encoders.
+        patch_BN: raster index of the patch of every unreduced token, -1 for tokens that are no
+            patch.
+        prompt: the state of a decoder's prompt, a `prompt.PromptStep`; None in encoders.
     """
 
     layer: int
@@ -54,16 +53,16 @@ class ReductionStep:
 
 @dataclass
 class Patch:
-    """What was changed on one model instance, so that it can be undone exactly.
+    """All changes to one model instance, so that they can be undone exactly.
 
     Args:
-        reducer: the method in force.
-        adapter: the family's adapter.
+        reducer: the active method.
+        adapter: of the model's family.
         attention: attention kernel, "sdpa" or "eager".
         trim: cut padded text and images to the longest of the batch at the model's entry.
-        parts: what a learned reducer has trained, by layer; a submodule of the model as long as the
-            patch is in force.
-        renumber: count the positions of the tokens that are left anew, layer by layer.
+        parts: trainable parts of a learned reducer, by layer; a submodule of the model while the
+            patch is active.
+        renumber: renumber the positions of the remaining tokens, layer by layer.
     """
 
     reducer: Reducer
@@ -72,30 +71,30 @@ class Patch:
     trim: bool = True
     parts: nn.ModuleDict | None = None
     bypassed: bool = False
-    """Let a learned reducer's model see everything in the next forwards, as its own teacher."""
+    """Whether forwards run unreduced for now: a learned reducer's model as its own teacher."""
     progress: float = 1.0
-    """Of the training of those parts, 0 to 1."""
+    """Progress of the training of `parts`, 0 to 1."""
     renumber: bool = False
     forwards_per_example: int = 1
-    """How often one example goes through the layers."""
+    """Forwards of the layers per example; see `Adapter.forwards_per_example`."""
     decisions: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
-    """What `Learned.budget_loss` takes, of every pass of the last forward in training."""
+    """Keep ratios and head ratios of every pass of the last training forward, for `budget_loss`."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
-    """(text, image) tokens before the first layer and after every one of the last forward: evidence
-    that the reduction is active."""
+    """(text, image) tokens of the last forward, before the first layer and after every layer: the
+    evidence that reduction happened."""
     entry: tuple[int, int, Grid | None] | None = None
-    """(text, image, grid) of the last forward before anything was reduced; None if there was no
+    """(text, image, grid) of the last forward before any reduction; None before the first
     forward."""
     planned: list[tuple[int, int]] | None = None
-    """What `lengths` had to be, where a prompt of several images does not follow from `entry`."""
+    """The planned `lengths`, where they do not follow from `entry`: prompts of several images."""
     kept: Tensor | None = None
-    """Places [B,K] of the tokens that were left after the last layer of the last forward, -1 for
-    empty slots."""
+    """Positions [B,K] of the tokens left after the last layer of the last forward, -1 for empty
+    slots."""
     tower: list[int] = field(default_factory=list)
-    """Image tokens before the first layer of the vision tower and after every one, of the last
-    forward."""
+    """Image tokens of the last forward, before the vision tower's first layer and after every
+    layer."""
     steps: list[ReductionStep] | None = None
-    """Reductions of the forwards since `trace` began, None when nobody looks."""
+    """Reductions since `trace` began; None outside of it."""
     timer: Callable[[str], AbstractContextManager[Any]] | None = None
     """Entered around every part of a forward that reduction adds, see `timed`; None outside of
     benchmarks."""
@@ -104,24 +103,24 @@ class Patch:
     _hooks: list[Any] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Without what was changed, which is the model once for every change."""
+        """Leaves the changes out: each would print the whole model."""
         return (
             f"Patch({self.reducer!r}, family={self.adapter.family!r}, "
             f"attention={self.attention!r}, trim={self.trim})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies of the model, which can have no part in the graph of its last forward."""
+        """Leaves out tensors of the last forward's graph, which cannot be copied."""
         return vars(self) | {"decisions": []}
 
     def part(self, layer: int) -> Any:
-        """What is trained for one layer."""
+        """The trainable part of one layer, None without any."""
         return None if self.parts is None else self.parts[str(layer)]
 
     def budget_loss(self) -> Tensor | None:
-        """The price of what a learned reducer decided in the last forward in training; None if it
-        decided nothing."""
-        learned = self.reducer.traits.learned
+        """The budget loss of a learned reducer's decisions in the last training forward; None if
+        there were none."""
+        learned: Learned | None = self.reducer.traits.learned
         if learned is None or not self.decisions:
             return None
         losses = [
@@ -135,19 +134,19 @@ class Patch:
         return nullcontext() if self.timer is None else self.timer(part)
 
     def record_decisions(self, keep_ratios: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
-        """Keep what a learned reducer decided in one pass."""
+        """Record the decisions of one pass."""
         if keep_ratios:
             self.decisions = [*self.decisions, (keep_ratios, heads)][-self.forwards_per_example :]
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of an instance, remembering what was there."""
+        """Set an attribute of an instance; `undo` restores it."""
         self._changes.append((owner, name, vars(owner).get(name, _Absent), value))
         setattr(owner, name, value)
 
     def replace(
         self, module: nn.Module, name: str, method: Callable[..., Any], *bound: Any
     ) -> None:
-        """Give one module instance another `name(module, *bound, *args)`."""
+        """Replace a method of one module instance by `method(module, *bound, *args)`."""
         self._methods.append(rebind(module, name, method, *bound))
 
     def wrap(
@@ -158,20 +157,20 @@ class Patch:
         *bound: Any,
         adds: Sequence[str] = (),
     ) -> None:
-        """The same with the method that was there: `name(module, stock, *bound, *args)`.
+        """Wrap a method of one module instance: `method(module, stock, *bound, *args)`.
 
-        `adds` names keyword arguments that it takes besides.
+        `adds` names keyword arguments that it takes in addition.
         """
         self._methods.append(rebind(module, name, method, *bound, wraps=True, adds=adds))
 
     def hook(self, handle: Any) -> None:
-        """Remember a hook that was registered."""
+        """Record the handle of a hook; `undo` removes it."""
         self._hooks.append(handle)
 
     def undo(self) -> None:
-        """Take every hook off and put every attribute and method back, last change first.
+        """Remove every hook and restore every attribute and method, last change first.
 
-        What somebody else has set or wrapped in the meantime stays.
+        What others have set or wrapped in the meantime stays.
         """
         while self._hooks:
             self._hooks.pop().remove()
@@ -206,44 +205,41 @@ def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 class Adapter:
-    """Knowledge of one model family: where the layers are, how to shorten what has a token axis,
-    what it costs."""
+    """A model family: where its layers are, how to reduce their tokens, what they cost."""
 
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
-    """Names of the model classes it knows; names, so that the family need not be imported to
-    look."""
+    """Names of its model classes. Names, so that looking one up imports nothing."""
     modules: ClassVar[Mapping[str, str]] = {}
-    """The module of every class that transformers does not have."""
+    """The module of every class that is not in transformers."""
     has_cross_attention: ClassVar[bool] = False
-    """Whether text looks at the image by an attention of its own, as in co-attention."""
+    """Whether layers have a separate cross-attention between text and image (co-attention)."""
     num_prefix_tokens: ClassVar[int] = 1
     """Structure tokens at the head of each modality that a reducer sees."""
     renumbers: ClassVar[bool] = False
-    """Whether positions are one number a token, read in every layer: they can be counted anew."""
+    """Whether a position is one number per token, read in every layer, so that `renumber` works."""
     separate: ClassVar[tuple[str, ...]] = ()
-    """Classes in which every image of an example goes through the layers by itself."""
+    """Classes that run the layers once per image of an example."""
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers that a reducer can act in."""
         raise NotImplementedError
 
     def depth(self, model: nn.Module) -> int:
-        """How many these are."""
+        """Number of these layers."""
         return len(self.layers(model))
 
     def tower_depth(self, model: nn.Module) -> int:
-        """Number of layers of the vision tower, 0 where there is none."""
+        """Number of layers of the vision tower; 0 without one."""
         return 0
 
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """(images, tokens of each in the vision tower) where `image` tokens come out of it
+        """(number of images, tokens of each in the vision tower), if `image` tokens come out of it
         unreduced."""
         return 1, image
 
     def tower_exit(self, model: nn.Module, image: int, left: int) -> int:
-        """Image tokens that come out of a vision tower that leaves `left` tokens of each
-        image."""
+        """Image tokens that come out of a vision tower which leaves `left` tokens per image."""
         num_images, entered = self.tower_entry(model, image)
         return image - num_images * (entered - left)
 
@@ -252,7 +248,7 @@ class Adapter:
         raise NotImplementedError
 
     def shape(self, model: nn.Module) -> ModelShape:
-        """What settings that a reducer leaves open are fitted to."""
+        """What `Reducer.resolve` fits open settings to."""
         depth, tower = self.depth(model), self.tower_depth(model)
         _, image = self.default_lengths(model)
         return ModelShape(
@@ -264,17 +260,17 @@ class Adapter:
         )
 
     def check(self, reducer: Reducer) -> None:
-        """Raise ValueError for a reducer that this family cannot run; it is resolved already."""
+        """Raise ValueError for a resolved reducer that this family cannot run."""
 
     def encoder_facts(
         self, model: nn.Module, needs: frozenset[str], image: int, place: str
     ) -> Encoder | None:
-        """What a reducer that needs it is told of a vision encoder, without content; for counting
-        what it costs."""
+        """A stand-in for what the reducer needs of a vision encoder, to count its cost with; None
+        without such an encoder."""
         return None
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
-        """Change the instance so that `patch.reducer` acts, recording every change in `patch`."""
+        """Change the instance so that `patch.reducer` acts; every change is recorded in `patch`."""
         raise NotImplementedError
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
@@ -287,8 +283,8 @@ class Adapter:
         return side, side
 
     def forwards_per_example(self, model: nn.Module) -> int:
-        """How often one example goes through the layers: the number of images where each is a
-        pass of its own."""
+        """How often one example runs through the layers: once per image where images are encoded
+        separately."""
         return config_of(model).num_images if is_a(model, self.separate) else 1
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
@@ -299,7 +295,7 @@ class Adapter:
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
     ) -> list[tuple[int, int]]:
-        """Multiply-accumulates of every layer's (attention, MLP), of one pass; arguments as for
+        """Multiply-accumulates of every layer's (attention, MLP) in one pass; arguments as for
         `macs`."""
         raise NotImplementedError
 
@@ -311,18 +307,18 @@ class Adapter:
         tower: Sequence[int] = (),
         after_layer: bool = False,
     ) -> dict[str, int]:
-        """Multiply-accumulates per example by part: matrix products and convolutions; FLOPs are
+        """Multiply-accumulates per example by part, of matrix products and convolutions; FLOPs are
         twice that.
 
-        What a reducer itself computes is not in here.
+        The reducer's own cost is not included.
 
         Args:
-            lengths: (text, image) tokens before the first layer and after every one.
-            entry: (text, image) tokens that were embedded, if something is reduced before the first
+            lengths: (text, image) tokens before the first layer and after every layer.
+            entry: (text, image) tokens that were embedded, if tokens are reduced before the first
                 layer.
-            tower: image tokens before the first layer of the vision tower and after every one.
-            after_layer: whether tokens leave after the layers, in place of between their attention
-                and MLP.
+            tower: image tokens before the vision tower's first layer and after every layer.
+            after_layer: whether tokens leave after a layer, instead of between its attention and
+                its MLP.
         """
         raise NotImplementedError
 
@@ -331,19 +327,19 @@ _ADAPTERS: list[Adapter] = []
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
-    """Class decorator: make a family known."""
+    """Class decorator: register a family."""
     _ADAPTERS.append(adapter())
     return adapter
 
 
 def adapters() -> tuple[Adapter, ...]:
-    """All known families, those of plugins included."""
+    """All registered families, those of plugins included."""
     _plugins.load(_plugins.MODELS, _register_plugin)
     return tuple(_ADAPTERS)
 
 
 def _register_plugin(plugin: Any) -> None:
-    """Takes an adapter class, or a module that registers its adapters as it is imported."""
+    """Accepts an adapter class, or a module that registers its adapters on import."""
     if isinstance(plugin, ModuleType) or any(type(adapter) is plugin for adapter in _ADAPTERS):
         return
     if not (isinstance(plugin, type) and issubclass(plugin, Adapter)):
@@ -352,9 +348,9 @@ def _register_plugin(plugin: Any) -> None:
 
 
 def adapter_of(model: Any) -> Adapter | None:
-    """That of the model's class, or of the nearest one that it inherits from.
+    """The adapter of the model's class, or of the nearest class that it inherits from.
 
-    Plugins are read only where none of ours has the class itself.
+    Plugins are loaded only if no built-in adapter lists the class itself.
     """
     name = type(model).__name__
     exact = next((adapter for adapter in _ADAPTERS if name in adapter.classes), None)
@@ -372,18 +368,17 @@ def adapter_of(model: Any) -> Adapter | None:
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:
-    """Whether the class of a model, or one that it inherits from, has one of these names."""
+    """Whether a model's class, or a class that it inherits from, has one of these names."""
     return any(base.__name__ in names for base in type(model).__mro__)
 
 
 def config_of(model: nn.Module) -> Any:
-    """The model's configuration, which nn.Module does not know to be there."""
+    """The model's configuration, which nn.Module does not declare."""
     return model.config
 
 
 def head_macs(model: nn.Module, trunk: nn.Module) -> int:
-    """Multiply-accumulates of one state's way through the linear layers outside the trunk and the
-    reducer."""
+    """Multiply-accumulates of one token in the linear layers outside the trunk and the reducer."""
     inside = {*trunk.modules(), *getattr(model, PARTS, nn.Module()).modules()}
     heads = [
         module

@@ -1,4 +1,4 @@
-"""Which family a model is of, inside the wrappers of others; and what to say of a model of none."""
+"""Find the adapter of a model, inside any wrapper, or explain why there is none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pumer._suggest import did_you_mean
 from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
 
 MERGES_IMAGES = ("ColQwen2ForRetrieval",)
-"""Classes that contain a supported model, and hand it image features among the words'
-embeddings."""
+"""Classes that contain a supported model, and merge image features into its `inputs_embeds`."""
 WRAPPED = ("base_model", "module", "_orig_mod")
-"""Names by which PEFT, DataParallel and its like, and torch.compile hold what they wrap."""
+"""Attributes in which PEFT, (Distributed)DataParallel and torch.compile hold the wrapped model."""
 
 
 def is_supported(model: nn.Module) -> bool:
@@ -23,7 +22,7 @@ def is_supported(model: nn.Module) -> bool:
 
 
 def find(model: nn.Module) -> Adapter:
-    """The adapter of a model; raises ValueError saying what is supported."""
+    """The adapter of a model; raises ValueError with the supported families."""
     adapter = adapter_of(model)
     if adapter is not None:
         return adapter
@@ -37,7 +36,7 @@ def find(model: nn.Module) -> Adapter:
 
 
 def _hint(model: Any, name: str) -> str:
-    """What to do in place of giving a model of an unsupported class."""
+    """What to pass instead of a model of an unsupported class."""
     inner = _inside(model)
     if is_a(model, MERGES_IMAGES):
         return (
@@ -60,13 +59,12 @@ def _inside(model: Any) -> str | None:
 
 
 def supported(model: nn.Module) -> nn.Module:
-    """The model that an adapter knows: itself, or what a wrapper around it wraps; itself where
-    there is none."""
+    """The supported model inside any wrappers; the model itself where there is none."""
     return next((module for module in unwrapped(model) if is_supported(module)), model)
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """A model, what it wraps, what that wraps, and so on."""
+    """A model, the model that it wraps, and so on."""
     names: tuple[str, ...] = WRAPPED
     while isinstance(model, nn.Module):
         yield model

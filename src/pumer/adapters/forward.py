@@ -13,14 +13,14 @@ from pumer.reducers import Reducer
 
 
 def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
-    """`block(*args)` in place of a layer's forward, and of the gradient checkpointing around it."""
+    """Run `block(*args)` for a layer, under gradient checkpointing where the layer uses it."""
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(block, *args)
     return block(*args)
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module runs; its weights may be on "meta" until accelerate's hooks bring them."""
+    """The device that a module runs on; offloaded weights are on "meta" between calls."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
@@ -31,10 +31,9 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def no_autocast(reducer: Reducer, device: torch.device) -> AbstractContextManager[Any]:
-    """Where a reducer chooses: outside the user's autocast, which would round its float32 products
-    to half precision.
+    """Leave the user's autocast, which would round a reducer's float32 products to half precision.
 
-    Trained parts stay under it, as their weights expect.
+    Learned reducers stay under autocast, as their weights expect.
     """
     if reducer.traits.learned or not torch.amp.is_autocast_available(device.type):  # as on "meta"
         return nullcontext()
@@ -42,7 +41,7 @@ def no_autocast(reducer: Reducer, device: torch.device) -> AbstractContextManage
 
 
 def exactly_one(**inputs: Tensor | None) -> Tensor:
-    """The one input that is given; raises ValueError for none or several."""
+    """The input that is given; raises ValueError unless it is exactly one."""
     inputs_set = [value for value in inputs.values() if value is not None]
     if len(inputs_set) != 1:
         raise ValueError(f"give exactly one of {' and '.join(inputs)}")
@@ -50,6 +49,6 @@ def exactly_one(**inputs: Tensor | None) -> Tensor:
 
 
 def max_length(mask_BN: Tensor) -> Tensor:
-    """Position after the last real token of any row."""
+    """Length of the longest row without its padding, as a tensor."""
     places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
     return (places * mask_BN.bool()).max()

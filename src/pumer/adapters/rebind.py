@@ -1,10 +1,9 @@
-"""Other methods for one instance of a module, undone exactly.
+"""Replace methods of one module instance, and undo it exactly.
 
-They are real bound methods, so that accelerate, torch.export and dynamo find what they look for: a
-`__func__`, a `__code__`, a signature. Others may wrap them while they are in force, as
-torch.compile, autocast and offloading do. Such a wrapper stays when they are taken off, and what it
-wraps then does what the stock method does. Copies, pickles and replicas of the module get methods
-of their own.
+The replacements are bound methods, so that accelerate, torch.export and dynamo find a `__func__`, a
+`__code__` and a signature. Others may wrap them while they are active, as torch.compile, autocast
+and offloading do. Such a wrapper stays after the undo, around the stock method. Copies, pickles and
+replicas of the module get their own methods.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 from torch import nn
 
 METHODS = "_pumer_methods"
-"""Attribute of a module that holds its `Method`s, by a key of their own."""
+"""Attribute of a module that holds its `Method`s, by key."""
 _KEY = "_pumer_key"
 _REPLICATE = "_replicate_for_data_parallel"
 _REDUCE = "__reduce_ex__"
@@ -29,17 +28,17 @@ _keys = count()
 
 @dataclass(frozen=True)
 class Method:
-    """One method of an instance.
+    """One replaced method of an instance.
 
     Args:
         name: of the method on the class.
-        attribute: of the instance that holds it.
-        function: what is called instead, with the module, `bound` and the call's arguments; None
-            once it is taken off, though somebody still holds it.
-        bound: what it is given besides.
-        before: the instance's own method at the time, or None where it had that of its class.
-        wraps: whether the function is given the stock method too, behind the module.
-        adds: names of keyword arguments that the stock method does not have.
+        attribute: of the instance that holds the replacement.
+        function: called with the module, `bound` and the call's arguments; None after the undo, if
+            a wrapper still holds this method.
+        bound: further arguments after the module.
+        before: the instance's own method before, None if it had the class's.
+        wraps: whether the function also gets the stock method, after the module.
+        adds: names of keyword arguments that the stock method lacks.
     """
 
     name: str
@@ -58,8 +57,8 @@ class Method:
         return self.function(module, *self.bound, *args, **kwargs)
 
     def stock(self, module: nn.Module) -> Any:
-        """The method as it is without this one."""
-        # No bound method: dynamo would read it as the instance's own, which may be what wraps this.
+        """The method without this replacement."""
+        # Not a bound method: dynamo would look up the instance's method, which may wrap this one.
         return (
             partial(getattr(type(module), self.name), module)
             if self.before is None
@@ -74,16 +73,16 @@ class Method:
 
         stand_in.__name__ = self.name
         setattr(stand_in, _KEY, key)
-        if self.wraps:  # others read from it which inputs there are
+        if self.wraps:  # others read the inputs from the signature
             stand_in.__signature__ = _with_self(  # type: ignore[attr-defined]
                 inspect.signature(self.stock(module)), self.adds
             )
         vars(module)[self.attribute] = MethodType(stand_in, module)
 
     def take_off(self, module: nn.Module, key: int) -> None:
-        """Give back what was there before, or step aside where somebody wrapped this."""
+        """Restore the method from before; call the stock method if a wrapper holds this one."""
         attributes, methods = vars(module), vars(module)[METHODS]
-        # An offload hook that was taken off has moved what it found to `name`.
+        # A removed offload hook has moved the method back to `name`.
         for attribute in dict.fromkeys((self.attribute, self.name)):
             if _key_of(attributes.get(attribute)) == key:
                 del methods[key], attributes[attribute]
@@ -99,13 +98,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Rebound:
-    """Where a method was put, for taking it off again."""
+    """A handle to undo a replacement."""
 
     module: nn.Module
     key: int
 
     def undo(self) -> None:
-        """Take it off."""
+        """Undo the replacement."""
         vars(self.module)[METHODS][self.key].take_off(self.module, self.key)
 
 
@@ -117,20 +116,19 @@ def rebind(
     wraps: bool = False,
     adds: Sequence[str] = (),
 ) -> Rebound:
-    """Give one instance another method `name`: `function(module, *bound, *args, **kwargs)`.
+    """Replace the method `name` of one instance by `function(module, *bound, *args, **kwargs)`.
 
     Args:
         module: the instance.
         name: of the method.
-        function: of a module, by itself: a copy of the model shares it.
-        bound: what it is given besides the module.
-        wraps: give it the method that was there before, too, behind the module, and keep that one's
-            signature.
+        function: a plain function; copies of the model share it.
+        bound: further arguments after the module.
+        wraps: also pass the previous method, after the module, and keep its signature.
         adds: names of keyword arguments to add to that signature.
     """
     attributes = vars(module)
-    # accelerate's offload hooks wrap a forward that they keep under this name. What takes its place
-    # has to run inside them, where the weights are.
+    # accelerate's offload hooks keep the forward that they wrap in this attribute. The replacement
+    # must run inside the hooks, where the weights are loaded.
     attribute = "_old_forward" if name == "forward" and "_old_forward" in attributes else name
     if METHODS not in attributes:
         attributes[METHODS] = {}
@@ -139,7 +137,7 @@ def rebind(
     method = Method(name, attribute, function, bound, before, wraps, tuple(adds))
     wrapped = _wrapped(module, attribute)
     if wrapped is not None and not wraps:
-        # What calls no stock method has to stay inside the wrapper that somebody has put around it.
+        # A full replacement must stay inside the wrapper around the previous one.
         attributes[METHODS][wrapped] = replace(method, before=attributes[METHODS][wrapped].before)
         return Rebound(module, wrapped)
     key = next(_keys)
@@ -149,8 +147,7 @@ def rebind(
 
 
 def _wrapped(module: nn.Module, attribute: str) -> int | None:
-    """The last method that was taken off this attribute while somebody had it wrapped; None if
-    there is none."""
+    """The key of the last undone method of this attribute that a wrapper still holds, or None."""
     if attribute not in vars(module):
         return None
     methods = reversed(vars(module)[METHODS].items())
@@ -166,7 +163,7 @@ def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Sig
         if parameter.kind != inspect.Parameter.POSITIONAL_ONLY
         else parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
         for parameter in signature.parameters.values()
-        if parameter.name != "self"  # a wrapper that copies ours has it too
+        if parameter.name != "self"  # also in wrappers that copy our signature
     ]
     var_keyword = parameters.pop() if parameters[-1].kind == inspect.Parameter.VAR_KEYWORD else None
     parameters += [
@@ -179,18 +176,18 @@ def _with_self(signature: inspect.Signature, adds: Sequence[str]) -> inspect.Sig
 
 def _key_of(value: Any) -> int | None:
     attributes = getattr(getattr(value, "__func__", None), "__dict__", {})
-    # functools.wraps copies all attributes, and adds this one.
+    # functools.wraps copies all attributes, and adds `__wrapped__`.
     return None if "__wrapped__" in attributes else attributes.get(_KEY)
 
 
 def _make_portable(module: nn.Module) -> None:
-    """Let copies, pickles and replicas of a module have the methods of its instance."""
+    """Give copies, pickles and replicas of a module the replaced methods."""
     vars(module)[_REPLICATE] = MethodType(_replicate, module)
     vars(module)[_REDUCE] = MethodType(_reduce, module)
 
 
 def _replicate(module: nn.Module) -> nn.Module:
-    """In place of `Module._replicate_for_data_parallel`: the replica's methods are its own."""
+    """Replaces `Module._replicate_for_data_parallel`: binds the methods to the replica."""
 
     def moved(value: Any) -> Any:
         mine = isinstance(value, MethodType) and value.__self__ is module
@@ -207,7 +204,7 @@ def _replicate(module: nn.Module) -> nn.Module:
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """In place of `object.__reduce_ex__`, for which a bound method is one of the class."""
+    """Replaces `object.__reduce_ex__`, which pickles bound methods as the class's."""
     state = {
         name: value
         for name, value in vars(module).items()

@@ -1,5 +1,4 @@
-"""What a reducer does to a model that writes its answer token by token: prefill, cache,
-decoding."""
+"""Costs of a decoder: prefill, cache, and decoding of the answer."""
 
 from __future__ import annotations
 
@@ -16,25 +15,25 @@ from pumer.costs.result import GIGA, Report
 
 MEGA = 1e6
 MATTERS = 0.1
-"""Share of the whole below which a saving is said not to matter."""
+"""Savings below this share of the total do not count as relevant."""
 BALANCE = 150.0
-"""Multiply-accumulates that an accelerator does in the time it reads one weight: that of today's,
-in half precision."""
+"""Multiply-accumulates that a current accelerator computes in half precision while it reads one
+weight."""
 
 
 @dataclass(frozen=True)
 class DecoderReport(Report):
     """The costs of a prompt, and of every token of the answer.
 
-    `macs` and `parts` are those up to the first token of the answer: vision tower, projection,
-    prefill and what the reducer itself computes.
+    `macs` and `parts` are up to the first token of the answer: vision tower, projection, prefill
+    and the reducer.
 
     Args:
         cache_bytes: of keys and values after the prompt, per sample.
         base_cache_bytes: those of the unreduced model.
-        decode_macs: multiply-accumulates of one further token, right after the prompt.
+        decode_macs: multiply-accumulates of the next token, right after the prompt.
         base_decode_macs: those of the unreduced model.
-        weights: parameters that a further token is multiplied with.
+        weights: parameters that every next token is multiplied with.
     """
 
     cache_bytes: int = 0
@@ -44,13 +43,13 @@ class DecoderReport(Report):
     weights: int = 0
 
     def saved(self, tokens: int, balance: float = 0.0) -> float:
-        """Share of the whole cost that the reducer saves when the answer has this many tokens.
+        """Share of the total cost that the reducer saves for an answer of this many tokens.
 
         Args:
             tokens: of the answer.
-            balance: multiply-accumulates that the machine does in the time it reads one weight. A
-                further token reads all weights for one row of numbers, so that on machines with
-                fast arithmetic it costs as much as this many rows. 0 counts arithmetic alone.
+            balance: multiply-accumulates that the machine computes while it reads one weight.
+                Decoding reads all weights per token, so on fast machines a token costs as much as
+                this many tokens of a prompt. 0 counts arithmetic alone.
         """
         further, base_further = (
             max(macs, round(self.weights * balance)) * max(tokens - 1, 0)
@@ -59,9 +58,9 @@ class DecoderReport(Report):
         return 1 - (self.macs + further) / (self.base_macs + base_further)
 
     def matters_until(self, share: float = MATTERS, balance: float = 0.0) -> int | None:
-        """The longest answer of which at least this share of the cost is saved.
+        """The longest answer for which at least this share of the cost is saved.
 
-        0 where not even the first token's is; None where there is no longest one.
+        0 if not even for the first token; None if for any length.
         """
         if self.saved(1, balance) < share:
             return 0
@@ -112,7 +111,7 @@ def _until(tokens: int | None) -> str:
 
 
 def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> DecoderReport:
-    """The report of a decoder, from what it has in common with those of other models."""
+    """Extend a report by the costs of decoding."""
     language = adapter.language(model)
     head = adapter.head_macs(model)
     linear = sum(
@@ -132,7 +131,7 @@ def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> Decod
 def _cached(
     model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, int], ...]
 ) -> list[int]:
-    """Tokens that every layer's cache holds after the prompt."""
+    """Tokens in every layer's cache after the prompt."""
     config = config_of(model).get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * adapter.depth(model)
     counts = [sum(pair) for pair in lengths[:-1]]
@@ -154,6 +153,6 @@ def _cache(model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, 
 def _further(
     adapter: DecoderAdapter, model: nn.Module, lengths: tuple[tuple[int, int], ...]
 ) -> int:
-    """Multiply-accumulates of one further token's attention."""
+    """Multiply-accumulates of the next token's attention."""
     heads, channels = adapter.attention_shape(model)
     return 2 * heads * channels * sum(count + 1 for count in _cached(model, adapter, lengths))

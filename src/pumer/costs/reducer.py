@@ -1,4 +1,4 @@
-"""What a method itself computes: the price of choosing."""
+"""The cost of a reducer itself."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pumer.reducers.tokens import EMBEDDINGS, Encoder, Grid, Tokens
 
 @dataclass(frozen=True)
 class ReducerCost:
-    """What choosing and reducing takes, for one example.
+    """The cost of planning and applying reductions, for one example.
 
     Args:
         macs: multiply-accumulates of its matrix products.
-        traffic: bytes that its operators read and write, which is what they take time for.
-        operators: how many of them are started, for one example or many.
+        traffic: bytes that its operators read and write, which dominates their time.
+        operators: number of operators launched, independent of the batch size.
     """
 
     macs: int = 0
@@ -44,8 +44,7 @@ NO_COST = ReducerCost()
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that are started inside the with block, but for those that only look at
-    a tensor anew."""
+    """Counts the operators launched inside the with block, except views."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,21 +78,21 @@ def count_reducer_costs(
     encoder: Encoder | None = None,
     num_prefix_tokens: int = 1,
 ) -> dict[int, ReducerCost]:
-    """What planning and applying the plan takes, before the first layer and in every one.
+    """The reducer's cost before the first layer and in every layer.
 
-    Counted by letting the reducer run on tokens without content, so that it holds for every method.
-    A CPU is counted as it is; for anything else tensors that have shapes and no data do.
+    Counted by running the reducer on dummy tokens, so that it works for every method. On CPUs the
+    tokens have data; for other devices "meta" tensors are used.
 
     Args:
         reducer: the method.
         shape: (heads, channels of a head).
-        entry: (text, image) tokens before anything is reduced.
-        lengths: those before the first layer and after every one.
+        entry: (text, image) tokens before any reduction.
+        lengths: (text, image) tokens before the first layer and after every layer.
         grid: rows and columns of patches.
-        place: device for the tokens, "cpu" or "meta".
+        place: device of the dummy tokens, "cpu" or "meta".
         cross: as in `Tokens`.
-        parts: what a learned reducer has trained, by layer.
-        encoder: what it is told of a vision encoder, without content.
+        parts: trainable parts of a learned reducer, by layer.
+        encoder: dummy outputs of a vision encoder.
         num_prefix_tokens: structure tokens at the head of each modality.
     """
     heads, channels = shape

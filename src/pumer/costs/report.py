@@ -1,8 +1,8 @@
-"""What a reducer does to a model, in tokens and FLOPs, and whether it really does it.
+"""Tokens and FLOPs of a model with its reducer, and whether the reduction is active.
 
 Costs are multiply-accumulates (MACs) of matrix products and convolutions per example; FLOPs are
-twice that. Additions, norms, activations and softmax are left out, as in nearly every published
-number. What the reducer itself computes is counted too and stands in a part of its own.
+twice that. Additions, norms, activations and softmax are not counted, as in most publications. The
+reducer's own cost is a separate part.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from pumer.reducers.tokens import Grid
 
 
 def report(model: nn.Module, text: int | None = None, image: int | None = None) -> Report:
-    """Tokens and FLOPs per layer of a model with and without the reducer in force, and whether it
-    is really active.
+    """Tokens and FLOPs per layer of a model with and without its reducer, and whether the
+    reduction is active.
 
     Args:
         model: a supported model, reduced or not.
-        text: text tokens at the entry, [CLS] included; those of a full-length text if not given.
-        image: image tokens at the entry, [CLS] included; those of an image of the configured size
-            if not given.
+        text: text tokens at the entry, [CLS] included; default: a full-length text.
+        image: image tokens at the entry, [CLS] included; default: an image of the configured size.
 
     Raises:
         ValueError: for an unsupported model, or lengths below 1.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), "pumer")
+        >>> report = pumer.report(model)  # print it: a table, layer by layer
+        >>> report.lengths[-1], round(report.ratio, 2)
+        ((21, 32), 1.87)
     """
     model = supported(model)
     adapter, patch = find(model), active(model)
     default_text, default_image = adapter.default_lengths(model)
-    # An image of another size has a grid nobody told us.
+    # The grid of an image of another size is unknown.
     grid = adapter.default_grid(model) if image in (None, default_image) else None
     entry = (default_text if text is None else text, default_image if image is None else image)
     if min(entry) < 1:
@@ -91,15 +96,16 @@ def last_forward_macs(model: nn.Module) -> int:
 
 
 def last_forward_parts(model: nn.Module) -> dict[str, int]:
-    """The same by part, as in `Report.parts`; raises ValueError if there was no forward."""
+    """`last_forward_macs` by part, as in `Report.parts`; raises ValueError if there was none."""
     model = supported(model)
     adapter, patch = find(model), active(model)
     if patch is None or patch.entry is None:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
+    # With a dynamic length the data have decided on the lengths.
     ran = (
         (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.traits.dynamic_length else None
-    )  # the data have decided
+    )
     tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
     macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.traits.post_layer)
     return macs | {
@@ -115,15 +121,14 @@ def planned_lengths(
     grid: Grid | None = None,
     num_prefix_tokens: int = 1,
 ) -> Lengths:
-    """(text, image) tokens before the first layer and after every one, for a model with `depth`
-    layers.
+    """(text, image) tokens before the first layer and after every layer of `depth` layers.
 
     Args:
         reducer: the method and its settings.
         depth: number of layers.
         text: text tokens at the entry, [CLS] included.
         image: image tokens at the entry, [CLS] included.
-        grid: rows and columns of patches, for methods that go by place.
+        grid: rows and columns of patches, for methods that go by position.
         num_prefix_tokens: structure tokens at the head of each modality.
     """
     reducer = reducer.resolve(ModelShape(depth, depth - 1, max(image - num_prefix_tokens, 0)))
@@ -134,7 +139,7 @@ def planned_lengths(
             text, image = reducer.lengths(
                 TokenShape(text, image, layer, num_prefix_tokens, grid, entered)
             )
-            grid = None  # what is left is no grid any more
+            grid = None  # the remaining tokens are not a grid
         if layer == EMBEDDINGS:
             entered = image
         lengths.append((text, image))
@@ -150,17 +155,16 @@ def _plan(
     grid: Grid | None,
     ran: tuple[tuple[int, ...], Lengths] | None = None,
 ) -> tuple[tuple[int, ...], Lengths, dict[int, ReducerCost]]:
-    """Lengths in the vision tower and after it, and what reducers take: by layer, all of the tower
-    at `EMBEDDINGS`.
+    """Lengths in the vision tower and after it, and the reducers' cost by layer, with all of the
+    tower's at `EMBEDDINGS`.
 
-    Args as for `planned_lengths`, in tensors without data where the model lies on a device; `ran`
-    are the lengths of the tower and after it, where they are known.
+    Arguments as for `planned_lengths`; `ran` are the lengths in the tower and after it, if known.
     """
     device = "cpu" if next(model.parameters()).device.type == "cpu" else "meta"
     tower = ran[0] if ran else _planned_tower(reducer, adapter, model, image, grid)
     first, reducer_cost = (text, image), NO_COST
     if reducer.traits.vision_reducer is not None:
-        # Its tokens have no text before them.
+        # There is no text in the tower.
         inside = [(0, length) for length in tower]
         shape = adapter.tower_attention_shape(model)
         num_images, _ = adapter.tower_entry(model, image)
@@ -197,7 +201,7 @@ def _plan(
 def _planned_tower(
     reducer: Reducer, adapter: Adapter, model: nn.Module, image: int, grid: Grid | None
 ) -> tuple[int, ...]:
-    """Image tokens before the first layer of the vision tower and after every one."""
+    """Image tokens before the vision tower's first layer and after every layer."""
     depth = adapter.tower_depth(model)
     _, entered = adapter.tower_entry(model, image)
     if reducer.traits.vision_reducer is None:
@@ -211,8 +215,7 @@ def _planned_tower(
 def _last_forward(
     patch: Patch | None, adapter: Adapter, model: nn.Module
 ) -> tuple[Lengths | None, Lengths | None]:
-    """Lengths that the last forward had, and those it had to have: in the vision tower first, if it
-    is reduced."""
+    """Actual and planned lengths of the last forward, first those in a reduced vision tower."""
     if patch is None or patch.entry is None:
         return None, None
     if patch.planned is not None:
@@ -236,5 +239,5 @@ def _last_forward(
         max(real) <= max(most) and sum(real) <= sum(most)
         for real, most in zip(ran, planned, strict=True)
     ):
-        return ran, ran  # what is planned is the most that the data may leave
+        return ran, ran  # planned lengths are upper bounds
     return ran, planned

@@ -1,4 +1,4 @@
-"""What a report says: tokens and multiply-accumulates, layer by layer, as data and as a table."""
+"""`Report`: tokens and multiply-accumulates, layer by layer, as data and as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
 TOWERS = ("text encoder", "vision tower", "projection")
 IMAGE_PARTS = ("embedding", "vision tower", "projection")
-"""Parts that see an image once, where a model with towers compares it with several texts."""
+"""Parts that run once per image if a model with towers scores it with several texts."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class LayerCost:
     """One layer of a `Report`.
 
     Args:
-        layer: its number.
+        layer: its index.
         text: text tokens after it.
         image: image tokens after it.
-        macs: multiply-accumulates per example, the reducer's own included.
+        macs: multiply-accumulates per example, those of the reducer included.
         base_macs: those of the unreduced model.
     """
 
@@ -41,21 +41,24 @@ class Report:
 
     Args:
         model: class of the model.
-        reducer: the reducer's name and settings, None where nothing reduces the model.
+        reducer: the reducer's name and settings; None for an unreduced model.
         entry: (text, image) tokens at the model's entry, both with their [CLS].
-        lengths: (text, image) tokens before the first layer and after every one.
-        tower: image tokens before the first layer of the vision tower and after every one; empty
+        lengths: (text, image) tokens before the first layer and after every layer.
+        tower: image tokens before the vision tower's first layer and after every layer; empty
             without a tower.
         layers: every layer's tokens and cost.
-        parts: MACs by part: embedding, attention, mlp, head and reducer, and those of the towers
-            where there are any.
+        parts: MACs by part: embedding, attention, mlp, head and reducer, and of any towers.
         base_parts: those of the unreduced model at the same entry.
         forwards_per_example: how often one example goes through the layers; costs are for all of
             these together.
-        reducer_cost: what choosing and reducing takes, of which `parts` has the MACs alone; for all
-            forwards of an example together, too.
-        ran: lengths of the last forward, None if there was none.
-        planned: what they had to be for its texts and images, None if there was none.
+        reducer_cost: the reducer's own cost for one example; `parts` has its MACs.
+        ran: lengths of the last forward, None before any.
+        planned: the planned lengths for its texts and images, None before any.
+
+    Example:
+        >>> report = pumer.report(pumer.apply(pumer.load("scenes-vilt"), "tome"))
+        >>> sum(report.parts.values()) == report.macs
+        True
     """
 
     model: str
@@ -96,8 +99,7 @@ class Report:
 
     @property
     def active(self) -> bool | None:
-        """Whether the last forward had the planned lengths; None if there was no forward, or
-        nothing to plan."""
+        """Whether the last forward had the planned lengths; None before any forward."""
         return None if self.ran is None else self.ran == self.planned
 
     @property
@@ -153,7 +155,7 @@ class Report:
         rows.append(("entry", *map(str, self.entry), "100 %", *self._giga("embedding")))
         for part in TOWERS:
             if part in self.parts:
-                # What the tower hands on is seen in the next line.
+                # Its output length is in the next line.
                 rows.append((part, "", "", "", *self._giga(part)))
         if self.lengths[0] != self.entry:
             text, image = self.lengths[0]

@@ -1,7 +1,7 @@
-"""Models on disk: our own folders, and the checkpoints that were published.
+"""Models on disk and on the Hub: pumer's own folders, and published checkpoints.
 
-Weights are read from safetensors files, or from torch's in its weights-only mode; code in a file
-never runs.
+Weights are read from safetensors files, or from torch files with `weights_only=True`; code in a
+file never runs.
 """
 
 from pumer.hub.folders import is_stock, load, load_stock, model_class

@@ -1,4 +1,4 @@
-"""What a stock Trainer needs to save a reduced model whole."""
+"""A callback for transformers' Trainer that saves the reducer in every checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pumer.hub.saving import follow, write_beside
 
 
 class PumerCallback(TrainerCallback):
-    """Write what reduces a model into every checkpoint of transformers' Trainer, for `pumer.load`.
+    """Save the reducer in every checkpoint of transformers' Trainer, for `pumer.load`.
 
-    A model that was applied last needs none, as its own `save_pretrained` does so. One that
-    something
-    has wrapped since, PEFT for example, does: `Trainer(..., callbacks=[PumerCallback()])`. From the
-    beginning of the training the wrapper's `save_pretrained` and `push_to_hub` do so too.
+    Only needed for a model that was wrapped after `apply`, by PEFT for example; otherwise the
+    model's own `save_pretrained` does it. From the start of training, the wrapper's
+    `save_pretrained` and `push_to_hub` do so too.
+
+    Example:
+        >>> callbacks = [pumer.PumerCallback()]  # for Trainer(..., callbacks=callbacks)
     """
 
     def on_train_begin(
@@ -30,7 +32,7 @@ class PumerCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Have the wrappers around the model save the reducer along."""
+        """Patch the wrappers around the model to save the reducer too."""
         patch = active(model)
         if patch is not None:
             follow(model, patch)

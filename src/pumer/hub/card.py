@@ -1,4 +1,4 @@
-"""The model card of a reduced model: README.md, what the Hub shows of it."""
+"""The model card of a reduced model: the README.md that the Hub shows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pumer.reducers import Reducer, to_dict
 CARD = "README.md"
 _TAGS = ("pumer", "token-reduction")
 _NAME = "OWNER/NAME"
-"""Stands in the card for a name that nobody knows yet."""
+"""Placeholder in the card for a name that is not known yet."""
 _AUTOMATIC = "This model card has been automatically generated."
-"""What transformers says in a card that it writes for want of one."""
+"""A line of the card that transformers writes by default."""
 _PEFT = ("### Framework versions", "- PEFT ")
-"""Beginnings of the lines that PEFT adds to any card."""
+"""Prefixes of the lines that PEFT adds to any card."""
 
 _TEXT = """\
 # {kind} with {title}
@@ -70,18 +70,17 @@ _PATTERN = re.compile(
     r"## Without pumer\n\n(?P<without>[^\n]*)",
     re.DOTALL,
 )
-"""Finds in a card what `_TEXT` was filled with."""
+"""Finds the values of the placeholders of `_TEXT` in a card."""
 
 
 def write_card(folder: Path, model: Any, reducer: Reducer, name: str | None = None) -> None:
-    """Write the card of a model into its folder; one that somebody has written or edited is left
-    alone.
+    """Write a model's card into its folder, unless there is one that somebody wrote or edited.
 
     Args:
-        folder: of the model, written already.
+        folder: of the model, already written.
         model: the Hugging Face model inside any wrapper.
-        reducer: what reduces it.
-        name: of the model on the Hub, if it is known.
+        reducer: its active reducer.
+        name: of the model on the Hub, if known.
     """
     file = folder / CARD
     content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -113,7 +112,7 @@ def write_card(folder: Path, model: Any, reducer: Reducer, name: str | None = No
 
 
 def _is_automatic(content: str) -> bool:
-    """Whether a card is as a program has left it: this one, transformers or PEFT."""
+    """Whether a card is unedited, as written by pumer, transformers or PEFT."""
     text = content.partition("\n---\n")[2] if content.startswith("---\n") else content
     lines = [line for line in text.splitlines() if not line.startswith(_PEFT)]
     empty = ModelCard.from_template(ModelCardData()).text.splitlines()
@@ -130,8 +129,7 @@ def _is_automatic(content: str) -> bool:
 
 
 def _names_path(tag: str) -> bool:
-    """Whether it is the tag that PEFT makes of a base model's path on this machine, which helps
-    nobody else."""
+    """Whether a tag is PEFT's for a base model's local path, which is useless elsewhere."""
     start, _, base = tag.partition(":adapter:")
     return start == "base_model" and not is_hub_name(base)
 
@@ -141,14 +139,14 @@ def _is_stock(model: Any) -> bool:
 
 
 def _task(model: Any) -> str | None:
-    """What the Hub calls the model's task, where that is certain."""
+    """The Hub's name of the model's task, None if unclear."""
     if model.can_generate():
         return "image-text-to-text"
     return "visual-question-answering" if "QuestionAnswering" in type(model).__name__ else None
 
 
 def _base(model: Any) -> str | None:
-    """The name on the Hub of what the model was loaded from; None if it has none."""
+    """The Hub name of the model that this one was loaded from; None without one."""
     name = getattr(model.config, "_name_or_path", None)
     if not name or not is_hub_name(name):
         return None

@@ -1,4 +1,4 @@
-"""Files that others have written: what is damaged is named."""
+"""Read files of unknown origin, with errors that name the damaged file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LIGHTNING = ("pytorch_lightning.", "lightning.")
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, with the hint where there is no file."""
+    """The object in a JSON file; raises ValueError, with the hint if there is no file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,8 +32,7 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path, hint: str) -> dict[str, Any]:
-    """A model folder's config.json; raises ValueError for one that asks for more layers than any
-    model has."""
+    """A model folder's config.json; raises ValueError for absurd numbers of layers."""
     config = read_json(folder / "config.json", hint)
     for name, value in _numbers(config):
         if ("layer" in name or "depth" in name) and value > MAX_LAYERS:
@@ -44,7 +43,7 @@ def read_config(folder: Path, hint: str) -> dict[str, Any]:
 
 
 def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in a config, with the names they have."""
+    """All numbers in a config, with their names."""
     if isinstance(config, dict):
         for key, value in config.items():
             yield from _numbers(value, key)
@@ -59,7 +58,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """The weights in a folder, from `model.safetensors` or `pytorch_model.bin`.
 
     Raises:
-        ValueError: if there are none, or the file is damaged or holds something else, such as code.
+        ValueError: if there are none, or the file is damaged or contains something else, such as
+            code.
     """
     files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if file.is_file()), None)
@@ -78,11 +78,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of a PyTorch Lightning checkpoint, and what the model was made with, as far as the
-    file says.
+    """Weights and hyperparameters of a PyTorch Lightning checkpoint.
 
     Raises:
-        ValueError: if the file is missing or damaged, or holds something else, such as code.
+        ValueError: if the file is missing or damaged, or contains something else, such as code.
     """
     if not file.is_file():
         raise ValueError(
@@ -111,8 +110,7 @@ def read_lightning(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class _StandIn:
-    """In place of Lightning's own classes, which its checkpoints mention for their callbacks: does
-    nothing."""
+    """An inert stand-in for Lightning's classes, which its checkpoints name for callbacks."""
 
     def __new__(cls, *args: Any) -> _StandIn:
         return super().__new__(cls)
@@ -123,7 +121,7 @@ class _StandIn:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Say which file it is that cannot be read."""
+    """Add the file's name to errors."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -131,7 +129,7 @@ def _named(file: Path) -> Iterator[None]:
             f"{file} is damaged, or holds pickled code, which is never run: get it again, or as "
             f"safetensors ({error})"
         ) from error
-    except Exception as error:  # a cut-off file fails in as many ways as there are places to cut
+    except Exception as error:  # truncated files raise many kinds of errors
         raise ValueError(f"{file} is damaged, get it again: {error}") from error
 
 
@@ -146,12 +144,11 @@ def _check(state: Any, file: Path, hint: str) -> dict[str, Tensor]:
 # --- answers ---
 
 ANSWERS = ("vqa2_label2ans.json", "vqa2_ans2label.json", "vqa_dict.json")
-"""Names of answer vocabularies: PuMer's list and object, and ViLT's. The projects number the
-answers differently."""
+"""File names of answer vocabularies: PuMer's list and object, and ViLT's. Their orders differ."""
 
 
 def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] | None:
-    """The answer vocabulary that lies in a folder, None if there is none.
+    """The answer vocabulary in a folder, None without one.
 
     Raises:
         ValueError: if one is damaged, or they contradict each other.
@@ -168,8 +165,7 @@ def find_answers(directory: Path, names: Iterable[str] = ANSWERS) -> list[str] |
 
 
 def read_answers(file: Path) -> list[str]:
-    """Answers in the order of their numbers: from a list, or an object answer -> number or number
-    -> answer.
+    """Answers in order: from a list, or an object answer -> index or index -> answer.
 
     Raises:
         ValueError: if the file is damaged, or the numbers are not 0, 1, 2, ...
@@ -193,7 +189,7 @@ def read_answers(file: Path) -> list[str]:
 
 
 def write_answers(directory: Path, answers: list[str]) -> None:
-    """Write an answer vocabulary as PuMer does, both ways."""
+    """Write an answer vocabulary in both of PuMer's formats."""
     by_answer = {answer: index for index, answer in enumerate(answers)}
     (directory / "vqa2_label2ans.json").write_text(json.dumps(answers), encoding="utf-8")
     (directory / "vqa2_ans2label.json").write_text(

@@ -1,4 +1,4 @@
-"""Our own folders: what transformers writes, and `pumer.json` with the reduction in force."""
+"""Load model folders: what transformers writes, and `pumer.json` with the active reducer."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ def load(
     device: str | torch.device | None = None,
     **arguments: Any,
 ) -> Any:
-    """Read a saved model, from a folder or the Hub: in eval mode, with the same reduction in force.
+    """Load a saved model from a folder or the Hub, in eval mode, with its reducer active.
 
-    What `save` wrote, or a reduced model's own `save_pretrained` or `push_to_hub`. A folder of
-    PEFT's gives a PeftModel: its base model, the adapter, then the reduction.
+    Loads what `save`, or a reduced model's `save_pretrained` or `push_to_hub`, has written. A
+    folder with a PEFT adapter gives a reduced PeftModel.
 
     Args:
-        path: the folder, the name of a model that comes with the package (`pumer list`), or an
-            owner's and a model's name on the Hub.
-        dtype: of the weights; as they were saved if not given.
-        device: where the model goes; the CPU if neither this nor `device_map` is given.
-        arguments: of `from_pretrained`: `revision`, `token`, `cache_dir` and the like, by which
-            pumer's own files are fetched too, and `device_map`, `quantization_config`,
-            `attn_implementation` ...
+        path: a folder, the name of a model in the package (`pumer list`), or OWNER/NAME on the Hub.
+        dtype: of the weights; default: as saved.
+        device: of the model; default: the CPU, unless `device_map` is given.
+        arguments: of `from_pretrained`: `revision`, `token`, `cache_dir` and the like, also used
+            for pumer's own files, and `device_map`, `quantization_config`, `attn_implementation`
+            ...
 
     Raises:
-        ValueError: if there is no such model, or a file is missing or damaged or was written by a
-            newer pumer, or if `from_pretrained` does not take an argument.
+        ValueError: if there is no such model, a file is missing, damaged or of a newer pumer, or
+            `from_pretrained` does not accept an argument.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt-pumer")  # or a folder, or a name on the Hub
+        >>> pumer.active(model).reducer.name
+        'pumer'
     """
     if device is not None and arguments.get("device_map") is not None:
         raise ValueError("device and device_map both say where the model goes: give one of them")
@@ -64,19 +68,17 @@ def load(
 
 
 def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
-    """A model of transformers or ours, every weight of which has to be there."""
+    """A model of transformers or pumer; all its weights must be in the file."""
     config = read_config(source.folder, "save the model again")
     cls = class_in(config, source.folder)
     try:
-        with _quiet():  # what does not fit is said below
+        with _quiet():  # mismatches are raised below
             model, info = cls.from_pretrained(
                 source.name, weights_only=True, output_loading_info=True, **source.hub, **arguments
             )
-    except ImportError:  # of what an argument needs, which it names
+    except ImportError:  # its message names the missing package
         raise
-    except (
-        Exception
-    ) as error:  # whatever safetensors, torch and transformers make of a damaged file
+    except Exception as error:  # damaged files raise many kinds of errors
         options = [name for name, value in arguments.items() if value and name != "dtype"]
         mend = f", or leave out {' and '.join(options)}" if options else ""
         raise ValueError(
@@ -88,7 +90,7 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
             f"{cls.__name__} of its config.json has: restore its config.json, or save the model "
             "again"
         )
-    # What a learned reducer has trained stays among the weights that the Trainer goes on from.
+    # Checkpoints of the Trainer include the weights of a learned reducer.
     unexpected = [name for name in info["unexpected_keys"] if not is_part(name)]
     if unexpected:
         raise ValueError(
@@ -100,8 +102,7 @@ def _read_model(source: Source, arguments: dict[str, Any]) -> Any:
 
 
 def _read_adapter(source: Source, hub: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    """A model of PEFT: the base model that an adapter names, with the adapter; neither is
-    trained."""
+    """A PeftModel in eval mode: an adapter, and the base model that it names."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -112,7 +113,7 @@ def _read_adapter(source: Source, hub: dict[str, Any], arguments: dict[str, Any]
     model = _read_model(base, arguments)
     try:
         return PeftModel.from_pretrained(model, source.name, **source.hub).eval()
-    except Exception as error:  # whatever PEFT makes of a damaged file
+    except Exception as error:  # damaged files raise many kinds of errors
         raise ValueError(
             f"the adapter in {source.name} cannot be put on {base.name}, save it again: {error}"
         ) from error
@@ -123,11 +124,11 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
 
     Args:
         source: of the adapter.
-        files: of the base model, to be fetched.
-        hub: how those of the adapter were found.
+        files: of the base model, to fetch.
+        hub: Hub arguments of the adapter.
 
     Raises:
-        ValueError: if it names none, or there is none of that name.
+        ValueError: if it names no base model, or there is none of that name.
     """
     config = read_json(source.folder / ADAPTER, "save the model again")
     base = config.get("base_model_name_or_path")
@@ -135,7 +136,7 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
         raise ValueError(
             f"{ADAPTER} in {source.name} names no base model: set its base_model_name_or_path"
         )
-    # The base is in a repository of its own, with revisions of its own.
+    # The base model is in another repository, with its own revisions.
     how = {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
     if config.get("revision"):
         how["revision"] = config["revision"]
@@ -149,7 +150,7 @@ def base_of(source: Source, files: Sequence[str], hub: Mapping[str, Any]) -> Sou
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers."""
+    """Silence the warnings of transformers."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -159,36 +160,34 @@ def _quiet() -> Iterator[None]:
 
 
 _ENCODERS = ("vilt", "meter")
-"""Model types that choose from labels, and that no processor of transformers alone is enough
-for."""
+"""Encoders, which need the image transform of a pumer folder besides a processor."""
 
 
 def is_stock(model: str, **hub: Any) -> bool:
-    """Whether it is a folder or a name on the Hub without pumer's settings: as transformers writes
-    models."""
+    """Whether a folder, or a name on the Hub, is a plain transformers model, without
+    `pumer.json`."""
     if (Path(model) / CONFIG).is_file():
         return not (Path(model) / SETTINGS).is_file()
     if not is_hub_name(model):
         return False
     try:
         return not find_source(model, (SETTINGS,), **hub).has(SETTINGS)
-    except ValueError:  # transformers says what is the matter when it reads the model
+    except ValueError:  # loading with transformers gives the better error
         return True
 
 
 def load_stock(
     source: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> Any:
-    """A stock decoder in eval mode, from a folder that transformers wrote or a name on the Hub;
-    nothing reduces it.
+    """Load a stock decoder, unreduced and in eval mode, from a transformers folder or the Hub.
 
     Args:
         source: folder or name.
-        dtype: of the weights; as they were saved if not given.
-        device: where the model goes; the CPU if not given.
+        dtype: of the weights; default: as saved.
+        device: of the model; default: the CPU.
 
     Raises:
-        ValueError: if there is no such model, or it is none that reads images and writes.
+        ValueError: if there is no such model, or it does not generate text from images.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -213,7 +212,7 @@ def load_stock(
 
 
 def model_class(name: str) -> Any:
-    """The model class of that name, ours or transformers'; raises ValueError if there is none."""
+    """The model class of that name, of transformers or pumer; raises ValueError without one."""
     import transformers
 
     cls = getattr(transformers, name, None)
@@ -231,7 +230,7 @@ def model_class(name: str) -> Any:
 
 
 def class_in(config: dict[str, Any], where: Path) -> Any:
-    """The model class named in the `architectures` of the config.json in a folder."""
+    """The model class named in the `architectures` of a config.json."""
     names = config.get("architectures")
     try:
         (name,) = names if isinstance(names, list) else (None,)

@@ -1,5 +1,4 @@
-"""Checkpoints that were published: with PuMer, with the original ViLT and METER, and as
-transformers' ViLT."""
+"""Published checkpoints: of PuMer, of the original ViLT and METER, and of transformers' ViLT."""
 
 from __future__ import annotations
 
@@ -42,15 +41,15 @@ _STOCK = "encoder.layer.0.attention.attention.query.weight"
 
 @dataclass(frozen=True)
 class Official:
-    """A checkpoint that was read, and what was found on the way.
+    """A loaded checkpoint, and what was noticed while loading.
 
     Args:
-        model: in eval mode, reduced where the checkpoint asks for it.
+        model: in eval mode, reduced as the checkpoint says.
         origin: "pumer", "original" (of ViLT's or METER's authors) or "transformers".
-        answers: whether the answers of question answering have their names.
-        left_out: weights that have no place in the model.
-        new: weights that the checkpoint does not have, because the model was given a new head.
-        unknown: settings that mean nothing to us.
+        answers: whether the labels of question answering have names.
+        left_out: weights that the model does not use.
+        new: weights that were initialized, because the model got a new head.
+        unknown: unknown settings.
     """
 
     model: Any
@@ -68,37 +67,39 @@ def load_official(
     answers: str | Path | None = None,
     kind: str | None = None,
 ) -> Any:
-    """A published ViLT or METER checkpoint as a model, with the published reduction in force where
-    it has one.
+    """Load a published ViLT or METER checkpoint, with its reducer active if it has one.
 
-    Three kinds are told by the names of their weights:
+    The names of the weights tell three origins apart:
 
-    - of PuMer: a folder with `config.json` and `model.safetensors` (or `pytorch_model.bin`). To get
-      the published results pad text to the length that the checkpoint was trained with: the
-      published code counts padded text. METER models have `update="sequential"`, and those without
-      reduction still the published softmax.
-    - of the original ViLT and METER: a Lightning `.ckpt` file. Nothing is reduced; METER has
+    - PuMer: a folder with `config.json` and `model.safetensors` (or `pytorch_model.bin`). For the
+      published results pad text to the length of training, because the published code counts padded
+      text. METER models have `update="sequential"`; without reduction, models still use the
+      published softmax.
+    - the original ViLT and METER: a Lightning `.ckpt` file, unreduced; METER has
       `update="parallel"`.
-    - of transformers' ViLT: a folder that `from_pretrained` reads. Nothing is reduced.
+    - transformers' ViLT: a folder for `from_pretrained`, unreduced.
 
-    Which task it is, is told by the head. Visual entailment and METER have classes of ours. Inputs
-    have transformers' names. Weights without a place in the model (ViLT's head for image-text
-    matching, parts of the original METER that nothing uses) are named in a warning.
+    The head determines the task and the model class; visual entailment and METER have classes in
+    pumer. Inputs have transformers' names. A warning lists unused weights, such as ViLT's head for
+    image-text matching.
 
     Args:
-        source: the folder or file. Sizes that the published code has fixed may be given in its
-            `config.json`, as `pos_grid` ([12, 12]); those that weights show are read off them.
-        image_size: side of the images in pixels, if it is to be another one; METER's grid of
-            positions is resized.
-        answers: file with the answers of question answering in their order: `vqa2_label2ans.json`
-            or `vqa2_ans2label.json` of PuMer, `vqa_dict.json` of ViLT; taken from beside the
-            weights if not given.
-        kind: name of another class of the family, which then gets a new head: a start from
+        source: the folder or file. Sizes are read from the weights; those that weights do not show,
+            such as `pos_grid` ([12, 12]), may be set in its `config.json`.
+        image_size: another side of the images in pixels; METER's position embeddings are resized.
+        answers: file with the answers of question answering in order: PuMer's
+            `vqa2_label2ans.json` or `vqa2_ans2label.json`, or ViLT's `vqa_dict.json`; default: the
+            one beside the weights.
+        kind: another class of the family, which then gets a new head, to fine-tune from
             pretraining.
 
     Raises:
-        ValueError: if a file is missing or damaged or holds pickled code, if weights are missing or
-            have wrong shapes, and for learned pruning by other predictors than those of the states.
+        ValueError: if a file is missing, damaged or contains pickled code, if weights are missing
+            or have wrong shapes, or for learned pruning with unsupported predictors.
+
+    Example:
+        >>> pumer.save_official(pumer.load("scenes-vilt"), "official")
+        >>> model = pumer.load_official("official")
     """
     read = read_official(source, image_size, answers=answers, kind=kind)
     if read.unknown:
@@ -107,10 +108,7 @@ def load_official(
             f"{', '.join(read.unknown)}"
         )
     if read.left_out:
-        _warn(
-            f"weights in {source} that have no place in the model are left out: "
-            f"{some(sorted(read.left_out))}"
-        )
+        _warn(f"unused weights in {source}: {some(sorted(read.left_out))}")
     return read.model
 
 
@@ -121,7 +119,7 @@ def read_official(
     answers: str | Path | None = None,
     kind: str | None = None,
 ) -> Official:
-    """What `load_official` gives, and what was found on the way in place of its warnings."""
+    """Like `load_official`, with an `Official` instead of warnings."""
     answer_list = None if answers is None else read_answers(Path(answers))
     read = _read(Path(source), image_size, answer_list, kind)
     if answer_list and not read.answers:
@@ -138,8 +136,7 @@ def _read(
         from pumer.models.lightning import settings_of, to_published
 
         state, made_with = read_lightning(source)
-        # The originals number answers their own way: of the vocabularies beside the file only
-        # theirs can be meant.
+        # The originals have their own order of answers: use no other vocabulary beside the file.
         beside = answers or find_answers(source.parent, ["vqa_dict.json"])
         return _build(
             to_published(state),
@@ -256,9 +253,7 @@ def _read_stock(
             weights_only=True,
             output_loading_info=True,
         )
-    except (
-        Exception
-    ) as error:  # whatever safetensors, torch and transformers make of a damaged file
+    except Exception as error:  # damaged files raise many kinds of errors
         raise ValueError(f"the model in {source} cannot be read: {error}") from error
     if info["missing_keys"]:
         raise ValueError(
@@ -281,21 +276,23 @@ def _read_stock(
 
 
 def save_official(model: Any, directory: str | Path) -> None:
-    """Write a model in PuMer's published layout: `config.json`, `model.safetensors` and the
-    answers' vocabulary.
+    """Save a model in PuMer's published layout: `config.json`, `model.safetensors` and the answers.
 
-    The folder appears complete or not at all, and `load_official` gives the same model back. What
-    the published code
-    does not know, it ignores: it would compute with its own reducer and softmax where PuMer's are
-    not `official`, and update METER's streams in its own order; a warning says so.
+    The folder is written completely or not at all; `load_official` loads the same model. A warning
+    says if the published code would compute something else, because it ignores that the reducer is
+    not `official`, or METER's order of updates.
 
     Args:
         model: a ViLT or METER model with one of the published heads, unreduced or reduced by PuMer.
         directory: a folder that does not exist yet, or is empty.
 
     Raises:
-        ValueError: if the published layout has no place for the model or its reducer, or the folder
-            holds files.
+        ValueError: if the published layout does not support the model or its reducer, or the folder
+            is not empty.
+
+    Example:
+        >>> model = pumer.load("scenes-vilt")
+        >>> pumer.save_official(model, "official")  # in the layout of csarron/PuMer
     """
     from safetensors.torch import save_file
 
@@ -316,12 +313,12 @@ def save_official(model: Any, directory: str | Path) -> None:
     weights = published.LAYOUT.from_ours(model.state_dict(), head)
     if other := [name for name in OURS if name in settings]:
         _warn(
-            f"the published code ignores {' and '.join(other)} in config.json, and computes "
-            "otherwise than this model: it was trained or reduced in another way"
+            f"the published code ignores {' and '.join(other)} in config.json, so its outputs "
+            "differ from this model's"
         )
     with new_folder(directory) as folder:
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        # Clones, for safetensors takes no weights that share memory.
+        # Cloned, because safetensors does not save weights that share memory.
         tensors = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
         }

@@ -1,5 +1,4 @@
-"""`pumer.json`, a model's active reducer on disk, and `reducer.safetensors`, what a learned one has
-trained."""
+"""A model's reducer on disk: `pumer.json`, and `reducer.safetensors` with learned weights."""
 
 from __future__ import annotations
 
@@ -22,33 +21,33 @@ from pumer.hub.sources import Source, find_source
 from pumer.reducers import Reducer, from_dict, to_dict
 
 FORMAT = 1
-"""Version of what `pumer.json` holds."""
+"""Version of the contents of `pumer.json`."""
 SETTINGS = "pumer.json"
 LEARNED = "reducer.safetensors"
-"""File of what a learned reducer has trained."""
+"""File with the weights of a learned reducer."""
 _PREFIX = f"{PARTS}."
 
 
 @dataclass
 class _Saved:
-    """What `pumer.json` holds."""
+    """The contents of `pumer.json`."""
 
     format: int
     pumer: str
     reducer: dict[str, Any] | None
     attention: str
     trim: bool
-    renumber: bool = False  # written where it is true: older folders have none
+    renumber: bool = False  # written only if true; older folders lack it
 
 
 def write_reduction(
     folder: Path, patch: Patch | None, parts: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write what a model's reducer is, and what it has trained, beside the model's weights.
+    """Write a model's reducer, with its learned weights, beside the model's weights.
 
     Args:
-        folder: where the weights are.
-        patch: what is active; None for a model that nothing reduces.
+        folder: of the weights.
+        patch: of the model; None for an unreduced one.
         parts: weights of a learned reducer; see `trained_parts`.
     """
     settings: dict[str, Any] = {
@@ -62,15 +61,14 @@ def write_reduction(
         settings["renumber"] = True
     if parts:
         with replacing(folder / LEARNED, "wb") as file:
-            # Clones, for safetensors takes no weights that share memory.
+            # Cloned, because safetensors does not save weights that share memory.
             save_file(
                 {name: x.detach().cpu().contiguous().clone() for name, x in parts.items()},
                 file.name,
             )
     else:
-        (folder / LEARNED).unlink(
-            missing_ok=True
-        )  # of another reducer, in a folder that is written again
+        # Left over from another reducer, if the folder is overwritten.
+        (folder / LEARNED).unlink(missing_ok=True)
     with replacing(folder / SETTINGS) as file:
         file.write(json.dumps(settings, indent=2) + "\n")
 
@@ -78,10 +76,10 @@ def write_reduction(
 def trained_parts(
     patch: Patch | None, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The weights of a learned reducer; empty for any other.
+    """The weights of a learned reducer; empty for others.
 
-    They are taken from `state`, the model's, if it holds them: those of a model that is sharded
-    over devices are whole only there.
+    Taken from `state`, the model's state dict, if they are in it: a sharded model has its complete
+    weights only there.
     """
     if patch is None or patch.parts is None:
         return {}
@@ -92,24 +90,24 @@ def trained_parts(
 
 
 def without_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights but for those of a learned reducer."""
+    """A model's weights without those of a learned reducer."""
     return {name: x for name, x in state.items() if _PREFIX not in name}
 
 
 def is_part(name: str) -> bool:
-    """Whether a weight of a model is one of a learned reducer."""
+    """Whether a model's weight belongs to a learned reducer."""
     return name.startswith(_PREFIX)
 
 
 def saved_reducer(path: str | Path, **hub: Any) -> Reducer | None:
-    """The reducer that a folder was saved with; None if nothing reduced the model. Raises
-    ValueError like `load`."""
+    """The reducer that a model was saved with, None for an unreduced one; raises ValueError like
+    `load`."""
     source = find_source(path, [SETTINGS], **hub)
     return reducer_in(read_settings(source), source.folder / SETTINGS)
 
 
 def read_settings(source: Source) -> dict[str, Any]:
-    """What `pumer.json` holds; raises ValueError if it is not there or damaged."""
+    """The contents of `pumer.json`; raises ValueError if it is missing or damaged."""
     hint = (
         "for published checkpoints use pumer.load_official, for other models from_pretrained and "
         "pumer.apply"
@@ -120,7 +118,7 @@ def read_settings(source: Source) -> dict[str, Any]:
 
 
 def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
-    """The reducer that `pumer.json` describes; raises ValueError for settings that are none."""
+    """The reducer in the contents of `pumer.json`; raises ValueError for invalid settings."""
     version = settings.get("format")
     if type(version) is not int or version < 1:  # JSON's true is an int to isinstance
         raise ValueError(f"{file} is damaged, its format is {version!r}: save the model again")
@@ -143,8 +141,7 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
 
 
 def load_parts(patch: Patch | None, path: Path) -> None:
-    """Give a learned reducer the weights that `save` wrote; raises ValueError if they are not its
-    own."""
+    """Load the weights of a learned reducer; raises ValueError if they do not fit."""
     if patch is None or patch.parts is None:
         return
     if not (path / LEARNED).is_file():

@@ -1,7 +1,7 @@
 """Saving reduced models: `pumer.save`, and the model's own `save_pretrained` and `push_to_hub`.
 
-The latter two are wrapped on the instance by `apply`, so that they write `pumer.json` and the model
-card beside what they write anyway.
+`apply` wraps the latter two on the instance, so that they also write `pumer.json` and the model
+card.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from pumer.hub.reduction import trained_parts, without_parts, write_reduction
 
 
 def save(model: Any, path: str | Path, **arguments: Any) -> None:
-    """Write a model with the reduction in force: what `save_pretrained` writes, `pumer.json` and a
-    model card.
+    """Save a model with its active reducer: `save_pretrained`, `pumer.json` and a model card.
 
-    The folder appears complete or not at all. A model that nothing reduces may be saved too, and
-    one of PEFT, of which the folder gets the adapter.
+    The folder is written completely or not at all. Unreduced models can be saved too, and PEFT
+    models, whose adapter is saved.
 
     Args:
         model: any Hugging Face model.
@@ -36,7 +35,13 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
         arguments: of `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        ValueError: if the folder holds files already, or the model is none of Hugging Face's.
+        ValueError: if the folder is not empty, or the model is not a Hugging Face model.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
+        >>> pumer.save(model, "my-model")
+        >>> pumer.active(pumer.load("my-model")).reducer.r
+        16
     """
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
@@ -45,7 +50,7 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
     patch = active(model)
     state = arguments.pop("state_dict", None)
     parts = trained_parts(patch, state)
-    if parts:  # in a file of their own, so that the folder is still one for `from_pretrained`
+    if parts:  # in a separate file, so that `from_pretrained` still reads the folder
         state = without_parts(model.state_dict() if state is None else state)
     if state is not None:
         arguments["state_dict"] = state
@@ -55,7 +60,7 @@ def save(model: Any, path: str | Path, **arguments: Any) -> None:
 
 
 def follow(model: nn.Module, patch: Patch) -> None:
-    """Have a reduced model, and what wraps it, save what reduces it along with it."""
+    """Patch a reduced model, and its wrappers, to save the reducer too."""
     for module in unwrapped(model):
         if isinstance(module, PushToHubMixin) and not _follows(module):
             patch.wrap(module, "save_pretrained", _save_pretrained, patch)
@@ -70,16 +75,14 @@ def _follows(module: nn.Module) -> bool:
 def _save_pretrained(
     module: nn.Module, stock: Callable[..., Any], patch: Patch, *args: Any, **kwargs: Any
 ) -> Any:
-    """`save_pretrained` of transformers and PEFT, then pumer's own files.
+    """Wraps `save_pretrained` of transformers and PEFT: adds pumer's files.
 
-    The weights stay as they are given, with those of a learned reducer: the Trainer resumes from
-    them.
+    The weights include those of a learned reducer, because the Trainer resumes from them.
     """
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     call = {**call.pop("kwargs", {}), **call}
-    parts = trained_parts(
-        patch, call.get("state_dict")
-    )  # before they are written: that empties the dict
+    # Before saving, which empties the state dict.
+    parts = trained_parts(patch, call.get("state_dict"))
     result = stock(*args, **kwargs)
     on_this_rank = getattr(module, "should_save_on_this_rank", bool)
     if on_this_rank(call.get("is_main_process", True)):
@@ -96,9 +99,9 @@ def _upload(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`_upload_modified_files` of transformers' PushToHubMixin, its folder first completed.
+    """Wraps `_upload_modified_files` of transformers' PushToHubMixin: adds pumer's files first.
 
-    What `push_to_hub` writes into it last is a card, the Hub's or an empty one.
+    At that point `push_to_hub` has already written the card, the Hub's or an empty one.
     """
     write_beside(Path(working_dir), module, patch, trained_parts(patch), repo_id)
     return stock(working_dir, repo_id, *args, **kwargs)
@@ -114,13 +117,13 @@ def write_beside(
     """Write pumer's files beside a model's own.
 
     Args:
-        folder: of the model, written already.
+        folder: of the model, already written.
         model: with or without a wrapper.
-        patch: what reduces it, None if nothing does.
-        parts: what its reducer has learned, see `trained_parts`.
-        name: of the model on the Hub, if it is known.
+        patch: of the model; None for an unreduced one.
+        parts: weights of a learned reducer, see `trained_parts`.
+        name: of the model on the Hub, if known.
     """
-    if not folder.is_dir():  # transformers refuses a path with a word in the log
+    if not folder.is_dir():  # transformers only logs an error for such a path
         return
     write_reduction(folder, patch, parts)
     if patch is not None:

@@ -1,5 +1,4 @@
-"""Where a model is: a folder, the name of a shipped model, or one on the Hub, whose small files are
-fetched."""
+"""Find a model: a folder, a shipped model, or one on the Hub, whose small files are downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ from pumer._shipped import model_folder
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
-"""What PEFT's folders have in place of config.json."""
+"""The config of a PEFT adapter's folder."""
 PROCESSING = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""Patterns of what tokenizers and processors are read from."""
+"""Patterns of the files of tokenizers and processors."""
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-"""Arguments of `from_pretrained` that say where on the Hub files are, and how to get them."""
+"""Arguments of `from_pretrained` for downloads from the Hub."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Source:
     """A model's files.
 
     Args:
-        name: what `from_pretrained` takes, with `hub`.
-        folder: where the small files are that were asked for, as far as the model has them.
-        hub: where `from_pretrained` finds the same files.
+        name: for `from_pretrained`, with `hub`.
+        folder: of the requested small files, as far as the model has them.
+        hub: Hub arguments for `from_pretrained`.
     """
 
     name: str
@@ -36,43 +35,43 @@ class Source:
     hub: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, file: str) -> bool:
-        """Whether the model has a file, one of those asked for."""
+        """Whether the model has a file, one of the requested ones."""
         return (self.folder / file).is_file()
 
 
 def split_hub(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of `from_pretrained` that are about files on the Hub, and the others."""
+    """The arguments of `from_pretrained` for the Hub, and the others."""
     hub = {name: x for name, x in arguments.items() if name in _HUB and x is not None}
     return hub, {name: x for name, x in arguments.items() if name not in _HUB}
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a model is named as on the Hub, by owner and name, and no folder has this path."""
+    """Whether this is OWNER/NAME, and no folder of that path exists."""
     text = str(name)
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
 
 
 def find_source(name: str | Path, files: Sequence[str], **hub: Any) -> Source:
-    """Find a model, and fetch some of its files if it is on the Hub.
+    """Find a model, and download some of its files if it is on the Hub.
 
     Args:
-        name: a folder, a shipped model's name, or an owner's and a model's on the Hub.
-        files: names or patterns of the files to fetch.
-        hub: where on the Hub and how to get them; see `split_hub`.
+        name: a folder, a shipped model's name, or OWNER/NAME on the Hub.
+        files: names or patterns of the files to download.
+        hub: Hub arguments; see `split_hub`.
 
     Raises:
-        ValueError: if there is no such model, or it cannot be fetched.
+        ValueError: if there is no such model, or the download fails.
     """
     subfolder = hub.get("subfolder") or ""
     if not is_hub_name(name):
         folder = Path(name)
         if not any((folder / subfolder / file).is_file() for file in (CONFIG, ADAPTER)):
-            folder = model_folder(name)  # which says what is missing
+            folder = model_folder(name)  # raises with what is missing
         there = {"subfolder": subfolder} if subfolder else {}
         return Source(str(folder), folder / subfolder, {"local_files_only": True, **there})
     how = {key: x for key, x in hub.items() if key != "subfolder"}
     patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
-    # A pattern's star also stands for slashes.
+    # A star also matches slashes.
     deeper = f"{subfolder}/*/*" if subfolder else "*/*"
     try:
         snapshot = Path(
@@ -87,5 +86,5 @@ def find_source(name: str | Path, files: Sequence[str], **hub: Any) -> Source:
             "Check the name and the revision; a private or gated model needs `token`, or `hf auth "
             "login`"
         ) from error
-    # Later files come from the same commit, wherever the branch has moved meanwhile.
+    # Pin the commit, so that later downloads match even if the branch moves.
     return Source(str(name), snapshot / subfolder, {**hub, "revision": snapshot.name})

@@ -1,5 +1,4 @@
-"""What weights are called in the published PuMer code (csarron/PuMer), and what they are called
-here."""
+"""Names of weights in the published PuMer code (csarron/PuMer) and in pumer."""
 
 from __future__ import annotations
 
@@ -16,15 +15,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Layout:
-    """What weights are called in the published code, and here; `#` is the first number in a name, a
-    layer's.
+    """How published names of weights map to ours; `#` is the first number in a name, the layer.
 
     Args:
-        model: the name in front of all weights but the heads'.
-        classes: published name of a head -> the class that has its place.
-        names: beginning of a published name -> of ours; the first that fits counts.
-        joint: the same for weights that hold queries, keys and values in one.
-        text: beginning of the published names of the text embeddings.
+        model: prefix of all weights but the heads'.
+        classes: published name of a head -> its class here.
+        names: prefix of a published name -> ours; the first match counts.
+        joint: the same for fused weights of queries, keys and values.
+        text: prefix of the published names of the text embeddings.
     """
 
     model: str
@@ -35,7 +33,7 @@ class Layout:
 
     @property
     def position_ids(self) -> str:
-        """The published name of what is no weight: 0, 1, 2, ..."""
+        """The published name of the buffer 0, 1, 2, ..."""
         return f"{self.text}position_ids"
 
     @property
@@ -44,8 +42,7 @@ class Layout:
         return [head for head in self.classes if head.endswith("_classifier")]
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under our names; those that have no place here (ViLT's `itm_score`) keep their
-        own.
+        """Weights under our names; unused ones, such as ViLT's `itm_score`, keep theirs.
 
         Args:
             state: weights under the published names, of any task.
@@ -64,7 +61,7 @@ class Layout:
         return renamed
 
     def from_ours(self, state: Mapping[str, Tensor], head: str | None = None) -> dict[str, Tensor]:
-        """The opposite of `to_ours`.
+        """The inverse of `to_ours`.
 
         Args:
             state: weights under our names, all of them.
@@ -99,8 +96,8 @@ class Layout:
         return renamed
 
     def find_head(self, state: Mapping[str, Tensor]) -> str:
-        """The published name of a checkpoint's head, a key of `classes`; raises ValueError if there
-        is none."""
+        """The published name of a checkpoint's head, a key of `classes`; raises ValueError without
+        one."""
         for head in self.classes:
             if any(name.startswith(f"{head}.") for name in state):
                 return head
@@ -117,12 +114,11 @@ class Layout:
         )
 
     def with_head(self, state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-        """Weights as a start for another task, as the published code has it: the old heads are
-        gone.
+        """Weights to fine-tune on another task, as in the published code: without the old heads.
 
-        The second image of `nlvr2_classifier` is of the kind that the first one is, and
-        `rank_output` says what `itm_score` says for yes, where the checkpoint has it; other new
-        heads are for the caller to make.
+        For `nlvr2_classifier`, the second image gets the token type embedding of the first;
+        `rank_output` starts from the positive class of `itm_score`, if there is one. Other new
+        heads are up to the caller.
         """
         old = [f"{name}." for name in self.classes if name != head]
         kept = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(old))}

@@ -1,5 +1,4 @@
-"""The original ViLT's and METER's own checkpoints: their names of weights, as the published PuMer
-code has them.
+"""Checkpoints of the original ViLT and METER: their weights under the published PuMer names.
 
 ViLT: Kim et al., ICML 2021 (dandelin/ViLT). METER: Dou et al., CVPR 2022 (zdou0830/METER).
 """
@@ -28,8 +27,7 @@ _SETTINGS = (
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of an original checkpoint under the published names.
 
-    Those that the original models have and never use keep their own: the text encoder's pooler, and
-    what CLIP has for texts.
+    Unused weights, of the text encoder's pooler and CLIP's text tower, keep their names.
 
     Raises:
         ValueError: if they are neither ViLT's nor METER's.
@@ -45,8 +43,7 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_of(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that a checkpoint of PuMer would have, from what an original model was made
-    with."""
+    """The config.json of a PuMer checkpoint, from the hyperparameters of an original model."""
     settings = {name: made_with[name] for name in _SETTINGS if name in made_with}
     return {**settings, "official": False, "update": "parallel"}
 

@@ -1,5 +1,4 @@
-"""New, small LLaVAs: a tokenizer that can write answers, and a start from a ViLT where no CLIP of
-their size exists."""
+"""New, small LLaVAs: a tokenizer for answers, and initialization from a ViLT."""
 
 from __future__ import annotations
 
@@ -20,11 +19,10 @@ IMAGE = "<image>"
 def writing_tokenizer(
     tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of an encoder changed, in place, into that of a decoder that answers questions
-    about images.
+    """Change an encoder's tokenizer, in place, into one of a decoder for visual question answering.
 
-    A prompt is the image, the question and the separator, which also ends an answer; nothing else
-    is put around texts. Answers that it has no tokens for get one each.
+    A prompt is the image, the question and the separator, which also ends an answer. Answers that
+    the tokenizer cannot represent get a token each.
     """
     lost = [
         text
@@ -57,11 +55,11 @@ def new_llava(
     """A LLaVA with the vocabulary of its tokenizer.
 
     Args:
-        kind: its class.
-        settings: of the configuration; what the tokenizer says is filled in.
+        kind: the model class.
+        settings: of the configuration; those of the tokenizer are filled in.
         tokenizer: see `writing_tokenizer`.
-        vilt: a ViLT of as wide blocks, of which the tower takes the first, and the language model
-            the words.
+        vilt: a ViLT of the same width, whose first blocks initialize the tower, and whose word
+            embeddings the language model.
 
     Raises:
         ValueError: if the ViLT does not fit, see `init_tower_from_vilt`.
@@ -75,8 +73,7 @@ def new_llava(
     text = settings.get("text_config", {}) | vocabulary
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     model = kind(kind.config_class(**settings | {"text_config": text, "image_token_id": image}))
-    # LLaVA takes features before that norm; a weight without gradient would stop training on
-    # several processes.
+    # LLaVA does not use this norm; a trainable weight without gradient breaks distributed training.
     model.base_model.vision_tower.post_layernorm.requires_grad_(False)
     return model if vilt is None else _start(model, vilt)
 
@@ -89,14 +86,13 @@ def _start(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
         vilt.base_model.embeddings.text_embeddings,
         trunk.language_model.embed_tokens.weight,
     )
-    word_embeddings = words.LayerNorm(
-        words.word_embeddings.weight
-    )  # a decoder has no norm behind its embeddings
+    # With the norm of ViLT's embeddings, which a decoder does not have.
+    word_embeddings = words.LayerNorm(words.word_embeddings.weight)
     if word_embeddings.shape[1] != table.shape[1]:
         raise ValueError("the language model cannot start from this ViLT: hidden_size differ")
     table[: len(word_embeddings)] = word_embeddings[: len(table)]
     table[len(word_embeddings) :].normal_(std=float(word_embeddings.std()))
-    # Image tokens as large as words, so that no layer drowns out one of the two.
+    # Scale image tokens to the norm of words, so that neither dominates.
     features = torch.cat(
         model.get_image_features(plain_images(model.config.vision_config)).pooler_output
     )

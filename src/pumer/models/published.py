@@ -17,7 +17,7 @@ TASKS = {
     "nlvr2_classifier": ("False", "True"),
     "ve_classifier": ("contradiction", "neutral", "entailment"),
 }
-"""The classes of the heads that have always the same, in the published order."""
+"""Heads with fixed classes, in the published order."""
 REDUCTION = {
     "prune_r": ("prune_r", "prune"),
     "merge_r": ("merge_r", "merge_image"),
@@ -25,12 +25,12 @@ REDUCTION = {
     "sim_method": ("sim_method", "score"),
     "merge_style": ("merge_style", "style"),
 }
-"""Published settings of the reducer, and all names they go by."""
+"""Published settings of the reducer, with their aliases."""
 OURS = ("official", "update")
-"""Settings that only we write: is the reducer PuMer's published code, is METER's fusion the
-published one?"""
+"""Settings that only pumer writes: whether reducer and METER's fusion are those of the published
+code."""
 
-# What the published configuration has besides: of training, or fixed by the shapes of the weights.
+# Further published settings: of training, or implied by the shapes of the weights.
 _WITHOUT_EFFECT = [
     "vqa_label_size",
     "max_text_len",
@@ -65,8 +65,7 @@ _PREDICTOR = re.compile(r"token_pruner\.token_predictors\.(\d+)\.(.+)")
 
 
 def check_support(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a checkpoint with learned pruning by other predictors than those of the
-    states."""
+    """Raise ValueError for a checkpoint with learned pruning by unsupported predictors."""
     method = settings.get("prune_method", "mlp_states")
     if settings.get("prune_layers") and method != "mlp_states":
         raise ValueError(
@@ -81,11 +80,11 @@ def learned_pruning(
     """The learned pruning that a published config.json asks for, None without any.
 
     Args:
-        settings: of the config.json.
-        layer_of: the layer that a number in `prune_layers` stands for.
+        settings: config.json.
+        layer_of: maps a number in `prune_layers` to the layer.
 
     Raises:
-        ValueError: for settings that are not what they should be.
+        ValueError: for invalid settings.
     """
     numbers = settings.get("prune_layers")
     if not numbers:
@@ -102,7 +101,7 @@ def learned_pruning(
 
 
 def predictors(state: Mapping[str, Tensor], layer_of: Callable[[int], int]) -> dict[str, Tensor]:
-    """The weights of learned pruning under the names that `DynamicViT.parts` gives them."""
+    """The weights of learned pruning under the names of `DynamicViT.parts`."""
     tensors = {}
     for name, tensor in state.items():
         if match := _PREDICTOR.search(name):
@@ -111,8 +110,7 @@ def predictors(state: Mapping[str, Tensor], layer_of: Callable[[int], int]) -> d
 
 
 def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """Names in a published config.json that mean nothing to us, `known` being those of one model
-    alone."""
+    """Unknown names in a published config.json; `known` are those of one model."""
     reduction = [
         "prune_layers",
         "reduce_layers",
@@ -124,10 +122,10 @@ def unknown_settings(settings: Mapping[str, Any], known: Iterable[str]) -> list[
 
 
 def reduction(settings: Mapping[str, Any]) -> tuple[float, float, float, list[int] | None]:
-    """`prune_r`, `merge_r`, `merge_text` and `reduce_layers`, as config.json has them.
+    """`prune_r`, `merge_r`, `merge_text` and `reduce_layers` of a config.json.
 
     Raises:
-        ValueError: for settings that contradict each other, or are no numbers.
+        ValueError: for settings that contradict each other or are not numbers.
     """
     prune, merge, merge_text = (
         number(settings, name, 0) for name in ("prune_r", "merge_r", "merge_text")
@@ -148,8 +146,8 @@ def reduction(settings: Mapping[str, Any]) -> tuple[float, float, float, list[in
 
 
 def is_official(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is one for the published code; all are but those that we have written of
-    other models."""
+    """Whether a checkpoint is for the published code: all but those that pumer wrote of other
+    models."""
     official = settings.get("official", True)
     if not isinstance(official, bool):
         raise ValueError(f"official in config.json is true or false, not {official!r}")
@@ -157,7 +155,7 @@ def is_official(settings: Mapping[str, Any]) -> bool:
 
 
 def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A setting of the reducer under any of its names; raises ValueError if they contradict each
+    """A setting of the reducer under any alias; raises ValueError if these contradict each
     other."""
     values = {
         alias: settings[alias] for alias in REDUCTION[name] if settings.get(alias) is not None
@@ -170,7 +168,7 @@ def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def number(settings: Mapping[str, Any], name: str, default: float) -> float:
-    """A setting of the reducer that is a number."""
+    """A numeric setting of the reducer."""
     value = setting(settings, name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} in config.json is a number, not {value!r}")
@@ -178,7 +176,7 @@ def number(settings: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
-    """A setting that is a whole number."""
+    """An integer setting."""
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} in config.json is a whole number, not {value!r}")
@@ -186,7 +184,7 @@ def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def heads(settings: Mapping[str, Any], name: str, default: int, width: int) -> int:
-    """A number of attention heads, which weights do not show."""
+    """A number of attention heads, which the weights do not determine."""
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or width % value:
         raise ValueError(f"{name} in config.json is a divisor of the width {width}, not {value!r}")
@@ -194,8 +192,7 @@ def heads(settings: Mapping[str, Any], name: str, default: int, width: int) -> i
 
 
 def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
-    """The shape of a weight; raises ValueError if it is missing or has another number of
-    dimensions."""
+    """The shape of a weight; raises ValueError if it is missing or has other dimensions."""
     if name not in state or state[name].ndim != dimensions:
         problem = f"has shape {list(state[name].shape)}" if name in state else "is missing"
         raise ValueError(
@@ -206,10 +203,10 @@ def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size
 
 
 def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
-    """Number of layers, where the names of their weights begin with `layers` and a number.
+    """Number of layers, from weights named `layers` and a number.
 
-    `least` is what config.json says: a checkpoint that lacks whole layers must not pass for a
-    shallower one.
+    `least` is the number in config.json, so that a checkpoint with missing layers does not pass for
+    a shallower one.
     """
     layer_indices = [
         int(name.removeprefix(layers).split(".")[0]) for name in state if name.startswith(layers)
@@ -218,7 +215,7 @@ def depth(state: Mapping[str, Tensor], layers: str, least: int) -> int:
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
-    """Raise ValueError if images of this size, in pixels, have no whole number of patches."""
+    """Raise ValueError if the image size in pixels is not a multiple of the patch size."""
     if image_size < 1 or image_size % patch_size:
         raise ValueError(
             f"image_size {image_size} is no multiple of the patches' {patch_size} pixels"
@@ -228,17 +225,17 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 def set_labels(
     config: Any, head: str, state: Mapping[str, Tensor], pooled: int, answers: list[str] | None
 ) -> None:
-    """Give a configuration the classes of a head and their names, and the number of images.
+    """Set the labels of a head, and the number of images, in a configuration.
 
     Args:
-        config: to change.
+        config: changed in place.
         head: its published name.
-        state: weights under the published names; those of a new head are not there.
-        pooled: channels that one image gives to the head.
+        state: weights under the published names, without those of a new head.
+        pooled: channels of the head's input per image.
         answers: of question answering, in order.
 
     Raises:
-        ValueError: if the number of answers is another one, or is not known.
+        ValueError: if the number of answers does not fit, or is unknown.
     """
     if not head.endswith("_classifier"):
         return
@@ -260,13 +257,13 @@ def set_labels(
 
 
 def set_label_names(config: PreTrainedConfig, names: list[str] | tuple[str, ...]) -> None:
-    """Give the classes their names, in order."""
+    """Set the names of the labels, in order."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def check_labels(config: PreTrainedConfig, head: str) -> None:
-    """Raise ValueError if classes are not in the order that the published head has them in."""
+    """Raise ValueError if labels are not in the order of the published head."""
     names = TASKS.get(head)
     config_names = tuple(config.id2label[index] for index in sorted(config.id2label))
     if names is not None and sorted(config_names) == sorted(names) and config_names != names:

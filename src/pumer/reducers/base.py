@@ -11,7 +11,7 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 MAX_LAYERS = 10_000
-"""More layers than any model has; settings beyond it would only fill the memory."""
+"""Upper limit of layer settings, above the depth of any model."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Traits:
             None.
         vision_reducer: what acts inside the vision tower before this reducer does, a `Reducer`; or
             None. See `Compose`.
+
+    Example:
+        >>> pumer.VisionZip().traits.before_projector
+        True
     """
 
     needs_attention: bool = False
@@ -57,7 +61,7 @@ class Traits:
     post_layer: bool = False
     drops_image: bool = False
     learned: Any = None
-    vision_reducer: Any = None
+    vision_reducer: Reducer | None = None
 
     @classmethod
     def union(cls, parts: Iterable[Traits]) -> Traits:
@@ -77,15 +81,14 @@ class ModelShape:
 
     Args:
         depth: number of layers.
-        last: the last layer that a reducer can act in; a decoder has nothing to save after its last
-            layer.
-        image: image tokens of an image of the configured size, structure tokens left out; 0 if not
-            known.
-        proportional: whether attention can count a merged token as often as its size says.
-        encoder: whether a vision tower feeds a language model, so that `Tokens.encoder` is there.
-        co_attention: whether text and image attend to each other by a cross-attention of their
-            own, as in METER; None where that is not known.
-        tower: of the vision tower; None where there is none that can be reduced.
+        last: the last layer that a reducer can act in; in a decoder, the one before the last.
+        image: image tokens of an image of the configured size, without structure tokens; 0 if
+            unknown.
+        proportional: whether proportional attention is possible.
+        encoder: whether a vision tower feeds a language model, so that `Tokens.encoder` is set.
+        co_attention: whether text and image have a separate cross-attention, as in METER; None if
+            unknown.
+        tower: shape of the vision tower; None where there is none that can be reduced.
     """
 
     depth: int
@@ -101,20 +104,25 @@ class ModelShape:
 class Reducer:
     """A method of token reduction: its fields are the settings, `plan` is the method.
 
-    A subclass is a frozen dataclass in a file of its own, tensors only, no knowledge of any model.
-    A setting whose default depends on the model is None until `resolve` fits it to one.
+    A subclass is a frozen dataclass in its own file. It knows tensors, and no model. A setting
+    whose default depends on the model is None until `resolve` fits it to one.
+
+    Example:
+        >>> isinstance(pumer.ToMe(), pumer.Reducer)
+        True
+        >>> pumer.ToMe(r=16).settings()
+        {'r': 16, 'depth': None, 'proportional': None}
     """
 
     name: ClassVar[str]
     layer_offset: ClassVar[int] = 0
-    """What a user adds to a layer of `layers` to say it in this method's own settings."""
+    """Difference between a layer in this method's settings and in `layers`."""
     added: ClassVar[tuple[str, ...]] = ()
-    """Settings that came later. They are written where they are not the default alone, so that what
-    was saved before, and digests of it, stay as they are."""
+    """Settings of a later version. They are saved only where they differ from the default, so that
+    older files and their digests stay the same."""
 
     def resolve(self, model: ModelShape) -> Self:
-        """This reducer with every setting that was left open fitted to a model; `pumer.apply` calls
-        it."""
+        """This reducer with all open settings fitted to a model; called by `pumer.apply`."""
         return self
 
     @property
@@ -125,7 +133,7 @@ class Reducer:
     def reduces_at(self, layer: int) -> bool:
         """Whether the method acts in this layer."""
         if self.layers is None:
-            if layer == EMBEDDINGS:  # layers that are fitted to a model are counted from 0
+            if layer == EMBEDDINGS:  # layers fitted to a model are never before the first
                 return False
             raise ValueError(
                 f"the layers of {self.name} depend on the model: give `layers`, or let "
@@ -135,7 +143,7 @@ class Reducer:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that reduce, counted from 0; a field that is None until it is resolved."""
+        """The layers that reduce, counted from 0; may be a field that is None until `resolve`."""
         raise NotImplementedError
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
@@ -146,7 +154,7 @@ class Reducer:
         raise NotImplementedError
 
     def plan(self, tokens: Tokens) -> Plan:
-        """Where every token of the layer goes."""
+        """The plan for the tokens of one layer."""
         raise NotImplementedError
 
     def check(self, depth: int) -> None:
@@ -168,7 +176,7 @@ class Reducer:
 
     @classmethod
     def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings that an older version saved, under the names that they have today."""
+        """Settings saved by an older version, under their current names."""
         return settings
 
     def settings(self) -> dict[str, Any]:

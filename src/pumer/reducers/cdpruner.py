@@ -1,4 +1,4 @@
-"""CDPruner: tokens that are unlike each other, and of these the ones that the text is about.
+"""CDPruner: tokens that are diverse, and relevant to the text.
 
 Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
 MLLMs", NeurIPS 2025, arXiv 2506.10967.
@@ -22,26 +22,30 @@ from pumer.reducers.selector import Selector, candidates, image_states
 from pumer.reducers.tokens import Tokens
 
 WORDS_AT_ONCE = 1024
-"""Words of a prompt that are there in double precision at one time."""
+"""Words of a prompt that are held in double precision at a time."""
 
 
 @register
 @dataclass(frozen=True)
 class CDPruner(Selector):
-    """Greedy choice from a determinantal point process: tokens unlike each other and relevant.
+    """Greedy inference of a determinantal point process: diverse and relevant tokens.
 
-    Relevance is the mean cosine with the embeddings of the question, as the paper has it for models
-    without a CLIP text tower; the images of a prompt without text are chosen for diversity alone.
-    The published code for LLaVA compares CLIP's embeddings of patches and of the prompt, which
-    takes the text tower that LLaVA left behind. Each crop of an image has a budget of its own.
+    Relevance is the mean cosine with the embeddings of the question, as in the paper for models
+    without a CLIP text tower; without text only diversity counts. The published code for LLaVA
+    compares CLIP's embeddings of patches and prompt, for which it loads CLIP's text tower. The
+    budget is per crop of an image.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        theta: weight of relevance against diversity in (0, 1); None, the published default, takes
-            relevance as it is.
-        inverted: count the least similar tokens as the most relevant, as published for the towers
-            of CLIP, where patches that the text is about are less like it.
+        keep: image tokens to keep: a share (float) or a number (int).
+        theta: weight of relevance against diversity in (0, 1); None, the published default, uses
+            relevance unweighted.
+        inverted: treat the least similar tokens as the most relevant, as published for CLIP's
+            towers, where relevant patches are less similar to the text.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.CDPruner(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "cdpruner"

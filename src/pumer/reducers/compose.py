@@ -1,5 +1,4 @@
-"""Several reducers in one model: one inside the vision tower and one after it, or one after
-another."""
+"""Several reducers in one model: `Compose` for the vision tower and after it, `Chain` in turn."""
 
 from __future__ import annotations
 
@@ -18,15 +17,18 @@ from pumer.reducers.tome import ToMe
 @register
 @dataclass(frozen=True)
 class Compose(Reducer):
-    """One reducer inside the vision tower, another one after it, as one.
+    """One reducer inside the vision tower, and another one after it.
 
-    What stays of the tower's tokens, and how many patches each stands for, is what the second one
-    starts from. In all else this is the second one: its layers, its lengths, its plans.
+    The second one starts from the tower's remaining tokens and their sizes. Layers, lengths and
+    plans of the composition are those of the second one.
 
     Args:
-        tower: acts in the layers of the vision tower. There is no text there, so methods guided by
-            it cannot.
-        inside: acts in the layers where text and image meet; None for nothing there.
+        tower: acts in the layers of the vision tower, where there is no text to guide it.
+        inside: acts in the layers where text and image meet; None for no reduction there.
+
+    Example:
+        >>> reducer = pumer.Compose(tower=pumer.ToMe(r=2), inside=pumer.FastV(keep=0.5, layer=1))
+        >>> llava = pumer.apply(llava, reducer)
     """
 
     name = "compose"
@@ -60,7 +62,7 @@ class Compose(Reducer):
     def resolve(self, model: ModelShape) -> Self:
         tower = self.tower
         if model.tower is not None:
-            # A learned reducer is trained by an attention that knows no sizes.
+            # Training a learned reducer does not support proportional attention.
             by_size = model.tower.proportional and self.inside.traits.learned is None
             tower = tower.resolve(replace(model.tower, proportional=by_size))
         return replace(self, tower=tower, inside=self.inside.resolve(model))
@@ -97,13 +99,18 @@ class Compose(Reducer):
 @register
 @dataclass(frozen=True)
 class Chain(Reducer):
-    """Reducers that act at different places of one token axis, such as before the language model
-    and inside it.
+    """Reducers that act in different layers, such as before the language model and inside it.
 
-    Each sees what those before it have left.
+    Each reduces what the ones before have left.
 
     Args:
-        reducers: no two of them act in the same layer.
+        reducers: in any order; no two of them act in the same layer.
+
+    Example:
+        >>> reducers = pumer.DivPrune(keep=0.5), pumer.FastV(keep=0.5, layer=1)
+        >>> llava = pumer.apply(llava, pumer.Chain(reducers))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "chain"
@@ -150,7 +157,7 @@ class Chain(Reducer):
 
     @property
     def traits(self) -> Traits:
-        # Crops and projector are behind the vision tower: only what acts there has a say in them.
+        # Crops and projector come before the first layer: only the reducer there decides on them.
         first = self._acting(EMBEDDINGS)
         at_entry = Traits() if first is None else first.traits
         return replace(

@@ -1,4 +1,4 @@
-"""DART: keep what is least like a few pivots; duplication matters more than importance.
+"""DART: keep the tokens that are least similar to a few pivots.
 
 Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters
 More", EMNLP 2025, arXiv 2502.11494.
@@ -25,26 +25,28 @@ from pumer.reducers.tokens import Tokens
 @register
 @dataclass(frozen=True)
 class DART(Selector):
-    """Keep the image tokens with the largest keys as pivots, and around these and text pivots the
-    least similar tokens.
+    """Keep the image tokens with the largest keys as pivots, and the tokens least similar to these
+    and to text pivots.
 
-    Text pivots are words of the question, as `scores.question_words` has it: those after the image,
-    unless the caller names others. Pivots choose one after the other, each the same number of
-    tokens; image pivots first, each kind by falling size. The budget is kept exactly: it counts the
-    image pivots and spends what the division leaves over on the first pivots. A row without any
-    pivot, because it has no text, takes one image token as pivot.
+    Text pivots are words of the question: those after the image, unless the caller marks others.
+    Each pivot in turn selects the same number of tokens; image pivots first, both by falling size.
+    The budget includes the image pivots, and its remainder goes to the first pivots. A row without
+    a pivot, because it has no text, takes one image token as pivot.
 
-    The published code adds the image pivots to the budget and drops what the division leaves over,
-    goes through the pivots in the order of a Python set of their places, and compares states after
-    the model's final norm. Here tokens are compared as they come out of the layer.
+    The published code adds the image pivots to the budget and drops the remainder, takes pivots in
+    the order of a Python set of their positions, and compares states after the model's final norm;
+    here states are compared as the layer returns them.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        pivots: image tokens and text tokens that are pivots, (image, text).
-        layer: the layer after which it acts. Published: the paper's layer 2 runs short, so 1.
-            Before the first layer (-1), where there are no keys, the size of the embeddings stands
-            for theirs.
+        keep: image tokens to keep: a share (float) or a number (int).
+        pivots: numbers of (image, text) pivots.
+        layer: the layer after which it acts; published: 1. Before the first layer (-1), where there
+            are no keys, the size of embeddings is used.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.DART(keep=0.25, layer=1))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "dart"
@@ -91,7 +93,7 @@ class DART(Selector):
         numbers = torch.arange(valid_BI.shape[1], device=valid_BI.device)
         chosen_BI = ((numbers == image_BP[..., None]) & image_real_BP[..., None]).any(1)
 
-        # Quotas: the budget that is left, in equal parts.
+        # Quotas: equal parts of the remaining budget.
         remaining_B, count_B = num_keep_B - chosen_BI.sum(1), real_BP.sum(1).clamp_min(1)
         one_more_BP = real_BP.long().cumsum(1) <= (remaining_B % count_B)[:, None]
         quota_BP = ((remaining_B // count_B)[:, None] + one_more_BP) * real_BP
@@ -104,7 +106,8 @@ class DART(Selector):
 def take_unlike(
     similarity_BPI: Tensor, quota_BP: Tensor, chosen_BI: Tensor, valid_BI: Tensor
 ) -> Tensor:
-    """The chosen tokens and, pivot after pivot, its quota of those least like it: bool [B,I]."""
+    """The chosen tokens and, for each pivot in turn, its quota of the least similar ones: bool
+    [B,I]."""
     for pivot in range(quota_BP.shape[1]):
         free_BI = valid_BI & ~chosen_BI
         unlike_BI = (-similarity_BPI[:, pivot]).masked_fill(~free_BI, -torch.inf)
@@ -115,8 +118,8 @@ def take_unlike(
 def _largest(
     size_BN: Tensor, valid_BN: Tensor, count: int, real_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The `count` largest tokens [B,P] in falling order, and which of these there are, given how
-    many are wanted."""
+    """The `count` largest tokens [B,P] in falling order, and which of these are among the first
+    `real_B`."""
     index_BP = size_BN.masked_fill(~valid_BN, -torch.inf).argsort(
         dim=1, descending=True, stable=True
     )[:, :count]
@@ -124,8 +127,7 @@ def _largest(
 
 
 def _size(tokens: Tokens) -> Tensor:
-    """Sum of magnitudes of every token's key, all heads together, or of its embedding, float32
-    [B,N]."""
+    """L1 norm of every token's key over all heads, or of its embedding, float32 [B,N]."""
     if tokens.keys_BHNC is not None:
         return tokens.keys_BHNC.float().abs().sum((1, 3))
     assert tokens.states_BND is not None

@@ -1,4 +1,4 @@
-"""DivPrune: keep a set of tokens that are far from each other.
+"""DivPrune: keep a diverse set of tokens, far from each other.
 
 Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR
 2025, arXiv 2503.02175.
@@ -19,15 +19,19 @@ from pumer.reducers.tokens import Tokens
 @register
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """Keep image tokens of which the two most alike are as unlike as can be: one by one, the
-    farthest from those kept.
+    """Keep the most diverse image tokens: one by one, the token farthest from those kept (max-min
+    distance).
 
-    Distance is one minus the cosine of what the language model is given. Budget and choice are one
-    for the whole image, as published.
+    Distance is one minus the cosine of the language model's inputs. Budget and selection are per
+    image, not per crop, as published.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
+        keep: image tokens to keep: a share (float) or a number (int).
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.DivPrune(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "divprune"

@@ -1,7 +1,7 @@
-"""DyMU: merging by a threshold, so that a simple image is left with fewer tokens than a busy one.
+"""DyMU: merging by a similarity threshold, so that simple images keep fewer tokens than busy ones.
 
 Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, arXiv
-2504.17040. This is its dynamic merging; its virtual unmerging, in the language model, is not here.
+2504.17040. This is its dynamic merging; virtual unmerging in the language model is not implemented.
 
 Shape suffixes: B batch, N tokens, S sources.
 """
@@ -22,21 +22,21 @@ from pumer.reducers.registry import register
 from pumer.reducers.tokens import Tokens, TokenShape
 
 _UNCALIBRATED = 0.85
-"""The threshold where none was calibrated."""
+"""The threshold without calibration."""
 _DEPTH = 12
 """Layers of the usual vision tower, where no model is known."""
 
 
 @dataclass(frozen=True)
 class _Merging(Reducer):
-    """Merge whatever is more alike than a threshold."""
+    """Merge pairs that are more similar than a threshold."""
 
     @property
     def traits(self) -> Traits:
         return Traits(proportional_attention=True, dynamic_length=True)
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
-        return shape.unchanged  # it may be that nothing is alike
+        return shape.unchanged  # possibly no pair is similar enough
 
     def plan(self, tokens: Tokens) -> Plan:
         first = tokens.text + tokens.num_prefix_tokens
@@ -45,8 +45,7 @@ class _Merging(Reducer):
             return Plan.identity(tokens.mask_BN)
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
         similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.num_prefix_tokens)
-        # Of an odd number without [CLS] there is one source more than pairs: the least alike one
-        # stays.
+        # An odd number of tokens without [CLS] has one source too many: the least similar stays.
         paired_BS = rank(similarity_BS) < self._most(valid_BN.sum(1, keepdim=True))
         merges_BS = paired_BS & (similarity_BS > self._threshold(similarity_BS, tokens.layer))
         image = absorb(
@@ -55,7 +54,7 @@ class _Merging(Reducer):
         return tokens.with_structure(None, image)
 
     def _most(self, count_B1: Tensor) -> Tensor:
-        """How many of so many tokens may be merged away in a layer."""
+        """The most of these tokens that may be merged away in a layer."""
         return halves(count_B1)
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor | float:
@@ -65,17 +64,21 @@ class _Merging(Reducer):
 @register
 @dataclass(frozen=True)
 class DyMU(_Merging):
-    """In every layer merge each image token at an even place into its best match, if that is alike
-    enough.
+    """Merge each image token at an even position into its best match if they are similar enough, in
+    every layer.
 
-    For vision towers; attention counts a merged token as often as its size says.
+    For vision towers, with proportional attention.
 
     Args:
         thresholds: cosine of keys above which two tokens are merged, for every layer;
             `DyMUCalibrator` finds them. None: 0.85 in every layer.
-        cap: the most tokens of an image to merge away in a layer, the most alike ones: a share of
-            those that arrive there (float), or a whole number (int). None: half of them, all that
+        cap: the most tokens of an image to merge away in a layer, most similar first: a share of
+            those that enter the layer (float), or a number (int). None: half of them, the most that
             one layer can merge.
+
+    Example:
+        >>> reducer = pumer.Compose(tower=pumer.DyMU(), inside=None)
+        >>> llava = pumer.apply(llava, reducer)
     """
 
     name = "dymu"
@@ -120,14 +123,20 @@ class DyMU(_Merging):
 
 @dataclass(frozen=True)
 class DyMUCalibrator(_Merging):
-    """Calibration of `DyMU`: of each batch merge the `r` most similar pairs per image on average,
-    and note the cut.
+    """Calibration of `DyMU`: merges the `r` most similar pairs per image, on average over a batch,
+    and records the threshold.
 
-    Put it on a model, run typical images through, then read `thresholds`.
+    Apply it to a model, run typical images through, then call `thresholds`.
 
     Args:
         r: pairs per image and layer to merge, on average over a batch.
-        depth: layers that merge, the first ones; None: all of the model's.
+        depth: number of layers, from the first, that merge; None: all of the model's.
+
+    Example:
+        >>> from pumer.reducers import DyMUCalibrator
+        >>> calibrator = DyMUCalibrator(r=2)
+        >>> llava = pumer.apply(llava, pumer.Compose(tower=calibrator, inside=None))
+        >>> # run typical images through, then: pumer.DyMU(calibrator.thresholds())
     """
 
     name = "dymu-cutoffs"
@@ -136,7 +145,7 @@ class DyMUCalibrator(_Merging):
     noted: dict[int, list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, model: ModelShape) -> Self:
-        # What is noted stays one dictionary, so that the one who gave the reducer can read it.
+        # The copy shares `noted`, so that the caller can read the thresholds from the original.
         return self if self.depth is not None else replace(self, depth=model.last + 1)
 
     @property
@@ -146,14 +155,14 @@ class DyMUCalibrator(_Merging):
     def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor:
         falling = similarity_BS.flatten().sort(descending=True).values
         pairs = min(self.r * len(similarity_BS), len(falling) - 1)
-        # Halfway between the last pair that is merged and the first that is not, if that is a pair.
+        # Halfway between the last pair that is merged and the first that is not, if there is one.
         last, following = falling[max(pairs - 1, 0)], falling[pairs]
         cut = torch.where(following > UNALIKE, (last + following) / 2, last - 1e-6).clamp_min(-1)
         self.noted.setdefault(layer, []).append(cut)
         return cut
 
     def thresholds(self) -> tuple[float, ...]:
-        """Mean of the cuts of every layer, for `DyMU`. Raises ValueError if no image was seen."""
+        """Mean threshold of every layer, for `DyMU`; raises ValueError before any image."""
         if not self.noted or (self.depth is not None and set(self.noted) != set(self.layers)):
             raise ValueError(
                 "there is nothing to average: run images through the model with this reducer first"

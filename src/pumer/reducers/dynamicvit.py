@@ -1,4 +1,4 @@
-"""DynamicViT: prune image tokens by what a small trained predictor says of each.
+"""DynamicViT: prune image tokens by the scores of a small trained predictor.
 
 Rao, Zhao, Liu, Lu, Zhou, Hsieh, "DynamicViT: Efficient Vision Transformers with Dynamic Token
 Sparsification", NeurIPS 2021; and the port of it to ViLT and METER in the published PuMer code.
@@ -25,23 +25,28 @@ from pumer.reducers.tokens import Tokens, TokenShape
 @register
 @dataclass(frozen=True)
 class DynamicViT(Learned):
-    """Keep the image tokens that a trained predictor rates highest, a fixed share of them, after
-    some layers.
+    """Keep the fixed share of image tokens that a trained predictor scores highest, after some
+    layers.
 
-    After the s-th of these layers `int(n * keep**s)` of the n image tokens stay that entered the
+    After the s-th of these layers, `int(n * keep**s)` of the n image tokens stay that entered the
     first layer.
 
     Args:
-        keep: share of the image tokens, [CLS] not counted, that stay at each reducing layer.
+        keep: share of the image tokens, without [CLS], that stay at each reducing layer.
         layers: layers after which tokens go, counted from 0; the paper's 3, 6, 9 (before) are 2, 5,
             8 of 12. None: these, and layers as deep in any other model.
-        weight: of the loss that holds the share of kept tokens to `keep`. The paper's other two
-            losses are left to the training: a teacher's is there if one is given, the one on the
-            tokens' states is not.
-        official: the port in the published PuMer code: predictors without the half that sees the
-            whole image, a count that includes [CLS], tokens in the order of their scores, and the
-            published softmax, which padding has a say in; not while training, so that with padding
-            the two differ in the third digit of a logit.
+        weight: of the loss that holds the share of kept tokens at `keep`. Of the paper's other two
+            losses, distillation is the training's, with a teacher; the one on token states is not
+            implemented.
+        official: the port in the published PuMer code: predictors without the global half, a count
+            that includes [CLS], tokens ordered by score, and the published softmax, which padding
+            contributes to. Training does not use that softmax, so with padding its logits differ in
+            the third digit.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.DynamicViT(keep=0.7))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 50)
     """
 
     name = "dynamicvit"
@@ -80,7 +85,7 @@ class DynamicViT(Learned):
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if not self.reduces_at(shape.layer):
             return shape.unchanged
-        # A share of the image tokens that entered; as of the first stage where that is not known.
+        # A share of the image tokens that entered; the first stage's share if that is unknown.
         entered, stage_index = shape.patches, 1
         if shape.entered is not None:
             entered, stage_index = (
@@ -99,7 +104,7 @@ class DynamicViT(Learned):
         most = self._kept(entered_BN.shape[1], valid_BN.shape[1], stage_index)
         if self.official:
             index_BK = score_BN.topk(most, dim=1).indices
-            # The published mask is of ones whatever was kept.
+            # The published mask is all ones, whatever was kept.
             kept = Plan.select(
                 index_BK, torch.ones_like(index_BK, dtype=tokens.mask_BN.dtype), valid_BN.shape[1]
             )
@@ -126,8 +131,8 @@ class DynamicViT(Learned):
         """Squared distance of every sample's share of kept tokens from `keep`, `keep`^2, ...
         (equation 14)."""
         stages = [
-            (num_keep_B - self.keep**stage_index).square().mean()
-            for stage_index, num_keep_B in enumerate(keep_ratios, start=1)
+            (keep_ratio_B - self.keep**stage_index).square().mean()
+            for stage_index, keep_ratio_B in enumerate(keep_ratios, start=1)
         ]
         return self.weight * torch.stack(stages).mean()
 
@@ -137,7 +142,7 @@ class DynamicViT(Learned):
         assert tokens.part is not None
         first = tokens.text + tokens.num_prefix_tokens
         there_BN = tokens.valid_BN if tokens.gate_BN is None else tokens.gate_BN
-        # What stands in padding may be anything, and anything times zero need not be zero.
+        # Padding may be NaN, and 0 * NaN is NaN.
         states_BND = tokens.states_BND.masked_fill(~tokens.valid_BN[..., None], 0)
         rated: Tensor = tokens.part(states_BND[:, first:], there_BN[:, first:])
         return rated
@@ -149,18 +154,18 @@ class DynamicViT(Learned):
     def _kept(self, entered: Count, count: Count, stage_index: int) -> Count:
         if not self.official:
             return stage(self.keep, stage_index, entered, count)
-        # Of a count that has [CLS] in it, layer by layer; all there are where that is one more.
+        # A share of the count including [CLS], layer by layer; at most all tokens.
         if isinstance(count, int):
             return min(int((count + 1) * self.keep), count)
         return ((count + 1).double() * self.keep).long().minimum(count)
 
 
 class Predictor(nn.Module):
-    """Rates every image token: log-probabilities of (keep, drop).
+    """Scores every image token: log-probabilities of (keep, drop).
 
     Args:
         width: channels of a token.
-        whole: let half of the channels be the mean over the tokens that are still there, as in
+        whole: replace half of the channels by their mean over the remaining tokens, as in
             DynamicViT.
     """
 

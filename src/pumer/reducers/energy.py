@@ -1,8 +1,7 @@
-"""E-AdaPrune: as many tokens as the image's spectrum asks for, chosen by any method.
+"""E-AdaPrune: the number of tokens from the image's spectrum, the tokens by any method.
 
 He and Chen, "Energy-Driven Adaptive Visual Token Pruning" (E-AdaPrune), 2026, arXiv 2603.05950.
-Reconstructed from its abstract and from what others built after it: which features, and the bounds,
-are our choice.
+Reconstructed from its abstract and from follow-up work; the features and the bounds are our choice.
 
 Shape suffixes: B batch, I image tokens, R singular values.
 """
@@ -29,17 +28,21 @@ from pumer.reducers.tokens import Tokens, TokenShape
 @register
 @dataclass(frozen=True)
 class Energy(Reducer):
-    """Keep as many image tokens as directions are needed to hold a share of the spectral energy of
-    their states.
+    """Keep as many image tokens as directions hold a share of the spectral energy of their states.
 
-    On CUDA the eigen-decomposition makes the host wait once.
+    On CUDA the eigendecomposition needs one host-device sync.
 
     Args:
-        selector: which tokens; its own `keep` is not asked.
-        tau: share of the energy (squared singular values) to hold. `matched` finds the one that
+        selector: the method that selects the tokens; its own `keep` is ignored.
+        tau: share of the energy (squared singular values) to hold; `matched` finds the one that
             keeps a given number on average.
-        least: lower bound of the number: a share of the image's tokens, or a whole number.
-        most: upper bound, in the same way.
+        least: lower bound of the number: a share of the image's tokens (float), or a number (int).
+        most: upper bound, likewise.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.Energy(pumer.DivPrune(), tau=0.99, most=0.5))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 8)
     """
 
     name = "energy"
@@ -87,27 +90,24 @@ class Energy(Reducer):
         return tokens.with_structure(None, image)
 
     def count(self, energy_BR: Tensor, count_B: Tensor) -> Tensor:
-        """How many tokens of each image stay, int64 [B], given its energies and how many it has."""
+        """How many tokens of each image to keep, int64 [B], from its energies and token count."""
         wanted_B = directions_for(self.tau, energy_BR)
         return torch.minimum(
             torch.maximum(wanted_B, num_keep(self.least, count_B)), num_keep(self.most, count_B)
         )
 
     def matched(self, spectra: Sequence[tuple[Tensor, Tensor]], keep: float | int) -> Energy:
-        """This with the `tau` that keeps, on average over these images, as many tokens as a fixed
-        `keep` would.
-
-        What it then keeps compares with the same selector at the fixed budget (the paper's
-        protocol).
+        """This reducer with the `tau` that keeps, on average over these images, as many tokens as a
+        fixed `keep`, for a comparison at equal budgets (the paper's protocol).
 
         Args:
-            spectra: of every batch of a calibration set the energies [B,R] and the image tokens
-                [B]; `EnergyCalibrator` collects them.
+            spectra: for every batch of a calibration set the energies [B,R] and the numbers of
+                image tokens [B]; `EnergyCalibrator` collects them.
             keep: the fixed budget.
 
         Raises:
-            ValueError: if no image is given, or no `tau` comes within one token of it: the bounds
-                are in the way.
+            ValueError: if there are no images, or no `tau` within the bounds comes within one
+                token of the budget.
         """
         if not spectra:
             raise ValueError("give the spectra of some images")
@@ -117,7 +117,7 @@ class Energy(Reducer):
             counts = torch.cat([replace(self, tau=tau).count(*spectrum) for spectrum in spectra])
             return float(counts.double().mean() - target)
 
-        # Bisection over x in tau = 1 - 10 ** -x: what matters is close to 1.
+        # Bisection over x in tau = 1 - 10 ** -x: useful values are close to 1.
         few, many = 0.01, 7.0
         for _ in range(40):
             middle = (few + many) / 2
@@ -135,13 +135,19 @@ class Energy(Reducer):
 
 @dataclass(frozen=True)
 class EnergyCalibrator(Reducer):
-    """Calibration of `Energy`: changes nothing, and collects what `Energy.matched` takes.
+    """Calibration of `Energy`: reduces nothing, and collects the spectra for `Energy.matched`.
 
-    Put it on a model and run typical images through.
+    Apply it to a model and run typical images through.
 
     Args:
-        layers: where the energy rule is to act.
+        layers: where `Energy` will act.
         noted: the energies [B,R] and numbers of image tokens [B] of every batch.
+
+    Example:
+        >>> from pumer.reducers import EnergyCalibrator
+        >>> calibrator = EnergyCalibrator()
+        >>> llava = pumer.apply(llava, calibrator)
+        >>> # run typical images through, then: pumer.Energy().matched(calibrator.noted, keep=0.25)
     """
 
     name = "energy-spectra"

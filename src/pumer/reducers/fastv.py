@@ -1,4 +1,4 @@
-"""FastV: visual tokens that a decoder soon stops looking at.
+"""FastV: prune image tokens that a decoder does not attend to after its first layers.
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
 """
@@ -21,10 +21,13 @@ class FastV(Selector):
     """Keep the image tokens that the last token of the prompt attends to most (mean over heads).
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        layer: the first layer that runs without the others; the attention is that of the layer
-            before.
+        keep: image tokens to keep: a share (float) or a number (int).
+        layer: the first layer that runs with fewer tokens; attention is that of the layer before.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FastV(keep=0.25, layer=1))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fastv"

@@ -29,19 +29,22 @@ VARIANCE = "variance"
 @register
 @dataclass(frozen=True)
 class FoPru(Selector):
-    """Keep the image tokens that the vision encoder attends to most, or the rows with the most of
-    it.
+    """Keep the image tokens, or rows of tokens, that the vision encoder attends to most.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        strategy: "rank" keeps single tokens; "row" whole rows, so that what runs along them, such
-            as a line of text, stays in one piece.
-        saliency: "received" attention (mean over heads and queries), that of the "class" token, or
-            "variance": attention averaged over queries or over keys, whichever varies more from
-            token to token of the image.
-        fill: with "row": make up the exact budget from the best tokens of the next row. Without it,
-            the share of the rows, rounded, at least one; `keep` is a share then.
+        keep: image tokens to keep: a share (float) or a number (int).
+        strategy: "rank" keeps single tokens; "row" keeps rows, so that a line of text stays
+            complete.
+        saliency: "received" attention (mean over heads and queries), that of [CLS] ("class"), or
+            "variance": the mean over queries or over keys, whichever varies more between the
+            image's tokens.
+        fill: with "row": fill the exact budget with the best tokens of the next row. Without it,
+            `keep` is a share of the rows, at least one.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FoPru(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fopru"
@@ -72,7 +75,7 @@ class FoPru(Selector):
             needs = frozenset({"received_BN", "given_BN"})
         else:
             needs = frozenset({SALIENCY[self.saliency]})
-        # The images of a batch differ in the length of their rows.
+        # The rows of a batch's images differ in length.
         return Traits(
             needs_encoder=needs,
             needs_grid=self.strategy == "row",
@@ -111,8 +114,8 @@ class FoPru(Selector):
         return torch.where(given_varies_B[:, None], given_BI, received_BI)
 
     def _rows(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Place of every token's row among the rows, its own place when these stand in that order,
-        and how many rows each image has."""
+        """Rank of every token's row, the token's own rank when rows are in that order, and the
+        number of rows of each image."""
         if tokens.grid is None or tokens.patch_BN is None:
             raise ValueError(
                 'rows need all patches of the image in a grid: take strategy="rank" here'

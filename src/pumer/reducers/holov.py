@@ -1,4 +1,4 @@
-"""HoloV: a budget for every part of the image, so that no part is lost.
+"""HoloV: a budget for every part of the image, so that its context is kept.
 
 Zou et al., "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context
 Retention", NeurIPS 2025, arXiv 2510.02912.
@@ -29,26 +29,29 @@ from pumer.reducers.selector import (
 from pumer.reducers.tokens import Tokens
 
 ATTENTION, VARIETY = 1000.0, 0.09
-"""Published weights of attention and of how much a token's similarities to the others of its chunk
-vary."""
+"""Published weights of attention, and of the variance of a token's similarities in its chunk."""
 
 
 @register
 @dataclass(frozen=True)
 class HoloV(Selector):
-    """Share the budget among chunks of the image; in each, keep what is attended to most.
+    """Divide the budget among chunks of the image; in each, keep the most attended tokens.
 
-    A chunk's share is the mean of its tokens' attention and variety.
+    A chunk's quota follows the mean attention and variance of its tokens.
 
-    As published, but where the quota of a chunk exceeds its tokens: the published code then returns
-    rows of zeros, and here the most attended of all tokens that are left fill the budget.
+    As published, unless the quota of a chunk exceeds its tokens: the published code then returns
+    rows of zeros; here the most attended of the remaining tokens fill the budget.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        chunks: how many, in raster order; what does not divide goes to the first of them. "auto" is
-            the published number for Qwen2.5-VL, int(1024 / 576 * tokens / kept tokens).
-        saliency: attention of the "class" token, or that "received" from all.
+        keep: image tokens to keep: a share (float) or a number (int).
+        chunks: number of chunks, in raster order; the first ones get the remainder. "auto" is the
+            published number for Qwen2.5-VL, int(1024 / 576 * tokens / kept tokens).
+        saliency: the attention that rates a token: of [CLS] ("class"), or of all ("received").
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.HoloV(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "holov"

@@ -1,9 +1,8 @@
-"""What reducers with trained parts share: decisions that gradients can pass while training, and
-their price.
+"""What reducers with trainable parts share: differentiable keep decisions, and their budget loss.
 
-While training every token stays, and attention leaves out those that are decided against; so a
-decision can be learned. Afterwards the tokens really go. Training therefore costs as much as
-without reduction, and a little more.
+In training every token stays, and attention masks out those that are not kept, so that decisions
+can be learned. In evaluation the tokens are removed. Training therefore costs slightly more than
+without reduction.
 
 Shape suffixes: B batch, N tokens, H heads, D channels.
 """
@@ -22,26 +21,25 @@ from pumer.reducers.tokens import Tokens
 
 @dataclass(frozen=True)
 class KeepDecision:
-    """What a learned reducer decides while training.
+    """What a learned reducer decides in one layer in training.
 
     Args:
-        token_BN: 1 for tokens that stay, 0 for others; its gradient is that of the soft decision
+        token_BN: 1 for tokens that stay, 0 for others, with the gradient of the soft decision
             (straight-through).
-        keep_ratios: what `Learned.budget_loss` wants to know of this layer, per sample.
+        keep_ratio: share of tokens that stay, per sample, for `Learned.budget_loss`.
     """
 
     token_BN: Tensor
-    keep_ratios: Tensor
+    keep_ratio: Tensor
 
 
 @dataclass(frozen=True)
 class GumbelSampling:
-    """How decisions are drawn while training.
+    """How decisions are sampled in training.
 
     Args:
-        temperature: of the soft decisions, whose gradients the drawn ones have.
-        noise: share of the Gumbel noise; without any the likelier decision is drawn, as it is
-            afterwards.
+        temperature: of the soft decisions, which provide the gradients.
+        noise: scale of the Gumbel noise; 0 takes the likelier decision, as in evaluation.
     """
 
     temperature: float = 1.0
@@ -50,7 +48,7 @@ class GumbelSampling:
 
 @dataclass(frozen=True)
 class Learned(Reducer):
-    """A reducer that decides by trained parts."""
+    """A reducer that decides by trainable parts."""
 
     @property
     def traits(self) -> Traits:
@@ -58,16 +56,16 @@ class Learned(Reducer):
 
     @property
     def trims_heads(self) -> bool:
-        """Whether it decides on attention heads too."""
+        """Whether it prunes attention heads too."""
         return False
 
     def sampling_at(self, progress: float) -> GumbelSampling:
-        """How decisions are drawn at this point of the training, 0 to 1."""
+        """How decisions are sampled at this progress of the training, 0 to 1."""
         return GumbelSampling()
 
     @property
     def self_distils(self) -> bool:
-        """Whether the model's own answer without reduction is to teach the reduced one."""
+        """Whether the unreduced model is the teacher of the reduced one (self-distillation)."""
         return False
 
     def parts(self, width: int, heads: int, depth: int, has_cross_attention: bool) -> nn.ModuleDict:
@@ -82,19 +80,19 @@ class Learned(Reducer):
         raise NotImplementedError
 
     def gate(self, tokens: Tokens) -> KeepDecision:
-        """The decisions in one layer while training; `tokens.gate_BN` has those of the layers
+        """The decisions of one layer in training; `tokens.gate_BN` are those of the layers
         before."""
         raise NotImplementedError
 
     def budget_loss(
         self, keep_ratios: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
     ) -> Tensor:
-        """What is to be paid for keeping more, or fewer, tokens than wanted.
+        """The loss that holds the number of kept tokens at the budget.
 
         Args:
-            keep_ratios: `KeepDecision.keep_ratios` of every layer that decided.
+            keep_ratios: `KeepDecision.keep_ratio` of every reducing layer.
             progress: of the training, 0 to 1.
-            heads: share of the heads that every attention kept, [B], where heads are trimmed.
+            heads: share of the heads that every attention keeps, [B], if heads are pruned.
         """
         raise NotImplementedError
 
@@ -102,8 +100,8 @@ class Learned(Reducer):
 def decide(logits: Tensor, sampling: GumbelSampling | None) -> Tensor:
     """Keep (1) or not (0) from logits [..., (keep, drop)].
 
-    While training one is drawn by the straight-through Gumbel trick (Jang et al., ICLR 2017); the
-    likelier one is taken where nothing is drawn.
+    In training, sampled by straight-through Gumbel-softmax (Jang et al., ICLR 2017); else the
+    likelier one.
     """
     if sampling is None:
         return (logits[..., 0] > logits[..., 1]).float()
@@ -113,20 +111,19 @@ def decide(logits: Tensor, sampling: GumbelSampling | None) -> Tensor:
 
 
 def keep_surest(keep_BN: Tensor, logits: Tensor, there_BN: Tensor) -> Tensor:
-    """The decisions, but where they leave none of the tokens that are there, the surest of these
-    stays.
+    """The decisions, with at least one token kept per row: the one with the largest margin.
 
     Args:
-        keep_BN: what `decide` made of the logits.
+        keep_BN: from `decide`.
         logits: [B,N,(keep, drop)].
-        there_BN: bool, tokens that are real and not gone already.
+        there_BN: bool, tokens that are real and were kept so far.
     """
     if keep_BN.shape[1] == 0:
         return keep_BN
     margin_BN = (logits[..., 0] - logits[..., 1]).masked_fill(~there_BN, -torch.inf)
     surest_BN = torch.zeros_like(keep_BN).scatter(1, margin_BN.argmax(1, keepdim=True), 1.0)
     none_B1 = ~(keep_BN.bool() & there_BN).any(1, keepdim=True)
-    # What is added has no gradient, so that every decision keeps its own.
+    # The added token has no gradient, so that decisions keep theirs.
     return keep_BN + (none_B1 & there_BN) * surest_BN * (1 - keep_BN).detach()
 
 
@@ -137,8 +134,7 @@ def mean_of(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 def init_keep_bias(last: nn.Linear, bias: float) -> None:
-    """Let decisions, each of two logits in turn, begin as keeping: the logits start about `bias`
-    apart."""
+    """Initialize a decision layer to keep: each pair of logits starts about `bias` apart."""
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.copy_(torch.tensor([bias, 0.0]).repeat(last.out_features // 2))

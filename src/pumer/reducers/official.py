@@ -1,9 +1,9 @@
 """The published PuMer code (csarron/PuMer), bug for bug, for checkpoints trained with it.
 
-It departs from the paper, and from `PuMer` without `official=True`, in this: the image [CLS] is an
-ordinary token; kept tokens are ordered by score, which also decides who can merge with whom; padded
-text votes, counts and merges; masks become fractional; the image mask is forgotten; groups are
-averaged without regard to their size; merging happens only where something is pruned.
+It differs from the paper, and from `PuMer` without `official=True`: the image [CLS] is an ordinary
+token; kept tokens are ordered by score, which changes the matching; padded text scores, counts and
+merges; masks become fractional; the image mask is ignored; groups are averaged without their sizes;
+nothing is merged where nothing is pruned.
 
 Shape suffixes: B batch, H heads, N tokens, T text tokens, I image tokens, K slots, A even and C odd
 positions.
@@ -24,8 +24,8 @@ EPSILON = 1e-6
 
 
 def masked_softmax(logits_BHQN: Tensor, mask_BN: Tensor) -> Tensor:
-    """Softmax with a 0/1 or fractional mask over the keys; every query may see the key of its own
-    number.
+    """Softmax with a 0/1 or fractional mask over the keys; a query always sees the key of its own
+    index.
 
     Masked keys keep a weight of about 1e-6 / N. Computed in float32, returned in the dtype of the
     logits.
@@ -42,15 +42,15 @@ def masked_softmax(logits_BHQN: Tensor, mask_BN: Tensor) -> Tensor:
 def cosine(keys_BND: Tensor) -> Tensor:
     """Similarity of every token at an even position with every one at an odd position, [B,A,C].
 
-    In steps of a millionth: METER's padded tokens are all the same, and which of them merge should
-    be told by their places, not by the last bit, which is another one on every processor.
+    Rounded to a millionth: METER's padded tokens are all equal, and their positions should decide
+    which of them merge, not the last bit, which differs between processors.
     """
     unit = torch.nn.functional.normalize(keys_BND, dim=-1)
     return (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).round(decimals=6)
 
 
 def closeness(score_BN: Tensor) -> Tensor:
-    """The same from scores alone: their difference, negated."""
+    """The same from scores: their negated difference, [B,A,C]."""
     return -(score_BN[:, ::2, None] - score_BN[:, None, 1::2]).abs()
 
 
@@ -63,12 +63,12 @@ def match(
     Args:
         similarity_BAC: of the tokens at even positions with those at odd ones.
         merged: tokens to merge away, clipped to half of the unprotected ones.
-        protect_first: never merge token 0 away; unmerged tokens are then in order of position, else
-            of falling similarity.
+        protect_first: never merge token 0 away; unmerged tokens are then ordered by position, else
+            by falling similarity.
         average: each group's mean; else its sum.
 
     Raises:
-        ValueError: where nothing can be merged (the published code fails with a TypeError there).
+        ValueError: if nothing can be merged (the published code raises a TypeError).
     """
     evens, odds = similarity_BAC.shape[1:]
     merged = min(merged, (evens + odds - protect_first) // 2)
@@ -93,7 +93,7 @@ def match(
 
 
 def counts(image: int, prune: float, merge: float) -> tuple[int, int]:
-    """(kept, merged) image tokens: both ratios of the unpruned number, [CLS] included."""
+    """(kept, merged) image tokens; both ratios are of the unpruned number, [CLS] included."""
     return max(image - round(prune * image), 1), round(merge * image)
 
 
@@ -102,7 +102,9 @@ def lengths(
 ) -> tuple[int, int]:
     """Text and image length after a reduction."""
     if round(prune * image) == 0:
-        if prune == 0 and merge >= 1:  # matched together: the text length is not brought up to date
+        if (
+            prune == 0 and merge >= 1
+        ):  # matched together: the published code does not update the text length
             return text, image - min(int(merge), (text + image - 1) // 2)
         return text, image
     kept, merged = counts(image, prune, merge)
@@ -123,8 +125,8 @@ def lengths_meter(
 
 
 def plan_meter(tokens: Tokens, prune: float, merge: float, merge_text: float) -> Plan:
-    """The published token reducer of METER's fusion layer: it prunes only where it merges, and the
-    other way round."""
+    """The published token reducer of METER's fusion layer: it prunes only where it merges, and vice
+    versa."""
     text, image = tokens.text, tokens.mask_BN.shape[1] - tokens.text
     mask_BN, keys_BNC = tokens.mask_BN.float(), tokens.mean_keys_BNC
     if prune == 0:

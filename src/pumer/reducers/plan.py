@@ -1,4 +1,4 @@
-"""Where every token goes.
+"""`Plan`: where every token of a layer goes.
 
 Shape suffixes: B batch, N source tokens, K slots (tokens after the reduction), D channels.
 """
@@ -19,19 +19,24 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class Plan:
-    """For each source token its slot and its share of it; applies to any tensor with a token axis.
+    """For each source token its slot and its weight in it; applies to any tensor with a token axis.
 
     Args:
         slot_BN: int64, the slot of every source token, `DROPPED` (-1) if it goes nowhere.
-        weight_BN: float32, the share with which a source enters its slot. The shares of a slot sum
-            to one, except where a published method adds instead of averaging.
-        mask_BK: the attention mask of the slots: bool, true where a slot holds something; float
-            where a published method works with fractional masks.
+        weight_BN: float32, the weight of a source in its slot. The weights of a slot sum to one,
+            except where a published method adds instead of averaging.
+        mask_BK: attention mask of the slots: bool, true for slots in use; float where a published
+            method works with fractional masks.
         index_BK: for plans that only select, the source of every slot; `reduce` then gathers, bit
             for bit.
-        shares_BKN: for plans where a source enters several slots, every slot's share of every
-            source: `reduce` is the product with it. `slot_BN` then says which slot stands for the
-            source.
+        shares_BKN: for plans where a source enters several slots, the weight of every source in
+            every slot: `reduce` is the product with it. `slot_BN` then is the slot that represents
+            the source.
+
+    Example:
+        >>> keep = pumer.Plan.keep(torch.tensor([[True, False, True]]), slots=2)
+        >>> keep.reduce(torch.tensor([[5.0, 6.0, 7.0]]))
+        tensor([[5., 7.]])
     """
 
     slot_BN: Tensor
@@ -42,19 +47,19 @@ class Plan:
 
     @staticmethod
     def identity(mask_BN: Tensor) -> Plan:
-        """The plan that changes nothing, for tokens with the given mask."""
+        """The plan that keeps all tokens, with the given mask."""
         positions = torch.arange(mask_BN.shape[1], device=mask_BN.device).expand(mask_BN.shape)
         return Plan(positions, _ones(mask_BN.shape, mask_BN.device), mask_BN, positions)
 
     @staticmethod
     def select(index_BK: Tensor, mask_BK: Tensor, count: int) -> Plan:
-        """Keep the given source tokens, in the given order, of `count` source tokens.
+        """Keep the given ones of `count` source tokens, in the given order.
 
-        Slots that `mask_BK` marks empty may name any source: nothing is counted as kept there.
+        The index of a slot that `mask_BK` marks empty is ignored.
         """
         batch, slots = index_BK.shape
         numbers = torch.arange(slots, device=index_BK.device).expand(batch, slots)
-        # Empty slots write into one column past the end, which is cut off again.
+        # Empty slots write into an extra column, which is cut off.
         target = torch.where(mask_BK.bool(), index_BK, torch.full_like(index_BK, count))
         slot_BN = torch.full((batch, count + 1), DROPPED, device=index_BK.device, dtype=torch.int64)
         slot_BN = slot_BN.scatter(1, target, numbers)[:, :count]
@@ -62,8 +67,7 @@ class Plan:
 
     @staticmethod
     def keep(keep_BN: Tensor, slots: int) -> Plan:
-        """Keep the marked tokens in their order: of more than `slots` marks in a row the first ones
-        count."""
+        """Keep the marked tokens in their order, at most the first `slots` of a row."""
         place_BN = keep_BN.long().cumsum(1) - 1
         keep_BN = keep_BN & (place_BN < slots)
         slot_BN = torch.where(keep_BN, place_BN, DROPPED)
@@ -77,8 +81,7 @@ class Plan:
 
     @staticmethod
     def merge(slot_BN: Tensor, mask_BK: Tensor, sizes_BN: Tensor) -> Plan:
-        """Average the tokens that share a slot, weighted by how many source tokens each stands
-        for."""
+        """Average the tokens of each slot, weighted by their sizes."""
         slots = mask_BK.shape[1]
         target = torch.where(slot_BN < 0, slots, slot_BN)
         total_BK = torch.zeros(
@@ -89,7 +92,7 @@ class Plan:
 
     @staticmethod
     def side_by_side(plans: Sequence[Plan]) -> Plan:
-        """One plan for token axes laid end to end, such as text and image."""
+        """One plan for concatenated token axes, such as text and image."""
         if len(plans) == 1:
             return plans[0]
         slots, indices = [], []
@@ -113,7 +116,7 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Number of slots, K: the length of the token axis afterwards, padding included."""
+        """Number of slots K: the length of the token axis after the plan, padding included."""
         return self.mask_BK.shape[1]
 
     def to(self, device: torch.device) -> Plan:
@@ -124,30 +127,28 @@ class Plan:
         return Plan(slot, weight, mask, index, shares)
 
     def rows(self, index: Any) -> Plan:
-        """The plan of some samples of the batch, `index` as for a tensor."""
+        """The plan of some rows of the batch; `index` as for a tensor."""
         kept = None if self.index_BK is None else self.index_BK[index]
         shares = None if self.shares_BKN is None else self.shares_BKN[index]
         return Plan(self.slot_BN[index], self.weight_BN[index], self.mask_BK[index], kept, shares)
 
     def averaging(self) -> Plan:
-        """The same groups, with equal shares that sum to one: of members that are equal it gives
-        one of them."""
+        """The same groups with equal weights, so that equal members give one of them."""
         ones_BN = torch.ones_like(self.weight_BN)
         total_BK = self.total(ones_BN)
         weight_BN = ones_BN / total_BK.gather(1, self.slot_BN.clamp_min(0)).clamp_min(1)
         return Plan(self.slot_BN, weight_BN, self.mask_BK)
 
     def head(self, tokens: int, slots: int) -> Plan:
-        """The part for the first source tokens, where these and no others go into the first
-        slots."""
+        """The plan of the first source tokens, if exactly these go into the first slots."""
         index = None if self.index_BK is None else self.index_BK[:, :slots]
         shares = None if self.shares_BKN is None else self.shares_BKN[:, :slots, :tokens]
         slot_BN, weight_BN = self.slot_BN[:, :tokens], self.weight_BN[:, :tokens]
         return Plan(slot_BN, weight_BN, self.mask_BK[:, :slots], index, shares)
 
     def tail(self, first: int) -> Plan:
-        """The part behind the first source tokens, where these and no others go into as many slots,
-        the first ones."""
+        """The plan without the first source tokens, if exactly these go into as many first
+        slots."""
         index = None if self.index_BK is None else self.index_BK[:, first:] - first
         shares = None if self.shares_BKN is None else self.shares_BKN[:, first:, first:]
         slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - first)[:, first:]
@@ -155,7 +156,7 @@ class Plan:
 
     @staticmethod
     def stack(plans: Sequence[Plan]) -> Plan:
-        """One plan for batches one after another, of as many tokens and slots."""
+        """One plan for concatenated batches of as many tokens and slots."""
         indices = [plan.index_BK for plan in plans if plan.index_BK is not None]
         mixed = any(plan.shares_BKN is not None for plan in plans)
         return Plan(
@@ -167,10 +168,10 @@ class Plan:
         )
 
     def cut(self, text: int, lengths: tuple[int, int]) -> Plan:
-        """Without the slots at the end of the text and of the image, the first `text` slots being
-        the text's.
+        """The plan with fewer slots at the end of the text, its first `text` slots, and of the
+        image.
 
-        `lengths` is how many of each stay; those that go must be empty.
+        `lengths` is how many of each stay; the others must be empty.
         """
         numbers = torch.arange(self.slots, device=self.mask_BK.device)
         kept = torch.cat([numbers[: lengths[0]], numbers[text : text + lengths[1]]])
@@ -182,7 +183,7 @@ class Plan:
         return Plan(slot_BN, self.weight_BN, self.mask_BK[:, kept], index_BK, shares_BKN)
 
     def then(self, later: Plan) -> Plan:
-        """This plan followed by another one that acts on its slots."""
+        """This plan, followed by another plan for its slots."""
         slot = self.slot_BN.clamp_min(0)
         kept = self.slot_BN >= 0
         index = None
@@ -198,14 +199,14 @@ class Plan:
         )
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The plan as a matrix [B,K,N] of shares: `reduce` is a product with it."""
+        """The plan as a matrix [B,K,N] of weights: `reduce` is the product with it."""
         return self._rows(slice(0, self.slots), dtype)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the matrix, those of these slots."""
+        """The rows of the matrix for these slots."""
         if self.shares_BKN is not None:
             return self.shares_BKN[:, rows].to(dtype)
-        # What goes elsewhere, or nowhere, writes into one row past the end, which is cut off again.
+        # Sources of other slots, and dropped ones, write into an extra row, which is cut off.
         batch, count = self.slot_BN.shape
         height = rows.stop - rows.start
         inside = (self.slot_BN >= rows.start) & (self.slot_BN < rows.stop)
@@ -214,24 +215,22 @@ class Plan:
         return matrix.scatter(1, target[:, None], self.weight_BN[:, None].to(dtype))[:, :-1]
 
     def reduce(self, x_BND: Tensor) -> Tensor:
-        """Shorten a tensor of any [B,N] or [B,N,D]: gather, or the weighted sum of each slot's
-        members.
+        """Shorten a tensor [B,N] or [B,N,D]: gather, or the weighted sum of each slot's members.
 
-        A matrix product rather than scatter_reduce: exportable, deterministic and fast in half
-        precision. On CPUs in float32 a sum in place is as exact, and there ten times as fast. The
-        matrix is made in blocks of rows, which are no larger than the tensor, or 4 MiB.
+        A matrix product instead of scatter_reduce: exportable, deterministic and fast in half
+        precision. On CPUs in float32, summing in place is as exact and ten times as fast. The
+        matrix is built in blocks of rows no larger than the tensor, or 4 MiB.
 
-        A sample's values never reach another sample, and those of a dropped token or of padding
-        nothing at all. A NaN or inf in a token that stays is in its slot alone where tokens are
-        gathered or summed in place; the matrix product spreads it over the sample, as 0 * NaN is
-        NaN.
+        Values never reach another sample; those of dropped tokens and padding reach nothing. A NaN
+        or inf in a kept token stays in its slot where tokens are gathered or summed in place; the
+        matrix product spreads it over the sample, because 0 * NaN is NaN.
         """
         if self.index_BK is not None:
             return tokens_at(x_BND, self.index_BK)
         on_cpu = x_BND.device.type == "cpu" and x_BND.dtype == torch.float32
         if self.shares_BKN is None and on_cpu and not torch.compiler.is_compiling():
             return self._add_up(x_BND)
-        # What joins no slot may hold anything, and zero times that need not be zero.
+        # Tokens of no slot may be NaN, and 0 * NaN is NaN.
         columns_BND = x_BND if x_BND.ndim == 3 else x_BND[..., None]
         columns_BND = columns_BND.masked_fill(~self._enters()[..., None], 0)
         batch, count, width = columns_BND.shape
@@ -241,7 +240,7 @@ class Plan:
         return total_BKD if x_BND.ndim == 3 else total_BKD[..., 0]
 
     def _enters(self) -> Tensor:
-        """Which sources enter a slot that holds something, bool [B,N]."""
+        """Which sources enter a slot in use, bool [B,N]."""
         if self.shares_BKN is not None:
             return ((self.shares_BKN != 0) & (self.mask_BK[..., None] > 0)).any(1)
         if (
@@ -260,15 +259,14 @@ class Plan:
         return total.view(batch, slots + 1, *x_BND.shape[2:])[:, :slots]
 
     def expand(self, y_BKD: Tensor) -> Tensor:
-        """Lengthen [B,K] or [B,K,D] again: every source token gets its slot's value, a dropped one
+        """Expand [B,K] or [B,K,D] to the sources: each gets the value of its slot, dropped ones get
         zeros."""
         dropped = self.slot_BN < 0
         values = tokens_at(y_BKD, self.slot_BN.clamp_min(0))
         return values.masked_fill(dropped[..., None] if y_BKD.ndim == 3 else dropped, 0)
 
     def total(self, sizes_BN: Tensor) -> Tensor:
-        """Number of source tokens in every slot [B,K], when the tokens themselves stand for
-        `sizes_BN` ones."""
+        """Sizes of the slots [B,K]: the sums of the sizes of their members."""
         target = torch.where(self.slot_BN < 0, self.slots, self.slot_BN)
         total = torch.zeros(
             target.shape[0], self.slots + 1, device=target.device, dtype=sizes_BN.dtype
@@ -276,16 +274,15 @@ class Plan:
         return total.scatter_add(1, target, sizes_BN)[:, :-1]
 
     def sources(self) -> Tensor:
-        """Which source tokens ended in which slot, bool [B,K,N]."""
+        """Which source tokens are in which slot, bool [B,K,N]."""
         numbers = torch.arange(self.slots, device=self.slot_BN.device)
         return self.slot_BN[:, None] == numbers[None, :, None]
 
 
 def tokens_at(x_BND: Tensor, index_BK: Tensor) -> Tensor:
-    """The tokens with these numbers, of any [B,N] or [B,N,D].
+    """The tokens at these indices, of a tensor [B,N] or [B,N,D].
 
-    As one selection from all samples' tokens, which copies whole rows: `gather` takes six times as
-    long on a CPU.
+    One index_select over all samples copies whole rows; `gather` takes six times as long on a CPU.
     """
     batch, count = x_BND.shape[:2]
     first_B1 = count * torch.arange(batch, device=x_BND.device)[:, None]

@@ -22,35 +22,38 @@ from pumer.reducers.selector import Selector, best, candidates, check_saliency, 
 from pumer.reducers.tokens import Tokens
 
 ATTENTION = {"class": "last_class_attention_BN", "received": "received_BN"}
-"""What rates the tokens: attention of the tower's last layer, or, where there is no [CLS], what
-they receive in the layer of the features, which no published code does."""
+"""The attention that rates tokens: of [CLS] in the tower's last layer, or, for encoders without
+[CLS], of all tokens in the layer of the features, which is ours."""
 
 
 @register
 @dataclass(frozen=True)
 class PruMerge(Selector):
-    """Keep the image tokens of outlying attention and evenly spaced ones; merge the others into
+    """Keep the image tokens with outlying attention, and evenly spaced ones; merge the others into
     these.
 
     Attention and keys are those of the tower's last layer, all heads taken as one. To every kept
-    token its neighbours are added, whose keys are most like its own, kept ones among them, each
-    times its attention; one extra token at the end is the sum of all that are not kept, each times
-    its attention. Shares therefore do not sum to one, and a token may enter many.
+    token its neighbours are added, the tokens with the most similar keys, each times its attention;
+    kept tokens may be neighbours too. One extra token at the end is the sum of all other tokens,
+    each times its attention. So weights do not sum to one, and a token may enter several.
 
-    As published, but for the order (here that of the image, there of attention), for images without
-    an outlier, where the published code fails and here the most attended token counts as one, and
-    for images that are kept whole, where it puts a token of zeros at the end and here there is
-    none.
+    As published, except for the order (image order here, attention there), for images without an
+    outlier (the published code fails; here the most attended token counts as one), and for images
+    whose tokens are all kept (the published code appends a token of zeros).
 
     Args:
-        keep: None keeps as many as there are outliers, each image its own number, and the extra
-            token. A share or a whole number leaves that many, the extra token included: with `plus`
-            a quarter of them by attention. Where only 1 stays, it is the most attended and all
-            others are dropped. This fixed budget is ours.
-        plus: keep evenly spaced tokens as well, about three to an outlier (PruMerge+).
-        saliency: attention of the "class" token, or that "received" from all.
-        neighbours: how many tokens are added to each kept one; published: 32. 0 leaves the kept
-            ones as they are.
+        keep: None keeps the outliers of each image, and the extra token. A share (float) or a
+            number (int) keeps that many, the extra token included; with `plus`, a quarter of them
+            by attention. If that is 1, the most attended token stays and the others are dropped.
+            The fixed budget is ours.
+        plus: also keep evenly spaced tokens, about three per outlier (PruMerge+).
+        saliency: the attention that rates a token: of [CLS] ("class"), or of all ("received").
+        neighbours: tokens added to each kept one; published: 32. 0 leaves the kept ones unchanged.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.PruMerge(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "prumerge"

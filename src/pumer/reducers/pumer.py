@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from pumer.reducers import official as published
+from pumer.reducers import official
 from pumer.reducers.base import ModelShape, Reducer, Traits, check_layers, check_ratios
 from pumer.reducers.ops.budget import (
     Count,
@@ -32,27 +32,31 @@ from pumer.reducers.tokens import Tokens, TokenShape
 @register
 @dataclass(frozen=True)
 class PuMer(Reducer):
-    """Prune image tokens the text does not attend to, then merge alike image tokens and alike text
-    tokens.
+    """Prune image tokens that the text does not attend to, then merge similar image tokens and
+    similar text tokens.
 
-    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, its [CLS] not
-    counted, rounded half to even; one image token always stays. In a decoder, whose prompt has no
-    [CLS], the first and the last token of the text stay: all others look at the first, and the
-    answer comes out of the last.
+    Ratios are of the real (unpadded) tokens of a modality at each reducing layer, without [CLS],
+    rounded half to even; at least one image token stays. A decoder's prompt has no [CLS]: there the
+    first and the last token of the text stay.
 
     Args:
-        prune: share of the image tokens to prune, the ones the text attends to least.
+        prune: share of the image tokens to prune, those that the text attends to least.
         merge: share of the image tokens (before pruning) to merge away.
         merge_text: share of the text tokens to merge away.
         layers: layers that reduce, counted from 0, between their attention and their MLP; in a
             decoder after both. None: after one, two and three quarters of the model's layers, the
             paper's (2, 5, 8) of 12. "all": every layer, only with `official`.
-        score: how the text scores an image token, one of `scores.SCORES`.
-        official: reproduce the published code bug for bug instead (see `published`); for released
-            checkpoints. True: as the model at hand has it; "meter": as in METER's fusion layers. It
-            needs `layers`. In ViLT `merge` >= 1 with `prune` 0 is a count, for matching text and
-            image together.
+        score: how the text scores an image token, one of `ops.saliency.SCORES`.
+        official: reproduce the published code bug for bug (see `reducers.official`), for released
+            checkpoints; needs `layers`. True: as published for the model at hand; "meter": as
+            published for METER. In ViLT, `merge` >= 1 with `prune` 0 is a number of tokens, and
+            text and image are matched together.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.PuMer(prune=0.1, merge=0.3))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (21, 32)
     """
 
     name = "pumer"
@@ -87,9 +91,9 @@ class PuMer(Reducer):
             )
         if self.score not in SCORES:
             raise ValueError(f"score is one of {', '.join(SCORES)}, not {self.score!r}")
-        if self.style not in published.STYLES or (self.style != "tome" and not self.official):
+        if self.style not in official.STYLES or (self.style != "tome" and not self.official):
             raise ValueError(
-                f"style is one of {', '.join(published.STYLES)}, and only 'tome' without "
+                f"style is one of {', '.join(official.STYLES)}, and only 'tome' without "
                 "official=True"
             )
         if isinstance(self.layers, (tuple, list)):
@@ -145,18 +149,18 @@ class PuMer(Reducer):
             return shape.unchanged
         text, ratios = shape.text, (self.prune, self.merge, self.merge_text)
         if self.official == "meter":
-            return published.lengths_meter(text, shape.image, *ratios)
+            return official.lengths_meter(text, shape.image, *ratios)
         if self.official:
-            return published.lengths(text, shape.image, *ratios, self.style)
+            return official.lengths(text, shape.image, *ratios, self.style)
         kept, merged = prune_then_merge(shape.patches, self.prune, self.merge)
         mergeable = max(text - (shape.num_prefix_tokens or 2), 0)
         return text - self._merged_text(mergeable), shape.structure + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
         if self.official == "meter":
-            return published.plan_meter(tokens, self.prune, self.merge, self.merge_text)
+            return official.plan_meter(tokens, self.prune, self.merge, self.merge_text)
         if self.official:
-            return published.plan(
+            return official.plan(
                 tokens, self.prune, self.merge, self.merge_text, self.score, self.style
             )
         num_prefix_tokens, keys_BNC = tokens.num_prefix_tokens, tokens.mean_keys_BNC
@@ -164,7 +168,7 @@ class PuMer(Reducer):
         text_slots, image_slots = self.lengths(tokens.shape)
         slots = max(image_slots - num_prefix_tokens, 0)
 
-        # Text-informed image pruning: the least attended go, the others keep their order.
+        # Text-informed image pruning: the least attended image tokens go; the order stays.
         valid_BI = tokens.valid_BN[:, image]
         kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
         reduction = Plan.identity(valid_BI)
@@ -175,7 +179,7 @@ class PuMer(Reducer):
             most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
             reduction = Plan.keep(valid_BI & (rank(saliency) < kept[:, None]), most_kept)
 
-        # Modality-aware merging: image tokens among themselves, text tokens among themselves.
+        # Modality-aware merging: the remaining image tokens with each other, then the text.
         if self.merge:
             keys_BIC, sizes_BI = (
                 reduction.reduce(keys_BNC[:, image]),
@@ -202,8 +206,7 @@ class PuMer(Reducer):
         return bipartite(keys_BNC[:, text], valid_BT, merged_B, slots, tokens.sizes_BN[:, text])
 
     def _merge_between(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
-        """Merges text between its first and its last real token, which stay and enclose the
-        others."""
+        """Merge the text between its first and its last real token, which stay."""
         valid_BT = tokens.valid_BN[:, : tokens.text]
         first = Plan.identity(valid_BT[:, :1])
         if slots < 3:
@@ -213,8 +216,7 @@ class PuMer(Reducer):
         between = self._merge(
             tokens, keys_BNC, slice(1, tokens.text), places < count_B1 - 1, slots - 2
         )
-        # The last token follows right behind what is left between: a shorter row has no gap before
-        # it.
+        # The last token directly follows the merged ones, so a shorter row has no gap before it.
         last_BT = places == count_B1 - 1
         filled_B1 = between.mask_BK.sum(1, keepdim=True)
         behind = Plan(

@@ -25,24 +25,26 @@ from pumer.reducers.tokens import Tokens
 @register
 @dataclass(frozen=True)
 class PyramidDrop(Selector):
-    """At the end of every stage keep the image tokens that the last token of the text attends to
-    most.
+    """At the end of every stage, keep the image tokens that the last text token attends to most.
 
-    The paper's layers 8, 16 and 24 are the first that run short: it acts after 7, 15 and 23.
-    Attention is that of the layer that it acts after, where the published code asks the next one.
+    The paper's layers 8, 16 and 24 are the first with fewer tokens: it acts after 7, 15 and 23.
+    Attention is that of the layer it acts after; the published code uses the next layer's.
 
-    Shares are of the image's number before the first stage, rounded down: of 575 tokens 287, 143
-    and 71 are left. A later stage takes that number to be the smallest one that leaves what it
-    finds. Where several do, it may keep one token less than the published code, which remembers the
-    number; never where every stage halves.
+    Shares are of the image tokens before the first stage, rounded down: of 575 tokens 287, 143 and
+    71 are left. A later stage infers that number as the smallest one that leaves what it receives.
+    If several do, it may keep one token less than the published code, which remembers the number;
+    never if every stage halves.
 
     Args:
-        keep: what is left after each stage, shares of the image's own number or whole numbers;
-            never rising. One share alone (float) is the paper's lambda: what each stage leaves of
-            what it finds.
+        keep: tokens left after each stage: shares of the image's tokens, or numbers; never rising.
+            A single share (float) is the paper's lambda, applied at every stage to what is left.
         layers: the layers after which it acts, counted from 0, one for each number. None: the ends
-            of stages of equal length but for the last, which nothing follows; with one share, of
-            three.
+            of all stages but the last, of equal length; three with a single share.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.PyramidDrop(keep=(0.5, 0.25), layers=(0, 1)))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "pyramiddrop"
@@ -90,9 +92,9 @@ class PyramidDrop(Selector):
 
 
 def _share(count: Count, before: float, keep: float) -> Count:
-    """The `keep` share, at least one, of the fewest tokens whose `before` share is `count`.
+    """`keep` times the smallest number of tokens of which `before` times is `count`, at least one.
 
-    Both shares are rounded down.
+    Both products are rounded down.
     """
     if isinstance(count, Tensor):
         fewest = torch.ceil(count.double() / before)
@@ -104,10 +106,9 @@ def _share(count: Count, before: float, keep: float) -> Count:
 
 
 def check_stages(keep: float | tuple[float | int, ...], layers: tuple[int, ...] | None) -> None:
-    """Raise ValueError unless there is one budget for each layer, and the layers are numbered from
-    0 and rise.
+    """Raise ValueError unless there is one budget per layer, and layers rise from 0.
 
-    Layers that are open, None, fit any number of budgets.
+    Layers that are None fit any number of budgets.
     """
     if not isinstance(keep, tuple):
         raise ValueError(f"keep is one number for each layer, such as (0.5, 0.25), not {keep!r}")

@@ -1,4 +1,4 @@
-"""Reducers by name."""
+"""The registry: reducers by name, and as plain data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R", bound=type[Reducer])
 
 
 def register(reducer: R) -> R:
-    """Class decorator: make a reducer known by its `name`."""
+    """Class decorator: register a reducer under its `name`."""
     if reducer.name in _REDUCERS:
         raise ValueError(f"a reducer named {reducer.name!r} is registered already")
     _REDUCERS[reducer.name] = reducer
@@ -25,8 +25,14 @@ def register(reducer: R) -> R:
 
 
 def get(name: str) -> type[Reducer]:
-    """The reducer class of that name, ours or a plugin's; raises ValueError listing the known
-    ones."""
+    """The reducer class of that name, built in or of a plugin; raises ValueError with the names
+    there are.
+
+    Example:
+        >>> from pumer.reducers import get
+        >>> get("fastv")(keep=0.25)
+        FastV(keep=0.25, layer=2)
+    """
     if not is_reducer(name):
         names = list_reducers()
         raise ValueError(
@@ -36,12 +42,12 @@ def get(name: str) -> type[Reducer]:
 
 
 def is_reducer(name: str) -> bool:
-    """Whether there is a reducer of that name; plugins are read only if none of ours has it."""
+    """Whether there is a reducer of that name; plugins are loaded only if none is built in."""
     return name in _REDUCERS or name in list_reducers()
 
 
 def _register_plugin(plugin: Any) -> None:
-    """Takes a reducer class, or a module that registers its reducers as it is imported."""
+    """Accepts a reducer class, or a module that registers its reducers on import."""
     if isinstance(plugin, ModuleType) or plugin in _REDUCERS.values():
         return
     if not (isinstance(plugin, type) and issubclass(plugin, Reducer)):
@@ -50,13 +56,25 @@ def _register_plugin(plugin: Any) -> None:
 
 
 def list_reducers() -> list[str]:
-    """Names of all reducers, those of plugins included, sorted."""
+    """Names of all reducers, those of plugins included, sorted.
+
+    Example:
+        >>> from pumer.reducers import list_reducers
+        >>> list_reducers()[:3]
+        ['cdpruner', 'chain', 'compose']
+    """
     _plugins.load(_plugins.REDUCERS, _register_plugin)
     return sorted(_REDUCERS)
 
 
 def to_dict(reducer: Reducer) -> dict[str, Any]:
-    """A reducer as plain data: its name and settings, less `Reducer.added` at the default."""
+    """A reducer as plain data: its name and settings, without `Reducer.added` at their defaults.
+
+    Example:
+        >>> from pumer.reducers import to_dict
+        >>> to_dict(pumer.FastV(keep=0.25))
+        {'reducer': 'fastv', 'keep': 0.25, 'layer': 2}
+    """
     usual = {field.name: field.default for field in dataclasses.fields(reducer)}
     settings = {
         name: value
@@ -67,8 +85,14 @@ def to_dict(reducer: Reducer) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Reducer:
-    """The reducer that `to_dict` described; raises ValueError for unknown names, settings and
-    types."""
+    """The reducer from the data of `to_dict`; raises ValueError for unknown names, settings and
+    types.
+
+    Example:
+        >>> from pumer.reducers import from_dict
+        >>> from_dict({"reducer": "fastv", "keep": 0.25})
+        FastV(keep=0.25, layer=2)
+    """
     settings = {key: _read(value) for key, value in data.items()}
     cls = get(str(settings.pop("reducer", None)))
     settings = cls.upgraded(settings)
@@ -87,7 +111,7 @@ def from_dict(data: dict[str, Any]) -> Reducer:
 
 
 def _read(value: Any) -> Any:
-    """A setting as it was before JSON: tuples, and reducers inside reducers."""
+    """A setting from JSON: lists as tuples, and reducers inside reducers."""
     if isinstance(value, list):
         return tuple(_read(part) for part in value)
     return from_dict(value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""SCOPE: tokens that stand for all the others, and of these the salient ones.
+"""SCOPE: tokens that cover all others, weighted by their saliency.
 
 Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs",
 NeurIPS 2025, arXiv 2510.24214.
@@ -32,20 +32,24 @@ COMBINE = ("multiply", "add")
 @register
 @dataclass(frozen=True)
 class SCOPE(Selector):
-    """Choose one by one the image token that adds most coverage, times its saliency.
+    """Select, one by one, the image token with the largest gain in coverage times saliency.
 
-    Coverage is the sum, over all image tokens, of the cosine with the nearest token chosen. It is
-    measured on the encoder's output before the projector, as published; on what the language model
-    is given where the encoder says nothing of it. Each crop of an image has a budget of its own.
+    Coverage is the sum over all image tokens of the cosine with the most similar selected token. It
+    is measured on the encoder's output before the projector, as published, or on the language
+    model's inputs if that is not available. The budget is per crop of an image.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        saliency: attention of the "class" token, or that "received" from all.
+        keep: image tokens to keep: a share (float) or a number (int).
+        saliency: the attention that rates a token: of [CLS] ("class"), or of all ("received").
         alpha: power of the saliency; 0 leaves coverage alone.
-        combine: "multiply" coverage and saliency; or "add" `alpha` times the saliency, a variant in
-            the published code, which sums attention over the heads where the mean is taken here:
-            with `alpha` = the number of the tower's heads it is the published one.
+        combine: "multiply" coverage and saliency, or "add" `alpha` times the saliency, a variant of
+            the published code. That sums attention over heads, here it is averaged: set `alpha` to
+            the number of the tower's heads for the published variant.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SCOPE(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "scope"

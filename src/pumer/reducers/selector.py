@@ -1,6 +1,6 @@
-"""What methods have in common that keep a given number of image tokens, and what they read.
+"""What methods share that keep a given number of image tokens.
 
-The number is apart from the method: `keep` gives it, or `Energy` does, for every image its own.
+The number is independent of the method: `keep` sets it, or `Energy` does, image by image.
 
 Shape suffixes: B batch, I image tokens without structure tokens, D channels.
 """
@@ -19,18 +19,22 @@ from pumer.reducers.plan import Plan
 from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 
 SALIENCY = {"class": "class_attention_BN", "received": "received_BN"}
-"""What an encoder's attention says of an image token: what [CLS] pays it, or, where there is no
-[CLS], what it receives from all."""
+"""The field of `Encoder` that rates image tokens: attention of [CLS], or, for encoders without
+[CLS], of all tokens."""
 
 
 @dataclass(frozen=True)
 class Selector(Reducer):
-    """Leave a given number of image tokens; acts between vision tower and language model unless it
-    says otherwise.
+    """Keep a given number of image tokens, by default between vision tower and language model.
 
     Args:
-        keep: how many image tokens stay: a share of the image's own number (float), or a whole
-            number (int). Images that have fewer stay whole.
+        keep: image tokens to keep: a share (float) or a number (int). Images with fewer tokens
+            keep all.
+
+    Example:
+        >>> from pumer.reducers import Selector
+        >>> issubclass(pumer.FastV, Selector)
+        True
     """
 
     keep: float | int = 0.25
@@ -71,12 +75,12 @@ class Selector(Reducer):
 
 
 def candidates(tokens: Tokens) -> Tensor:
-    """Which of the image tokens, structure tokens left out, are real: bool [B,I]."""
+    """Which image tokens are real, without structure tokens: bool [B,I]."""
     return tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
 
 
 def image_states(tokens: Tokens) -> Tensor:
-    """States of these tokens, float32 [B,I,D], zero at padding and where they are not finite."""
+    """Their states, float32 [B,I,D], zero at padding and where not finite."""
     if tokens.states_BND is None:
         raise ValueError("this method compares the states of tokens, and there are none here")
     states_BID = tokens.states_BND[:, tokens.text + tokens.num_prefix_tokens :].float()
@@ -87,7 +91,7 @@ def encoded(tokens: Tokens, name: str) -> Tensor:
     """A field of `Tokens.encoder`, float32 [B,I] or [B,I,D], zero at padding and where not finite.
 
     Raises:
-        ValueError: where the encoder does not give it.
+        ValueError: where it is not available.
     """
     value = None if tokens.encoder is None else getattr(tokens.encoder, name)
     if value is None:

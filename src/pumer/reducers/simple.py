@@ -1,7 +1,7 @@
-"""Honest baselines: what any method has to beat.
+"""Baselines that any method has to beat.
 
-Random and uniform selection do not look at the tokens; pooling looks only at where they are; no
-vision shows what the text alone is worth.
+Random and uniform selection ignore the tokens; pooling uses their positions only; `NoVision` shows
+what the text alone achieves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from pumer.reducers.tokens import EMBEDDINGS, Tokens, TokenShape
 @register
 @dataclass(frozen=True)
 class Unreduced(Reducer):
-    """Reduce nothing: the model with fused attention and trimmed text, the base to compare with."""
+    """Reduce nothing: the baseline with fused attention and trimmed padding.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Unreduced())
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 145)
+    """
 
     name = "none"
 
@@ -39,7 +45,7 @@ class Unreduced(Reducer):
 
 @dataclass(frozen=True)
 class _Selection(Reducer):
-    """Keep a share of the image tokens, at least one, chosen by their place alone."""
+    """Keep a share of the image tokens, at least one, by their position alone."""
 
     prune: float = 0.5
     layers: tuple[int, ...] = (EMBEDDINGS,)
@@ -74,14 +80,18 @@ class Random(_Selection):
         prune: share of the image tokens to prune at each layer.
         layers: layers that reduce; -1 is before the first.
         seed: of the random order.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Random(prune=0.5))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 73)
     """
 
     name = "random"
     seed: int = 0
 
     def _select(self, valid_BN: Tensor, num_keep_B1: Tensor, layer: int) -> Tensor:
-        # A hash of the place instead of a generator: no state, and the row of a batch gets what it
-        # gets alone.
+        # A hash of the position instead of a generator: stateless, and independent of the batch.
         position = torch.arange(valid_BN.shape[1], device=valid_BN.device)
         hashed = (position + 1) * 0x9E3779B1 + (self.seed * 64 + layer + 2) * 0x85EBCA6B
         for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -98,6 +108,11 @@ class Uniform(_Selection):
     Args:
         prune: share of the image tokens to prune at each layer.
         layers: layers that reduce; -1 is before the first.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Uniform(prune=0.5))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 73)
     """
 
     name = "uniform"
@@ -116,6 +131,11 @@ class Pool(Reducer):
     Args:
         window: patches on a side of a window.
         layer: the layer that reduces; -1 is before the first.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.Pool(window=2))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 37)
     """
 
     name = "pool"
@@ -156,8 +176,7 @@ class Pool(Reducer):
         window_BN = patch_BN // columns // self.window * across + patch_BN % columns // self.window
         window_BN = torch.where(valid_BN, window_BN, windows)
 
-        # A window that holds no real patch gets no slot, so that a padded image is pooled as it
-        # would be alone.
+        # A window without a real patch gets no slot, so that padding does not change the result.
         used_BW = torch.zeros(
             valid_BN.shape[0], windows + 1, device=valid_BN.device, dtype=torch.int64
         )
@@ -176,7 +195,13 @@ class Pool(Reducer):
 @register
 @dataclass(frozen=True)
 class NoVision(Reducer):
-    """Drop the whole image before the first layer: what the text alone is worth."""
+    """Drop the whole image before the first layer: what the text alone is worth.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.NoVision())
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 0)
+    """
 
     name = "no-vision"
 

@@ -1,5 +1,4 @@
-"""SmartTrim: trained trimmers decide per sample which tokens and which attention heads an example
-needs.
+"""SmartTrim: trained trimmers decide per sample which tokens and attention heads to keep.
 
 Wang, Chen, Zhou, Zhu, et al., "SmartTrim: Adaptive Tokens and Attention Pruning for Efficient
 Vision-Language Models", LREC-COLING 2024. Its code was never published. From the paper are: light
@@ -34,32 +33,35 @@ from pumer.reducers.registry import register
 from pumer.reducers.tokens import Tokens, TokenShape
 
 _ATTENTION = 1 / 3
-"""Share of attention in the cost of a layer: four products of the width with itself, next to the
-MLP's eight."""
+"""Share of attention in the cost of a layer: four width x width products, to the MLP's eight."""
 _OPEN = 0.9
-"""Share of the tokens that are left after all layers when training begins."""
+"""Share of the tokens left after all layers at the start of training."""
 
 
 @register
 @dataclass(frozen=True)
 class SmartTrim(Learned):
-    """Drop the tokens of either modality, and silence the heads, that trained trimmers find
-    needless in this sample.
+    """Prune the tokens of both modalities, and the attention heads, that trained trimmers select in
+    each sample.
 
-    How many stay is decided sample by sample; a batch is as long as its longest. Silenced heads
-    save nothing: they are computed and multiplied by zero, as every sample of a batch silences
-    others.
+    The number of tokens depends on the sample; a batch is as long as its longest sample. Pruned
+    heads save no computation: they are multiplied by zero, because samples prune different heads.
 
     Args:
-        target: share of the cost of the layers that trim, to be used on average once trained. A
-            layer costs a third of the tokens that enter it, times the share of its heads, and two
+        target: mean cost of the trimming layers after training, as a share of the full cost. A
+            layer costs a third of the tokens that enter it, times the share of its heads, plus two
             thirds of those that leave it.
         layers: layers that trim, counted from 0. None: all of the model's.
         text: trim text tokens too.
-        heads: trim attention heads too.
-        weight: of the loss on the cost, next to 1 for the task's.
-        curriculum: share of the training in which the target goes down from 1.
-        temperature: of the decisions while training, at its beginning; at its end half of that.
+        heads: prune attention heads too.
+        weight: of the budget loss; the task's loss has weight 1.
+        curriculum: share of the training in which the target falls from 1.
+        temperature: of the decisions at the start of training; it is halved by the end.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.SmartTrim(target=0.5))
+        >>> sorted(pumer.active(model).parts["0"])  # what it trains in the first layer
+        ['image', 'joint', 'text']
     """
 
     name = "smarttrim"
@@ -123,7 +125,7 @@ class SmartTrim(Learned):
         return nn.ModuleDict(layers)
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
-        """The most that may stay: everything."""
+        """The upper bound: all tokens."""
         return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
@@ -145,7 +147,7 @@ class SmartTrim(Learned):
     def budget_loss(
         self, keep_ratios: Sequence[Tensor], progress: float, heads: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Distance of the batch's mean cost from the target, which goes down in the curriculum.
+        """Distance of the batch's mean cost from the target, which falls during the curriculum.
 
         Args:
             keep_ratios: share of the tokens before and after each layer's decision, [B,2].
@@ -161,17 +163,16 @@ class SmartTrim(Learned):
         return self.weight * (cost_B.mean() - (1 - done * (1 - self.target))).abs()
 
     def sampling_at(self, progress: float) -> GumbelSampling:
-        """At random while the target goes down, then less and less, until the cost is that of the
-        later decisions.
+        """Full noise while the target falls, then fading until decisions are those of evaluation.
 
-        Noise that faded from the start would do the trimmers' work the wrong way round: as each
-        layer drops a little by chance, less of it alone leaves more tokens, while fewer are wanted.
+        Noise that faded from the start would work against the target: noise alone drops some tokens
+        in each layer, so less of it keeps more tokens while fewer are wanted.
         """
         noise = min(1.0, (1 - progress) / max(1 - self.curriculum, 1e-9))
         return GumbelSampling(self.temperature * (1 - 0.5 * progress), noise)
 
     def _keep(self, tokens: Tokens, sampling: GumbelSampling | None) -> Tensor:
-        """Decisions [B,N]; structure tokens always stay, and one token of the image."""
+        """Decisions [B,N]; structure tokens always stay, and at least one image token."""
         assert tokens.states_BND is not None
         assert isinstance(tokens.part, nn.ModuleDict)
         states, text, num_prefix_tokens = tokens.states_BND, tokens.text, tokens.num_prefix_tokens
@@ -185,7 +186,7 @@ class SmartTrim(Learned):
                 len(states), min(num_prefix_tokens, stop - start), dtype=torch.float32
             )
             if name in tokens.part:
-                # An image that was dropped whole says nothing of the text.
+                # The summary is [CLS] of the other modality; zeros if no image token is left.
                 summary = (
                     states[:, other] if other < states.shape[1] else torch.zeros_like(states[:, 0])
                 )
@@ -206,15 +207,15 @@ class TokenTrimmer(nn.Module):
 
     Args:
         width: channels of a token.
-        apart: by how much they begin as keeping.
+        margin: initial difference of the two logits.
     """
 
-    def __init__(self, width: int, apart: float) -> None:
+    def __init__(self, width: int, margin: float) -> None:
         super().__init__()
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decision = nn.Linear(width // 4, 2)
-        init_keep_bias(self.decision, apart)
+        init_keep_bias(self.decision, margin)
 
     def forward(self, states_BND: Tensor, other_BD: Tensor) -> Tensor:
         other = self.other_norm(other_BD)[:, None].expand_as(states_BND)
@@ -224,32 +225,30 @@ class TokenTrimmer(nn.Module):
 
 
 class HeadTrimmer(nn.Module):
-    """Which heads of an attention are heard, [B,H], from the mean states of those who ask and those
-    who are asked.
+    """Head-pruning mask of an attention, [B,H], from the mean states of its queries and its keys.
 
     Args:
         width: channels of a token.
         heads: of the attention.
-        apart: as in `TokenTrimmer`.
+        margin: as in `TokenTrimmer`.
     """
 
-    def __init__(self, width: int, heads: int, apart: float) -> None:
+    def __init__(self, width: int, heads: int, margin: float) -> None:
         super().__init__()
         self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner = nn.Linear(2 * width, width // 4)
         self.decisions = nn.Linear(width // 4, 2 * heads)
-        init_keep_bias(self.decisions, apart)
+        init_keep_bias(self.decisions, margin)
 
     def forward(
-        self, asking_BD: Tensor, asked_BD: Tensor, sampling: GumbelSampling | None
+        self, queries_BD: Tensor, keys_BD: Tensor, sampling: GumbelSampling | None
     ) -> Tensor:
-        pooled = torch.cat([self.norm(asking_BD), self.other_norm(asked_BD)], dim=-1)
+        pooled = torch.cat([self.norm(queries_BD), self.other_norm(keys_BD)], dim=-1)
         hidden = nn.functional.gelu(self.inner(pooled))
         logits = self.decisions(hidden).unflatten(-1, (-1, 2))
-        heard_BH = decide(logits, sampling)
-        # One head is always heard: the surest one.
+        mask_BH = decide(logits, sampling)
+        # At least one head is kept: the one with the largest margin.
         surest = (logits[..., 0] - logits[..., 1]).argmax(1, keepdim=True)
-        silent_BH = (
-            1 - heard_BH
-        ).detach()  # what is added has no gradient, so that every decision keeps its own
-        return heard_BH + silent_BH * torch.zeros_like(heard_BH).scatter(1, surest, 1.0)
+        # The added head has no gradient, so that decisions keep theirs.
+        pruned_BH = (1 - mask_BH).detach()
+        return mask_BH + pruned_BH * torch.zeros_like(mask_BH).scatter(1, surest, 1.0)

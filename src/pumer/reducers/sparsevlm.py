@@ -1,4 +1,4 @@
-"""SparseVLM: words that speak of the image rate its tokens; the best dropped ones are recycled.
+"""SparseVLM: words about the image rate its tokens; the best pruned tokens are recycled.
 
 Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
 Inference", ICML 2025, arXiv 2410.04417.
@@ -28,36 +28,39 @@ from pumer.reducers.selector import best, candidates, image_states
 from pumer.reducers.tokens import Tokens, TokenShape
 
 MERGES = ("mean", "sum", "rating")
-"""What a cluster becomes: the mean of its tokens, their sum, or their mean weighed by ratings."""
+"""How a cluster is merged: mean, sum, or mean weighted by ratings."""
 
 PUBLISHED_IMAGE, PUBLISHED_KEEP = 576, (300, 200, 110)
 PUBLISHED_SHARES = (0.52, 0.65, 0.54)
-"""What these numbers are of the tokens that arrive at each layer, clusters included."""
+"""The same as shares of the tokens that reach each layer, clusters included."""
 PUBLISHED_DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 
 
 @register
 @dataclass(frozen=True)
 class SparseVLM(Reducer):
-    """Keep the image tokens that the raters among the words attend to most; cluster the best of the
-    others.
+    """Keep the image tokens that the rater words attend to most; cluster the best of the others.
 
-    Raters are the words of the question (those after the image, unless the caller names others)
-    that image tokens are more like than the average word, as they enter the language model. Where
-    those embeddings are not known, as in joint encoders, the states of the layer stand for them,
-    scaled to one size. A cluster stands where its centre stood, because positions are kept; the
-    published code puts clusters behind the kept tokens.
+    Raters are the words of the question (those after the image, unless the caller marks others)
+    whose embeddings are more similar to the image tokens than the average word. Without these
+    embeddings, as in joint encoders, the layer's states are used, normalized. A cluster takes the
+    position of its centre, because positions are kept; the published code puts clusters last.
 
     Args:
-        keep: image tokens that stay at each layer, besides the clusters: whole numbers, or shares
-            of those that arrive there. Published: (300, 200, 110) for 192 on average, (303, 110,
-            36) for 128, (66, 30, 17) for 64. None: the first of these for an image of 576 tokens,
-            and the same shares for any other.
+        keep: image tokens to keep at each layer, without the clusters: numbers, or shares of those
+            that reach it. Published: (300, 200, 110) for 192 on average, (303, 110, 36) for 128,
+            (66, 30, 17) for 64. None: the first of these for an image of 576 tokens, and the same
+            shares for any other.
         layers: the layers after which it acts, counted from 0, one for each number. None: the
-            published (2, 6, 15) of 32, and layers as deep in any other model.
-        recycle: whether three tenths of the dropped tokens are clustered, ten to a cluster.
-        merge: what a cluster becomes, one of `MERGES`. "mean" is the published code, "sum" the
-            formula of the paper.
+            published (2, 6, 15) of 32, and the same relative depths in other models.
+        recycle: whether three tenths of the pruned tokens are clustered, ten per cluster.
+        merge: how a cluster is merged, one of `MERGES`; "mean" is the published code, "sum" the
+            paper's formula.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SparseVLM(keep=(0.5, 0.25), layers=(0, 1)))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 3)
     """
 
     name = "sparsevlm"
@@ -73,7 +76,7 @@ class SparseVLM(Reducer):
 
     @classmethod
     def upgraded(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """`average` was there before `merge`: true for "rating", false for "sum"."""
+        """`average` is the older form of `merge`: true for "rating", false for "sum"."""
         if "average" not in settings:
             return settings
         current = {name: value for name, value in settings.items() if name != "average"}
@@ -122,7 +125,7 @@ class SparseVLM(Reducer):
         if most == 0:
             return tokens.with_structure(None, Plan.keep(chosen_BI, most_kept))
 
-        # The recycled tokens as a list of their own, which is clustered.
+        # Gather the tokens to recycle [B,M], and cluster them.
         recycled_BI = best(score_BI, valid_BI & ~chosen_BI, recycled_B)
         gather = Plan.keep(recycled_BI, most)
         assert gather.index_BK is not None
@@ -130,7 +133,7 @@ class SparseVLM(Reducer):
             gather.reduce(image_states(tokens)), gather.mask_BK, self._clusters(recycled_B)
         )
 
-        # Back from the list to the image: which are centres, and who belongs to which.
+        # Scatter back to the image tokens [B,I]: which are centres, and the centre of each token.
         centre_BI = recycled_BI & gather.expand(centre_BM)
         home_BI = gather.expand(gather.index_BK.gather(1, nearest_BM))
         keeping = Plan.keep(chosen_BI | centre_BI, most_kept + self._clusters(most))
@@ -144,17 +147,17 @@ class SparseVLM(Reducer):
 
 
 def raters(tokens: Tokens) -> Tensor:
-    """The words of the question that image tokens are more like than the average, bool [B,T].
+    """The words of the question with above-average similarity to the image, bool [B,T].
 
-    Likeness is a softmax over these words of the dot products of embeddings, averaged over the
-    image. All of these words are raters where none stands out.
+    Similarity is a softmax over these words of dot products of embeddings, averaged over the image
+    tokens. If no word stands out, all are raters.
     """
     words_BT, embeddings = question_words(tokens), tokens.embeddings
     if embeddings is not None:
         text_BTD, image_BID = embeddings.text_BTD.float(), embeddings.image_BID.float()
         valid_BI = embeddings.valid_BI
     else:
-        # States of a layer differ in size by orders of magnitude: one word would win everything.
+        # Norms of states differ by orders of magnitude: without scaling one word would dominate.
         assert tokens.states_BND is not None
         states_BND = unit_vectors(tokens.states_BND) * tokens.states_BND.shape[2] ** 0.25
         text_BTD = states_BND[:, : tokens.text]
@@ -163,7 +166,7 @@ def raters(tokens: Tokens) -> Tensor:
             candidates(tokens),
         )
     mean_BT = _likeness(image_BID, valid_BI, text_BTD, words_BT)
-    # Words that are all alike stand out by the last bit of a sum, which means nothing.
+    # A margin, because equal words differ in the last bit of a sum.
     above_BT = words_BT & (mean_BT * words_BT.sum(1, keepdim=True) > 1 + 1e-5)
     return torch.where(above_BT.any(1, keepdim=True), above_BT, words_BT)
 

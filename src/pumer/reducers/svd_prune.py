@@ -1,9 +1,8 @@
-"""SVD-Prune: keep the tokens that span the image's main directions.
+"""SVD-Prune: keep the tokens with the highest leverage on the image's main directions.
 
 Apedo et al., "SVD-Prune: Training-Free Token Pruning For Efficient VLMs", 2026, arXiv 2604.11530.
 Reconstructed from
-its abstract and from what others built after it: the share of energy and the mass budget are
-theirs.
+its abstract and from follow-up work, which the share of energy and the mass budget are from.
 
 Shape suffixes: B batch, I image tokens, D channels.
 """
@@ -29,24 +28,27 @@ FEATURES = ("encoder", "states")
 @register
 @dataclass(frozen=True)
 class SVDPrune(Selector):
-    """Keep the image tokens of the highest statistical leverage on the directions that hold most of
-    the energy.
+    """Keep the image tokens with the highest leverage on the directions with most of the energy.
 
-    On CUDA the eigen-decomposition makes the host wait once.
+    On CUDA the eigendecomposition needs one host-device sync.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
+        keep: image tokens to keep: a share (float) or a number (int).
         energy: share of the spectral energy (squared singular values) that the directions hold.
-        mass: keep only the fewest tokens whose leverage adds up to this share, and no more than
-            `keep`; None keeps as many as `keep` says.
-        features: "encoder", its output before the projector, or the "states" that the language
-            model is given. None: the encoder's, and the states where there is none, as in joint
+        mass: keep the fewest tokens whose leverage adds up to this share, at most `keep`; None
+            keeps as many as `keep` says.
+        features: "encoder", its output before the projector, or "states", the inputs of the
+            language model. None: of the encoder, or the states where there is none, as in joint
             encoders.
-        center: subtract the image's mean feature first. Without it the strongest direction is close
-            to that mean.
-        normalize: scale every feature to length 1 first, so that tokens of large norm count no more
-            than others.
+        center: subtract the image's mean feature first; else the strongest direction is close to
+            that mean.
+        normalize: scale every feature to length 1 first, so that tokens of large norm do not
+            dominate.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.SVDPrune(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "svd-prune"

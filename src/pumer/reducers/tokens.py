@@ -16,8 +16,7 @@ from pumer.reducers.plan import Plan
 Grid = tuple[int, int]
 
 EMBEDDINGS = -1
-"""The position before the first layer, where `layers` may ask a reducer that needs no attention to
-act."""
+"""In `layers`: before the first layer, for reducers that need no attention."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class TokenShape:
         grid: rows and columns of patches, for methods that go by position.
         entered: image tokens that entered the first layer, structure tokens included; None where
             nothing was reduced before. A later stage of DynamicViT keeps a share of these.
+
+    Example:
+        >>> from pumer.reducers import TokenShape
+        >>> pumer.PuMer(layers=(2, 5, 8)).lengths(TokenShape(text=40, image=145, layer=2))
+        (32, 87)
     """
 
     text: int
@@ -59,10 +63,10 @@ class TokenShape:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a vision encoder knows of its image tokens; only what the reducer `needs`, else None.
+    """Outputs of a vision encoder for its image tokens; None unless in `Traits.needs_encoder`.
 
-    Every tensor is over the image tokens of a row alone, in their order, structure tokens left out,
-    padding last.
+    Every tensor has the image tokens of a row in their order, without structure tokens, padding
+    last.
 
     Args:
         features_BND: the encoder's output, before the projector.
@@ -75,6 +79,11 @@ class Encoder:
             all heads taken as one: the softmax over all tokens of the products of whole queries
             and keys, divided by the root of their width.
         last_keys_BNC: keys of that layer, those of all heads side by side.
+
+    Example:
+        >>> from pumer.reducers import Encoder
+        >>> Encoder(received_BN=torch.tensor([[0.1, 0.7, 0.2]])).at(torch.tensor([1])).received_BN
+        tensor([[0.7000]])
     """
 
     features_BND: Tensor | None = None
@@ -87,7 +96,7 @@ class Encoder:
     last_keys_BNC: Tensor | None = None
 
     def at(self, index_I: Tensor) -> Encoder:
-        """The same of some image tokens, given by their numbers on the host."""
+        """The outputs at some image tokens, given by their indices on the host."""
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Encoder(
             **{
@@ -100,18 +109,19 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Context:
-    """What the text attends to besides the tokens that a reducer is shown.
+    """Keys that the text attends to in addition to the tokens that a reducer is shown.
 
-    A cached prefix, other turns, separators and structure tokens are keys of the model's own
-    softmax, so they are keys
-    of ours: what is kept then does not depend on how a prompt is cut into calls.
+    A cached prefix, other turns, separators and structure tokens are keys of the model's softmax.
+    With them in the reducer's softmax, what is kept does not depend on how a prompt is split into
+    calls.
 
     Args:
-        keys_BHMC: their keys, as many heads as the keys of `Tokens`.
-        valid_BM: bool, false for padding, and for what nobody may attend to.
-        place_BM: int64, their places in the numbering of `Tokens.place_BN`; None where all tokens
-            see each other.
-        window: a token sees only places later than its own less this number; None for all.
+        keys_BHMC: with as many heads as the keys of `Tokens`.
+        valid_BM: bool, false for padding and for masked tokens.
+        place_BM: int64, their positions, counted as in `Tokens.place_BN`; None without a causal
+            mask.
+        window: size of a sliding window: a token sees only positions later than its own minus this
+            number; None for all.
         softcap: logits are `softcap * tanh(logits / softcap)`, as in Gemma 2; None leaves them as
             they are.
     """
@@ -125,11 +135,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What entered the first layer of a language model, for a reducer that `reads_embeddings`.
+    """Inputs of a language model's first layer, for reducers with `Traits.needs_embeddings`.
 
     Args:
         text_BTD: at the text tokens of `Tokens`.
-        image_BID: at all image tokens of the prompt, those that earlier layers have dropped too.
+        image_BID: at all image tokens of the prompt, including those dropped since.
         valid_BI: bool, false for padding.
     """
 
@@ -140,49 +150,50 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token axis of one layer as a reducer may look at it: text first, then the image.
+    """What a reducer sees of one layer: the text tokens, then the image tokens.
 
     In each modality the structure token ([CLS]) comes first, then real tokens, then padding.
 
     Args:
         mask_BN: attention mask, bool (or float where a published checkpoint works with fractional
             ones).
-        text: number of text tokens, padding included; the rest is the image. 0 where there is no
-            text.
+        text: number of text tokens, padding included; the others are of the image.
         sizes_BN: how many source tokens each token stands for, float32.
-        layer: number of the layer, `EMBEDDINGS` before the first.
+        layer: index of the layer, `EMBEDDINGS` before the first.
         num_prefix_tokens: structure tokens at the head of each modality, never candidates.
-        grid: rows and columns of patches, if the image tokens are still all the patches of such a
-            grid.
-        patch_BN: int64, raster number of every token's patch in that grid, -1 for tokens that are
-            none.
+        grid: rows and columns of patches, while the image tokens are all the patches of a grid.
+        patch_BN: int64, raster index of every token's patch in that grid, -1 for tokens that are no
+            patch.
         states_BND: hidden states.
         queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,
-            float32: attention is the exponential of a logit less this. None where the layer's
-            kernel does not say.
-        attention_BHNN: attention probabilities, only for a reducer that `needs` them.
-        cross: whether the text attends to the image by itself, as in co-attention: the queries are
-            those of the text alone, the keys of the image those it was asked by, and
-            `attention_BHNN` is [B,H,T,I], a softmax over the image. The keys of the text are those
-            of its self-attention.
-        place_BN: where attention is causal, the place of every token in the sequence: it is seen by
-            itself and by those that come later. Real tokens of a modality stand in this order. None
-            where all tokens see each other.
-        context: what the text attends to besides these tokens, in a language model; None elsewhere.
-        question_BT: bool, the words that are the question: those that the caller names, or those
-            behind the first image, or all where there are none; None for all. What images are rated
-            by, where a method reads words.
-        embeddings: what entered the first layer; None where it is not known, and for reducers
-            that do not ask.
-        encoder: what the vision encoder knows, between it and a language model; None elsewhere.
-        entered_BI: bool, mask of the image tokens, structure tokens left out, that entered the
-            first layer; None where none have gone since.
-        part: what a learned reducer has trained for this layer.
-        gate_BN: while that is trained, 1 for tokens that no layer before has decided against; None
-            before the first.
-        progress: of that training, 0 to 1.
+            float32: attention is exp(logit - normalizer). None where the attention kernel does not
+            return it.
+        attention_BHNN: attention probabilities, for reducers with `Traits.needs_attention`.
+        cross: whether text and image have a separate cross-attention. Queries are then those of the
+            text, keys of the image those of the cross-attention, keys of the text those of its
+            self-attention, and `attention_BHNN` is [B,H,T,I], a softmax over the image.
+        place_BN: position of every token in the sequence, where attention is causal; rising within
+            a modality. None without a causal mask.
+        context: further keys that the text attends to, in a language model; None elsewhere.
+        question_BT: bool, words of the question: those that the caller marks, or those after the
+            first image, or all if there are none; None for all.
+        embeddings: inputs of the first layer; None where they are unknown or not needed.
+        encoder: outputs of the vision encoder, between it and a language model; None elsewhere.
+        entered_BI: bool, mask of the image tokens, without structure tokens, that entered the first
+            layer; None if none were reduced since.
+        part: the trainable part of a learned reducer for this layer.
+        gate_BN: in its training, 1 for tokens that every layer before keeps; None before the first
+            decision.
+        progress: of its training, 0 to 1.
+
+    Example:
+        >>> from pumer.reducers import Tokens
+        >>> mask = torch.ones(1, 5, dtype=torch.bool)
+        >>> tokens = Tokens(mask_BN=mask, text=2, sizes_BN=torch.ones(1, 5))
+        >>> tokens.shape.patches  # three image tokens, of which the first is [CLS]
+        2
     """
 
     mask_BN: Tensor
@@ -215,7 +226,7 @@ class Tokens:
 
     @property
     def image(self) -> slice:
-        """Where the image tokens are, structure tokens included."""
+        """Slice of the image tokens, structure tokens included."""
         return slice(self.text, self.mask_BN.shape[1])
 
     @property
@@ -234,10 +245,9 @@ class Tokens:
         return self.keys_BHNC.mean(1)
 
     def with_structure(self, text: Plan | None, image: Plan) -> Plan:
-        """The plan for the whole axis: structure tokens stay, the rest of each modality follows its
-        own plan.
+        """The plan for all tokens from the plans of each modality; structure tokens stay.
 
-        `text` is None where text is left alone.
+        `text` is None if the text is not reduced.
         """
         plans = []
         for start, stop, plan in ((0, self.text, text), (self.text, self.mask_BN.shape[1], image)):

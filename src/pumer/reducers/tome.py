@@ -23,19 +23,23 @@ _PAPER = 12
 @register
 @dataclass(frozen=True)
 class ToMe(Reducer):
-    """Merge the most similar image tokens of every layer, whatever the text says.
+    """Merge the most similar image tokens in every layer; the text plays no part.
 
-    Groups, averages and sizes are those of the published code. The order of the tokens stays that
-    of the image, where the published one puts the destinations last.
+    Groups, averages and sizes are those of the published code. Tokens keep the order of the image;
+    the published code puts the destinations last.
 
     Args:
         r: image tokens to merge away per layer: a number, `(number, inflection)`, or a list with
             one number per layer (`budget.merge_schedule`). At most half of a layer's tokens can go.
-        depth: number of layers that the schedule spans, the first ones; None: all of the model's
-            (12, the paper's, where no model is known).
-        proportional: let attention count a merged token as often as its size says (the paper's
-            proportional attention; meant for use without training). None: wherever the model's
-            attention can.
+        depth: number of layers, from the first, that the schedule spans; None: all of the model's
+            (12 as in the paper without a model).
+        proportional: the paper's proportional attention, for use without training: attention
+            counts a merged token as often as its size says. None: where the model supports it.
+
+    Example:
+        >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.ToMe(r=16))
+        >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
+        (40, 49)
     """
 
     name = "tome"

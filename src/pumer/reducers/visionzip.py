@@ -1,4 +1,4 @@
-"""VisionZip: dominant tokens, and contextual ones that the rest is merged into.
+"""VisionZip: dominant tokens, and contextual tokens that the others are merged into.
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
 arXiv 2412.04467.
@@ -25,23 +25,26 @@ from pumer.reducers.tokens import Tokens
 @register
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """Keep the image tokens that the encoder attends to most; merge the others into a few of
-    theirs.
+    """Keep the image tokens that the encoder attends to most; merge the others into a few of their
+    own.
 
-    What is merged into a token is averaged and then added to it, as published: it comes out about
-    twice as long as it was. As published, features before the projector are merged and then
-    projected where the projector takes every token by itself (`before_projector`); elsewhere what
-    it gives is merged. Each crop of an image has a budget of its own. In the published code the
-    encoder's [CLS] is among the dominant tokens, which here is not handed to the language model:
-    published counts less one for it are these. The contextual tokens keep their place among the
-    others, where the published code puts them behind.
+    As published, the tokens merged into a contextual token are averaged and added to it, so it
+    becomes about twice as long. As published, features are merged before the projector, if the
+    projector works token by token (`Traits.before_projector`); else after it. The budget is per
+    crop of an image. The published code counts the encoder's [CLS] among the dominant tokens; here
+    [CLS] does not enter the language model, so give one token less. Contextual tokens keep their
+    position; the published code puts them last.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        contextual: how many of the kept tokens others are merged into: a share of them (float), or
-            a whole number (int). Published: 10 of 64, 20 of 128, 30 of 192.
-        saliency: attention of the "class" token, or that "received" from all.
+        keep: image tokens to keep: a share (float) or a number (int).
+        contextual: how many of the kept tokens are contextual: a share (float) or a number (int).
+            Published: 10 of 64, 20 of 128, 30 of 192.
+        saliency: the attention that rates a token: of [CLS] ("class"), or of all ("received").
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.VisionZip(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "visionzip"
@@ -75,14 +78,14 @@ class VisionZip(Selector):
         attention_BI = encoded(tokens, SALIENCY[self.saliency])
         dominant_BI = best(attention_BI, valid_BI, num_keep_B - contextual_B)
 
-        # Targets at even distances among the others.
+        # Contextual tokens: evenly spaced among the others.
         rest_BI = valid_BI & ~dominant_BI
         place_BI = rest_BI.long().cumsum(1) - 1
         contextual_B1 = contextual_B[:, None]
         step_B1 = (rest_BI.sum(1, keepdim=True) // contextual_B1.clamp_min(1)).clamp_min(1)
         target_BI = rest_BI & (place_BI % step_B1 == 0) & (place_BI // step_B1 < contextual_B1)
 
-        # The target of every other token: the one whose key is most like its own.
+        # Every other token goes into the contextual token with the most similar key.
         cosine_BII = cosines(encoded(tokens, "keys_BNC"))
         nearest_BI = cosine_BII.masked_fill(~target_BI[:, None], -torch.inf).argmax(2)
         keeping = Plan.keep(dominant_BI | target_BI, most)

@@ -1,4 +1,4 @@
-"""FasterVLM and VisPruner: what the encoder's [CLS] attends to, and what differs from the rest.
+"""FasterVLM and VisPruner: the tokens that the encoder's [CLS] attends to, and diverse others.
 
 Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
 VLMs" (VisPruner), ICCV 2025; its first version, "[CLS] Attention is All You Need for Training-Free
@@ -22,7 +22,7 @@ from pumer.reducers.selector import SALIENCY, Selector, best, candidates, check_
 from pumer.reducers.tokens import Tokens
 
 AT_ONCE = 8
-"""Tokens that VisPruner removes between two comparisons, as published."""
+"""Tokens that VisPruner removes per round, as published."""
 
 
 @register
@@ -30,12 +30,16 @@ AT_ONCE = 8
 class FasterVLM(Selector):
     """Keep the image tokens that the vision encoder attends to most.
 
-    Each crop of an image has a budget of its own.
+    The budget is per crop of an image.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
-        saliency: attention of the "class" token, or that "received" from all.
+        keep: image tokens to keep: a share (float) or a number (int).
+        saliency: the attention that rates a token: of [CLS] ("class"), or of all ("received").
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.FasterVLM(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "fastervlm"
@@ -63,11 +67,15 @@ class VisPruner(FasterVLM):
     round takes more than half.
 
     Args:
-        keep: image tokens that stay: a share of the image's own number (float), or a whole number
-            (int).
+        keep: image tokens to keep: a share (float) or a number (int).
         important: share of the kept tokens that are chosen by attention, rounded down. Published:
             0.5, at 64 tokens 0.75.
         saliency: what attention rates a token, one of `SALIENCY`.
+
+    Example:
+        >>> llava = pumer.apply(llava, pumer.VisPruner(keep=0.25))
+        >>> pumer.report(llava).lengths[-1]  # (text, image) tokens after the last layer
+        (64, 4)
     """
 
     name = "vispruner"
@@ -89,7 +97,7 @@ class VisPruner(FasterVLM):
         important_B = (num_keep_B.double() * self.important).long()  # rounded down, as published
         important_BI = valid_BI & (place_BI < important_B[:, None])
 
-        # A list of the others, from most to least attended, that loses its duplicates.
+        # The others, from most to least attended, as a list that is thinned out.
         order_BL = place_BI.argsort(1)
         start_BL = torch.arange(order_BL.shape[1], device=order_BL.device) + important_B[:, None]
         list_BL = order_BL.gather(1, start_BL.clamp_max(order_BL.shape[1] - 1))
@@ -105,19 +113,18 @@ class VisPruner(FasterVLM):
 def _without_duplicates(
     cosine_BII: Tensor, list_BL: Tensor, left_B: Tensor, wanted_B: Tensor, most: int
 ) -> Tensor:
-    """The list after its first `left_B` tokens have been thinned out to `wanted_B`, which stand in
-    front.
+    """Thin the first `left_B` tokens of the list out to `wanted_B`, which come first in the result.
 
-    Up to eight at a time are removed, those at even places that are most like one at an odd place.
-    The survivors at even places, by falling similarity, and then the odd ones make up the next
-    list.
+    Each round removes up to eight tokens: those at even positions that are most similar to one at
+    an odd position. The next list is the remaining even ones by falling similarity, then the odd
+    ones.
 
     Args:
-        most: the largest number of tokens that any row is to keep.
+        most: the most tokens that any row keeps.
     """
     rows = torch.arange(len(list_BL), device=list_BL.device)[:, None]
     start = list_BL.shape[1]
-    # Below sixteen tokens a step can only take half of them: up to four steps more.
+    # Below sixteen tokens a round removes at most half: up to four more rounds.
     for step in range(-(-start // AT_ONCE) + 4 if start > 1 else 0):
         length = min(start, max(start - step * AT_ONCE, most, 2 * AT_ONCE))  # no row has more left
         list_BL = list_BL[:, :length]
@@ -127,7 +134,7 @@ def _without_duplicates(
         alike = alike.masked_fill(~real_BL[:, None, 1::2], -torch.inf).amax(2)
         removed_B = torch.minimum(left_B - wanted_B, left_B // 2).clamp(0, AT_ONCE)
 
-        # Sort keys, rising: even survivors by similarity, real odd places, then what has gone.
+        # Sort keys, rising: remaining even tokens by similarity, odd tokens, then removed ones.
         goes = rank(alike.masked_fill(~real_BL[:, ::2], -torch.inf)) < removed_B[:, None]
         key_BL = torch.empty_like(list_BL, dtype=cosine_BII.dtype)
         key_BL[:, ::2] = (-alike).masked_fill(goes | ~real_BL[:, ::2], torch.inf)

@@ -133,6 +133,6 @@ def test_it_is_saved(tmp_path, renumber):
 @pytest.mark.parametrize("family", ["qwen2_vl", "ViLT"])
 def test_other_positions_are_refused(family):
     model = calls.model(family)
-    with pytest.raises(ValueError, match=r"cannot be counted anew.*leave renumber out"):
+    with pytest.raises(ValueError, match=r"cannot be renumbered.*leave renumber out"):
         pumer.apply(model, Uniform(prune=0.5, layers=(0,)), renumber=True)
     assert pumer.active(model) is None

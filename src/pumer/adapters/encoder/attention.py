@@ -1,4 +1,4 @@
-"""Attention kernels, and what a reducer needs from them. The only file that names a backend.
+"""Attention kernels. The only file that names a backend.
 
 Shape suffixes: B batch, H heads, N tokens, C channels of a head.
 """
@@ -26,12 +26,11 @@ def attend(
     for.
 
     Args:
-        bias_B11N: bool (true: may be seen) or added to the logits.
+        bias_B11N: bool (true: attend) or added to the logits.
         backend: "sdpa" (fused) or "eager"; asking for probabilities costs the fused kernel.
     """
     if keys_BHNC.shape[2] == 0:
-        # Whoever attends to nothing gets nothing. Fused kernels spread one sample's NaN to all
-        # here.
+        # Attention to no key is zero. Fused kernels would spread one sample's NaN to all here.
         nothing = queries_BHNC.new_zeros(*queries_BHNC.shape[:3], 0) if probabilities else None
         return torch.zeros_like(queries_BHNC), nothing
     if backend == "sdpa" and not probabilities:
@@ -73,15 +72,14 @@ def attend_gated(
     own: bool,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that leaves out keys by gates of 0 and 1 through which gradients pass -> context,
-    probabilities.
+    """Attention with keys gated by 0 or 1, differentiable in the gates -> context, probabilities.
 
     DynamicViT's (equation 11): the probabilities are those among the keys that are left.
 
     Args:
         mask_BN: bool, the real keys.
-        gate_BN: 1 for keys that may be seen.
-        own: whether the keys are the queries' own tokens, each of which sees itself whatever its
+        gate_BN: 1 for keys that are attended to.
+        own: whether the keys are the queries' own tokens; each then attends to itself whatever its
             gate.
     """
     logits = queries_BHNC @ keys_BHNC.transpose(-1, -2) / queries_BHNC.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""Seam A inside a vision tower: CLIP's encoder, as transformers has it.
+"""Reduction inside a vision tower: CLIP's encoder, as transformers has it.
 
 Shape suffixes: B batch, I image tokens, D channels, H heads, C channels of a head.
 """
@@ -17,7 +17,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder import inplace
 from pumer.adapters.encoder import reduce as encoder
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import run_block
 from pumer.reducers import Plan, Reducer
 from pumer.reducers.tokens import Grid
@@ -25,12 +25,12 @@ from pumer.reducers.tokens import Grid
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a vision tower gives; rows can be taken like those of a tensor.
+    """The output of a vision tower; indexing selects rows as for a tensor.
 
     Args:
         states_BID: with [CLS] first.
-        sizes_BI: patches that each token stands for, None if one each.
-        plan: where the tower's own tokens went, None if nothing was reduced.
+        sizes_BI: patches that each token stands for; None if one each.
+        plan: where the tower's tokens went; None without a reduction.
         grid: rows and columns of patches.
     """
 
@@ -55,8 +55,8 @@ class Encoded:
 
 
 def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
-    """Every token of a `CLIPVisionModel` after its last layer, normed; reduced on the way if the
-    patch says so."""
+    """The normed tokens of a `CLIPVisionModel` after its last layer, reduced by the tower's
+    reducer."""
     reducer = patch.reducer.traits.vision_reducer
     grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
     if reducer is None:
@@ -64,21 +64,21 @@ def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
         patch.tower = [states.shape[1]] * (len(vision.encoder.layers) + 1)
         return Encoded(vision.post_layernorm(states), grid=grid)
     embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=True)
-    for states, layout in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are what is wanted
+    for states, layout in layers(vision, embedded, patch, grid):  # noqa: B007 - the last ones are used
         pass
     return Encoded(vision.post_layernorm(states), layout.sizes_BN, layout.plan, grid)
 
 
 def layers(
     vision: Any, embedded_BID: Tensor, patch: Patch, grid: Grid | None = None
-) -> Iterator[tuple[Tensor, TokenLayout]]:
-    """States and axis before the first layer of a `CLIPVisionModel` and after every one, the
-    tower's reducer at work.
+) -> Iterator[tuple[Tensor, EncoderLayout]]:
+    """States and layout before the first layer of a `CLIPVisionModel` and after every layer, with
+    the tower's reducer active.
 
     Args:
         vision: the tower.
-        embedded_BID: what its embeddings give, [CLS] first.
-        patch: whose reducer acts.
+        embedded_BID: output of its embeddings, [CLS] first.
+        patch: of the model.
         grid: rows and columns of patches.
     """
     reducer = patch.reducer.traits.vision_reducer
@@ -86,7 +86,7 @@ def layers(
     states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)
     raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
-    layout = TokenLayout(0, ones.bool(), ones, None, grid, raster)
+    layout = EncoderLayout(0, ones.bool(), ones, None, grid, raster)
     lengths = [states.shape[1]]
     patch.tower = lengths  # of this call alone
     yield states, layout
@@ -102,8 +102,8 @@ def _layer(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
     return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, layout)
 
 
@@ -113,9 +113,9 @@ def _block(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
-    """In place of `CLIPEncoderLayer.forward`, which has no opening between attention and MLP."""
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
+    """Replaces `CLIPEncoderLayer.forward`, which has no hook between attention and MLP."""
     states, layout = _attend_and_reduce(layer, patch, reducer, layer_index, states, layout)
     return inplace.add(layer.mlp(layer.layer_norm2(states)), states), layout
 
@@ -126,9 +126,9 @@ def _attend_and_reduce(
     reducer: Reducer,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, TokenLayout]:
-    """A function of its own, so that queries, keys and values are gone when the MLP runs."""
+    layout: EncoderLayout,
+) -> tuple[Tensor, EncoderLayout]:
+    """A separate function, so that queries, keys and values are freed before the MLP."""
     module = layer.self_attn
     normed = layer.layer_norm1(states)
     queries, keys, values = (

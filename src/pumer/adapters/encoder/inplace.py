@@ -1,7 +1,6 @@
-"""Overwriting what nobody needs any more: half of a block's memory is results that live for one
-operator.
+"""In-place operators: half of a block's memory is results that only the next operator reads.
 
-Each steps aside where gradients or a compiler need the old value.
+Each falls back to the normal operator where gradients or a compiler need the old value.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ def _keeps() -> bool:
 
 
 def add(fresh: Tensor, other: Tensor) -> Tensor:
-    """The sum of a tensor that nobody else holds and another one."""
+    """`fresh + other`, in place in `fresh`, which nothing else may hold."""
     return fresh + other if _keeps() or fresh.dtype != other.dtype else fresh.add_(other)
 
 
 def activate(activation: Any, fresh: Tensor) -> Tensor:
-    """An activation of a tensor that nobody else holds; exact GELU, the largest tensor of a layer,
-    overwrites it."""
+    """The activation of `fresh`, which nothing else may hold.
+
+    Exact GELU, on the largest tensor of a layer, is in place.
+    """
     if _keeps() or getattr(activation, "act", None) is not nn.functional.gelu:
         return activation(fresh)
     return torch.ops.aten.gelu_(fresh)

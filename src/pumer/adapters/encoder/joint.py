@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one
 from pumer.reducers import Plan
 
@@ -68,7 +68,7 @@ def joint_layout(
     patch_BS: Tensor | None,
     sizes_BI: Tensor | None = None,
     plan: Plan | None = None,
-) -> TokenLayout:
+) -> EncoderLayout:
     """The token axis before the first layer, text first.
 
     Args:
@@ -86,12 +86,12 @@ def joint_layout(
         sizes_BN = torch.cat([sizes_BN[:, : mask_BT.shape[1]], sizes_BI], dim=1)
     if patch.reducer.traits.official:  # the published code works with fractional masks
         mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
-    return TokenLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
+    return EncoderLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
 
 
 def attend(
     patch: Patch,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     queries_BHQC: Tensor,
     keys_BHKC: Tensor,
     values_BHKC: Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -26,12 +25,13 @@ from pumer.adapters.base import (
     register,
 )
 from pumer.adapters.encoder import clip as tower
-from pumer.adapters.encoder import inplace, joint
+from pumer.adapters.encoder import joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
+from pumer.adapters.encoder.co_attention import run_layer
 from pumer.adapters.encoder.joint import TextInputs
-from pumer.adapters.encoder.reduce import TokenLayout
-from pumer.adapters.forward import max_length, run_block
+from pumer.adapters.encoder.reduce import EncoderLayout
+from pumer.adapters.forward import max_length
 from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
@@ -40,14 +40,13 @@ POOLED = (
     "MeterForVisualEntailment",
     "MeterForImageAndTextRetrieval",
 )
-"""Classes whose answer leaves through the pooled states alone: nothing with a token axis comes
-out."""
+"""Classes whose output depends on the pooled states alone: no output has a token axis."""
 PER_TOKEN = ("MeterModel", "MeterForMaskedLM")
 
 
 @register
 class MeterAdapter(Adapter):
-    """All of our METER classes."""
+    """All METER classes of pumer."""
 
     family = "METER"
     classes = POOLED + PER_TOKEN
@@ -72,7 +71,7 @@ class MeterAdapter(Adapter):
         patch.replace(meter, "encode_image", _encode_image, patch)
         patch.replace(meter, "fuse", _fuse, patch, pooled)
         for layer_index, layer in enumerate(meter.layers):
-            patch.replace(layer, "forward", _layer, patch, layer_index)
+            patch.replace(layer, "forward", run_layer, patch, layer_index)
 
     def default_lengths(self, model: nn.Module) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
@@ -103,7 +102,7 @@ class MeterAdapter(Adapter):
         text_config, vision = config.text_config, config.vision_config
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
-        # The text is encoded and projected once, however many images there are.
+        # The text is encoded and projected once per example, for any number of images.
         text_layer = _attention_macs(text, text, text_config.hidden_size)
         text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
         vision_layers = sum(
@@ -141,16 +140,15 @@ def _meter(model: nn.Module) -> Any:
 def _encode_text(
     meter: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """In place of `MeterModel.encode_text`: the text is cut to the longest of the batch, its mask
-    is not."""
+    """Replaces `MeterModel.encode_text`: states of the text, cut to the longest of the batch, and
+    its mask, which is not cut."""
     text = TextInputs(*args, **kwargs)
     given_mask = attention_mask = text.mask
     official = patch.reducer.traits.official  # the published code counts padded text
     if patch.trim and pooled and not official and not torch.compiler.is_compiling():
         length = int(max_length(attention_mask))
         text, attention_mask = text.trimmed(length), attention_mask[:, :length]
-    # A mask of four dimensions is taken as it is; of two, transformers would ask the device whether
-    # it masks anything.
+    # A 4D mask is used as it is; for a 2D mask transformers would sync to see if it masks anything.
     dtype = meter.text_projection.weight.dtype
     hidden = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
     hidden = hidden.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)
@@ -164,7 +162,7 @@ def _encode_text(
 def _encode_image(
     meter: Any, patch: Patch, pixel_values: Tensor | None, pixel_mask: Tensor | None = None
 ) -> Encoded:
-    """In place of `MeterModel.encode_image`."""
+    """Replaces `MeterModel.encode_image`."""
     from pumer.models.meter.modeling import check_images
 
     check_images(pixel_values, pixel_mask)
@@ -185,8 +183,8 @@ def _fuse(
     texts_per_image: int = 1,
     output_hidden_states: bool | None = None,
 ) -> Any:
-    """In place of `MeterModel.fuse`; `image` is what `encode_image` gave, or states of any other
-    origin."""
+    """Replaces `MeterModel.fuse`; `image` is the output of `encode_image`, or states from
+    elsewhere."""
     from pumer.models.meter.modeling import MeterModelOutput, add_modality, repeat_images
 
     if output_hidden_states is None:
@@ -199,6 +197,7 @@ def _fuse(
     layout = _layout(patch, mask_BT, encoded)
     source = layout.plan.slot_BN.shape[1] if layout.plan is not None else sum(layout.lengths)
     entry = (layout.text, source - layout.text, encoded.grid)
+    # Text and image as one axis, reduced before the first layer, and apart again.
     text, image_states = (
         add_modality(meter, text_BTD, 0),
         add_modality(meter, encoded.states_BID, image_token_type_idx),
@@ -218,7 +217,7 @@ def _fuse(
             images.append(full_length[1])
     patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
-    # Without any image token, the pooled image is that of nothing.
+    # Without any image token, zeros are pooled.
     first = (
         image_states
         if image_states.shape[1]
@@ -236,8 +235,8 @@ def _fuse(
     )
 
 
-def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
-    """The token axis before the first fusion layer, with what the tower has made of the image."""
+def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
+    """The layout before the first fusion layer, including the tower's reduction of the image."""
     batch, text = mask_BT.shape
     states, plan = image.states_BID, None
     if image.plan is None:
@@ -246,7 +245,7 @@ def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
     else:
         real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
         plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
-    # Patches lie behind [CLS] in raster order.
+    # Patches follow [CLS] in raster order.
     position_S = torch.arange(count, device=states.device) - 1
     patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
     if plan is not None and patch.steps is not None:
@@ -255,163 +254,10 @@ def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> TokenLayout:
 
 
 def _expand(
-    layout: TokenLayout, whole_text: int, text: Tensor, image: Tensor
+    layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
     if layout.plan is None:
         return text, image
     states = layout.expand(torch.cat([text, image], dim=1))
-    return states[:, :whole_text], states[:, whole_text:]
-
-
-def _layer(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
-) -> tuple[Tensor, Tensor, TokenLayout]:
-    """In place of `MeterFusionLayer.forward`, and of the gradient checkpointing that transformers
-    wraps around it."""
-    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, layout)
-
-
-def _block(
-    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: TokenLayout
-) -> tuple[Tensor, Tensor, TokenLayout]:
-    """One fusion layer: reduced is after the text's attention, before its MLP and the image."""
-    attended, text_keys, layout = _look(layer, patch, layer_index, "text_self", text, text, layout)[
-        :3
-    ]
-    attended, image_keys, layout, queries, attention = _look(
-        layer, patch, layer_index, "text_cross", attended, image, layout
-    )
-    if not patch.reducer.traits.post_layer:
-        before = layout.text
-        keys = torch.cat([text_keys, image_keys], dim=2)
-        looked_at = attention if patch.reducer.traits.needs_attention else None
-        attended, image, layout, plan = _reduce(
-            patch, layer_index, attended, image, layout, queries, keys, looked_at
-        )
-        if plan is not None and not layer.sequential:
-            text = plan.head(before, layout.text).reduce(text)
-    new_text = _feed_forward(layer.text, attended)
-    image, _, layout = _look(layer, patch, layer_index, "image_self", image, image, layout)[:3]
-    asked = new_text if layer.sequential else text
-    image, _, layout = _look(layer, patch, layer_index, "image_cross", image, asked, layout)[:3]
-    text, image = new_text, _feed_forward(layer.image, image)
-    if patch.reducer.traits.post_layer:
-        text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
-    return text, image, layout
-
-
-def _reduce(
-    patch: Patch,
-    layer_index: int,
-    text: Tensor,
-    image: Tensor,
-    layout: TokenLayout,
-    queries: Tensor | None = None,
-    keys: Tensor | None = None,
-    attention: Tensor | None = None,
-) -> tuple[Tensor, Tensor, TokenLayout, Plan | None]:
-    """Text, image and axis after the reducer acted."""
-    if not patch.reducer.reduces_at(layer_index):
-        return text, image, layout, None
-    states = torch.cat([text, image], dim=1)
-    states, layout, plan = encoder.reduce(
-        patch, layer_index, states, layout, queries, keys, attention, cross=True
-    )
-    return states[:, : layout.text], states[:, layout.text :], layout, plan
-
-
-def _look(
-    layer: Any,
-    patch: Patch,
-    layer_index: int,
-    name: str,
-    states: Tensor,
-    other: Tensor,
-    layout: TokenLayout,
-) -> tuple[Tensor, Tensor, TokenLayout, Tensor, Tensor | None]:
-    """One of a layer's four attentions -> states, keys, axis, queries, and probabilities.
-
-    Args:
-        name: of the attention: whose states look, and at their own kind or at the other.
-        states: that look.
-        other: that are looked at.
-    """
-    stream, _, at = name.partition("_")
-    half = getattr(layer, stream)
-    is_self_attention = at == "self"
-    of_text = is_self_attention == (stream == "text")
-    columns = {"text": slice(0, layout.text), "image": slice(layout.text, None)}
-    head_mask, layout = encoder.head_mask(
-        patch,
-        layer_index,
-        name,
-        layout,
-        states,
-        other,
-        columns[stream],
-        columns["text" if of_text else "image"],
-    )
-    states, queries, keys, attention = _attend(
-        half.attention if is_self_attention else half.crossattention,
-        patch,
-        states,
-        other,
-        layout,
-        of_text,
-        is_self_attention,
-        head_mask,
-    )
-    return states, keys, layout, queries, attention
-
-
-def _attend(
-    attention: Any,
-    patch: Patch,
-    states: Tensor,
-    other: Tensor,
-    layout: TokenLayout,
-    of_text: bool,
-    is_self_attention: bool,
-    head_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """In place of `BertAttention.forward` -> states that have looked at others, queries, keys,
-    probabilities.
-
-    Args:
-        of_text: `other` are the states of the text, else those of the image.
-        is_self_attention: they are `states` themselves.
-        head_mask: 1 or 0 for every head, [B,H]; None for all.
-    """
-    module = attention.self
-    queries, keys, values = (
-        project(looked_at).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
-        for project, looked_at in (
-            (module.query, states),
-            (module.key, other),
-            (module.value, other),
-        )
-    )
-    context, probabilities = joint.attend(
-        patch,
-        layout,
-        queries,
-        keys,
-        values,
-        slice(0, layout.text) if of_text else slice(layout.text, None),
-        dtype=states.dtype,
-        is_self_attention=is_self_attention,
-        padded=of_text,  # images have no padding
-        dropout=module.dropout.p if module.training else 0.0,
-        head_mask=head_mask,
-    )
-    output = attention.output
-    projected = output.dropout(output.dense(context))
-    return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities
-
-
-def _feed_forward(half: Any, states: Tensor) -> Tensor:
-    """In place of `BertIntermediate.forward` and `BertOutput.forward`."""
-    inner = inplace.activate(half.intermediate.intermediate_act_fn, half.intermediate.dense(states))
-    output = half.output
-    return output.LayerNorm(inplace.add(output.dropout(output.dense(inner)), states))
+    return states[:, :text_length], states[:, text_length:]

@@ -17,10 +17,9 @@ from pumer.reducers.plan import tokens_at
 def embed_patches(
     embeddings: Any, pixel_values: Tensor, pixel_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """In place of `ViltEmbeddings.visual_embed`: no loop over the batch, no random order, no host
-    reads.
+    """Replaces `ViltEmbeddings.visual_embed`, without a loop over the batch or a host-device sync.
 
-    The stock method draws the patches of an image at random; here they come in raster order, real
+    The stock method samples the patches of an image at random; here they are in raster order, real
     ones first. Of an image with more patches than `config.max_image_length`, evenly spaced ones
     are taken.
 
@@ -32,6 +31,7 @@ def embed_patches(
         embeddings [B,1+P,D] with [CLS] first, bool mask [B,1+P], raster number of each patch
         [B,1+P] (-1: [CLS]), and rows and columns of patches.
     """
+    # Patch features [B,D,R,L], and which patches are real.
     features = embeddings.patch_embeddings(pixel_values)
     batch, _, rows, columns = features.shape
     if pixel_mask is None:
@@ -39,6 +39,7 @@ def embed_patches(
     else:
         nearest = nn.functional.interpolate(pixel_mask[:, None].float(), size=(rows, columns))
         real_BRL = nearest[:, 0].long() > 0
+    # Positions, resized to the grid of every image.
     table_1P = embeddings.position_embeddings
     side = embeddings.config.image_size // embeddings.config.patch_size
     position_BRLD = _resize_positions(
@@ -50,6 +51,7 @@ def embed_patches(
     )
     tokens_BPD = features.flatten(2).transpose(1, 2) + position_BRLD.flatten(1, 2)
 
+    # At most `max_image_length` patches, evenly spaced; real ones move to the front.
     real_BP = real_BRL.flatten(1)
     limit = embeddings.config.max_image_length
     length = real_BP.shape[1]
@@ -61,6 +63,7 @@ def embed_patches(
     order_BP = (~real_BP).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
     tokens_BPD, real_BP = tokens_at(tokens_BPD, order_BP), tokens_at(real_BP, order_BP)
 
+    # [CLS] in front of all.
     cls_BD = (embeddings.cls_token + table_1P[:, :1]).expand(batch, -1, -1)
     states = embeddings.dropout(torch.cat([cls_BD, tokens_BPD], dim=1))
     mask = nn.functional.pad(real_BP, (1, 0), value=True)
@@ -70,7 +73,7 @@ def embed_patches(
 def _resize_positions(
     table_SSD: Tensor, height_B: Tensor, width_B: Tensor, rows: int, columns: int
 ) -> Tensor:
-    """Bilinear resize (corners aligned) of a square position table to each image's own size ->
+    """Bilinear resize (align_corners) of a square position table to each image's size ->
     [B,R,L,D]."""
     side = table_SSD.shape[0]
     down_BRS = _hat_weights(height_B, rows, side)
@@ -80,7 +83,7 @@ def _resize_positions(
 
 
 def _hat_weights(size_B: Tensor, length: int, side: int) -> Tensor:
-    """Share [B,length,side] of every table entry in every place, for images `size_B` patches
+    """Interpolation weights [B,length,side] of the table entries, for images `size_B` patches
     long."""
     position_L = torch.arange(length, device=size_B.device)
     source_BL = position_L * ((side - 1) / (size_B - 1).clamp_min(1))[:, None]

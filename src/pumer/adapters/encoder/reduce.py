@@ -1,8 +1,7 @@
-"""Seam A: reduction inside the blocks of an encoder that carries text, image, or both on one token
-axis.
+"""Reduction inside the blocks of an encoder whose token axis is text, image, or both.
 
-Shape suffixes: B batch, N tokens of the layer, A, E some of them, S source tokens (unreduced), D
-channels, H heads.
+Shape suffixes: B batch, N tokens of the layer, Q those of an attention's queries, K those of its
+keys, S source tokens (unreduced), D channels, H heads.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch, ReductionStep, timed
 from pumer.adapters.forward import max_length, no_autocast
-from pumer.reducers import EMBEDDINGS, Plan, Tokens
+from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
 BUCKET = 8
-"""Where the data decide how many tokens stay, lengths are rounded up to multiples of this."""
+"""Lengths that depend on the data are rounded up to multiples of this."""
 
 
 @dataclass(frozen=True)
-class TokenLayout:
-    """The token axis between two layers; handed from layer to layer, never changed in place.
+class EncoderLayout:
+    """The token axis between two layers; immutable, each layer returns a new one.
 
     Args:
         text: text tokens, padding included.
-        mask_BN: attention mask (bool; float in the published mode).
+        mask_BN: attention mask (bool; float in the official mode).
         sizes_BN: source tokens that each token stands for.
-        plan: from the source tokens to these ones; None while nothing was reduced.
+        plan: from the source tokens to these; None before the first reduction.
         grid: rows and columns of patches of the unreduced image, None if unknown.
-        patch_BS: raster number of every source token's patch, -1 for tokens that are none.
-        entered_BI: mask of the image tokens but [CLS] that entered the first layer that reduces.
-        gate_BN: while a learned reducer is trained, 1 for tokens that it has not decided against;
-            None before it does.
-        keep_ratios, heads: what its decisions are charged for.
+        patch_BS: raster index of every source token's patch, -1 for tokens that are no patch.
+        entered_BI: mask of the image tokens but [CLS] that entered the first reducing layer.
+        gate_BN: in the training of a learned reducer, 1 for tokens that it keeps so far; None
+            before its first decision.
+        keep_ratios, heads: its decisions so far, for the budget loss.
     """
 
     text: int
@@ -54,11 +53,12 @@ class TokenLayout:
         return self.text, self.mask_BN.shape[1] - self.text
 
     def expand(self, states_BND: Tensor) -> Tensor:
-        """States in the original length; dropped tokens are zeros."""
+        """States in the original length; zeros for dropped tokens."""
         return states_BND if self.plan is None else self.plan.expand(states_BND)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TokenLayout:
-        """The axis on another device; hooks that move a layer's inputs to its weights call this."""
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncoderLayout:
+        """The layout on another device; hooks that move a layer's inputs to its weights call
+        this."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
         keep_ratios, heads = (
@@ -67,14 +67,14 @@ class TokenLayout:
         return replace(self, **moved, keep_ratios=keep_ratios, heads=heads)
 
     def places(self, trimmed: int, text: int) -> Tensor:
-        """Where every token stood in the input, int64 [B,N]; -1 for padding and empty slots.
+        """The position of every token in the input, int64 [B,N]; -1 for padding and empty slots.
 
-        Text comes first, then [CLS] and the patches in raster order. A merged token is where its
-        first member stood.
+        Text comes first, then [CLS] and the patches in raster order. A merged token has the
+        position of its first member.
 
         Args:
-            trimmed: text tokens before anything was reduced.
-            text: text tokens of the input, those of padding that were trimmed off included.
+            trimmed: text tokens before the first reduction.
+            text: text tokens of the input, trimmed padding included.
         """
         first_BN = _first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
         if self.patch_BS is None:
@@ -86,12 +86,12 @@ class TokenLayout:
 
 
 def _first_sources(plan: Plan) -> Tensor:
-    """The first source token of every slot [B,K]; any number for empty slots."""
+    """The first source token of every slot [B,K]; undefined for empty slots."""
     if plan.index_BK is not None:
         return plan.index_BK
     count = plan.slot_BN.shape[1]
     positions_BN = torch.arange(count, device=plan.slot_BN.device).expand(plan.slot_BN.shape)
-    # Dropped tokens write into one slot past the end, which is cut off again.
+    # Dropped tokens write into an extra slot, which is cut off.
     slot_BN = torch.where(plan.slot_BN < 0, plan.slots, plan.slot_BN)
     first_BK = slot_BN.new_full((len(slot_BN), plan.slots + 1), count)
     return first_BK.scatter_reduce(1, slot_BN, positions_BN, "amin")[:, :-1]
@@ -102,25 +102,25 @@ def reduce(
     patch: Patch,
     layer: int,
     states_BND: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     queries_BHNC: Tensor | None = None,
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
     cross: bool = False,
     tower: bool = False,
-) -> tuple[Tensor, TokenLayout, Plan | None]:
-    """States and axis after the reducer acted in this layer, and its plan; None if no token went
-    anywhere.
+) -> tuple[Tensor, EncoderLayout, Plan | None]:
+    """States and layout after the reducer acted in this layer, and its plan, None without a
+    reduction.
 
-    While a learned reducer is trained, its decisions are noted in the axis instead.
+    In the training of a learned reducer no token leaves: the layout records its decisions.
 
     Args:
-        patch: whose reducer acts.
-        layer: where.
-        states_BND: before it does.
+        patch: of the model.
+        layer: index of the layer.
+        states_BND: before the reduction.
         layout: of those states.
         queries_BHNC, keys_BHNC, attention_BHNN, cross: as in `Tokens`.
-        tower: whether it is the reducer of the vision tower that acts.
+        tower: whether the vision tower's reducer acts.
     """
     reducer = patch.reducer.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
@@ -144,17 +144,12 @@ def reduce(
         gate_BN=layout.gate_BN,
         progress=patch.progress,
     )
-    if traits.learned and tokens.part is not None and tokens.part.training:
-        gate = traits.learned.gate(tokens)
-        return (
-            states_BND,
-            replace(
-                layout, gate_BN=gate.token_BN, keep_ratios=(*layout.keep_ratios, gate.keep_ratios)
-            ),
-            None,
-        )
-    # Which tokens go is a choice, not a function to differentiate; the gradient flows through what
-    # is kept.
+    learned: Learned | None = traits.learned
+    if learned is not None and tokens.part is not None and tokens.part.training:
+        decision = learned.gate(tokens)
+        keep_ratios = (*layout.keep_ratios, decision.keep_ratio)
+        return states_BND, replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None
+    # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
         text, _ = reducer.lengths(tokens.shape)
@@ -178,11 +173,10 @@ def reduce(
 
 
 def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
-    """Slots of the text, the first `text` ones, and of the image up to the last that is filled, in
-    whole buckets.
+    """How many slots of the text (the first `text` slots) and of the image are in use, rounded up
+    to buckets.
 
-    The one place in the layers where the host reads anything, for reducers alone that leave it to
-    the data.
+    The only host-device sync inside the layers, and only for reducers with a dynamic length.
     """
     slots = mask_BK.shape[1]
     lengths = torch.stack(
@@ -203,30 +197,30 @@ def head_mask(
     patch: Patch,
     layer: int,
     name: str,
-    layout: TokenLayout,
-    asking_BAD: Tensor,
-    asked_BED: Tensor,
-    asking: slice,
-    asked: slice,
-) -> tuple[Tensor | None, TokenLayout]:
-    """The head mask of an attention that a learned reducer decides on, [B,H]: 1 or 0; None if it
-    has no say.
+    layout: EncoderLayout,
+    queries_BQD: Tensor,
+    keys_BKD: Tensor,
+    queries_at: slice,
+    keys_at: slice,
+) -> tuple[Tensor | None, EncoderLayout]:
+    """A learned reducer's head-pruning mask of an attention, [B,H], 1 for heads that are kept; None
+    if it prunes no heads here.
 
     Args:
-        patch: whose reducer decides.
-        layer: where.
-        name: of the attention, as the reducer's parts have it.
-        layout: while training the share of heads is noted in it.
-        asking_BAD, asked_BED: states of those who ask, and of those who are asked.
-        asking, asked: where on the axis they are.
+        patch: of the model.
+        layer: index of the layer.
+        name: of the attention, as in the reducer's parts.
+        layout: in training it records the share of heads that are kept.
+        queries_BQD, keys_BKD: states that queries and keys are computed from.
+        queries_at, keys_at: where these are on the token axis.
     """
-    learned = patch.reducer.traits.learned
+    learned: Learned | None = patch.reducer.traits.learned
     if patch.bypassed or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
         return None, layout
     weight_BN = layout.mask_BN.float() if layout.gate_BN is None else layout.gate_BN
     part = patch.part(layer)
     pooled = []
-    for states, columns in ((asking_BAD, asking), (asked_BED, asked)):
+    for states, columns in ((queries_BQD, queries_at), (keys_BKD, keys_at)):
         weights = weight_BN[:, columns, None].to(states.dtype)
         pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
     mask_BH = part[name](*pooled, learned.sampling_at(patch.progress) if part.training else None)

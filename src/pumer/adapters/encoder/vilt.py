@@ -28,7 +28,7 @@ from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
-from pumer.adapters.encoder.reduce import TokenLayout
+from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one, max_length, run_block
 from pumer.reducers import EMBEDDINGS
 
@@ -38,11 +38,10 @@ POOLED = (
     "ViltForImageAndTextRetrieval",
     "ViltForVisualEntailment",
 )
-"""Classes whose answer leaves through the pooled text [CLS] alone: nothing with a token axis comes
-out."""
+"""Classes whose output depends on the pooled text [CLS] alone: no output has a token axis."""
 PER_TOKEN = ("ViltModel", "ViltForMaskedLM", "ViltForTokenClassification")
 OFFICIAL_EPS = 1e-6
-"""Layer-norm epsilon of the published blocks; transformers has 1e-12 for them."""
+"""Layer-norm epsilon of the published blocks; transformers uses 1e-12."""
 
 
 @register
@@ -164,7 +163,7 @@ _INPUTS = frozenset(field.name for field in fields(ViltInputs))
 
 
 def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -> Any:
-    """In place of `ViltModel.forward`, and of `ViltEncoder` inside it.
+    """Replaces `ViltModel.forward`, and `ViltEncoder` inside it.
 
     `pooled`: only the pooled output is used, so the text may be cut and states need not be
     expanded.
@@ -183,8 +182,7 @@ def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -
         vilt,
         patch,
         text.shape[1],
-        # Handed on unnamed, so that nothing here holds the states of the first layer while the
-        # others run.
+        # Passed on without a name: nothing here keeps the first states alive while layers run.
         vilt.embeddings(inputs, patch=patch, pooled=pooled),
         attentions,
         hidden,
@@ -213,10 +211,9 @@ def _embed(
     patch: Patch | None = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of `ViltEmbeddings.forward`, for a reduced model's own call: states [B,N,D] and
-    their axis.
+    """Wraps `ViltEmbeddings.forward`: for `_forward`, states [B,N,D] and their layout.
 
-    A module is called for it, since offload hooks bring in its parameters for a call alone.
+    `_forward` calls the module itself, because offload hooks load its parameters only for a call.
     """
     if patch is None:
         return stock(*args, **kwargs)
@@ -225,9 +222,9 @@ def _embed(
 
 def _embed_trimmed(
     embeddings: Any, patch: Patch, inputs: ViltInputs, pooled: bool
-) -> tuple[Tensor, TokenLayout]:
-    """States [B,N,D] and their axis, without the padding that all texts and all images have at
-    the end."""
+) -> tuple[Tensor, EncoderLayout]:
+    """States [B,N,D] and their layout, without the padding that all texts and all images share."""
+    # Image: patch embeddings [B,I,D], their mask, and where each patch lies.
     text = inputs.text
     text_mask = text.mask
     if inputs.image_embeds is None:
@@ -240,8 +237,7 @@ def _embed_trimmed(
             pixel_mask = torch.ones(image_embeds.shape[:2], device=image_embeds.device)
         image_mask, patch_BI, grid = pixel_mask.flatten(1).bool(), None, None
     if patch.trim and not torch.compiler.is_compiling():
-        # The one place where the host reads lengths; a collator that trims, or trim=False, saves
-        # even that.
+        # The only host-device sync of the forward; trim=False avoids it.
         text_length, image_length = torch.stack(
             [max_length(text_mask), max_length(image_mask)]
         ).tolist()
@@ -250,7 +246,7 @@ def _embed_trimmed(
         if pooled and not patch.reducer.traits.official:  # the published code counts padded text
             text, text_mask = text.trimmed(text_length), text_mask[:, :text_length]
     text_embeds = embeddings.text_embeddings(**text.embedded)
-    # Every token gets the embedding of its modality.
+    # Both with the embedding of their modality, text first: [B,T+I,D].
     image_type = 1 if inputs.image_token_type_idx is None else inputs.image_token_type_idx
     type_embeds = embeddings.token_type_embeddings(
         torch.arange(image_type + 1, device=text_embeds.device)
@@ -265,14 +261,13 @@ def _encode(
     vilt: Any,
     patch: Patch,
     text: int,
-    start: tuple[Tensor, TokenLayout],
+    start: tuple[Tensor, EncoderLayout],
     attentions: bool,
     hidden: bool,
-) -> tuple[Tensor, TokenLayout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-    """All layers; hidden states come back in the original length, attention maps in the reduced
-    one.
+) -> tuple[Tensor, EncoderLayout, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """Runs all layers. Hidden states are expanded to the original length, attention maps are not.
 
-    `text`: text tokens of the input, before they were trimmed.
+    `text`: text tokens of the input, before trimming.
     """
     entry = (*start[1].lengths, start[1].grid)
     states, layout, _ = encoder.reduce(patch, EMBEDDINGS, *start)
@@ -304,11 +299,11 @@ def _layer(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool = False,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
-    """In place of `ViltLayer.forward`, and of the gradient checkpointing that transformers wraps
-    around it."""
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
+    """Replaces `ViltLayer.forward`, and the gradient checkpointing that transformers wraps around
+    it."""
     return run_block(layer, partial(_block, layer, patch, layer_index), states, layout, attentions)
 
 
@@ -317,10 +312,10 @@ def _block(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
-    """One block: the stock one has no opening between attention and MLP."""
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
+    """One block; the stock forward has no hook between attention and MLP."""
     states, layout, attention = _attend_and_reduce(
         layer, patch, layer_index, states, layout, attentions
     )
@@ -335,23 +330,20 @@ def _attend_and_reduce(
     patch: Patch,
     layer_index: int,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
-) -> tuple[Tensor, TokenLayout, Tensor | None]:
-    """Parts of a block are functions of their own, so that large tensors of one are gone when the
-    next one runs."""
+) -> tuple[Tensor, EncoderLayout, Tensor | None]:
+    """The first half of a block, in a function so that its large tensors are freed before the
+    MLP."""
     text, image = slice(0, layout.text), slice(layout.text, None)
     head_mask, layout = encoder.head_mask(
         patch, layer_index, "joint", layout, states[:, text], states[:, image], text, image
     )
     states, queries, keys, attention = _attend(layer, patch, states, layout, attentions, head_mask)
-    # Scores come from queries and keys wherever they can, so that the kernel makes no difference to
-    # what is kept.
-    looked_at = attention if patch.reducer.traits.needs_attention else None
+    # Without `needs_attention` reducers score by queries and keys: the kernel makes no difference.
+    shown = attention if patch.reducer.traits.needs_attention else None
     if not patch.reducer.traits.post_layer:
-        states, layout, _ = encoder.reduce(
-            patch, layer_index, states, layout, queries, keys, looked_at
-        )
+        states, layout, _ = encoder.reduce(patch, layer_index, states, layout, queries, keys, shown)
     return states, layout, attention if attentions else None
 
 
@@ -359,12 +351,11 @@ def _attend(
     layer: Any,
     patch: Patch,
     states: Tensor,
-    layout: TokenLayout,
+    layout: EncoderLayout,
     attentions: bool,
     head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The attention half of a block -> states, queries, keys, and the probabilities if somebody
-    wants them."""
+    """The attention of a block -> states, queries, keys, and the probabilities if computed."""
     module = layer.attention.attention
     normed = layer.layernorm_before(states)
     queries, keys, values = (
@@ -388,10 +379,10 @@ def _attend(
 
 
 def _intermediate(intermediate: Any, hidden_states: Tensor) -> Tensor:
-    """In place of `ViltIntermediate.forward`."""
+    """Replaces `ViltIntermediate.forward`."""
     return inplace.activate(intermediate.intermediate_act_fn, intermediate.dense(hidden_states))
 
 
 def _output(output: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """In place of `ViltOutput.forward`."""
+    """Replaces `ViltOutput.forward`."""
     return inplace.add(output.dropout(output.dense(hidden_states)), input_tensor)

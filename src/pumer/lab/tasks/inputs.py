@@ -118,8 +118,10 @@ def processor(source: str | Path, **arguments: Any) -> Inputs:
             transform nor a processor.
 
     Example:
+        >>> from PIL import Image
+        >>> model = pumer.load("scenes-vilt-pumer")
         >>> make_inputs = pumer.processor("scenes-vilt-pumer")
-        >>> model(**make_inputs("is there a red circle?", "image.png"))
+        >>> answer = model(**make_inputs("is there a red circle?", Image.new("RGB", (96, 96))))
     """
     folder = _folder(source, arguments)
     cls = class_in(read_config(folder, "save the model there"), folder)

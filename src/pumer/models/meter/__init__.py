@@ -1,4 +1,4 @@
-"""METER (Dou et al., CVPR 2022), which transformers lacks; importing this registers it with the
+"""METER (Dou et al., CVPR 2022), which is not in transformers; importing this registers it with the
 Auto classes."""
 
 from transformers import (

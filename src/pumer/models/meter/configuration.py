@@ -1,4 +1,4 @@
-"""Settings of METER."""
+"""The configuration of METER."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, RobertaConfig
 
 
 class MeterConfig(PreTrainedConfig):
-    """Settings of a METER model; the defaults are METER-CLIP16-RoBERTa's at 384 pixels.
+    """The configuration of a METER model; defaults are METER-CLIP16-RoBERTa at 384 pixels.
 
     Args:
         text_config: of the RoBERTa encoder.
-        vision_config: of the CLIP vision tower. METER leaves out the last of CLIP's twelve layers.
+        vision_config: of the CLIP vision tower. METER omits the last of CLIP's twelve layers.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
             layer_norm_eps,
             hidden_dropout_prob, attention_probs_dropout_prob: of the fusion layers.
-        modality_type_vocab_size: kinds of tokens: text, image, and a second image where there are
-            two.
+        modality_type_vocab_size: token types: text, image, and a second image if there are two.
         num_images: images per example in `MeterForImagesAndTextClassification`.
-        update: what the image half of a fusion layer reads of the text. "parallel": what came into
-            the layer, as in the original METER; "sequential": what the text half has made of it, as
-            in the published PuMer code. Weights trained one way give other results the other way.
+        update: which text states the image half of a fusion layer attends to. "parallel": the
+            layer's inputs, as in the original METER; "sequential": the text half's outputs, as in
+            the published PuMer code. Weights are for one of the two.
         initializer_range: standard deviation of new weights.
     """
 
@@ -85,7 +84,7 @@ class MeterConfig(PreTrainedConfig):
         self.num_images = num_images
         self.update = update
         self.initializer_range = initializer_range
-        self.is_decoder = False  # BERT's attention modules ask
+        self.is_decoder = False  # read by BERT's attention modules
         super().__init__(**kwargs)
 
     @property
@@ -115,6 +114,6 @@ class MeterConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest text, special tokens included: RoBERTa leaves out the positions up to its
-        padding token's."""
+        """The longest text, special tokens included; RoBERTa skips positions up to its padding
+        token's."""
         return self.text_config.max_position_embeddings - self.text_config.pad_token_id - 1

@@ -1,4 +1,4 @@
-"""METER's heads: question answering, two images, entailment, retrieval, masked words."""
+"""METER's heads: question answering, several images, entailment, retrieval, masked words."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LABELS = ("contradiction", "neutral", "entailment")
 
 @dataclass
 class MeterRetrievalOutput(ModelOutput):
-    """How well text and image go together.
+    """Image-text matching scores.
 
     Args:
         logits: [B,1], for ranking.
-        itm_logits: [B,2], for saying no (0) or yes (1).
-        hidden_states: [B,T+I,D] each, before the first fusion layer and after every one, if asked
-            for.
+        itm_logits: [B,2], no (0) or yes (1).
+        hidden_states: [B,T+I,D] each, before the first fusion layer and after every layer, if
+            requested.
     """
 
     logits: Tensor | None = None
@@ -68,13 +68,11 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
 
 
 class MeterForVisualEntailment(MeterPreTrainedModel):
-    """METER with the classes contradiction, neutral and entailment, unless `config.id2label` names
+    """METER with the labels contradiction, neutral and entailment, unless `config.id2label` has
     others."""
 
     def __init__(self, config: MeterConfig) -> None:
-        if all(
-            str(name).startswith("LABEL_") for name in config.id2label.values()
-        ):  # nobody has named them
+        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # unnamed
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: index for index, label in enumerate(LABELS)}
         super().__init__(config)
@@ -94,7 +92,7 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
-    """METER with a classifier over a sentence and several images, each seen in a pass of its own
+    """METER with a classifier over a sentence and several images, each in a separate pass
     (NLVR2)."""
 
     def __init__(self, config: MeterConfig) -> None:
@@ -121,8 +119,8 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits [B,L], and the cross-entropy if `labels` int64 [B] are given.
 
-        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`. No hidden states
-        come out.
+        `pixel_values` is [B,images,3,H,W]; other inputs are those of `MeterModel`. Hidden states
+        are not returned.
         """
         if (
             pixel_values is None
@@ -176,7 +174,7 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
 
 
 class MeterForMaskedLM(MeterPreTrainedModel):
-    """METER that says which words were masked."""
+    """METER with a masked-language-modelling head."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)

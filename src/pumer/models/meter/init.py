@@ -1,4 +1,4 @@
-"""A start for new, small METERs where no CLIP and no RoBERTa of their size exist."""
+"""Initialization of new, small METER models from a ViLT."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pumer.models.vilt.init import init_tower_from_vilt
 
 @torch.no_grad()
 def init_meter_from_vilt(model: PreTrainedModel, vilt: PreTrainedModel) -> PreTrainedModel:
-    """Copy a trained ViLT's word embeddings, and its first blocks into the vision tower, of a new
-    METER model.
+    """Initialize a new METER model's word embeddings and vision tower from a trained ViLT.
 
     Raises ValueError if vocabularies differ; for the tower see `init_tower_from_vilt`.
     """

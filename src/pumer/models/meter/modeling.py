@@ -1,7 +1,7 @@
-"""METER: RoBERTa and a CLIP vision tower, fused by layers of co-attention.
+"""METER: RoBERTa and a CLIP vision tower, fused by co-attention layers.
 
 Dou et al., "An Empirical Study of Training End-to-End Vision-and-Language Transformers", CVPR 2022.
-The towers and the parts of the fusion layers are transformers' own.
+The towers and the parts of the fusion layers are from transformers.
 
 Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 """
@@ -29,14 +29,14 @@ from pumer.models.meter.configuration import MeterConfig
 
 @dataclass
 class MeterModelOutput(ModelOutput):
-    """What METER's trunk gives.
+    """The output of `MeterModel`.
 
     Args:
         text_states: [B,T,D] after the last fusion layer.
         image_states: [B,I,D], with [CLS] first.
         pooler_output: [B,2D], the pooled [CLS] of the text and of the image.
-        text_hidden_states: of the text, before the first fusion layer and after every one, if
-            asked for.
+        text_hidden_states: of the text, before the first fusion layer and after every layer, if
+            requested.
         image_hidden_states: of the image, likewise.
     """
 
@@ -48,7 +48,7 @@ class MeterModelOutput(ModelOutput):
 
     @property
     def joint_hidden_states(self) -> tuple[Tensor, ...] | None:
-        """[B,T+I,D] each, text first: what the heads hand on as `hidden_states`."""
+        """[B,T+I,D] each, text first: the `hidden_states` of the heads."""
         if self.text_hidden_states is None or self.image_hidden_states is None:
             return None
         pairs = zip(self.text_hidden_states, self.image_hidden_states, strict=True)
@@ -56,8 +56,7 @@ class MeterModelOutput(ModelOutput):
 
 
 class MeterCrossLayer(nn.Module):
-    """One half of a fusion layer: self-attention, attention to the other modality, feed-forward;
-    norms come last."""
+    """One half of a fusion layer: self-attention, cross-attention, feed-forward, all post-norm."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -69,14 +68,14 @@ class MeterCrossLayer(nn.Module):
     def forward(
         self, states: Tensor, other: Tensor, mask: Tensor | None, other_mask: Tensor | None
     ) -> Tensor:
-        """States [B,N,D] that have looked at themselves and at `other` [B,M,D]."""
+        """States [B,N,D] after attention to themselves and to `other` [B,M,D]."""
         states = self.attention(states, mask)[0]
         states = self.crossattention(states, None, other, other_mask)[0]
         return self.output(self.intermediate(states), states)
 
 
 class MeterFusionLayer(GradientCheckpointingLayer):
-    """Text and image look at each other; in which order, `MeterConfig.update` says."""
+    """Co-attention of text and image, in the order of `MeterConfig.update`."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -91,15 +90,15 @@ class MeterFusionLayer(GradientCheckpointingLayer):
         text_mask: Tensor | None,
         cross_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Text and image states after the layer; the masks hide padded text from text and from
+        """Text and image states after the layer; the masks hide padded text from text and
         image."""
         new_text = self.text(text_BTD, image_BID, text_mask, None)
-        read = new_text if self.sequential else text_BTD
-        return new_text, self.image(image_BID, read, None, cross_mask)
+        text = new_text if self.sequential else text_BTD
+        return new_text, self.image(image_BID, text, None, cross_mask)
 
 
 class MeterPreTrainedModel(PreTrainedModel):
-    """What all METER classes share."""
+    """Base class of all METER models."""
 
     config_class = MeterConfig
     base_model_prefix = "meter"
@@ -114,8 +113,8 @@ class MeterPreTrainedModel(PreTrainedModel):
 class MeterModel(MeterPreTrainedModel):
     """METER without a head.
 
-    The forward is in three parts, so that whoever scores many pairs runs each tower once per text
-    and per image: `encode_text`, `encode_image`, `fuse`.
+    The forward has three parts, so that scoring many pairs runs each tower once per text and per
+    image: `encode_text`, `encode_image`, `fuse`.
     """
 
     def __init__(self, config: MeterConfig) -> None:
@@ -151,19 +150,19 @@ class MeterModel(MeterPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MeterModelOutput:
-        """Text and image in, states and pooled states out.
+        """States and pooled states of text and image.
 
         Args:
             input_ids: int64 [B,T].
-            attention_mask: [B,T], 1 at real tokens; all are if not given.
-            token_type_ids: [B,T]; RoBERTa knows one type, 0.
+            attention_mask: [B,T], 1 at real tokens; default: all.
+            token_type_ids: [B,T]; RoBERTa has one type, 0.
             pixel_values: [B,3,H,W], or [B/K,3,H,W] with `texts_per_image` K. All images have one
-                size; if it is not the configured one, the grid of positions is resized.
-            pixel_mask: [B,H,W], where given all ones: METER knows no padded images.
-            inputs_embeds: [B,T,D] in place of `input_ids`.
+                size; position embeddings are resized to it.
+            pixel_mask: [B,H,W], all ones: METER does not support padded images.
+            inputs_embeds: [B,T,D] instead of `input_ids`.
             image_token_type_idx: 1, or 2 for the second image of a pair.
-            texts_per_image: every so many rows of text belong to one image.
-            output_hidden_states: give the states of all fusion layers too.
+            texts_per_image: number of consecutive texts per image.
+            output_hidden_states: also return the states of all fusion layers.
 
         Raises:
             ValueError: if the batch sizes do not agree.
@@ -202,7 +201,7 @@ class MeterModel(MeterPreTrainedModel):
         """Projected states of the image [B,I,D], [CLS] first."""
         check_images(pixel_values, pixel_mask)
         states = self.vision_model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
-        # CLIP norms its [CLS] alone; METER every token.
+        # CLIP applies this norm to [CLS] only; METER to every token.
         return self.image_projection(self.vision_model.post_layernorm(states))
 
     def fuse(
@@ -214,7 +213,7 @@ class MeterModel(MeterPreTrainedModel):
         texts_per_image: int = 1,
         output_hidden_states: bool | None = None,
     ) -> MeterModelOutput:
-        """The fusion layers and poolers, on what the two encoders gave; arguments as those of
+        """The fusion layers and poolers, on the outputs of the encoders; other arguments as in
         `forward`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -245,17 +244,16 @@ class MeterModel(MeterPreTrainedModel):
 
 
 def add_modality(meter: MeterModel, states_BND: Tensor, modality: int) -> Tensor:
-    """States and the embedding of what they are of: 0 for text, from 1 on for images."""
-    # The module is called, in place of reading its weight, which offload hooks bring in for a call
-    # alone.
+    """Add the embedding of a modality to states: 0 for text, from 1 for images."""
+    # Call the module instead of reading its weight, which offload hooks load only for a call.
     return states_BND + meter.modality_embeddings(
         torch.full((1,), modality, device=states_BND.device)
     )
 
 
 def check_images(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None:
-    """Raise ValueError without images, and RuntimeError for padded ones, the latter without
-    waiting for a GPU."""
+    """Raise ValueError without images, and RuntimeError for padded ones, without a host-device
+    sync."""
     if pixel_values is None:
         raise ValueError("give pixel_values: METER needs an image")
     if pixel_mask is not None:
@@ -266,7 +264,7 @@ def check_images(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> None
 
 
 def repeat_images(image_BID: Any, text_BTD: Tensor, texts_per_image: int) -> Any:
-    """Image states with one row per text; raises ValueError if the numbers do not fit."""
+    """Image states with one row per text; raises ValueError if the batch sizes do not fit."""
     if len(text_BTD) != len(image_BID) * texts_per_image:
         each = f" and texts_per_image {texts_per_image}" if texts_per_image != 1 else ""
         raise ValueError(

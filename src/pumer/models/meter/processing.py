@@ -1,4 +1,4 @@
-"""METER's processor: texts and images to what the model reads."""
+"""METER's processor: texts and images to model inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 class MeterProcessor(ProcessorMixin):
     """A tokenizer (RoBERTa's) and an image processor (CLIP's, see `square_images`) in one.
 
-    Called with `text` and `images` it gives `input_ids`, `attention_mask` and `pixel_values`.
+    Called with `text` and `images`, it returns `input_ids`, `attention_mask` and `pixel_values`.
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -21,10 +21,11 @@ class MeterProcessor(ProcessorMixin):
 
 
 class MeterImageProcessor(CLIPImageProcessorPil):
-    """The images of the original METER: the shorter side becomes `size`, the middle is cut out.
+    """The image processor of the original METER: resize the shorter side to `size`, crop the
+    center.
 
-    CLIP's processor does so too, but rounds the middle down, where METER was trained with
-    torchvision's rounding.
+    CLIP's processor does the same but rounds the center down; METER was trained with torchvision's
+    rounding.
     """
 
     size = {"height": 224, "width": 224}  # noqa: RUF012  # as all of them have it
@@ -42,10 +43,9 @@ class MeterImageProcessor(CLIPImageProcessorPil):
 
 
 def square_images(size: int) -> CLIPImageProcessorPil:
-    """CLIP's image processor as PuMer has it: images are stretched to `size` x `size` pixels,
-    nothing is cut off.
+    """CLIP's image processor as in PuMer: resize to `size` x `size` pixels, without a crop.
 
-    Bicubic, CLIP's mean and standard deviation. It needs Pillow alone, where transformers' default
-    needs torchvision.
+    Bicubic, with CLIP's mean and standard deviation. It needs Pillow; transformers' default needs
+    torchvision.
     """
     return CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False)

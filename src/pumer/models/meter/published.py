@@ -26,7 +26,7 @@ CLASSES = {
     "rank_output": "MeterForImageAndTextRetrieval",
     "mlm_score": "MeterForMaskedLM",
 }
-"""The head's name in a published checkpoint, and the class that has its place."""
+"""Published name of a head -> its class."""
 
 _TEXT = "meter.text_transformer."
 _VISION = "meter.vit_model."
@@ -86,7 +86,7 @@ _KNOWN = [
 
 
 def unknown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Names in a published config.json that mean nothing to us."""
+    """Unknown names in a published config.json."""
     return published.unknown_settings(settings, [*_KNOWN, *PreTrainedConfig().to_dict()])
 
 
@@ -178,7 +178,7 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: MeterConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights for images of another size, which the configuration is told.
+    """The weights for another image size, which is set in the configuration.
 
     Raises:
         ValueError: if the images have no whole number of patches.
@@ -192,13 +192,12 @@ def resize(
 
 
 def pruned_layer(number: int) -> int:
-    """The layer after which a number in `prune_layers` prunes: it counts twice per fusion layer,
-    from 2."""
+    """The layer of a number in `prune_layers`, which counts every fusion layer twice, from 2."""
     return number // 2 - 1
 
 
 def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
-    """The token reduction that a published config.json asks for, `official="meter"`.
+    """The reducer of a published config.json, with `official="meter"`.
 
     `reduce_layers` there counts twice per fusion layer, and odd numbers never come up; the scores
     are always mean heads and the merging is always ToMe's, whatever `sim_method` and `merge_style`
@@ -221,7 +220,7 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
 
 
 def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
-    """The published config.json of a model, and of what reduces it.
+    """The published config.json of a model and its reducer.
 
     Raises:
         ValueError: if the published code could not have such a model.
@@ -275,7 +274,7 @@ def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
 
 
 def finish(model: Any, settings: Mapping[str, Any]) -> None:
-    """Nothing: METER's configuration has a place for all settings."""
+    """Nothing to do: METER's configuration expresses all settings."""
 
 
 def _part(settings: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""METER for images of another size."""
+"""METER with another image size."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 def resize_positions(table_ND: Tensor, side: int) -> Tensor:
-    """The vision tower's position embeddings [1+S*S,D] for a grid of `side` x `side` patches, [CLS]
-    first.
+    """Resize the vision tower's position embeddings [1+S*S,D], [CLS] first, to `side` x `side`
+    patches.
 
     Bicubic, as in the original METER.
     """

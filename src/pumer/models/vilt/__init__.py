@@ -1,4 +1,4 @@
-"""What transformers' ViLT lacks: other patch sizes, visual entailment, the published layouts."""
+"""Additions to transformers' ViLT: other patch sizes, visual entailment, published layouts."""
 
 from pumer.models.vilt.entailment import ViltForVisualEntailment
 

@@ -24,9 +24,7 @@ class ViltForVisualEntailment(ViltPreTrainedModel):
     """
 
     def __init__(self, config: ViltConfig) -> None:
-        if all(
-            str(name).startswith("LABEL_") for name in config.id2label.values()
-        ):  # nobody has named them
+        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # unnamed
             config.id2label = dict(enumerate(LABELS))
             config.label2id = {label: index for index, label in enumerate(LABELS)}
         super().__init__(config)

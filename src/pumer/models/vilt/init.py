@@ -1,5 +1,4 @@
-"""A start for new, small models: what is near and alike should not have to be learned before what
-it is."""
+"""Initialization of new, small models, from local attention or a trained ViLT."""
 
 from __future__ import annotations
 
@@ -12,13 +11,11 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def init_local_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every token of a new ViLT model attend to what is near it and looks like it, before any
-    training.
+    """Initialize a new ViLT model so that tokens attend to near and similar tokens.
 
-    Image positions become two-dimensional sines and cosines (transformers starts them at zero,
-    where neighbours know nothing of each other), and keys start as queries, so that attention is
-    similarity (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
-    Without this, small models take long to see shapes.
+    Position embeddings become two-dimensional sines and cosines (zeros in transformers), and keys
+    start as queries, so that attention is similarity (Trockman and Kolter, "Mimetic Initialization
+    of Self-Attention Layers", ICML 2023). Small models learn shapes faster with it.
     """
     table = model.base_model.embeddings.position_embeddings
     quarter, side = table.shape[2] // 4, round((table.shape[1] - 1) ** 0.5)
@@ -33,10 +30,9 @@ def init_local_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def init_tower_from_vilt(vision: PreTrainedModel, vilt: PreTrainedModel) -> None:
-    """Copy a trained ViLT's patch embeddings and first blocks into a new CLIP vision tower.
+    """Initialize a new CLIP vision tower from a ViLT's patch embeddings and first blocks.
 
-    A ViLT block and a CLIP layer are the same but for the activation: give the tower that of the
-    ViLT.
+    A ViLT block and a CLIP layer differ only in the activation: configure the tower with ViLT's.
 
     Raises ValueError if widths or patches differ, or the tower has more layers than the ViLT.
     """
@@ -63,7 +59,7 @@ def init_tower_from_vilt(vision: PreTrainedModel, vilt: PreTrainedModel) -> None
     )
     vision.embeddings.position_embedding.weight.copy_(source.embeddings.position_embeddings[0])
     vision.embeddings.position_embedding.weight[1:] += projection.bias + image_type_embedding
-    # ViLT has no norm there. One that scales by the usual spread changes least.
+    # ViLT has no such norm: scale by the typical standard deviation to change least.
     vision.pre_layrnorm.weight.fill_(vision.embeddings(plain_images(new)).std(-1).mean())
     for layer, block in zip(vision.encoder.layers, source.encoder.layer, strict=False):
         attention = block.attention.attention
@@ -81,8 +77,7 @@ def init_tower_from_vilt(vision: PreTrainedModel, vilt: PreTrainedModel) -> None
 
 
 def plain_images(config: Any) -> Tensor:
-    """Images whose patches have one colour each [8,3,H,W], for the usual spread of what a tower
-    makes of them."""
+    """Images with one colour per patch [8,3,H,W], to measure a tower's typical outputs."""
     side = config.image_size // config.patch_size
     colours = torch.rand(8, config.num_channels, side, side)
     return 2 * nn.functional.interpolate(colours, scale_factor=config.patch_size) - 1

@@ -1,6 +1,6 @@
 """ViLT checkpoints in the layout of the published PuMer code: names of weights, and settings.
 
-The published names are also those of the original ViLT, with `vilt.` in front of all but the heads.
+The published names are those of the original ViLT, with `vilt.` in front of all but the heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLASSES = {
     "rank_output": "ViltForImageAndTextRetrieval",
     "mlm_score": "ViltForMaskedLM",
 }
-"""The head's name in a published checkpoint, and the class that has its place."""
+"""Published name of a head -> its class."""
 
 _BLOCK = "vilt.transformer.blocks.#."
 _LAYER = "vilt.encoder.layer.#."
@@ -59,7 +59,7 @@ _FIXED = ("hidden_act", "layer_norm_eps", "qkv_bias", "max_image_length")
 
 
 def unknown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Names in a published config.json that mean nothing to us."""
+    """Unknown names in a published config.json."""
     return published.unknown_settings(settings, ["pos_grid", *ViltConfig().to_dict()])
 
 
@@ -71,18 +71,17 @@ def model_config(
 ) -> ViltConfig:
     """The transformers configuration of a published checkpoint.
 
-    Sizes are read off the weights. The number of heads and the grid of positions do not show there:
-    they are taken from `num_heads` (12) and `pos_grid` ([12, 12]).
+    Sizes are read from the weights. These do not show the number of heads and the grid of
+    positions, which come from `num_heads` (12) and `pos_grid` ([12, 12]).
 
     Args:
         settings: config.json.
         state: weights under the published names.
-        head: the head's published name; told by the weights if not given.
+        head: the head's published name; default: from the weights.
         answers: of question answering, in order.
 
     Raises:
-        ValueError: for weights without the sizes, and for settings that transformers' ViLT cannot
-            have.
+        ValueError: if weights are missing, or transformers' ViLT does not support a setting.
     """
     vocabulary, width = shape(state, "vilt.text_embeddings.word_embeddings.weight", 2)
     patch = shape(state, "vilt.transformer.patch_embed.proj.weight", 4)
@@ -125,25 +124,25 @@ def model_config(
 def resize(
     state: Mapping[str, Tensor], config: ViltConfig, image_size: int
 ) -> Mapping[str, Tensor]:
-    """The weights as they are: ViLT's grid of positions is resized to every image at run time.
+    """The weights, unchanged: ViLT resizes its position embeddings at run time.
 
     Raises:
-        ValueError: if the images have no whole number of patches.
+        ValueError: if the image size is not a multiple of the patch size.
     """
     published.check_image_size(image_size, config.patch_size)
     return state
 
 
 def pruned_layer(number: int) -> int:
-    """The layer after which a number in `prune_layers` prunes."""
+    """The layer of a number in `prune_layers`."""
     return number
 
 
 def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
-    """The token reduction that a published config.json asks for, `official=True`.
+    """The reducer of a published config.json, with `official=True`.
 
-    Without any, it is one that reduces nothing and has the published softmax. None only for what
-    was never meant for the published code.
+    Without one, a reducer that reduces nothing but uses the published softmax. None only for
+    checkpoints that are not for the published code.
 
     Raises:
         ValueError: for settings that contradict each other or do not exist.
@@ -170,10 +169,10 @@ def reducer(settings: Mapping[str, Any]) -> PuMer | DynamicViT | None:
 
 
 def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
-    """The published config.json of a model, and of what reduces it.
+    """The published config.json of a model and its reducer.
 
     Raises:
-        ValueError: if the published code could not have such a model.
+        ValueError: if the published code does not support the model.
     """
     config, default = model.config, ViltConfig()
     for name in _FIXED:
@@ -210,8 +209,8 @@ def settings_of(model: Any, reducer: PuMer | None) -> dict[str, Any]:
 
 
 def finish(model: Any, settings: Mapping[str, Any]) -> None:
-    """Give a model what its configuration has no place for, so that it does not survive `save`.
+    """Set what the configuration cannot express, and `save` therefore loses.
 
-    The published dropout is that of the text embeddings alone.
+    The published dropout applies to the text embeddings only.
     """
     model.vilt.embeddings.text_embeddings.dropout.p = float(settings.get("drop_rate", 0.1))

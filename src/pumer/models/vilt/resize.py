@@ -1,7 +1,7 @@
-"""The same ViLT on another grid of patches.
+"""ViLT with another patch size.
 
 Beyer et al., "FlexiViT: One Model for All Patch Sizes", CVPR 2023: a transformer trained on few,
-large patches is a cheap start for one on many small ones.
+large patches is a cheap initialization for one on many small ones.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 
 def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
-    """A copy of a ViLT model that cuts the image into patches of another size.
+    """A copy of a ViLT model with another patch size.
 
     Args:
         model: any stock ViLT class, unreduced.
         patch_size: in pixels, a divisor of the model's image size.
 
     Raises:
-        ValueError: if the image size is no multiple of the patch size.
+        ValueError: if the image size is not a multiple of the patch size.
     """
     config = copy.deepcopy(model.config)
     if config.image_size % patch_size:
@@ -41,8 +41,7 @@ def resize_patches(model: PreTrainedModel, patch_size: int) -> PreTrainedModel:
 
 
 def _resize_filter(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """The filter that gives a patch of `size` px what the old one gave the same patch enlarged (or
-    shrunk)."""
+    """The filter that maps a patch of `size` px as the old filter maps the resized patch."""
     old = weight.shape[-1]
     basis = torch.eye(size * size, dtype=weight.dtype).view(size * size, 1, size, size)
     enlarge = nn.functional.interpolate(basis, size=(old, old), mode="bilinear").flatten(1)

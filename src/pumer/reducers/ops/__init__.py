@@ -1,1 +1,1 @@
-"""What reducers are made of: matching, greedy choice, clustering, spectra, saliency and budgets."""
+"""Building blocks of reducers: matching, greedy selection, clustering, saliency, budgets."""

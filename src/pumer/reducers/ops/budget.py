@@ -1,10 +1,8 @@
-"""How many tokens stay: pure integer functions of lengths and settings, known before any data is
-seen.
+"""How many tokens to keep: integer functions of lengths and settings, independent of the data.
 
-Each takes a Python int, or an int64 tensor with one length per sample, and gives back the same
-kind, so that the row of a padded batch gets the budget it would get alone without the host ever
-reading a length. Rounding is half to even in both, as in the published PuMer code, unless a
-function says otherwise.
+Each takes a Python int, or an int64 tensor with one length per sample, and returns the same type,
+so that a row of a padded batch gets the same budget as alone, without a host-device sync. Rounding
+is half to even, as in the published PuMer code, unless a function says otherwise.
 """
 
 from __future__ import annotations
@@ -19,17 +17,21 @@ Count = TypeVar("Count", int, Tensor)
 
 
 def stage_layers(count: int, depth: int, last: int) -> tuple[int, ...]:
-    """The layers that end each of `count` stages when a model of `depth` layers has one stage more
-    of equal lengths.
+    """The last layers of the first `count` stages, if `depth` layers are `count` + 1 equal stages.
 
     Three stages of 12 layers end after layers 2, 5 and 8 (PuMer), of 32 layers after 7, 15 and 23
     (PyramidDrop).
+
+    Example:
+        >>> from pumer.reducers.ops.budget import stage_layers
+        >>> stage_layers(3, depth=12, last=11)
+        (2, 5, 8)
     """
     return spread([(stage + 1) / (count + 1) for stage in range(count)], depth, last)
 
 
 def spread(shares: Sequence[float], depth: int, last: int) -> tuple[int, ...]:
-    """Rising layers up to `last` after which these shares of a model's `depth` layers have run.
+    """Rising layers up to `last`, at these shares of a model's `depth` layers.
 
     Raises:
         ValueError: if the model has fewer layers than there are shares.
@@ -37,7 +39,7 @@ def spread(shares: Sequence[float], depth: int, last: int) -> tuple[int, ...]:
     layers: list[int] = []
     for share in shares:
         layers.append(max(round(share * depth) - 1, layers[-1] + 1 if layers else 0))
-    # Where the model is shallow the last ones move up to where there still is something to save.
+    # In a shallow model the last ones move up, to layers where tokens can still be saved.
     layers = [
         min(layer, last - behind)
         for behind, layer in zip(range(len(layers) - 1, -1, -1), layers, strict=True)
@@ -57,16 +59,14 @@ def portion(ratio: float, count: Count) -> Count:
 
 
 def remaining(prune: float, count: Count) -> Count:
-    """How many of `count` tokens stay when a share of them is pruned; at least one."""
+    """How many of `count` tokens stay if a share is pruned; at least one."""
     return larger(count - portion(prune, count), smaller(count, 1))
 
 
 def stage(keep: float, number: int, start: Count, count: Count) -> Count:
-    """How many of `count` tokens stay after this stage, counted from 1, of those that keep a share
-    each.
+    """How many of `count` tokens stay after a stage, counted from 1, if each keeps a share.
 
-    Rounded down from the tokens at the start, `int(start * keep**number)`, as in the published code
-    of DynamicViT; at least one stays.
+    `int(start * keep**number)`, as in the published code of DynamicViT; at least one stays.
     """
     share = keep**number
     num_kept = (start.double() * share).long() if isinstance(start, Tensor) else int(start * share)
@@ -74,10 +74,10 @@ def stage(keep: float, number: int, start: Count, count: Count) -> Count:
 
 
 def num_keep(keep: float | int, count: Count) -> Count:
-    """How many of `count` tokens stay: `keep` is a share of them, or a whole number.
+    """How many of `count` tokens to keep: `keep` is a share (float) or a number (int).
 
-    At least one stays. Where there are fewer tokens than the number asks for, all stay: the
-    images of one batch have their own sizes, and a small one among them is no mistake.
+    At least one. If there are fewer tokens than the number, all stay, as the images of a batch
+    differ in size.
     """
     if isinstance(count, Tensor):
         return (
@@ -100,7 +100,7 @@ def check_keep(**budgets: float | int) -> None:
 
 
 def halves(count: Count) -> Count:
-    """The most pairs that `count` tokens can form: what one bipartite matching can merge away."""
+    """The most tokens that one bipartite matching of `count` tokens can merge away."""
     return count // 2
 
 
@@ -119,12 +119,12 @@ def larger(count: Count, least: Count) -> Count:
 
 
 def prune_then_merge(count: Count, prune: float, merge: float) -> tuple[Count, Count]:
-    """(kept, merged): of `count` tokens, how many survive pruning and how many of those are merged
+    """(kept, merged): how many of `count` tokens pruning keeps, and how many of these are merged
     away.
 
-    Both ratios are of the unpruned count (PuMer's convention). The two together are rounded once,
-    so that the remaining number never shrinks when `count` grows: a padded length is then an upper
-    bound for every sample in it. Where there is a token, one stays.
+    Both ratios are of the unpruned count, as in PuMer. Their sum is rounded once, so that more
+    tokens never leave fewer: the padded length is an upper bound for every sample. At least one
+    token stays.
     """
     kept = larger(count - portion(prune, count), smaller(count, 1))
     merged = smaller(portion(prune + merge, count) - portion(prune, count), halves(kept))
@@ -139,6 +139,11 @@ def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> l
             the numbers from decreasing (-1) over constant (0) to increasing (1) at the same mean;
             or a list, one per layer (missing ones are zero).
         layers: number of layers.
+
+    Example:
+        >>> from pumer.reducers.ops.budget import merge_schedule
+        >>> merge_schedule((8, -1.0), 3)  # decreasing
+        [16, 8, 0]
     """
     inflection = 0.0
     if not isinstance(r, int):

@@ -1,4 +1,4 @@
-"""Density-peak clustering: centres are dense and far from anything denser (Rodriguez and Laio,
+"""Density-peak clustering: centres are dense and far from denser tokens (Rodriguez and Laio,
 Science 2014).
 
 Shape suffixes: B batch, M tokens, D channels.
@@ -15,32 +15,33 @@ from pumer.reducers.ops.matching import rank
 def density_peaks(x_BMD: Tensor, valid_BM: Tensor, clusters_B: Tensor) -> tuple[Tensor, Tensor]:
     """Centres of clusters, and the centre nearest to every token.
 
-    Density counts as many nearest neighbours as there will be clusters, the token itself included.
-    Of equally dense tokens the earlier one counts as denser.
+    Density is over as many nearest neighbours as there are clusters, the token itself included. Of
+    equally dense tokens the earlier one counts as denser.
 
     Args:
-        x_BMD: what distance (Euclidean, over the root of D) is measured on.
+        x_BMD: features for the distance (Euclidean, divided by the root of D).
         valid_BM: bool, false at padding.
         clusters_B: how many clusters each row forms, at most its tokens.
 
     Returns:
-        which tokens are centres, bool [B,M], and the place of each token's centre [B,M]: a centre's
-        own is its own.
+        which tokens are centres, bool [B,M], and the index of each token's centre [B,M], for a
+        centre its own.
     """
     x = x_BMD.float()
-    # Not by a matrix product: near twins would be told apart by what its rounding leaves of their
-    # difference.
+    # Without a matrix product, whose rounding would dominate the distance of near-equal tokens.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
-    # Infinity is for what is no pair, also where a difference is too large for a number.
+    # Infinity marks what is no pair, so clamp overflowing distances.
     distance = distance.clamp_max(torch.finfo(torch.float32).max)
     pairs = valid_BM[:, :, None] & valid_BM[:, None]
 
+    # Density of every token, from its nearest neighbours.
     numbers = torch.arange(x.shape[1], device=x.device)
     nearest = distance.masked_fill(~pairs, torch.inf).sort(2).values
     counted_BM = numbers < clusters_B[:, None]
     near = torch.where(counted_BM[:, None] & nearest.isfinite(), nearest, 0.0)
     density_BM = (-near.square().sum(2) / clusters_B[:, None].clamp_min(1)).exp()
 
+    # Distance to the nearest denser token; peaks are high in both.
     place_BM = rank(density_BM.masked_fill(~valid_BM, -1.0))
     denser = (place_BM[:, None] < place_BM[:, :, None]) & pairs
     to_denser_BM = distance.masked_fill(~denser, torch.inf).amin(2)

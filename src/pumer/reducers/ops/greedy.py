@@ -1,7 +1,7 @@
-"""Choosing a set token by token, each for what it adds to those before.
+"""Greedy selection of a set of tokens, one token per step.
 
-All samples of a batch take their steps together, as many as the largest budget asks for; a row that
-has all its tokens goes on choosing and nothing comes of it. No step waits for the host.
+All samples of a batch step together, as often as the largest budget needs; rows that are complete
+ignore further steps. There is no host-device sync.
 
 Shape suffixes: B batch, I candidates, D channels, K steps.
 """
@@ -17,8 +17,8 @@ from pumer.reducers.ops.matching import unit_vectors
 def cosines(x_BID: Tensor) -> Tensor:
     """Cosine similarity of all pairs, float64 [B,I,I]; zero with tokens that are all zero.
 
-    In steps of 1e-10: of tokens that are the same, such as those of a blank wall, places tell which
-    is first, and not the last bit, which the length of the padding can change.
+    Rounded to 1e-10: between equal tokens, such as those of a blank wall, the position decides, not
+    the last bit, which depends on the amount of padding.
     """
     unit = unit_vectors(x_BID, torch.float64)
     return (unit @ unit.transpose(1, 2)).round(decimals=10)
@@ -47,7 +47,7 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
     """The greedy set of largest determinant (Chen et al., "Fast greedy MAP inference", NeurIPS
     2018).
 
-    Where the kernel has a lower rank than the budget, what is left is told apart by rounding alone.
+    If the rank of the kernel is below the budget, rounding decides on the last tokens.
 
     Returns:
         Which tokens are chosen, bool [B,I].
@@ -76,10 +76,10 @@ def coverage(
     num_keep_B: Tensor,
     most: int,
 ) -> Tensor:
-    """Always the token that adds most to the coverage, times its weight and with its bonus.
+    """Greedy maximum coverage: gain in coverage times weight, plus bonus.
 
-    Coverage is the sum over all tokens of the cosine with the nearest chosen one, 0 where that is
-    less.
+    Coverage is the sum over all tokens of the cosine with the most similar selected one, at least
+    0.
 
     Args:
         cosine_BII: of all pairs.
@@ -95,7 +95,7 @@ def coverage(
     chosen = torch.zeros_like(valid_BI)
     covered_BI = cosine_BII.new_zeros(valid_BI.shape)
     for step in range(most):
-        # In steps: two tokens that cover nothing but each other add the same.
+        # Rounded, so that two tokens that cover only each other have the same gain.
         gain_BI = (cosine_BII - covered_BI[:, None]).clamp_min(0).sum(2).round(decimals=9)
         pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
@@ -104,7 +104,7 @@ def coverage(
 
 
 def _best(score_BI: Tensor, free_BI: Tensor) -> Tensor:
-    # argmax takes NaN for the largest, and the largest may be infinite.
+    # argmax would select NaN; scores may be infinite.
     score_BI = torch.nan_to_num(score_BI, nan=torch.finfo(score_BI.dtype).min)
     return score_BI.masked_fill(~free_BI, -torch.inf).argmax(1, keepdim=True)
 

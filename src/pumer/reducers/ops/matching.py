@@ -1,10 +1,9 @@
-"""Bipartite soft matching: which tokens are alike enough to become one (ToMe, ICLR 2023, section
-3.1).
+"""Bipartite soft matching of similar tokens (ToMe, ICLR 2023, section 3.1).
 
-Tokens at even places are sources, which may be merged away; those at odd places are destinations,
-which they are merged into. As in the published code of ToMe, structure tokens in front ([CLS], a
-distillation token) are neither, but count: behind one [CLS] the sources are the patches 1, 3, 5 ...
-(from 0).
+Tokens at even positions are sources, which may be merged away; those at odd positions are
+destinations, which they are merged into. As in the published code of ToMe, structure tokens in
+front ([CLS], a distillation token) are neither, but count: after one [CLS] the sources are patches
+1, 3, 5 ... (from 0).
 
 Shape suffixes: B batch, N tokens, S sources, R some of these, E destinations, D key channels.
 """
@@ -20,19 +19,17 @@ from pumer.reducers.plan import DROPPED, Plan
 
 
 def rank(score_BN: Tensor) -> Tensor:
-    """Place of every element when its row is sorted from high to low, ties in order of position:
-    int64 [B,N]."""
+    """Rank of every element in its row, from high to low, ties by position: int64 [B,N]."""
     order = score_BN.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(score_BN.shape[1], device=score_BN.device).expand(score_BN.shape)
     return torch.empty_like(order).scatter(1, order, places)
 
 
 def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Places when a row is sorted by group (numbers from 0), and from high to low inside each:
-    int64, both [B,N].
+    """Ranks in a row sorted by group (from 0), then from high to low: int64, both [B,N].
 
     Returns:
-        The place in the whole row, and the place inside the group.
+        The rank in the row, and the rank in the group.
     """
     order = score_BN.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group_BN.gather(1, order).argsort(dim=1, stable=True))
@@ -44,19 +41,20 @@ def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Ten
 
 
 UNALIKE = -2.0
-"""Similarity of a pair whose keys are not finite: below every cosine, above that of padding."""
+"""Similarity of pairs with keys that are not finite: below every cosine, above padding."""
 
 
 def split(count: int, num_prefix_tokens: int) -> tuple[slice, slice]:
-    """Sources and destinations among `count` tokens behind `num_prefix_tokens` structure tokens."""
+    """Slices of sources and destinations of `count` tokens after `num_prefix_tokens` structure
+    tokens."""
     first = num_prefix_tokens % 2
     return slice(first, count, 2), slice(1 - first, count, 2)
 
 
 def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Tokens scaled to length 1, also where their squares are too large or small for float32.
+    """Tokens normalized to length 1, without overflow or underflow of squares in float32.
 
-    NaN for a token with inf or NaN, zero for one that is all zero.
+    NaN for tokens with inf or NaN, zeros for zeros.
     """
     x_BND = x_BND.to(dtype)
     largest_BN1 = x_BND.abs().amax(-1, keepdim=True)
@@ -68,18 +66,18 @@ def unit_vectors(x_BND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def partners(
     keys_BND: Tensor, valid_BN: Tensor, num_prefix_tokens: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The best destination of every source, at least one of each there.
+    """The most similar destination of every source; needs at least one of each.
 
     Sources are compared in blocks, so that memory is linear in the tokens.
 
     Args:
-        keys_BND: what similarity is measured on (cosine).
-        valid_BN: bool, false at padding, which is nobody's partner.
+        keys_BND: features for the cosine similarity.
+        valid_BN: bool, false at padding, which has no partner and is none.
         num_prefix_tokens: structure tokens in front of these.
 
     Returns:
-        similarity [B,S] (-inf where there is no partner), and the partner's number among the
-        destinations [B,S].
+        similarity [B,S] (-inf without a partner), and the partner's index among the destinations
+        [B,S].
     """
     sources, destinations = split(keys_BND.shape[1], num_prefix_tokens)
     unit_BND = unit_vectors(keys_BND)
@@ -100,9 +98,9 @@ def _nearest(
     from_BR: Tensor,
     to_BE: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`partners` of some sources R, given as directions and which of them are real."""
+    """`partners` of some sources R, from unit vectors."""
     similarity_BRE = from_BRD @ to_BED.transpose(1, 2)
-    # Of keys that are not finite nothing can be said, but a promised number of tokens has to go.
+    # Keys that are not finite match last, because a fixed number of tokens has to go.
     similarity_BRE = torch.where(similarity_BRE.isfinite(), similarity_BRE, UNALIKE)
     pair_BRE = from_BR[..., None] & to_BE[:, None]
     return torch.where(pair_BRE, similarity_BRE, -torch.inf).max(dim=-1)
@@ -116,21 +114,19 @@ def bipartite(
     sizes_BN: Tensor | None = None,
     num_prefix_tokens: int = 0,
 ) -> Plan:
-    """Merge the `merged` sources that are most like a destination into it.
+    """Merge the `merged` sources with the highest similarity into their destinations.
 
-    Survivors keep their order; a group stands where its destination stood. So many tokens go
-    whatever the values are.
+    Tokens keep their order; a group takes the position of its destination. The number of merged
+    tokens does not depend on the values.
 
     Args:
-        keys_BND: what similarity is measured on.
-        valid_BN: bool; real tokens come before padding, so that a padded row is matched as it would
-            be alone.
-        merged: how many tokens to merge away: a number, or int64 [B]; at most half of the real ones
-            are.
-        slots: number of slots, at least the real tokens less the merged ones of any row.
-        sizes_BN: source tokens that each token stands for already (all one if not given): weights
-            of the average.
-        num_prefix_tokens: structure tokens in front of these, which count in the split.
+        keys_BND: features for the similarity.
+        valid_BN: bool; real tokens come before padding, so that padding does not change the
+            matching.
+        merged: how many tokens to merge away, an int or int64 [B]; at most half of the real tokens.
+        slots: number of slots: at least the real tokens minus the merged ones, in every row.
+        sizes_BN: sizes of the tokens, the weights of the average; None if all are one.
+        num_prefix_tokens: structure tokens in front, which count in the split.
     """
     if keys_BND.shape[1] < 2:
         return Plan.keep(valid_BN, slots)
@@ -150,9 +146,9 @@ def absorb(
     sizes_BN: Tensor | None = None,
     num_prefix_tokens: int = 0,
 ) -> Plan:
-    """Merge the marked sources, real ones with a real partner, into their partners.
+    """Merge the marked sources into their partners, all of them real tokens.
 
-    The other arguments are as in `bipartite`.
+    Other arguments as in `bipartite`.
     """
     sources, destinations = split(valid_BN.shape[1], num_prefix_tokens)
     sizes_BN = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN

@@ -20,26 +20,26 @@ SCORES = ("mean_head", "first_head", "k_metric", "qk")
 key-key and mean-query-key products (names as in the published PuMer code)."""
 
 UNSEEN = torch.finfo(torch.float32).min
-"""Logit of a key that is not seen; finite, because a row of nothing but -inf would be NaN."""
+"""Logit of a masked key; finite, because a row of only -inf would give NaN."""
 
 
 @dataclass(frozen=True)
 class TextAttention:
-    """Attention of text rows to the image, of the softmax over every key that they see in the
+    """Attention of text rows to the image, with the softmax over all keys that they see in the
     model.
 
-    Only the rows asked for are computed, whatever attention kernel the layer itself uses. The keys
-    are those of the shown tokens and those of `Tokens.context`: cached prefixes, other turns,
-    separators and structure tokens.
+    Only the requested rows are computed, independent of the layer's attention kernel. The keys are
+    those of the tokens and of `Tokens.context`: cached prefixes, other turns, separators and
+    structure tokens.
 
     Args:
-        tokens: the joint token axis of one layer.
-        heads: those whose attention is read.
-        keys_BHJC: keys of the image, then of the context, last of the text, so that the words
-            behind a block of rows can be left out by a slice where attention is causal. Of the
-            image alone where the layer's kernel says what it sums up (`Tokens.normalizer_BHN`).
+        tokens: of one layer.
+        heads: the heads to read.
+        keys_BHJC: keys of the image, then of the context, then of the text, so that with a causal
+            mask a slice leaves out the words after a block of rows. Only of the image if the
+            kernel returns the normalizer (`Tokens.normalizer_BHN`).
         valid_BJ: bool, false for padding.
-        place_BJ: their places; None where all tokens see each other.
+        place_BJ: positions of the keys; None without a causal mask.
     """
 
     tokens: Tokens
@@ -50,7 +50,7 @@ class TextAttention:
 
     @classmethod
     def of(cls, tokens: Tokens, heads: slice = slice(None)) -> TextAttention:
-        """Of these tokens; raises ValueError before the first layer, which has no attention."""
+        """Collect the keys; raises ValueError before the first layer, which has no attention."""
         if tokens.queries_BHNC is None or tokens.keys_BHNC is None:
             raise ValueError(
                 "there is no attention before the first layer: give `layers` numbers from 0"
@@ -72,13 +72,13 @@ class TextAttention:
             if place_BN is not None:
                 places.append(place_BN[:, text])
         valid_BJ = torch.cat(valid, 1)
-        # Padding may be anything, and would stay NaN whatever is added to it.
+        # Padding may be NaN, which no mask on the logits removes.
         keys_BHJC = torch.cat(keys, 2).masked_fill_(~valid_BJ[:, None, :, None], 0)
         place_BJ = torch.cat(places, 1) if places else None
         return cls(tokens, heads, keys_BHJC, valid_BJ, place_BJ)
 
     def blocks(self) -> list[slice]:
-        """Slices of the text whose attention may exist at one time."""
+        """Slices of text rows whose attention fits into memory."""
         batch, heads, keys, width = self.keys_BHJC.shape
         return row_blocks(self.tokens.text, batch * heads * keys, width)
 
@@ -89,7 +89,7 @@ class TextAttention:
             attention = tokens.attention_BHNN[:, self.heads, rows].float()
             return attention if tokens.cross else attention[..., tokens.image]
         assert tokens.queries_BHNC is not None
-        # Padding counts for nothing, so it must not be NaN: nothing times NaN is NaN.
+        # Padding has weight 0, and 0 * NaN is NaN.
         padding_BR = ~tokens.valid_BN[:, : tokens.text][:, rows]
         queries_BHRC = tokens.queries_BHNC[:, self.heads, rows]
         queries_BHRC = queries_BHRC.masked_fill(padding_BR[:, None, :, None], 0)
@@ -100,13 +100,12 @@ class TextAttention:
                 padding_BR[:, None], 0
             )
         elif place_BR is not None:
-            # Words stand in the order of their places, so none of these rows sees a word behind
-            # them.
+            # Words are in the order of their positions: no row sees the words after this block.
             num_keys -= tokens.text - rows.stop
         return self._attention(queries_BHRC, place_BR, normalizer_BHR, num_keys)
 
     def row(self, index_B1: Tensor) -> Tensor:
-        """Attention of one token a sample to the image, mean over the heads, float32 [B,I]."""
+        """Attention of one token per sample to the image, mean over heads, float32 [B,I]."""
         tokens = self.tokens
         if tokens.attention_BHNN is not None:
             attention = _rows_at(tokens.attention_BHNN[:, self.heads], index_B1).float().mean(1)
@@ -131,7 +130,7 @@ class TextAttention:
         num_keys: int,
     ) -> Tensor:
         """Attention to the image of rows that see at most the first `num_keys` keys."""
-        # Scaled before they are multiplied: in half precision the product alone may be too large.
+        # Scale before multiplying: in half precision the product may overflow.
         queries_BHRC = queries_BHRC / math.sqrt(queries_BHRC.shape[3])
         logits_BHRJ = (queries_BHRC @ self.keys_BHJC[:, :, :num_keys].transpose(2, 3)).float()
         context = self.tokens.context
@@ -144,7 +143,7 @@ class TextAttention:
             seen_BRJ = seen_BRJ & (key_B1J <= row_BR1)
             if context is not None and context.window is not None:
                 seen_BRJ &= key_B1J > row_BR1 - context.window
-        # A sum is a fifth faster than a mask for every head.
+        # Adding a bias is a fifth faster than masking every head.
         bias_BRJ = torch.zeros(seen_BRJ.shape, device=seen_BRJ.device)
         logits_BHRJ += bias_BRJ.masked_fill_(~seen_BRJ, UNSEEN)[:, None]
         if normalizer_BHR is not None:  # the keys are those of the image
@@ -163,10 +162,10 @@ def last_text_attention(tokens: Tokens) -> Tensor:
     """Attention of the last token of the prompt to every image token, mean over the heads, float32
     [B,I].
 
-    Where attention is causal, the last token is the one with the last place: an image behind all
-    text is rated by its own last token, because the text has not seen it. Where it is not, it is
-    the last real token of the text, or of the image where there is no text. In co-attention, where
-    only text attends to the image, all is zero without text.
+    With a causal mask, the last token has the last position: an image after all text is rated by
+    its own last token, because the text has not seen it. Without, it is the last real token of the
+    text, or of the image if there is no text. In co-attention, where only text attends to the
+    image, all is zero without text.
     """
     return _of_last_token(TextAttention.of(tokens))
 
@@ -180,7 +179,7 @@ def _of_last_token(attention: TextAttention) -> Tensor:
     if tokens.place_BN is not None:
         order_BN = tokens.place_BN
     else:
-        # The image first, then the text: the last real token in this order rates.
+        # The last real token in the order image, text.
         order_BN = ((torch.arange(count, device=valid_BN.device) - text) % count)[None]
     order_BN = order_BN[:, : valid_BN.shape[1]].masked_fill(~valid_BN, -1)
     attention_BI = attention.row(order_BN.argmax(1, keepdim=True))
@@ -193,12 +192,12 @@ def text_saliency(
     """How much the text attends to every image token, float32 [B,I] (PuMer, section 3.2, equation
     1).
 
-    Rows are read in blocks, so that memory is linear in the words. By attention, an image that no
-    row has seen, because attention is causal, is rated by the last token of the prompt; where it is
-    not causal, the scores of an image without text are zero.
+    Rows are read in blocks, so that memory is linear in the words. With a causal mask, an image
+    that no row has seen is scored by the last token of the prompt; without one, an image without
+    text has scores of zero.
 
     Args:
-        tokens: the joint token axis of one layer.
+        tokens: of one layer.
         score: one of `SCORES`.
         rows_BT: weights of the text rows; the real tokens if not given.
     """
@@ -207,7 +206,7 @@ def text_saliency(
     if score in ("mean_head", "first_head"):
         return _attended(tokens, slice(None) if score == "mean_head" else slice(0, 1), weight_BT)
     text = tokens.mean_keys_BNC if score == "k_metric" else _mean_queries(tokens)
-    # What a row holds that does not count may be anything, NaN as well.
+    # Rows of weight 0 may be NaN.
     text_BTC = torch.where(weight_BT[..., None] != 0, text[:, : tokens.text].float(), 0.0)
     summed_BC = torch.einsum("btc,bt->bc", text_BTC, weight_BT)
     return torch.einsum("bc,bic->bi", summed_BC, tokens.mean_keys_BNC[:, tokens.image].float())
@@ -216,7 +215,7 @@ def text_saliency(
 def question_words(tokens: Tokens) -> Tensor:
     """The words of the question, bool [B,T]: `Tokens.question_BT`, or those after the image.
 
-    All words where there are none of these, and where neither question nor places are known.
+    All words if there are none of these, or if neither question nor positions are known.
     """
     words_BT = tokens.valid_BN[:, : tokens.text]
     if tokens.question_BT is not None:
@@ -250,7 +249,7 @@ def _attended(tokens: Tokens, heads: slice, weight_BT: Tensor) -> Tensor:
 
 
 def _rows_at(x_BHNC: Tensor, index_B1: Tensor) -> Tensor:
-    """One row of every sample [B,H,1,C], the same of all heads."""
+    """One row of every sample, [B,H,1,C]."""
     index_BH1C = index_B1[:, None, :, None].expand(-1, x_BHNC.shape[1], -1, x_BHNC.shape[3])
     return x_BHNC.gather(2, index_BH1C)
 

@@ -1,8 +1,7 @@
-"""The spectrum of the image's features: how many directions hold its energy, which tokens span
-them.
+"""The spectrum of the image's features: directions that hold its energy, and tokens' leverage.
 
-In double precision: squares of large features overflow in float32. On CUDA the eigen-decomposition
-makes the host wait once.
+In double precision, as squares of large features overflow in float32. On CUDA the
+eigendecomposition needs one host-device sync.
 
 Shape suffixes: B batch, I tokens, D channels, R directions (the smaller of I and D).
 """
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-9
-"""Energies that differ by less, in proportion, are the same."""
+"""Energies with a smaller relative difference count as equal."""
 
 
 def energies(x_BID: Tensor) -> Tensor:
@@ -33,27 +32,26 @@ def directions_for(share: float, energy_BR: Tensor) -> Tensor:
 
 
 def leverage(x_BID: Tensor, share: float) -> Tensor:
-    """Each token's part in the directions that hold this share of the energy, float64 [B,I].
+    """Each token's leverage on the directions that hold this share of the energy, float64 [B,I].
 
-    A row sums to 1, but where the last of these directions is as strong as the next one: then all
-    directions as strong as it count, since none of them is a direction of its own. Features that
-    are all zero have no leverage.
+    A row sums to 1, unless the last direction is as strong as the next one: then all directions of
+    that strength count, as they are not unique. Features that are all zero have no leverage.
 
     Args:
         x_BID: features, finite, zero at padding, which then has no leverage.
         share: of the energy.
     """
-    # The largest value of every sample is 1, so that one threshold does for all.
+    # Scale every sample to a maximum of 1, so that one threshold fits all.
     x = x_BID.double()
     x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
     values, vectors = torch.linalg.eigh(_gram(x))
     energy_BR, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
-    if x.shape[1] > x.shape[2]:  # right singular vectors: bring them to the tokens' side
+    if x.shape[1] > x.shape[2]:  # right singular vectors: compute the left ones
         vectors = x @ vectors / energy_BR[:, None].sqrt().clamp_min(1e-12)
     count_B1 = directions_for(share, energy_BR)[:, None]
     weakest_B1 = energy_BR.gather(1, count_B1 - 1)
     strong_BR = (energy_BR >= weakest_B1 * (1 - ROUNDING)) & (energy_BR > 0)
-    # In steps, so that where every token is a direction of its own their places tell.
+    # Rounded, so that positions decide between equal leverages.
     summed: Tensor = (vectors.square() * strong_BR[:, None]).sum(2).round(decimals=5)
     return summed / count_B1
 

@@ -1,0 +1,174 @@
+"""METER's fusion layers: co-attention between text and image, reduced on the joint token axis."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumer.adapters.base import Patch
+from pumer.adapters.encoder import inplace, joint
+from pumer.adapters.encoder import reduce as encoder
+from pumer.adapters.encoder.reduce import EncoderLayout
+from pumer.adapters.forward import run_block
+from pumer.reducers import Plan
+
+
+def run_layer(
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """Replaces `MeterFusionLayer.forward`, and the gradient checkpointing that transformers wraps
+    around it."""
+    return run_block(layer, partial(_block, layer, patch, layer_index), text, image, layout)
+
+
+def _block(
+    layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """One fusion layer; reduces after the text's attention, before the text's MLP and the image
+    stream."""
+    # Text: self-attention, then attention to the image.
+    attended, text_keys, layout = _attend_to(
+        layer, patch, layer_index, "text_self", text, text, layout
+    )[:3]
+    attended, image_keys, layout, queries, attention = _attend_to(
+        layer, patch, layer_index, "text_cross", attended, image, layout
+    )
+    if not patch.reducer.traits.post_layer:
+        before = layout.text
+        keys = torch.cat([text_keys, image_keys], dim=2)
+        shown = attention if patch.reducer.traits.needs_attention else None
+        attended, image, layout, plan = _reduce(
+            patch, layer_index, attended, image, layout, queries, keys, shown
+        )
+        # The image attends to the text before this layer, which is now as short as the new one.
+        if plan is not None and not layer.sequential:
+            text = plan.head(before, layout.text).reduce(text)
+    new_text = _feed_forward(layer.text, attended)
+    # Image: self-attention, then attention to the text, both with the tokens that are left.
+    image, _, layout = _attend_to(layer, patch, layer_index, "image_self", image, image, layout)[:3]
+    other_text = new_text if layer.sequential else text
+    image, _, layout = _attend_to(
+        layer, patch, layer_index, "image_cross", image, other_text, layout
+    )[:3]
+    text, image = new_text, _feed_forward(layer.image, image)
+    if patch.reducer.traits.post_layer:
+        text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
+    return text, image, layout
+
+
+def _reduce(
+    patch: Patch,
+    layer_index: int,
+    text: Tensor,
+    image: Tensor,
+    layout: EncoderLayout,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor, EncoderLayout, Plan | None]:
+    """Text, image, layout and plan after the reducer acted in this layer."""
+    if not patch.reducer.reduces_at(layer_index):
+        return text, image, layout, None
+    states = torch.cat([text, image], dim=1)
+    states, layout, plan = encoder.reduce(
+        patch, layer_index, states, layout, queries, keys, attention, cross=True
+    )
+    return states[:, : layout.text], states[:, layout.text :], layout, plan
+
+
+def _attend_to(
+    layer: Any,
+    patch: Patch,
+    layer_index: int,
+    name: str,
+    states: Tensor,
+    other: Tensor,
+    layout: EncoderLayout,
+) -> tuple[Tensor, Tensor, EncoderLayout, Tensor, Tensor | None]:
+    """One of a layer's four attentions -> states, keys, layout, queries, and probabilities.
+
+    Args:
+        name: of the attention: "text_self", "text_cross", "image_self" or "image_cross".
+        states: of the queries.
+        other: of the keys and values.
+    """
+    stream, _, at = name.partition("_")
+    half = getattr(layer, stream)
+    is_self_attention = at == "self"
+    of_text = is_self_attention == (stream == "text")
+    columns = {"text": slice(0, layout.text), "image": slice(layout.text, None)}
+    head_mask, layout = encoder.head_mask(
+        patch,
+        layer_index,
+        name,
+        layout,
+        states,
+        other,
+        columns[stream],
+        columns["text" if of_text else "image"],
+    )
+    states, queries, keys, attention = _attend(
+        half.attention if is_self_attention else half.crossattention,
+        patch,
+        states,
+        other,
+        layout,
+        of_text,
+        is_self_attention,
+        head_mask,
+    )
+    return states, keys, layout, queries, attention
+
+
+def _attend(
+    attention: Any,
+    patch: Patch,
+    states: Tensor,
+    other: Tensor,
+    layout: EncoderLayout,
+    of_text: bool,
+    is_self_attention: bool,
+    head_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Replaces `BertAttention.forward` -> states, queries, keys, probabilities.
+
+    Args:
+        of_text: whether keys and values are of the text, else of the image.
+        is_self_attention: whether `other` is `states`.
+        head_mask: 1 or 0 for every head, [B,H]; None for all.
+    """
+    module = attention.self
+    queries, keys, values = (
+        project(inputs).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+        for project, inputs in (
+            (module.query, states),
+            (module.key, other),
+            (module.value, other),
+        )
+    )
+    context, probabilities = joint.attend(
+        patch,
+        layout,
+        queries,
+        keys,
+        values,
+        slice(0, layout.text) if of_text else slice(layout.text, None),
+        dtype=states.dtype,
+        is_self_attention=is_self_attention,
+        padded=of_text,  # images have no padding
+        dropout=module.dropout.p if module.training else 0.0,
+        head_mask=head_mask,
+    )
+    output = attention.output
+    projected = output.dropout(output.dense(context))
+    return output.LayerNorm(inplace.add(projected, states)), queries, keys, probabilities
+
+
+def _feed_forward(half: Any, states: Tensor) -> Tensor:
+    """Replaces `BertIntermediate.forward` and `BertOutput.forward`."""
+    inner = inplace.activate(half.intermediate.intermediate_act_fn, half.intermediate.dense(states))
+    output = half.output
+    return output.LayerNorm(inplace.add(output.dropout(output.dense(inner)), states))
