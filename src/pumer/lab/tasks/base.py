@@ -24,10 +24,10 @@ from pumer.lab.data.images import (
 from pumer.lab.data.text import TextTransform
 
 Blind = Literal["text", "image"] | None
-"""Which of the two alone a model is shown; both if None. See `Collator`."""
+"""The only input a model is shown; both if None. See `Collator`."""
 _NO_IMAGE = Image.new("RGB", (32, 32), (127, 127, 127))
 NO_TEXT = "a picture"
-"""What a text says that must not be read."""
+"""Replaces a hidden text."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Task(ABC):
 
         `predictions` are by example id; `examples` may be part of a split.
         """
-        # Read once, as examples may be made on the fly, and without the images, which no score
-        # needs.
+        # Read once, because examples may be generated, and without images, which no score needs.
         examples = [replace(example, images=()) for example in examples]
         check_ids(predictions, examples)
         scores = [self.score(predictions[example.id], example) for example in examples]
