@@ -111,7 +111,7 @@ class TaskTrainer(Trainer):
                 teacher_logits = self._teacher_logits(
                     inputs if teacher_inputs is None else teacher_inputs, labels, texts
                 )
-            # For ranking over all texts of an image; the published code takes the softmax of a single
+            # For ranking over all texts of an image; the published code takes the softmax of one
             # score, which gives 0.
             parts["distill"] = self.distillation.weight * distillation_loss(
                 logits, teacher_logits, self.distillation.temperature
