@@ -183,7 +183,9 @@ def test_a_model_that_nothing_reduces_names_no_reducer():
 
 def test_load_takes_the_names_of_shipped_models():
     assert pumer.active(pumer.load("scenes-vilt-pumer")).reducer.layers == (1, 2, 3)
-    with pytest.raises(ValueError, match=r"is no model folder. Did you mean 'scenes-vilt-pumer'\?"):
+    with pytest.raises(
+        ValueError, match=r"is not a model folder. Did you mean 'scenes-vilt-pumer'\?"
+    ):
         pumer.load("scenes-vilt-pummer")
 
 

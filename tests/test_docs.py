@@ -187,6 +187,73 @@ def check_command(words, partial=False):
         build_transform(values["image"])
 
 
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+SECTIONS = {
+    section.splitlines()[0]: section
+    for section in re.split(r"^## ", RESULTS.read_text(encoding="utf-8"), flags=re.M)[1:]
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_results_name_the_files_of_their_rows(title):
+    section = SECTIONS[title]
+    assert "\n|---|" in section
+    files = re.findall(r"`(results/[^`]*)`", section)
+    assert files
+    assert [file for file in files if not (RESULTS.parent / file).is_file()] == []
+
+
+DERIVED = {
+    "Scenes-VQA": "1.83 1.80 1.78 1.82 8.45",  # quotients of examples per second
+    "PuMer without its parts": "0.6 1.76 0.3 1.52 0.4 1.46 0.9 1.8 2.03 2.01 0.1 1.31",  # paper
+    "Questions of your own": "7.7 7.9 2.0 4.5 6.4 3.3",  # minutes, from the logs
+}
+"""Numbers that are not in a section's files, by the start of its title."""
+SCALES = torch.tensor((1.0, 100.0, 1000.0, 2.0**-20), dtype=torch.float64)
+"""As they are, in percent, in milliseconds, in MiB."""
+
+
+def strangers(title, section):
+    """Decimal numbers in the section's tables that its files do not have, up to rounding."""
+    linked = re.findall(r"\((results/[^)]*\.md)\)", section)
+    text = " ".join(
+        (RESULTS.parent / file).read_text(encoding="utf-8")
+        for file in (*re.findall(r"`(results/[^`]*)`", section), *linked)
+    )
+    values = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)}
+    values = torch.outer(torch.tensor([*values], dtype=torch.float64), SCALES).flatten()
+    derived = [numbers for start, numbers in DERIVED.items() if title.startswith(start)]
+    cells = [
+        cell
+        for line in section.splitlines()
+        if line.startswith("|")
+        for cell in line.split("|")[2:]
+    ]
+    return [
+        number
+        for number in re.findall(r"\d+\.\d+", " ".join(cells))
+        if number not in " ".join(derived).split()
+        and (values - float(number)).abs().min() > 0.5001 * 10.0 ** -len(number.split(".")[1])
+    ]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_tables_have_the_numbers_of_their_rows(title):
+    assert strangers(title, SECTIONS[title]) == []
+
+
+def test_a_number_of_no_row_is_noticed():
+    title = next(title for title in SECTIONS if title.startswith("ViLT-B/32"))
+    assert strangers(title, SECTIONS[title].replace("60.8 MiB", "61.7 MiB")) == ["61.7"]
+
+
+def test_results_have_the_footnotes_that_they_point_to():
+    text = RESULTS.read_text(encoding="utf-8")
+    notes = re.findall(r"^\[\^([\w-]+)\]: ", text, re.M)
+    assert len(notes) == len({*notes}) > 0
+    assert {*notes} == {*re.findall(r"\[\^([\w-]+)\](?!:)", text)}
+
+
 def test_there_is_something_to_check():
     assert {"README", "start", "add-a-reducer", "add-a-model"} <= {path.stem for path in RUNNING}
     assert sum(len(list(commands(path))) for path in DOCUMENTS) > 20

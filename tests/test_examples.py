@@ -1,5 +1,8 @@
-"""The scripts under examples/."""
+"""The notebooks and scripts under examples/."""
 
+import contextlib
+import io
+import json
 import re
 import runpy
 import sys
@@ -15,9 +18,38 @@ import pumer
 from pumer.cli import main
 from pumer.lab.tasks.check import check_files
 from pumer.lab.tasks.vqav2 import VQAv2
+from pumer.reducers import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 SHAPES = ("circle", "triangle", "rectangle")
+
+
+def numbers(text):
+    return re.findall(r"\d+(?:\.\d+)?", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_notebooks_print_the_numbers_that_they_show(path, monkeypatch, tmp_path):
+    """Run it again where this fails: `jupyter nbconvert --to notebook --execute --inplace`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REDUCERS", dict(registry._REDUCERS))
+    namespace = {"__name__": "notebook"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
+        outputs = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+        shown = "".join(line for output in outputs for line in output["text"])
+        assert numbers(printed.getvalue()) == numbers(shown)
+        assert bool(printed.getvalue()) == bool(shown)
+
+
+def test_notebooks_are_three_small_files():
+    assert {path.stem for path in NOTEBOOKS} == {"encoder", "decoder", "own_reducer"}
+    assert all(path.stat().st_size < 100_000 for path in NOTEBOOKS)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 costs."""
 
 import ast
+import functools
 import graphlib
 import json
 import os
@@ -89,11 +90,16 @@ def imports(path, tree):
             yield node.lineno, node.args[0].value
 
 
+@functools.cache
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
 def trees(*parts):
     """`(path, tree)` of the files in these parts, or of all files."""
     for path in FILES:
         if not parts or part_of(module_of(path)[0]) in parts:
-            yield path, ast.parse(path.read_text(encoding="utf-8"), str(path))
+            yield path, parse(path)
 
 
 def where(path, line, what):
@@ -227,30 +233,17 @@ def test_imports_are_resolved(file, source, expected):
 
 # --- importing pumer ---
 
+IMPORTED = """
+import json, sys, time
+import pumer
+from pumer.cli import main
 
-def run(code):
-    """Run `code` in a fresh interpreter on this checkout and return what it prints, read as
-    JSON."""
-    env = {**os.environ, "PYTHONPATH": str(SRC)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def loaded(*names):
+    return sorted({*names} & {*sys.modules})
 
+main(["--help"]), main(["--version"]), main(["evall"])
+report = {"by help": loaded("torch", "transformers", "jsonargparse", "rich")}
 
-def test_import_leaves_heavy_modules_alone():
-    heavy = ["transformers.trainer", "matplotlib", "datasets", "jsonargparse"]
-    code = (
-        f"import json, sys, pumer; pumer.apply; print(json.dumps([m for m in {heavy} if m in "
-        "sys.modules]))"
-    )
-    assert run(code) == []
-
-
-def test_import_changes_nothing_elsewhere():
-    code = """
-import json
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.vilt import modeling_vilt as vilt
@@ -266,42 +259,51 @@ def state():
 
 before = state()
 assert {"torch.nn.functional.scaled_dot_product_attention", "ViltLayer.forward"} <= set(before)
-import pumer
+start = time.process_time()
 pumer.apply, pumer.load, pumer.report, pumer.ToMe
+report["seconds"] = time.process_time() - start
+report["by names"] = loaded("transformers.trainer", "matplotlib", "datasets", "jsonargparse")
 after = state()
-names = sorted(before.keys() | after.keys())
-print(json.dumps([name for name in names if before.get(name) != after.get(name)]))
-"""
-    assert run(code) == []
+report["changed"] = sorted(
+    name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
-
-def test_names_are_imported_when_they_are_asked_for():
-    code = """
-import json, sys
-import pumer
-from pumer.cli import main
-main(["--help"]), main(["--version"]), main(["evall"])
-heavy = sorted({"torch", "transformers", "jsonargparse", "rich"} & set(sys.modules))
 import pumer.costs.report
-assert callable(pumer.report) and set(pumer.__all__) <= set(dir(pumer))
-assert all(getattr(pumer, name) is not None for name in pumer.__all__)
-sys.stdout.write("\\n" + json.dumps(heavy))
+report["names"] = pumer.__all__
+report["listed"] = dir(pumer)
+report["missing"] = [name for name in pumer.__all__ if getattr(pumer, name, None) is None]
+report["report"] = callable(pumer.report)
+sys.stdout.write("\\n" + json.dumps(report))
 """
-    env = {**os.environ, "PYTHONPATH": str(SRC)}
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """What importing pumer does, step by step, in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IMPORTED],
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_is_quick():
-    code = """
-import time, torch, transformers
-start = time.perf_counter()
-import pumer
-pumer.apply, pumer.load, pumer.report
-print(time.perf_counter() - start)
-"""
-    seconds = min(run(code) for _ in range(3))
-    assert seconds < 2.0, "importing pumer adds too much to importing torch and transformers"
+def test_help_and_import_leave_heavy_modules_alone(imported):
+    assert imported["by help"] == []
+    assert imported["by names"] == []
+
+
+def test_import_changes_nothing_elsewhere(imported):
+    assert imported["changed"] == []
+
+
+def test_names_are_imported_when_they_are_asked_for(imported):
+    assert {*imported["names"]} <= {*imported["listed"]}
+    assert imported["missing"] == []
+    assert imported["report"]
+
+
+def test_import_is_quick(imported):
+    assert imported["seconds"] < 2.0, "pumer adds too much to importing torch and transformers"

@@ -1,9 +1,9 @@
-"""How far the latency model of `pumer tune` is off.
+"""Measure the error of `pumer tune`'s latency model.
 
     python benchmarks/scripts/latency.py STUDY [BATCH] [RUNS]
 
-Fits the model to the few forwards that `pumer tune` times, and then times settings that it has not
-seen: those of a study's training-free reducers. Prints predicted and measured speed-up over the
+Fits the model to the few forwards that `pumer tune` times, then times other settings: those of a
+study's training-free reducers. Prints predicted and measured speed-up over the
 unreduced model.
 """
 
@@ -15,7 +15,7 @@ from pumer.lab.bench.latency import calibrate, measure
 from pumer.lab.bench.run import FUSED
 from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.study.points import read_study
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.reducers import from_dict
 
 study = read_study(sys.argv[1])
@@ -30,7 +30,7 @@ reducers = {
 }
 net = pumer.remove(open_model(study.model, None))
 collator = open_task(study.model, net, dict(study.task))
-pool = Pool(collator.task.examples("test"), collator, batch, batch)
+pool = ExamplePool(collator.task.examples("test"), collator, batch, batch)
 pool.size(1)
 inputs = pool.inputs(0)
 model = calibrate(net, inputs)
@@ -39,9 +39,9 @@ errors = []
 print(f"{study.name}\npredicted  measured  off     setting")
 for name in reducers:
     guess = model.seconds(reports[FUSED]) / model.seconds(reports[name])
-    found = seconds[FUSED] / seconds[name]
-    errors.append(abs(guess / found - 1))
-    print(f"{guess:8.2f}x {found:8.2f}x {100 * (guess / found - 1):+5.1f} %  {name}")
+    measured = seconds[FUSED] / seconds[name]
+    errors.append(abs(guess / measured - 1))
+    print(f"{guess:8.2f}x {measured:8.2f}x {100 * (guess / measured - 1):+5.1f} %  {name}")
 print(
     f"off by {100 * statistics.median(errors):.1f} % in the median, {100 * max(errors):.1f} % at "
     "most"

@@ -1,12 +1,11 @@
-"""Whether the text looks at what matters.
+"""Measure whether the text attends to the objects that a question is about.
 
     python benchmarks/scripts/saliency.py MODEL...
 
-Scores the patches of scenes pictures as PuMer would in every layer, nothing being reduced. Prints
-for each layer how often a patch with an object is scored above a plain one (area under the ROC
-curve; 50 % is chance), how often one that the question asks about is scored above one that it does
-not, and the accuracy when a fifth of the patches is pruned in that layer alone, without training:
-by the text, and at random.
+Scores the patches of scenes images in every layer as PuMer does, without reducing. Prints for each
+layer how often a patch with an object scores above a plain one (area under the ROC curve; 50 % is
+chance), how often a patch that the question asks about scores above the others, and the accuracy
+with a fifth of the patches pruned in that layer alone, by the text and at random, without training.
 """
 
 import sys
@@ -27,18 +26,18 @@ from pumer.reducers.tokens import Tokens, TokenShape
 
 
 @dataclass(frozen=True)
-class Look(Reducer):
-    """Reduces nothing and writes down each layer's saliency."""
+class SaliencyRecorder(Reducer):
+    """Reduces nothing and records each layer's saliency."""
 
-    name = "look"
+    name = "saliency-recorder"
     layers: tuple[int, ...] = ()
-    seen: tuple[list[Tensor], ...] = ()
+    scores: tuple[list[Tensor], ...] = ()
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         return shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
-        self.seen[tokens.layer].append(text_saliency(tokens)[:, tokens.num_prefix_tokens :])
+        self.scores[tokens.layer].append(text_saliency(tokens)[:, tokens.num_prefix_tokens :])
         return Plan.identity(tokens.mask_BN)
 
 
@@ -46,8 +45,8 @@ def above(score_BP: Tensor, of_BP: Tensor) -> float:
     """Mean over samples of how often one of the marked patches is scored above one of the others,
     percent."""
     marked, others = of_BP.sum(1), (~of_BP).sum(1)
-    places = score_BP.shape[1] - rank(score_BP)  # 1 for the lowest
-    wins = (places * of_BP).sum(1) - marked * (marked + 1) / 2
+    ranks_BP = score_BP.shape[1] - rank(score_BP)  # 1 for the lowest
+    wins = (ranks_BP * of_BP).sum(1) - marked * (marked + 1) / 2
     both = (marked > 0) & (others > 0)
     return float(100 * (wins / (marked * others))[both].mean())
 
@@ -59,8 +58,8 @@ def main(model: str, questions: int = 1024, batch: int = 64) -> None:
         model, net, {"name": "scenes", "questions": questions, "seed": 31, "patch_size": 8}
     )
     examples = collator.task.examples("test")
-    look, labels = Look(tuple(range(depth)), tuple([] for _ in range(depth))), []
-    with pumer.reduced(net, look), torch.inference_mode():
+    recorder, labels = SaliencyRecorder(tuple(range(depth)), tuple([] for _ in range(depth))), []
+    with pumer.reduced(net, recorder), torch.inference_mode():
         for start in range(0, questions, batch):
             inputs = collator(take(examples, range(len(examples))[start : start + batch]))
             labels.append(inputs["patch_labels"])
@@ -75,8 +74,8 @@ def main(model: str, questions: int = 1024, batch: int = 64) -> None:
     print(
         "layer  object above plain  asked about above others  a fifth pruned by the text  at random"
     )
-    for layer, seen in enumerate(look.seen):
-        score = torch.cat(seen)
+    for layer, scores in enumerate(recorder.scores):
+        score = torch.cat(scores)
         by_text = accuracy(pumer.PuMer(prune=0.2, merge=0.0, merge_text=0.0, layers=(layer,)))
         at_random = accuracy(pumer.Random(prune=0.2, layers=(layer,)))
         print(

@@ -1,10 +1,9 @@
-"""Put a trained model where it stays, in half precision.
+"""Save a trained model in half precision, in the package or in a folder.
 
     python benchmarks/scripts/ship.py runs/NAME PLACE [CHANGES]
 
-PLACE is the name it gets in the package, or a folder for one too large for that
-(benchmarks/models/NAME). CHANGES are settings of its reducer that it is to have from now on, as
-JSON.
+PLACE is the model's name in the package, or a folder for models too large for it
+(benchmarks/models/NAME). CHANGES are settings of its reducer to override, as JSON.
 """
 
 import json

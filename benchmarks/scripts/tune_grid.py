@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pumer
 from pumer.lab.commands.common import open_model, open_task
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.sequential import PairedDrop
 from pumer.presets import read_reducer
 
@@ -29,7 +29,7 @@ chosen = [found, *(row for row in rows[1::every])]
 
 net = pumer.remove(open_model("scenes-vilt", None))
 collator = open_task("scenes-vilt", net, {"name": "scenes", "questions": examples, "seed": SEED})
-pool = Pool(collator.task.examples("test"), collator, BATCH, examples)
+pool = ExamplePool(collator.task.examples("test"), collator, BATCH, examples)
 cache = out / "grid.jsonl"
 scores = dict(map(json.loads, cache.read_text().splitlines())) if cache.exists() else {}
 reducers = {"base": pumer.Unreduced()} | {

@@ -15,7 +15,7 @@ import pumer
 from pumer._files import claimed
 from pumer.cli import main
 from pumer.lab.commands.common import open_model, open_task
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.sequential import PairedDrop
 from pumer.presets import read_reducer
 
@@ -46,7 +46,7 @@ def lost(seed):
     collator = open_task(
         "scenes-vilt", net, {"name": "scenes", "questions": held_out, "seed": 1000 + seed}
     )
-    pool = Pool(collator.task.examples("test"), collator, 32, held_out)
+    pool = ExamplePool(collator.task.examples("test"), collator, 32, held_out)
     scores = []
     for reducer in (pumer.Unreduced(), read_reducer(str(folder / "reducer.yaml"))):
         with pumer.reduced(net, reducer):

@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 import pumer
 from pumer._shipped import SHIPPED, shipped_models
 from pumer.lab.commands.common import open_model, open_task
-from pumer.lab.commands.demo import demo
 from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import evaluate
 from pumer.lab.scenes.tasks import Scenes
@@ -56,19 +55,3 @@ def test_recipes_name_settings_that_exist(recipe):
     if "reducer" in settings:
         pumer.reducers.from_dict(settings["reducer"])
     TrainingArguments(output_dir="unused", **{"use_cpu": True, **settings["trainer"]})
-
-
-def test_the_demo_draws_and_counts(tmp_path, capsys):
-    demo(
-        out=str(tmp_path / "demo"),
-        questions=40,
-        batch_size=8,
-        photographs=False,
-        record=str(tmp_path / "rows.csv"),
-    )
-    shown = capsys.readouterr().out
-    assert "ToMe" in shown
-    assert "no vision" in shown
-    assert (tmp_path / "demo/tokens.png").stat().st_size > 10_000
-    assert "data:image/png" in (tmp_path / "demo/tokens.html").read_text()
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 8

@@ -17,7 +17,7 @@ from pumer.lab.data.images import BrokenImageError, KeepAspect, Square
 from pumer.lab.data.text import TextTransform, train_tokenizer
 from pumer.lab.data.transforms import build_transform, load_transform, save_transform
 from pumer.lab.evaluate import constant_accuracy, evaluate, predict, take, write_samples
-from pumer.lab.scenes.drawing import draw
+from pumer.lab.scenes.drawing import draw_scenes
 from pumer.lab.scenes.other_tasks import ScenesNLVR2, ScenesRetrieval, ScenesVE
 from pumer.lab.scenes.questions import ask
 from pumer.lab.scenes.tasks import Scenes, dense_labels
@@ -161,7 +161,7 @@ DEEP = '{"reducer": "tome", "depth": 12}'
 
 def test_commands_explain_what_is_wrong(folder, capsys):
     assert main(["eval", "--model", "nowhere"]) == 2
-    assert "no model folder" in capsys.readouterr().err
+    assert "not a model folder" in capsys.readouterr().err
     assert main(["eval", "--model", str(folder), "--reducer", "best"]) == 2
     assert "no reducer is named 'best'" in capsys.readouterr().err
     for words, message in (
@@ -300,7 +300,7 @@ def test_predictions_are_of_the_eval_mode(model, collator, task):
 
 def test_dense_labels_say_how_two_objects_lie():
     pictures = range(40)
-    scenes = draw(1, pictures)
+    scenes = draw_scenes(1, pictures)
     questions = [
         q for q in ask(scenes, 1, pictures, per_picture=6) if q.kind in ("relation", "colour")
     ]
@@ -314,7 +314,7 @@ def test_dense_labels_say_how_two_objects_lie():
             continue
         one, other = question.referents
         place = [
-            (scenes.x[question.picture, k].item(), scenes.y[question.picture, k].item())
+            (scenes.x[question.image_index, k].item(), scenes.y[question.image_index, k].item())
             for k in (one, other)
         ]
         assert set(beside[beside > 0].tolist()) == {1 if place[1][0] < place[0][0] else 2}

@@ -11,7 +11,7 @@ from pumer.lab import tasks
 from pumer.lab.data.images import open_image
 from pumer.lab.scenes import set_files as scene_set_files
 from pumer.lab.scenes.captions import describe
-from pumer.lab.scenes.drawing import draw
+from pumer.lab.scenes.drawing import draw_scenes
 from pumer.lab.scenes.hypotheses import LABELS, suppose
 from pumer.lab.scenes.set_files import write_karpathy, write_nlvr2, write_snli_ve
 from pumer.lab.scenes.sets import draw_sets
@@ -91,7 +91,7 @@ def test_karpathy(tmp_path, dataset, splits):
             "negatives": 3,
         }
     )
-    scenes = draw(4, range(sum(splits.values())), image_size=32)
+    scenes = draw_scenes(4, range(sum(splits.values())), image_size=32)
     seen = views(scenes)
     first = 0
     for split, count in splits.items():

@@ -9,7 +9,7 @@ import pytest
 
 from pumer.lab import tasks
 from pumer.lab.scenes.captions import describe, mistake
-from pumer.lab.scenes.drawing import COLOURS, SHAPES, SIZES, draw
+from pumer.lab.scenes.drawing import COLOURS, SHAPES, SIZES, draw_scenes
 from pumer.lab.scenes.hypotheses import KINDS as HYPOTHESES
 from pumer.lab.scenes.hypotheses import LABELS, suppose
 from pumer.lab.scenes.sets import draw_sets
@@ -304,7 +304,7 @@ def test_hypotheses_are_balanced_whatever_the_words_and_whatever_the_picture(hyp
 
 
 def test_captions_by_brute_force():
-    scenes = draw(5, range(300))
+    scenes = draw_scenes(5, range(300))
     tables, seen = [objects(scenes, row) for row in range(300)], views(scenes)
     texts = []
     for number, (table, view) in enumerate(zip(tables, seen, strict=True)):
@@ -407,7 +407,7 @@ def test_ve_examples_are_the_sets():
 @pytest.mark.parametrize("negatives", [0, 1, 15])
 def test_negatives_do_not_fit(negatives):
     task = tasks.build({"name": "scenes-retrieval", "questions": 40, "negatives": negatives})
-    scenes = draw(3, range(40))
+    scenes = draw_scenes(3, range(40))
     for number, example in enumerate(task.examples("test")[:]):
         assert len(set(example.negatives)) == negatives
         table = objects(scenes, number)

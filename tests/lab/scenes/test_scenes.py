@@ -19,7 +19,7 @@ from pumer.lab.scenes.drawing import (
     COLOURS,
     SHAPES,
     SIZES,
-    draw,
+    draw_scenes,
     patch_offsets,
     patch_pixels,
     patch_targets,
@@ -33,7 +33,7 @@ PER_PICTURE = 12
 
 @pytest.fixture(scope="module")
 def batch():
-    return draw(7, range(PICTURES))
+    return draw_scenes(7, range(PICTURES))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,15 @@ def objects(batch, picture):
 
 def test_a_picture_does_not_depend_on_its_batch(batch):
     picked = [399, 3, 64, 31, 32, 3]
-    for one, other in zip(rows(draw(7, picked), slice(None)), rows(batch, picked), strict=True):
+    for one, other in zip(
+        rows(draw_scenes(7, picked), slice(None)), rows(batch, picked), strict=True
+    ):
         assert torch.equal(one, other)
-    assert not torch.equal(draw(8, [3]).images, batch.images[3:4])
+    assert not torch.equal(draw_scenes(8, [3]).images, batch.images[3:4])
 
 
 def test_a_picture_stays_the_same_for_ever():
-    one = draw(-5, [2**40])
+    one = draw_scenes(-5, [2**40])
     assert one.present.sum() == 8
     assert one.x.tolist() == [[38, 60, 29, 71, 41, 12, 78, 66, 44, 36]]
     assert one.colour.tolist() == [[2, 3, 7, 4, 4, 1, 7, 7, 2, 1]]
@@ -85,7 +87,7 @@ def test_a_picture_stays_the_same_for_ever():
 
 @pytest.mark.gpu
 def test_a_picture_is_the_same_on_a_gpu(batch):
-    on_gpu = draw(7, range(PICTURES), device="cuda")
+    on_gpu = draw_scenes(7, range(PICTURES), device="cuda")
     for one, other in zip(rows(on_gpu, slice(None)), rows(batch, slice(None)), strict=True):
         assert torch.equal(one.cpu(), other)
     asked = [ask(on_gpu, 7, range(PICTURES)), ask(batch, 7, range(PICTURES))]
@@ -96,14 +98,14 @@ def test_a_picture_is_the_same_on_a_gpu(batch):
 
 
 def test_shapes_and_types(batch):
-    small = draw(0, torch.tensor([4, 5]), image_size=64)
+    small = draw_scenes(0, torch.tensor([4, 5]), image_size=64)
     assert small.images.shape == (2, 3, 64, 64)
     assert small.images.dtype == torch.uint8
     assert small.owner.shape == (2, 64, 64)
     assert batch.present.sum(1).max() == 10
     assert batch.present.sum(1).min() in (3, 4)  # four, less one hidden
     with pytest.raises(ValueError, match="at least 32"):
-        draw(0, [0], image_size=16)
+        draw_scenes(0, [0], image_size=16)
 
 
 def test_objects_are_in_the_picture_and_visible(monkeypatch):
@@ -117,7 +119,7 @@ def test_objects_are_in_the_picture_and_visible(monkeypatch):
     visible = []
     for picture in range(150):
         laid.clear()
-        one = draw(1, [picture])
+        one = draw_scenes(1, [picture])
         area = scenes._atlas(96, one.images.device)[1][laid[0][0]]
         for k in range(10):
             seen = (one.owner[0] == k).sum() / area[k]
@@ -240,8 +242,8 @@ def test_answers_by_brute_force(batch, questions):
     tables = [objects(batch, picture) for picture in range(PICTURES)]
     assert len(questions) == PICTURES * PER_PICTURE
     for place, question in enumerate(questions):
-        assert question.picture == place // PER_PICTURE
-        answer, referents = derive(tables[question.picture], question.kind, question.question)
+        assert question.image_index == place // PER_PICTURE
+        answer, referents = derive(tables[question.image_index], question.kind, question.question)
         assert question.answer == answer, question
         assert set(question.referents) == referents
         assert answer in ANSWERS
@@ -252,7 +254,7 @@ def test_answers_by_brute_force(batch, questions):
 def test_no_word_is_wasted(batch, questions):
     for question in questions:
         if question.kind in ("position", "relation", "colour", "size"):
-            table = objects(batch, question.picture)
+            table = objects(batch, question.image_index)
             for adjective, shape in re.findall(
                 rf"the (\w+) ({'|'.join(SHAPES)})\b", question.question
             ):
@@ -261,12 +263,12 @@ def test_no_word_is_wasted(batch, questions):
 
 def test_questions_do_not_depend_on_the_batch_or_their_number(batch, questions):
     picked = [50, 2]
-    few = ask(draw(7, picked), 7, picked, per_picture=3)
+    few = ask(draw_scenes(7, picked), 7, picked, per_picture=3)
     expected = [questions[i * PER_PICTURE + j] for i in picked for j in range(3)]
-    assert [dataclasses.replace(q, picture=0) for q in few] == [
-        dataclasses.replace(q, picture=0) for q in expected
+    assert [dataclasses.replace(q, image_index=0) for q in few] == [
+        dataclasses.replace(q, image_index=0) for q in expected
     ]
-    texts = [{q.question for q in questions if q.picture == picture} for picture in range(20)]
+    texts = [{q.question for q in questions if q.image_index == picture} for picture in range(20)]
     assert np.mean([len(text) for text in texts]) > PER_PICTURE - 0.2
     with pytest.raises(ValueError, match="pass the index"):
         ask(batch, 7, [1, 2])
@@ -304,7 +306,7 @@ def test_missing_things_are_near_misses(batch, questions):
         ):
             words = set(re.sub(r"\W", " ", question.question).split())
             colours, shapes = words & set(COLOURS), words & set(SHAPES)
-            table = objects(batch, question.picture)
+            table = objects(batch, question.image_index)
             assert not colours or any(o["colour"] in colours or o["shape"] in shapes for o in table)
 
 
@@ -314,7 +316,9 @@ def test_referent_targets_by_loop(batch, questions):
     assert target.dtype == torch.bool
     assert target.shape == (60, 36)
     for question, row in zip(some, target, strict=True):
-        owner = batch.owner[question.picture].view(6, 16, 6, 16).transpose(1, 2).reshape(36, 256)
+        owner = (
+            batch.owner[question.image_index].view(6, 16, 6, 16).transpose(1, 2).reshape(36, 256)
+        )
         expected = [sum((patch == k).sum() for k in question.referents) >= 64 for patch in owner]
         for k in question.referents:
             expected[int((owner == k).sum(1).argmax())] = True
@@ -333,18 +337,18 @@ def test_official_files(tmp_path):
     annotated = json.loads((out / "v2_mscoco_train2014_annotations.json").read_text())
     assert asked["task_type"] == "Open-Ended"
     assert asked["data_subtype"] == annotated["data_subtype"] == "train2014"
-    batch = draw(3, range(5))
+    batch = draw_scenes(3, range(5))
     expected = ask(batch, 3, range(5), per_picture=4)
     assert len(asked["questions"]) == len(annotated["annotations"]) == len(expected) == 20
     for place, (question, annotation, wanted) in enumerate(
         zip(asked["questions"], annotated["annotations"], expected, strict=True)
     ):
         assert question["question"] == wanted.question
-        assert question["image_id"] == annotation["image_id"] == wanted.picture
+        assert question["image_id"] == annotation["image_id"] == wanted.image_index
         assert (
             question["question_id"]
             == annotation["question_id"]
-            == wanted.picture * 1000 + place % 4
+            == wanted.image_index * 1000 + place % 4
         )
         answers = annotation["answers"]
         assert [a["answer_id"] for a in answers] == list(range(1, 11))
@@ -385,7 +389,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_patch_offsets_lead_to_the_middle_of_what_a_patch_shows():
-    scenes = draw(5, range(6))
+    scenes = draw_scenes(5, range(6))
     offsets, (colour, _) = patch_offsets(scenes, 8), patch_targets(scenes, 8)
     main = patch_pixels(scenes, 8).argmax(-1)
     for b, n in itertools.product(range(6), range(144)):

@@ -34,16 +34,16 @@ from pumer.lab.data.transforms import save_transform
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.study import read_study, run
 from pumer.lab.study.curves import (
-    Mix,
-    at,
+    Interpolated,
     difference,
     half_width,
+    interpolate,
+    on_curve,
     pareto,
-    place,
     seed_spreads,
     settings_of,
 )
-from pumer.lab.study.measure import Subject, _tokens, cost, macs, read_subject
+from pumer.lab.study.evaluation import EvalModel, _tokens, cost, load_eval_model, macs
 from pumer.lab.study.results import (
     COLUMNS,
     FIGURES,
@@ -318,7 +318,7 @@ def test_intervals_are_those_of_a_bootstrap_over_clusters():
     )
     apart = one.scores - other.scores
     drawn = [100 * apart[rng.integers(300, size=300)].mean() for _ in range(4000)]
-    found = difference(at(one), at(other), {})
+    found = difference(on_curve(one), on_curve(other), {})
     assert found.value == pytest.approx(100 * apart.mean())
     assert found.half_width == pytest.approx(1.96 * np.std(drawn), rel=0.05)
     assert half_width(one, {}) == pytest.approx(
@@ -397,15 +397,15 @@ def test_every_method_has_the_spread_of_its_own_seeds():
         "e": (pytest.approx((2 + 8 + 0.5 + 32 + 2) / 6), 6),
     }
     one, two, other = found[0], found[1], found[2]
-    between = Mix(((one, 0.5), (two, 0.5)))
+    between = Interpolated(((one, 0.5), (two, 0.5)))
     # Two settings by one estimate add up before their degrees of freedom are counted, those of two
     # methods do not.
-    for apart, variances in ((between, [(5 / 2 * 0.5, 2)]), (at(one), [(5 / 2, 2)])):
+    for apart, variances in ((between, [(5 / 2 * 0.5, 2)]), (on_curve(one), [(5 / 2, 2)])):
         known = [*variances, (0.25 / 2, 2)]
         whole = sum(variance for variance, _ in known)
         freedom = whole**2 / sum(variance**2 / number for variance, number in known)
         wanted = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(whole)
-        assert difference(apart, at(other), spreads).half_width == pytest.approx(wanted)
+        assert difference(apart, on_curve(other), spreads).half_width == pytest.approx(wanted)
 
 
 def test_a_speed_that_is_not_known_well_widens_the_interval():
@@ -423,13 +423,15 @@ def test_a_speed_that_is_not_known_well_widens_the_interval():
     assert error == pytest.approx(np.std(medians), rel=0.05)
     for where, share in ((1.0, 1.0), (1.5, 0.5), (2.0, 1.0)):
         exact, known = (
-            place(curve, lambda setting: setting.speed_up, where, axis)
+            interpolate(curve, lambda setting: setting.speed_up, where, axis)
             for axis in (None, lambda setting: setting.speed_up_error)
         )
         ends = 2 if where == 1.5 else 1
         assert exact.placing == ()
         assert known.placing == ((pytest.approx((40 * error * share) ** 2), 4.0),) * ends
-        narrow, wide = (difference(one, at(curve[0]), {}).half_width for one in (exact, known))
+        narrow, wide = (
+            difference(one, on_curve(curve[0]), {}).half_width for one in (exact, known)
+        )
         variances = [(narrow / 1.962) ** 2, *(variance for variance, _ in known.placing)]
         freedom = sum(variances) ** 2 / sum(
             x**2 / y for x, y in zip(variances, (999, 4, 4), strict=False)
@@ -455,13 +457,13 @@ def test_intervals_hold_with_few_rounds(runs):
                 speed
                 | {"x_unreduced": np.median(gains), "x_low": low, "x_high": high, "runs": runs}
             )
-        found = place(
+        found = interpolate(
             settings_of(rows, speeds),
             lambda setting: setting.speed_up,
             1.5,
             lambda setting: setting.speed_up_error,
         )
-        truth = at(settings_of([made("b", 1.5, [0.7] * 4)[0]])[0])
+        truth = on_curve(settings_of([made("b", 1.5, [0.7] * 4)[0]])[0])
         apart = difference(found, truth, {})
         held += abs(apart.value) <= apart.half_width
     assert 0.94 < held / 1500 <= 1.0
@@ -472,10 +474,10 @@ def test_a_curve_is_straight_between_its_settings_and_nothing_beyond():
         *(made("a", x, [1] * n + [0] * (10 - n)) for x, n in ((1.2, 9), (2.0, 5))), strict=True
     )
     curve = settings_of(rows, speeds)
-    between = place(curve, lambda setting: setting.speed_up, 1.4)
+    between = interpolate(curve, lambda setting: setting.speed_up, 1.4)
     assert between.scores.sum() == pytest.approx(0.75 * 9 + 0.25 * 5)
-    assert place(curve, lambda setting: setting.speed_up, 1.1) is None
-    assert place(settings_of(rows), lambda setting: setting.speed_up, 1.6) is None
+    assert interpolate(curve, lambda setting: setting.speed_up, 1.1) is None
+    assert interpolate(settings_of(rows), lambda setting: setting.speed_up, 1.6) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
@@ -653,15 +655,15 @@ def test_what_the_tables_need_is_asked_for_at_the_start(study, tmp_path, monkeyp
 )
 def test_tokens_and_costs_are_those_of_the_report(model, reducer):
     examples = Scenes(questions=8, image_size=32).examples("test")[:]
-    base = read_subject(model, TASK).on(examples, 4)
-    one = read_subject(model, TASK, reducer).on(examples, 4)
+    base = load_eval_model(model, TASK).on(examples, 4)
+    one = load_eval_model(model, TASK, reducer).on(examples, 4)
     mean, spread = _tokens(one)
     lengths = pumer.report(one.model).lengths
     assert mean[:, 1].tolist() == [image for _, image in lengths]
     assert spread[:, 1].max() == 0
     assert mean[0, 0] == pytest.approx(sum(int(b["attention_mask"].sum()) for b in one.batches) / 8)
     alone = [
-        _tokens(read_subject(model, TASK, reducer).on([example], 1))[0] for example in examples
+        _tokens(load_eval_model(model, TASK, reducer).on([example], 1))[0] for example in examples
     ]
     torch.testing.assert_close(torch.tensor(np.mean(alone, axis=0)), torch.tensor(mean))
 
@@ -676,13 +678,13 @@ def test_a_picture_with_several_texts_is_encoded_once():
     texts = tiny.batch("MeterForImageAndTextRetrieval")
     pictures = {name: texts.pop(name) for name in ("pixel_values", "pixel_mask")}
     once = {**texts, **{name: value[:2] for name, value in pictures.items()}, "texts_per_image": 2}
-    whole, towers = macs(Subject(net, None, (once,)), 2)
+    whole, towers = macs(EvalModel(net, None, (once,)), 2)
     parts = last_forward_parts(net)
     pictured = parts["embedding"] + parts["vision tower"] + parts["projection"]
     pairs = sum(parts.values()) - pictured
     assert whole == pictured + 2 * pairs
     assert towers == parts["vision tower"] + parts["projection"] + 2 * parts["text encoder"]
-    again, _ = macs(Subject(net, None, ({**texts, **pictures},)), 2)
+    again, _ = macs(EvalModel(net, None, ({**texts, **pictures},)), 2)
     assert again == 2 * (pictured + pairs)
 
 
@@ -712,7 +714,7 @@ def test_what_was_trained_blind_is_scored_blind(study, tmp_path, monkeypatch):
 
 def test_smaller_pictures_cost_less(model):
     examples = Scenes(questions=4, image_size=32).examples("test")[:]
-    small = read_subject(model, TASK, image_size=16).on(examples, 4)
+    small = load_eval_model(model, TASK, image_size=16).on(examples, 4)
     assert small.batches[0]["pixel_values"].shape[-1] == 16
     assert _tokens(small)[0][:, 1].tolist() == [5] * 4
 

@@ -25,7 +25,7 @@ from pumer.lab.evaluate import answer, constant_accuracy, evaluate, model_inputs
 from pumer.lab.scenes.other_tasks import ScenesVE
 from pumer.lab.scenes.questions import ANSWERS
 from pumer.lab.scenes.tasks import Scenes
-from pumer.lab.study.measure import cost, read_subject, score
+from pumer.lab.study.evaluation import cost, load_eval_model, score
 from pumer.lab.tasks import VQAv2
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.inputs import Inputs
@@ -44,7 +44,7 @@ from pumer.lab.train.model import ModelSettings, prepare
 from pumer.lab.train.optimizer import OptimizerSettings
 from pumer.lab.train.run import train
 from pumer.lab.train.settings import DistillSettings, GroundingSettings, TrainSettings
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.models.llava import IMAGE, writing_tokenizer
 from pumer.reducers import FastV
 
@@ -433,7 +433,7 @@ def test_vqav2_by_the_command(base, capsys, tmp_path):
 
 def test_study_and_tuning_take_models_that_write(base):
     whole, one = (
-        read_subject(str(base), TASK, reducer) for reducer in ({"reducer": "none"}, REDUCER)
+        load_eval_model(str(base), TASK, reducer) for reducer in ({"reducer": "none"}, REDUCER)
     )
     examples = whole.collator.task.examples("test")[:8]
     assert {"accuracy", "accuracy_low", "scores"} <= set(score(one, examples, 4))
@@ -444,7 +444,7 @@ def test_study_and_tuning_take_models_that_write(base):
     questions = [len(whole.collator.prompt(example.text, example.id)) - 16 for example in examples]
     assert (text, image) == (pytest.approx(sum(questions) / 8, abs=0.01), 16)
     assert json.loads(spent["tokens"])[-1][1] < 16
-    pool = Pool(whole.collator.task.examples("test"), whole.collator, 4, 16)
+    pool = ExamplePool(whole.collator.task.examples("test"), whole.collator, 4, 16)
     assert [len(scores) for scores in pool.scores(one.model, range(3))] == [4, 4, 4]
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_made(shipped, tmp_path):
         inputs(" ", noise(0))
     with pytest.raises(BrokenImageError, match=r"none\.jpg"):
         inputs(QUESTIONS[0], tmp_path / "none.jpg")
-    with pytest.raises(ValueError, match="is no model folder"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         load_inputs(tmp_path, model)
     pumer.save(model, tmp_path / "bare")
     with pytest.raises(ValueError, match="has no"):

@@ -16,7 +16,7 @@ from pumer.lab.data.images import open_image
 from pumer.lab.evaluate import evaluate, predict
 from pumer.lab.scenes.other_tasks import ScenesVE
 from pumer.lab.scenes.tasks import Scenes
-from pumer.lab.study.measure import cost, read_subject
+from pumer.lab.study.evaluation import cost, load_eval_model
 from pumer.lab.tasks.processors import (
     SHORT,
     ProcessorCollator,
@@ -27,7 +27,7 @@ from pumer.lab.tasks.processors import (
 from pumer.lab.tasks.vqa_answers import normalize
 from pumer.lab.tune.points import Bounds
 from pumer.lab.tune.run import tune
-from pumer.lab.tune.space import Grid
+from pumer.lab.tune.space import SearchGrid
 from pumer.presets import read_reducer
 from pumer.reducers import to_dict
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_asked_is_refused(folder, monkeypatch, capsys):
     with pytest.raises(ValueError, match="1 of 1 questions have no text"):
         collator([replace(TASK.examples("test")[0], text=" ")])
     with pytest.raises(ValueError, match="image_size is for models with an image transform"):
-        read_subject(folder, SETTINGS, image_size=16)
+        load_eval_model(folder, SETTINGS, image_size=16)
     assert main(["eval", "--model", "nobody/nothing"])
     assert "nobody/nothing cannot be read as a model" in capsys.readouterr().err
 
@@ -148,8 +148,8 @@ def test_a_study_counts_what_they_cost(family, tmp_path, monkeypatch):
     model, _ = opened(family, monkeypatch)
     model.save_pretrained(tmp_path)
     examples = TASK.examples("test")[:4]
-    base = read_subject(str(tmp_path), SETTINGS).on(examples, 2)
-    one = read_subject(str(tmp_path), SETTINGS, to_dict(PUMER)).on(examples, 2)
+    base = load_eval_model(str(tmp_path), SETTINGS).on(examples, 2)
+    one = load_eval_model(str(tmp_path), SETTINGS, to_dict(PUMER)).on(examples, 2)
     found = cost(one, base, 4)
     assert 0 < found["gflops"] < found["unreduced_gflops"]
     tokens = json.loads(found["tokens"])
@@ -159,7 +159,9 @@ def test_a_study_counts_what_they_cost(family, tmp_path, monkeypatch):
 def test_the_best_setting_of_a_stock_decoder_is_found(folder, tmp_path):
     model = tiny_llm.model("llava")
     collator = saved_collator(folder, model, TASK)
-    grid = Grid(prune=[0.0, 0.2], merge=[0.0, 0.3], merge_text=[0.0], layers=[[0, 1]], tome=[0])
+    grid = SearchGrid(
+        prune=[0.0, 0.2], merge=[0.0, 0.3], merge_text=[0.0], layers=[[0, 1]], tome=[0]
+    )
     found = tune(
         model,
         TASK.examples("test"),

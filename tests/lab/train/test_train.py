@@ -386,7 +386,7 @@ def test_bad_settings_are_refused_before_anything_is_written(base, tmp_path, tok
         train(TrainSettings(str(tmp_path / "done"), TASK, model, resume=True, trainer=STEPS))
     with pytest.raises(ValueError, match="no task is named"):
         train(TrainSettings(str(tmp_path / "x"), {"name": "nothing"}, model))
-    with pytest.raises(ValueError, match="no model folder"):
+    with pytest.raises(ValueError, match="not a model folder"):
         train(TrainSettings(str(tmp_path / "x"), TASK, ModelSettings(path=str(tmp_path / "none"))))
     assert not (tmp_path / "x").exists()
 

@@ -118,7 +118,7 @@ def test_a_processor_of_a_decoder_and_of_an_adapters_base(tmp_path):
     for folder in (tmp_path / "base", tmp_path / "adapter"):
         batch = pumer.processor(folder)("w4 w5", noise(0))
         assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[0] == 1
-    with pytest.raises(ValueError, match=r"is no model folder\. It has no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a model folder\. It has no config\.json"):
         pumer.processor(tmp_path)
     with pytest.raises(ValueError, match="Did you mean 'scenes-vilt'"):
         pumer.processor("scenes-vlit")

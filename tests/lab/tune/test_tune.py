@@ -33,16 +33,17 @@ from pumer.lab.train import launch as train_launch
 from pumer.lab.tune import examples as tune_examples
 from pumer.lab.tune import finetune as tune_finetune
 from pumer.lab.tune import run as tune_run
-from pumer.lab.tune.examples import Pool
-from pumer.lab.tune.plot import draw
+from pumer.lab.tune.evidence import nearest_point
+from pumer.lab.tune.examples import ExamplePool
+from pumer.lab.tune.plot import plot
 from pumer.lab.tune.points import Bounds, Planned, check_reachable, plan
 from pumer.lab.tune.search import LOOK, Search
 from pumer.lab.tune.sequential import STAKES, PairedDrop
-from pumer.lab.tune.space import Grid, Point, milder, schedules, space
+from pumer.lab.tune.space import GridPoint, SearchGrid, dominates, schedules, space
 from pumer.presets import read_reducer
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-SMALL = Grid(
+SMALL = SearchGrid(
     prune=[0.0, 0.2],
     merge=[0.0, 0.2, 0.4],
     merge_text=[0.0, 0.2],
@@ -174,7 +175,7 @@ def slow_milder(one, other):
 def test_milder_is_less_everywhere():
     points = space(replace(SMALL, tome=[0, 2, 4]), tiny_model()).points
     assert [point.name for point in points if point.tome] == ["ToMe 2", "ToMe 4"]
-    table = milder(points)
+    table = dominates(points)
     assert all(
         table[i, j] == slow_milder(a, b) for i, a in enumerate(points) for j, b in enumerate(points)
     )
@@ -192,16 +193,17 @@ def test_schedules_fit_and_are_distinct():
 
 
 def test_default_grids_fit_every_family():
-    assert not space(Grid(prune=[0.1]), tiny_model()).impossible
+    assert not space(SearchGrid(prune=[0.1]), tiny_model()).impossible
     towers = space(
-        Grid(prune=[0.1], merge=[0.2], merge_text=[0.0]), tiny_model("MeterForQuestionAnswering")
+        SearchGrid(prune=[0.1], merge=[0.2], merge_text=[0.0]),
+        tiny_model("MeterForQuestionAnswering"),
     )
     assert {point.reducer.name for point in towers.points} == {"pumer", "tome", "compose"}
     assert len({repr(point.reducer) for point in towers.points}) == len(towers.points)
     net = tiny_llm.model("llava")
     found = [
         point
-        for point in space(Grid(prune=[0.0], merge=[0.0], merge_text=[0.0]), net, True).points
+        for point in space(SearchGrid(prune=[0.0], merge=[0.0], merge_text=[0.0]), net, True).points
         if point.tome and not point.tower
     ]
     assert len(found) >= 4
@@ -212,7 +214,9 @@ def test_default_grids_fit_every_family():
 
 def test_impossible_settings_are_named_and_skipped_on_request():
     net = tiny_model()
-    grid = Grid(prune=[0.1, 0.7], merge=[0.2, 0.5], merge_text=[0.0], layers=[[1], [7]], tome=[0])
+    grid = SearchGrid(
+        prune=[0.1, 0.7], merge=[0.2, 0.5], merge_text=[0.0], layers=[[1], [7]], tome=[0]
+    )
     with pytest.raises(
         ValueError, match=r"5 settings of the grid are impossible \(prune 0.1 merge 0.2 .* layers 7"
     ):
@@ -220,11 +224,11 @@ def test_impossible_settings_are_named_and_skipped_on_request():
     kept = space(grid, net, skip_impossible=True)
     assert (len(kept.points), len(kept.impossible)) == (3, 5)
     with pytest.raises(ValueError, match="no setting"):
-        space(Grid([0.0], [0.0], [0.0], tome=[0]), net)
+        space(SearchGrid([0.0], [0.0], [0.0], tome=[0]), net)
     with pytest.raises(ValueError, match="no values for merge"):
-        space(Grid(merge=[]), net)
+        space(SearchGrid(merge=[]), net)
     with pytest.raises(ValueError, match="no vision tower"):
-        space(Grid(prune=[0.1], tower=[2]), net)
+        space(SearchGrid(prune=[0.1], tower=[2]), net)
     assert pumer.active(net) is None
 
 
@@ -255,17 +259,17 @@ def collator(task, tokenizer):
 
 
 def test_examples_are_independent_and_the_same_again(model, collator, task, monkeypatch):
-    pools = [Pool(task.examples("val"), collator, 16, 56, seed=3)]
+    pools = [ExamplePool(task.examples("val"), collator, 16, 56, seed=3)]
     monkeypatch.setattr(tune_examples, "_KEEP", 0)
-    pools.append(Pool(task.examples("val"), collator, 16, 56, seed=3))
+    pools.append(ExamplePool(task.examples("val"), collator, 16, 56, seed=3))
     first, remade = (list(pool.scores(model, range(10))) for pool in pools)
     assert first == remade
     assert [len(scores) for scores in first] == [16, 16, 16, 8]
     clusters = [example.cluster for batch in pools[0]._batches for example in batch.examples]
     assert len(set(clusters)) == len(clusters) == 56
-    assert Pool(task.examples("val"), collator, 32, 500).size(99) == 180  # pictures
-    assert Pool(task.examples("val"), collator, 32, 500).available == 180
-    assert Pool(task.examples("val"), collator, 32, 50).available == 50
+    assert ExamplePool(task.examples("val"), collator, 32, 500).size(99) == 180  # pictures
+    assert ExamplePool(task.examples("val"), collator, 32, 500).available == 180
+    assert ExamplePool(task.examples("val"), collator, 32, 50).available == 50
 
 
 def test_few_pictures_with_many_questions_are_shared_out(model, collator, task, tmp_path):
@@ -283,7 +287,7 @@ def test_few_pictures_with_many_questions_are_shared_out(model, collator, task, 
         check=100,
     )
     assert found.judged.examples == found.checked.examples == 20
-    with pytest.raises(ValueError, match="of a picture no more than one, are too few"):
+    with pytest.raises(ValueError, match="at most one per image, are too few"):
         tune_run.tune(
             model,
             many,
@@ -473,7 +477,7 @@ def test_a_point_that_measured_breaks_a_bound_is_not_chosen_again(known, monkeyp
     assert tune_run._settle(one, {}, lambda line: None) == (None, 0.0, 0)
     assert len(measured) == len(set(measured)) > 0
     assert {one.status(found) for found in planned if found.point.name in measured} == {"unfit"}
-    assert f"the nearest is {measured[0]}, 1.00 times as fast, 10 MB" in tune_run._nearest(one)
+    assert f"the nearest is {measured[0]}, 1.00 times as fast, 10 MB" in nearest_point(one)
 
 
 def test_a_point_that_was_never_begun_is_not_taken_for_the_next(known):
@@ -546,10 +550,10 @@ def test_bounds_that_make_no_sense(known):
         ValueError, match=f"fastest, {fastest.point.name}, is predicted to be {fastest.speedup:.2f}"
     ):
         check_reachable(known[2], Bounds(speedup=50.0))
-    small = Planned(Point(0.1, 0.0, 0.0, (1,)), 1.1, 1.1, memory=7_000_000)
+    small = Planned(GridPoint(0.1, 0.0, 0.0, (1,)), 1.1, 1.1, memory=7_000_000)
     with pytest.raises(ValueError, match="takes 7 MB"):
         check_reachable([small], Bounds(memory=5_000_000))
-    quick = Planned(Point(0.2, 0.0, 0.0, (1,)), 1.5, 1.5, memory=9_000_000)
+    quick = Planned(GridPoint(0.2, 0.0, 0.0, (1,)), 1.5, 1.5, memory=9_000_000)
     with pytest.raises(ValueError, match=r"the smallest that is fast enough, prune 0.2 .*, 9 MB"):
         check_reachable([small, quick], Bounds(speedup=1.4, memory=8_000_000))
 
@@ -615,7 +619,7 @@ def test_tune_writes_preset_evidence_and_plot(command, tmp_path, model, capsys, 
     with claimed(out):
         assert main([*command, "--max_drop", "90", "--resume", "true"]) == 2
     assert "another process works in" in capsys.readouterr().err
-    monkeypatch.setattr(Pool, "scores", None)  # nothing is predicted again
+    monkeypatch.setattr(ExamplePool, "scores", None)  # nothing is predicted again
     monkeypatch.setattr(tune_run, "calibrate", None)
     assert main([*command, "--max_drop", "90", "--resume", "true"]) == 0
     assert list(csv.DictReader((out / "candidates.csv").open())) == rows
@@ -732,5 +736,5 @@ def test_plot_without_anything_found(tmp_path):
         "point": "a",
         "check_examples": 0,
     }
-    draw([row], 1.0, tmp_path / "tune")
+    plot([row], 1.0, tmp_path / "tune")
     assert (tmp_path / "tune.png").stat().st_size > 1000

@@ -1,9 +1,10 @@
-"""`pumer demo`: the shipped models answer questions about pictures, unreduced and reduced, side by
+"""`pumer demo`: the shipped models answer questions about images, unreduced and reduced, side by
 side."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from pumer.lab.bench.memory import peak_activations
 from pumer.lab.bench.records import environment
 from pumer.lab.bench.timing import alternate
 from pumer.lab.commands.common import open_model, open_task
+from pumer.lab.commands.demo_page import Cells, demo_page
 from pumer.lab.commands.viz import show
 from pumer.lab.data.images import KeepAspect, open_image, pad_images
 from pumer.lab.data.text import TextTransform
@@ -32,9 +34,10 @@ from pumer.lab.evaluate import evaluate, model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.presets import PRESETS
 from pumer.reducers import Reducer
-from pumer.viz import draw, gallery
+from pumer.viz import TokenMap, draw
 
 BASE, REDUCED = "scenes-vilt", "scenes-vilt-pumer"
+_PHOTOGRAPH_RUNS = 5  # timed forwards of the full-size model, of each variant
 COLUMNS = (
     "variant",
     "reducer",
@@ -66,15 +69,14 @@ def demo(
 ) -> None:
     """See what token reduction does, in about three minutes.
 
-    Scores the shipped models on pictures that no training saw, times a full-size ViLT-B/32 on real
-    photographs, and draws which tokens were kept, merged and dropped.
+    Scores the shipped models on images unseen in training, times a full-size ViLT-B/32 on real
+    photographs, and writes a web page with the results and token maps.
 
     Args:
-        out: folder for the pictures and the page; what an earlier demo wrote there is replaced.
+        out: folder for the page and the drawing; those of an earlier demo are replaced.
         questions: number of test questions.
         batch_size: examples at a time.
-        photographs: also time a full-size model (random weights) on the photographs that come
-            along.
+        photographs: also time a full-size model (random weights) on the shipped photographs.
         seed: seed of the test images.
         record: CSV file to add the rows to.
     """
@@ -83,18 +85,29 @@ def demo(
     variants = _variants()
     task = Scenes(questions=questions, per_picture=2, seed=seed)
     rows = _score(variants, task, batch_size)
-    screen.print(_table(rows, questions))
+    scores = _score_cells(rows, questions)
+    screen.print(_table(scores, no_wrap=True))
     base, reduced = rows["base"], rows["PuMer"]
-    screen.print(
-        f"PuMer: {reduced['per_second'] / base['per_second']:.2f}x the speed, "
-        f"{reduced['memory'] / base['memory']:.0%} of the memory, "
-        f"{reduced['metric']['accuracy'] - base['metric']['accuracy']:+.1f} points.\n"
-    )
+    speed = f"{reduced['per_second'] / base['per_second']:.2f}x"
+    memory = f"{reduced['memory'] / base['memory']:.0%}"
+    points = f"{reduced['metric']['accuracy'] - base['metric']['accuracy']:+.1f}"
+    screen.print(f"PuMer: {speed} the speed, {memory} of the memory, {points} points.\n")
+    timings = None
     if photographs:
-        screen.print(photograph_table())
+        timings = _photograph_cells()
+        screen.print(_table(timings))
     lines.append([_record(name, row, questions, batch_size, seed) for name, row in rows.items()])
-    pages = _draw(Path(out), variants["PuMer"][0], task)
-    screen.print(f"Which tokens were kept, merged and dropped: {pages[0]} and {pages[1]}")
+    tiles = [
+        (speed, "the unreduced model's speed"),
+        (f"{reduced['report'].macs / base['report'].macs:.0%}", "of its FLOPs"),
+        (points, "points of accuracy"),
+    ]
+    maps = _token_maps(variants["PuMer"][0], task)
+    page = demo_page(
+        tiles, scores, timings, [shown.to_html(image, title) for shown, image, title in maps]
+    )
+    files = _write(Path(out), page, [draw(*one_map) for one_map in maps])
+    screen.print(f"Which tokens were kept, merged and dropped: {files[0]} and {files[1]}")
 
 
 def _variants() -> dict[str, tuple[str, Reducer | None]]:
@@ -173,29 +186,38 @@ def _record(
     }
 
 
-def _table(rows: dict[str, dict[str, Any]], questions: int) -> Table:
-    table = Table(
-        title=f"Shipped ViLT, {questions} questions about unseen pictures",
-        box=box.SIMPLE,
-        padding=0,
-    )
-    for name in ("", "accuracy, interval", "ex/s", "MB", "GFLOPs", "image tokens by layer"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+def _score_cells(rows: dict[str, dict[str, Any]], questions: int) -> Cells:
+    columns = ("", "accuracy, interval", "ex/s", "MB", "GFLOPs", "image tokens by layer")
+    cells = []
     for name, row in rows.items():
         metric, report = row["metric"], row["report"]
-        table.add_row(
-            name,
-            f"{metric['accuracy']:.1f} "
-            f"({metric['accuracy_low']:.1f}-{metric['accuracy_high']:.1f})",
-            f"{row['per_second']:.0f}",
-            f"{row['memory'] / 2**20:.0f}",
-            f"{2 * report.macs / 1e9:.2f}",
-            " ".join(str(image) for _, image in report.lengths[1:]),
+        interval = f"({metric['accuracy_low']:.1f}-{metric['accuracy_high']:.1f})"
+        cells.append(
+            (
+                name,
+                f"{metric['accuracy']:.1f} {interval}",
+                f"{row['per_second']:.0f}",
+                f"{row['memory'] / 2**20:.0f}",
+                f"{2 * report.macs / 1e9:.2f}",
+                " ".join(str(image) for _, image in report.lengths[1:]),
+            )
         )
+    title = f"Shipped ViLT, {questions} questions about unseen pictures"
+    return Cells(title, columns, tuple(cells))
+
+
+def _table(cells: Cells, no_wrap: bool = False) -> Table:
+    """A table for the terminal; without wrapping it is set tighter, too."""
+    padding = 0 if no_wrap else (0, 1)
+    table = Table(title=cells.title, box=box.SIMPLE, padding=padding)
+    for name in cells.columns:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=no_wrap)
+    for row in cells.rows:
+        table.add_row(*row)
     return table
 
 
-def photograph_table(repeats: int = 5) -> Table:
+def _photograph_cells() -> Cells:
     """Time a full-size ViLT-B/32 with random weights on the shipped photographs and their
     captions."""
     from transformers import AutoTokenizer, ViltConfig, ViltForQuestionAnswering
@@ -204,32 +226,27 @@ def photograph_table(repeats: int = 5) -> Table:
     model = ViltForQuestionAnswering(ViltConfig(num_labels=3129)).eval()
     rows = json.loads((SHIPPED / "photos" / "photos.json").read_text())
     transform = KeepAspect(384)
-    pictures = [transform(open_image(SHIPPED / "photos" / row["file"])) for row in rows]
+    images = [transform(open_image(SHIPPED / "photos" / row["file"])) for row in rows]
     text = TextTransform(AutoTokenizer.from_pretrained(SHIPPED / BASE), 40, padding="max_length")
     batch = text([row["caption"] for row in rows], [row["file"] for row in rows])
-    batch["pixel_values"], batch["pixel_mask"] = pad_images(pictures)
+    batch["pixel_values"], batch["pixel_mask"] = pad_images(images)
     variants: dict[str, Reducer | None] = {
         "stock transformers": None,
         "fused, not reduced": pumer.Unreduced(),
         "PuMer (vilt-vqav2)": PRESETS["vilt-vqav2"],
     }
     calls = {name: partial(_as, model, reducer, batch) for name, reducer in variants.items()}
-    medians = {
-        name: timing.median for name, timing in alternate(calls, runs=repeats, warmup=1).items()
-    }
+    timings = alternate(calls, runs=_PHOTOGRAPH_RUNS, warmup=1)
+    stock = timings["stock transformers"].median
+    cells = []
+    for name, call in calls.items():
+        median, memory = timings[name].median, peak_activations(call)
+        per_second, speed = f"{len(rows) / median:.2f}", f"{stock / median:.2f}"
+        cells.append((name, per_second, speed, f"{memory / 2**20:.0f}"))
     title = (
         f"ViLT-B/32 (random weights), {len(rows)} photographs of different shapes, 40 text tokens"
     )
-    table = Table(title=title, box=box.SIMPLE)
-    for name in ("", "examples/s", "x stock", "memory MB"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, call in calls.items():
-        speed = medians["stock transformers"] / medians[name]
-        memory = peak_activations(call)
-        table.add_row(
-            name, f"{len(rows) / medians[name]:.2f}", f"{speed:.2f}", f"{memory / 2**20:.0f}"
-        )
-    return table
+    return Cells(title, ("", "examples/s", "x stock", "memory MB"), tuple(cells))
 
 
 def _as(model: Any, reducer: Reducer | None, batch: dict[str, torch.Tensor]) -> Any:
@@ -237,23 +254,26 @@ def _as(model: Any, reducer: Reducer | None, batch: dict[str, torch.Tensor]) -> 
     return _forward(model, batch)
 
 
-def _draw(out: Path, model_name: str, task: Scenes, num_maps: int = 6) -> tuple[Path, Path]:
-    """Token maps of the first few questions, as one PNG and one page."""
+def _token_maps(
+    model_name: str, task: Scenes, num_maps: int = 6
+) -> list[tuple[TokenMap, Image.Image, str]]:
+    """Token map, image and title of the first few questions."""
     model = open_model(model_name, None)
     collator = open_task(model_name, model, {"name": "scenes"})
-    drawn = []
-    for example in task.examples("test")[: 2 * num_maps : 2]:
-        shown, picture, title = show(model, collator, example)
-        drawn.append((draw(shown, picture, title), title))
-    sheet = Image.new(
-        "RGB", (max(d.width for d, _ in drawn), sum(d.height for d, _ in drawn)), "white"
-    )
+    return [show(model, collator, example) for example in task.examples("test")[: 2 * num_maps : 2]]
+
+
+def _write(out: Path, page: str, drawings: Sequence[Image.Image]) -> tuple[Path, Path]:
+    """Write the drawings below each other as one PNG, and the page."""
+    width, height = max(d.width for d in drawings), sum(d.height for d in drawings)
+    sheet = Image.new("RGB", (width, height), "white")
     y = 0
-    for image, _ in drawn:
-        sheet.paste(image, (0, y))
-        y += image.height
+    for drawing in drawings:
+        sheet.paste(drawing, (0, y))
+        y += drawing.height
     files = out / "tokens.png", out / "tokens.html"
     with replacing(files[0], "wb") as file:
         sheet.save(file, "PNG")
-    gallery(drawn, files[1], "Which tokens were kept, merged and dropped")
+    with replacing(files[1]) as file:
+        file.write(page)
     return files

@@ -21,7 +21,7 @@ from pumer.lab.commands.common import open_model, open_task
 from pumer.lab.train.recipe import read_recipe
 from pumer.lab.tune.finetune import finetune as finetune_
 from pumer.lab.tune.points import Bounds
-from pumer.lab.tune.space import Grid
+from pumer.lab.tune.space import SearchGrid
 
 if TYPE_CHECKING:
     from pumer.lab.tune.run import Tuned
@@ -37,7 +37,7 @@ def tune_(
     max_memory: str | None = None,
     task: str | dict[str, Any] | None = None,
     split: str = "val",
-    grid: Grid | None = None,
+    grid: SearchGrid | None = None,
     skip_impossible: bool = False,
     batch_size: Count = 32,
     choose: Count = 2000,

@@ -19,7 +19,7 @@ from pumer.lab.evaluate import answer, model_inputs
 from pumer.lab.scenes.tasks import Scenes
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import is_generative
-from pumer.viz import TokenMap, draw, to_picture, token_map, token_maps
+from pumer.viz import TokenMap, draw, to_image, token_map, token_maps
 
 
 def viz_(
@@ -30,14 +30,14 @@ def viz_(
     example: Index = 0,
     reducer: ReducerSettings = None,
 ) -> None:
-    """Draw which tokens were kept, merged and dropped for one picture and question.
+    """Draw which tokens were kept, merged and dropped for one image and question.
 
     Args:
         out: PNG file to write; the same map as JSON goes beside it.
         model: folder of a saved model, or a shipped one's name.
-        image: file of a picture; a generated one if not given.
-        question: about that picture.
-        example: which generated picture and question, where no image is given.
+        image: file of an image; a generated one if not given.
+        question: about that image.
+        example: which generated image and question, where no image is given.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; single
             settings go as --reducer.SETTING VALUE; the model's own if not given.
     """
@@ -86,7 +86,7 @@ def shown_images(
 
 def _plain(image: Any) -> Image.Image:
     """What the model looked at: an image, or its pixels as a transform gives them."""
-    return image if isinstance(image, Image.Image) else to_picture(image)
+    return image if isinstance(image, Image.Image) else to_image(image)
 
 
 def _title(collator: Collator, example: Example, written: Any) -> str:
@@ -103,10 +103,10 @@ def _title(collator: Collator, example: Example, written: Any) -> str:
 def show(
     net: PreTrainedModel, collator: Collator, example: Example
 ) -> tuple[TokenMap, Image.Image, str]:
-    """Token map, picture and a title with question and answer, of one example."""
+    """Token map, image and a title with question and answer, of one example."""
     batch = model_inputs(collator([example]))
     tokenizer: Any = collator.text.tokenizer
     words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     shown = token_map(net, batch, words)
     chosen = net.config.id2label[int(net(**batch).logits.argmax(-1))]
-    return shown, to_picture(batch["pixel_values"][0]), _title(collator, example, chosen)
+    return shown, to_image(batch["pixel_values"][0]), _title(collator, example, chosen)

@@ -1,7 +1,7 @@
-"""Captions of pictures: true, and specific enough to fit few other pictures.
+"""Captions of images: true, and specific enough to fit few other images.
 
 A caption names two or three objects, most by size, colour and shape, and says where some of them
-are. As it is kept as facts, whether it fits any other picture can be told too; so can captions be
+are. As it is kept as facts, whether it fits any other image can be told too; so can captions be
 made that are wrong in one thing.
 """
 
@@ -17,7 +17,7 @@ from pumer.lab.scenes.views import (
     NUMBERS,
     WAYS,
     Description,
-    View,
+    SceneView,
     counted,
     level,
     one,
@@ -49,8 +49,8 @@ class Fact:
             return f"{said} {_BESIDE[str(self.way)]} {one(self.other)}"
         return said if self.way is None else f"{said} in the {HALVES[self.way]} half"
 
-    def fits(self, view: View) -> bool:
-        """Whether it can be said of a picture; in the doubt it can."""
+    def fits(self, view: SceneView) -> bool:
+        """Whether it can be said of an image; in the doubt it can."""
         places = view.fits.get(self.what, ())
         if self.number > 1 or self.way is None:
             return len(places) == self.number if self.number > 1 else bool(places)
@@ -72,14 +72,14 @@ class SceneCaption:
     def text(self) -> str:
         return self.opening + ", and ".join(fact.text for fact in self.facts)
 
-    def fits(self, view: View) -> bool:
-        """Whether it can be said of a picture; in the doubt, as of objects hardly left of each
+    def fits(self, view: SceneView) -> bool:
+        """Whether it can be said of an image; in the doubt, as of objects hardly left of each
         other, it can."""
         return all(fact.fits(view) for fact in self.facts)
 
 
-def describe(view: View, dice: random.Random, number: int = 5) -> list[SceneCaption]:
-    """`number` different captions of a picture."""
+def describe(view: SceneView, dice: random.Random, number: int = 5) -> list[SceneCaption]:
+    """`number` different captions of an image."""
     captions: dict[str, SceneCaption] = {}
     while len(captions) < number:
         caption = _describe(view, dice)
@@ -87,8 +87,8 @@ def describe(view: View, dice: random.Random, number: int = 5) -> list[SceneCapt
     return list(captions.values())
 
 
-def mistake(caption: SceneCaption, view: View, dice: random.Random) -> SceneCaption:
-    """The caption with one thing changed, so that it does not fit the picture any more."""
+def mistake(caption: SceneCaption, view: SceneView, dice: random.Random) -> SceneCaption:
+    """The caption with one thing changed, so that it does not fit the image any more."""
     while True:
         facts = list(caption.facts)
         fact_index = int(dice.random() * len(facts))
@@ -122,7 +122,7 @@ def _other_trait(description: Description, dice: random.Random) -> Description:
     return size, colour, shape
 
 
-def _describe(view: View, dice: random.Random) -> SceneCaption:
+def _describe(view: SceneView, dice: random.Random) -> SceneCaption:
     caption_kind = list(KINDS)[weighted(dice, list(KINDS.values()))]
     order = list(view.present)
     for position in range(len(order) - 1, 0, -1):  # shuffled by `random()` alone
@@ -136,7 +136,7 @@ def _describe(view: View, dice: random.Random) -> SceneCaption:
     return SceneCaption(caption_kind, tuple(facts), pick(dice, _OPENINGS))
 
 
-def _halves(view: View, dice: random.Random, order: Sequence[int]) -> list[Fact]:
+def _halves(view: SceneView, dice: random.Random, order: Sequence[int]) -> list[Fact]:
     """Two objects and the halves they are in, where they are clearly in one."""
     facts = []
     for k in order[:2]:
@@ -146,7 +146,7 @@ def _halves(view: View, dice: random.Random, order: Sequence[int]) -> list[Fact]
 
 
 def _related(
-    view: View, dice: random.Random, order: Sequence[int], caption_kind: str
+    view: SceneView, dice: random.Random, order: Sequence[int], caption_kind: str
 ) -> list[Fact]:
     """One object beside another and, but for the kind "pair", something else before or after."""
     what, other = order[:2]

@@ -1,12 +1,12 @@
-"""Pictures of coloured, textured, partly overlapping shapes, drawn in batches.
+"""Images of coloured, textured, partly overlapping shapes, drawn in batches.
 
-Picture `i` of seed `s` is always the same, whatever batch, device or order it is drawn in: every
-random number is a splitmix64 hash of (s, i, slot), and everything that depends on the picture is
+Image `i` of seed `s` is always the same, whatever batch, device or order it is drawn in: every
+random number is a splitmix64 hash of (s, i, slot), and everything that depends on the image is
 integer arithmetic, but for the distances used to place objects. To be fast, shapes are drawn once
-from their signed distances into an atlas of stamps (shape x radius x angle x texture); a picture is
+from their signed distances into an atlas of stamps (shape x radius x angle x texture); an image is
 ten stamps laid on a canvas, later ones on top.
 
-Shape suffixes: B pictures, K objects (10), C candidate places, S side in pixels, W stamp side, N
+Shape suffixes: B images, K objects (10), C candidate places, S side in pixels, W stamp side, N
 patches.
 """
 
@@ -33,13 +33,13 @@ _REACH = 1.25  # the farthest any shape extends from its centre, in radii
 _CANDIDATES = 8
 _COVER_LIMIT = 0.33  # estimated share of an object that later ones may cover
 _MIN_VISIBLE = 0.5
-_CHUNK = 32  # pictures a step on CPU, so that a step's arrays stay in the cache
+_CHUNK = 32  # images a step on CPU, so that a step's arrays stay in the cache
 _MIN_COVER = 0.25  # share of a patch that objects must cover for it not to be background
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of pictures and what is in them.
+    """A batch of images and what is in them.
 
     `images` uint8 [B, 3, S, S]. `colour`, `shape`, `size`, `texture` (indices into COLOURS, SHAPES,
     SIZES, TEXTURES), `x`, `y` (centre, pixels from the left and from the top): int64 [B, 10].
@@ -58,17 +58,17 @@ class Scenes:
     owner: Tensor
 
 
-def draw(
+def draw_scenes(
     seed: int,
     index: Sequence[int] | Tensor,
     *,
     image_size: int = 96,
     device: torch.device | str = "cpu",
 ) -> Scenes:
-    """Draw pictures number `index` of `seed`.
+    """Draw images number `index` of `seed`.
 
-    Each holds 4 to 10 objects. Every object is wholly inside the picture and at least half visible:
-    one that later objects would cover further is left out of the picture (in about one picture in
+    Each holds 4 to 10 objects. Every object is wholly inside the image and at least half visible:
+    one that later objects would cover further is left out of the image (in about one image in
     fifty). Raises ValueError when `image_size` is below 32.
     """
     if image_size < 32:
@@ -89,7 +89,7 @@ def patch_targets(scenes: Scenes, patch_size: int) -> tuple[Tensor, Tensor]:
     patches in raster order.
 
     Class 0 is background (objects cover less than a quarter of the patch), class c + 1 is
-    COLOURS[c] or SHAPES[c]. Raises ValueError when `patch_size` does not divide the picture.
+    COLOURS[c] or SHAPES[c]. Raises ValueError when `patch_size` does not divide the image.
     """
     pixels_BNK = patch_pixels(scenes, patch_size)
     foreground = pixels_BNK.sum(-1) >= _MIN_COVER * patch_size**2
@@ -104,7 +104,7 @@ def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
     2], in pixels.
 
     Across, then down; 0 on background.
-    Raises ValueError when `patch_size` does not divide the picture.
+    Raises ValueError when `patch_size` does not divide the image.
     """
     pixels_BNK = patch_pixels(scenes, patch_size)
     main_BN = pixels_BNK.argmax(-1)
@@ -119,12 +119,12 @@ def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
 def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
     """How many pixels of each patch each object holds: int64 [B, N, 10], patches in raster order.
 
-    Raises ValueError when `patch_size` does not divide the picture.
+    Raises ValueError when `patch_size` does not divide the image.
     """
     batch, side = scenes.owner.shape[:2]
     if side % patch_size:
         raise ValueError(
-            f"patch_size {patch_size} does not divide the picture's {side} px; choose a divisor."
+            f"patch_size {patch_size} does not divide the image's {side} px; choose a divisor."
         )
     per_side = side // patch_size
     owner = scenes.owner.view(batch, per_side, patch_size, per_side, patch_size).transpose(2, 3)
@@ -241,7 +241,7 @@ def _atlas(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=4)
 def _backgrounds(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixel noise [2S, 2S + 2] and four textures [4, 2S, 2S], int16 in about -32..32; pictures take
+    """Pixel noise [2S, 2S + 2] and four textures [4, 2S, 2S], int16 in about -32..32; images take
     crops of them."""
     side = 2 * image_size
     dice = _Dice(0, torch.zeros(1, dtype=torch.int64))
@@ -258,17 +258,17 @@ def _backgrounds(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]
     return noise.to(torch.int16).to(device), textures.round().to(torch.int16).to(device)
 
 
-# Drawn for every picture
+# Drawn for every image
 
 
 def _draw(seed: int, index_B: Tensor, image_size: int) -> tuple[Tensor, ...]:
-    """The fields of `Scenes`, in order, for one chunk of pictures."""
+    """The fields of `Scenes`, in order, for one chunk of images."""
     dice = _Dice(seed, index_B)
     colour, shape, texture, radius, angle = (
         dice.roll(MAX_OBJECTS) % n
         for n in (len(COLOURS), len(SHAPES), len(TEXTURES), len(_RADII), len(_ANGLES))
     )
-    # Two pictures in five favour one colour or one shape; without them counts above three would
+    # Two images in five favour one colour or one shape; without them counts above three would
     # hardly occur.
     theme, favourite, adopts = dice.roll(1) % 5, dice.roll(1), dice.roll(MAX_OBJECTS) % 10 < 6
     colour = torch.where(adopts & (theme == 0), favourite % len(COLOURS), colour)

@@ -1,4 +1,4 @@
-"""The built-in pictures and questions as a VQAv2 data set on disk, for anything that reads the
+"""The built-in images and questions as a VQAv2 data set on disk, for anything that reads the
 official files."""
 
 import json
@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from pumer._files import check_name, locked, new_folder
-from pumer.lab.scenes.drawing import draw
+from pumer.lab.scenes.drawing import draw_scenes
 from pumer.lab.scenes.questions import SceneQuestion, ask
 
 _BATCH = 256
@@ -30,21 +30,21 @@ def write_vqav2(
     image_size: int = 96,
     progress: bool = True,
 ) -> Path:
-    """Write pictures 0 .. `pictures` - 1 of `seed` under the folder `out` as VQAv2's official
+    """Write images 0 .. `pictures` - 1 of `seed` under the folder `out` as VQAv2's official
     files; returns it.
 
     `out` is new, or has other splits that were written so.
 
     `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the
-    images `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG. Picture number i is image
+    images `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG. Image number i is image
     i, its question j is i * 1000 + j, and all ten annotators agree. `out` appears only when
     everything is written. `progress` shows a bar if stderr is a terminal. Raises ValueError when
-    `out` exists and is not empty, or for more than 1000 questions a picture.
+    `out` exists and is not empty, or for more than 1000 questions an image.
     """
     if pictures < 1 or not 1 <= per_picture <= 1000:
         raise ValueError(
-            f"pictures={pictures}, per_picture={per_picture}: ask for at least one picture and 1 "
-            "to 1000 questions a picture (VQAv2's question ids leave room for no more)."
+            f"pictures={pictures}, per_picture={per_picture}: ask for at least one image and 1 "
+            "to 1000 questions an image (VQAv2's question ids leave room for no more)."
         )
     check_name(split, "split")
     folder = Path(out)
@@ -81,7 +81,7 @@ def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:
 
 
 def save(image: Tensor, path: Path) -> None:
-    """Write a picture, uint8 [3, S, S], as PNG: unlike JPEG it keeps it as drawn; readers must take
+    """Write an image, uint8 [3, S, S], as PNG: unlike JPEG it keeps it as drawn; readers must take
     either."""
     # The noise hardly compresses, so that higher levels cost time and save nothing.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
@@ -99,11 +99,11 @@ def _write(
     questions, annotations = [], []
     (folder / split).mkdir()
     for index in batches(range(pictures), split, progress):
-        scenes = draw(seed, index, image_size=image_size)
+        scenes = draw_scenes(seed, index, image_size=image_size)
         for image_id, image in zip(index, scenes.images, strict=True):
             save(image, folder / split / f"COCO_{split}_{image_id:012d}.png")
         for position, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):
-            image_id = index[question.picture]
+            image_id = index[question.image_index]
             ids = {"image_id": image_id, "question_id": image_id * 1000 + position % per_picture}
             questions.append({**ids, "question": question.question})
             annotations.append({**ids, **_annotation(question)})

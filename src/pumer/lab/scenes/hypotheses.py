@@ -1,17 +1,17 @@
-"""Hypotheses about one picture, which it entails, contradicts or leaves open, as in visual
+"""Hypotheses about one image, which it entails, contradicts or leaves open, as in visual
 entailment (SNLI-VE).
 
-A picture shows all there is, so that only a hypothesis about something that is not there is open:
-of a picture without a star, "the star is red" is neither true nor false (Strawson, "On Referring",
-1950). A hypothesis is neutral where the picture has no such thing, or not the number that the
+An image shows all there is, so that only a hypothesis about something that is not there is open:
+of an image without a star, "the star is red" is neither true nor false (Strawson, "On Referring",
+1950). A hypothesis is neutral where the image has no such thing, or not the number that the
 hypothesis speaks of; a contradiction where it has it, but other than said. Nothing is said of "the
 star" where there are several. There are no hypotheses that presuppose nothing ("there are two
 stars"), as none could be neutral.
 
-Three hypotheses go with three pictures, each picture entailing one, contradicting one and leaving
+Three hypotheses go with three images, each image entailing one, contradicting one and leaving
 one open, each
-hypothesis being entailed by one picture, contradicted by one and left open by one: neither words
-alone nor a picture alone say anything about the label.
+hypothesis being entailed by one image, contradicted by one and left open by one: neither words
+alone nor an image alone say anything about the label.
 """
 
 import random
@@ -26,7 +26,7 @@ from pumer.lab.scenes.views import (
     NUMBERS,
     WAYS,
     Description,
-    View,
+    SceneView,
     article,
     level,
     many,
@@ -48,7 +48,7 @@ LABELS = ("contradiction", "neutral", "entailment")
 
 @dataclass(frozen=True)
 class SceneHypothesis:
-    """A sentence and what each of three pictures says of it, as places in LABELS; `kind` is a key
+    """A sentence and what each of three images says of it, as places in LABELS; `kind` is a key
     of KINDS."""
 
     sentence: str
@@ -57,18 +57,18 @@ class SceneHypothesis:
 
 
 def suppose(
-    seen: Sequence[View], dice: random.Random, kinds: Mapping[str, float] = KINDS
+    seen: Sequence[SceneView], dice: random.Random, kinds: Mapping[str, float] = KINDS
 ) -> tuple[SceneHypothesis, ...] | None:
-    """Three hypotheses about three pictures, each of a kind drawn by weight.
+    """Three hypotheses about three images, each of a kind drawn by weight.
 
-    Of another kind where the pictures allow none of that kind, and None where they allow none at
+    Of another kind where the images allow none of that kind, and None where they allow none at
     all.
     """
     one_way = pick(dice, (1, 2))
     for turn in (
         one_way,
         3 - one_way,
-    ):  # the two ways to give each picture and each hypothesis all labels
+    ):  # the two ways to give each image and each hypothesis all labels
         hypotheses = []
         for first in range(3):
             order = (
@@ -76,12 +76,12 @@ def suppose(
                 (first + turn) % 3,
                 (first + 2 * turn) % 3,
             )  # contradicts, leaves open, entails
-            said = _suppose([seen[picture] for picture in order], dice, kinds)
+            said = _suppose([seen[image_index] for image_index in order], dice, kinds)
             if said is None:
                 break
             hypotheses.append(
                 SceneHypothesis(
-                    said[1], tuple(order.index(picture) for picture in range(3)), said[0]
+                    said[1], tuple(order.index(image_index) for image_index in range(3)), said[0]
                 )
             )
         else:
@@ -90,9 +90,9 @@ def suppose(
 
 
 def _suppose(
-    order: Sequence[View], dice: random.Random, kinds: Mapping[str, float]
+    order: Sequence[SceneView], dice: random.Random, kinds: Mapping[str, float]
 ) -> tuple[str, str] | None:
-    """Kind and sentence for a picture that contradicts, one that leaves open and one that
+    """Kind and sentence for an image that contradicts, one that leaves open and one that
     entails."""
     untried = dict(kinds)
     while untried:
@@ -127,15 +127,17 @@ _LEVELS = {"colour": ("s", "zs"), "shape": ("c", "zc"), "size": ("s", "c", "cs")
 _Case = tuple[str, dict[str, str]]
 
 
-def _subjects(no: View, yes: View, levels: Sequence[str]) -> Iterator[tuple[Description, int, int]]:
-    """What both pictures have exactly one of, with its place in each."""
+def _subjects(
+    no: SceneView, yes: SceneView, levels: Sequence[str]
+) -> Iterator[tuple[Description, int, int]]:
+    """What both images have exactly one of, with its place in each."""
     for description, places in yes.fits.items():
         if len(places) == 1 == no.count(description) and level(description) in levels:
             yield description, no.fits[description][0], places[0]
 
 
-def _trait(trait: str) -> Callable[[View, View, View], Iterator[_Case]]:
-    def cases(no: View, open_: View, yes: View) -> Iterator[_Case]:
+def _trait(trait: str) -> Callable[[SceneView, SceneView, SceneView], Iterator[_Case]]:
+    def cases(no: SceneView, open_: SceneView, yes: SceneView) -> Iterator[_Case]:
         for description, _, _ in _subjects(no, yes, _LEVELS[trait]):
             value = yes.values(description, trait)
             if value != no.values(description, trait) and not open_.count(description):
@@ -144,7 +146,7 @@ def _trait(trait: str) -> Callable[[View, View, View], Iterator[_Case]]:
     return cases
 
 
-def _counted(no: View, open_: View, yes: View) -> Iterator[_Case]:
+def _counted(no: SceneView, open_: SceneView, yes: SceneView) -> Iterator[_Case]:
     for description, places in yes.fits.items():
         count = len(places)
         if (
@@ -166,7 +168,7 @@ def _counted(no: View, open_: View, yes: View) -> Iterator[_Case]:
                     yield "same", {"the": the, "trait": {"colour": "color"}.get(trait, trait)}
 
 
-def _position(no: View, open_: View, yes: View) -> Iterator[_Case]:
+def _position(no: SceneView, open_: SceneView, yes: SceneView) -> Iterator[_Case]:
     for description, a, b in _subjects(no, yes, _LEVELS["position"]):
         if not open_.count(description):
             for way in WAYS:
@@ -174,7 +176,7 @@ def _position(no: View, open_: View, yes: View) -> Iterator[_Case]:
                     yield "half", {"the": "the " + words(description), "half": HALVES[way]}
 
 
-def _relation(no: View, open_: View, yes: View) -> Iterator[_Case]:
+def _relation(no: SceneView, open_: SceneView, yes: SceneView) -> Iterator[_Case]:
     subjects = list(_subjects(no, yes, _LEVELS["relation"]))
     for what, a, b in subjects:
         for other, c, d in subjects:
@@ -189,7 +191,7 @@ def _relation(no: View, open_: View, yes: View) -> Iterator[_Case]:
                     yield way, {"the": "the " + words(what), "other": "the " + words(other)}
 
 
-_CASES: dict[str, Callable[[View, View, View], Iterator[_Case]]] = {
+_CASES: dict[str, Callable[[SceneView, SceneView, SceneView], Iterator[_Case]]] = {
     **{trait: _trait(trait) for trait in _TRAITS}, "count": _counted, "position": _position,
     "relation": _relation
 }  # fmt: skip

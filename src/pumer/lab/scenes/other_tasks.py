@@ -1,6 +1,6 @@
-"""NLVR2, visual entailment and retrieval on generated pictures, made on the fly.
+"""NLVR2, visual entailment and retrieval on generated images, made on the fly.
 
-The same pictures and sentences as official files come from `pumer data scenes`; the metrics are the
+The same images and sentences as official files come from `pumer data scenes`; the metrics are the
 official tasks'.
 """
 
@@ -21,7 +21,7 @@ from pumer.lab.data.images import ImageSource
 from pumer.lab.scenes import hypotheses as scene_hypotheses
 from pumer.lab.scenes import statements as scene_statements
 from pumer.lab.scenes.captions import describe, mistake
-from pumer.lab.scenes.drawing import Scenes, draw
+from pumer.lab.scenes.drawing import Scenes, draw_scenes
 from pumer.lab.scenes.hypotheses import suppose
 from pumer.lab.scenes.sets import draw_sets
 from pumer.lab.scenes.statements import PAIRS, state
@@ -32,8 +32,8 @@ from pumer.lab.tasks.nlvr2 import NLVR2
 from pumer.lab.tasks.retrieval import Pool, Retrieval
 from pumer.lab.tasks.snli_ve import SNLIVE
 
-_OTHERS = 8  # pictures that lend each other their captions
-_OTHER_SIZE = 32  # side of pictures of which only the captions are wanted
+_OTHERS = 8  # images that lend each other their captions
+_OTHER_SIZE = 32  # side of images of which only the captions are wanted
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SceneTask(Task):
 
     @abstractmethod
     def make(self, split: str, indices: list[int]) -> list[Example]:
-        """The examples with these numbers, their pictures drawn together."""
+        """The examples with these numbers, their images drawn together."""
 
     def examples(self, split: str) -> Sequence[Example]:
         self._seed(split)
@@ -98,9 +98,9 @@ class SceneTask(Task):
 
 @dataclass(frozen=True)
 class ScenesNLVR2(SceneTask):
-    """Scenes-NLVR2: is a sentence true of two pictures? See `pumer.lab.scenes.statements`.
+    """Scenes-NLVR2: is a sentence true of two images? See `pumer.lab.scenes.statements`.
 
-    Four examples in turn share a sentence and four pictures, which are drawn anew for each if
+    Four examples in turn share a sentence and four images, which are drawn anew for each if
     examples are asked for in a random order.
 
     Args:
@@ -138,10 +138,10 @@ class ScenesNLVR2(SceneTask):
 
 @dataclass(frozen=True)
 class ScenesVE(SceneTask):
-    """Scenes-VE: does a picture contradict a hypothesis, leave it open, or entail it?
+    """Scenes-VE: does an image contradict a hypothesis, leave it open, or entail it?
     `pumer.lab.scenes.hypotheses` says what that means.
 
-    Nine examples in turn share three pictures and three hypotheses; the pictures are drawn anew for
+    Nine examples in turn share three images and three hypotheses; the images are drawn anew for
     each if examples are asked for in a random order.
 
     Args:
@@ -162,13 +162,13 @@ class ScenesVE(SceneTask):
         images = _images(scenes)
         examples = []
         for set_index, position in wanted:
-            picture, hypothesis = position // 3, sets[set_index].said[position % 3]
-            label = hypothesis.labels[picture]
+            image_index, hypothesis = position // 3, sets[set_index].said[position % 3]
+            label = hypothesis.labels[image_index]
             examples.append(
                 Example(
-                    id=f"{3 * set_index + picture}.jpg#0r1{self.labels[label][0]}",
+                    id=f"{3 * set_index + image_index}.jpg#0r1{self.labels[label][0]}",
                     text=hypothesis.sentence,
-                    images=(images[sets[set_index].rows[picture]],),
+                    images=(images[sets[set_index].rows[image_index]],),
                     target=label,
                     cluster=set_index,
                     meta={"kind": hypothesis.kind},
@@ -179,10 +179,10 @@ class ScenesVE(SceneTask):
 
 @dataclass(frozen=True)
 class ScenesRetrieval(SceneTask):
-    """Scenes-retrieval: which caption belongs to a picture, which picture to a caption?
+    """Scenes-retrieval: which caption belongs to an image, which image to a caption?
 
-    An example is a picture, a caption of it and others that do not fit it: in turn its own with one
-    thing changed and one of another picture. What is published for retrieval takes `pool` and
+    An example is an image, a caption of it and others that do not fit it: in turn its own with one
+    thing changed and one of another image. What is published for retrieval takes `pool` and
     `pumer.lab.tasks.retrieval.recalls`.
 
     Args:
@@ -203,13 +203,15 @@ class ScenesRetrieval(SceneTask):
 
     def make(self, split: str, indices: list[int]) -> list[Example]:
         seed = self._seed(split)
-        scenes = draw(seed, indices, image_size=self.image_size)
+        scenes = draw_scenes(seed, indices, image_size=self.image_size)
         near = [
             first + k
             for first in sorted({i // _OTHERS * _OTHERS for i in indices})
             for k in range(_OTHERS)
         ]
-        others = dict(zip(near, views(draw(seed, near, image_size=_OTHER_SIZE)), strict=True))
+        others = dict(
+            zip(near, views(draw_scenes(seed, near, image_size=_OTHER_SIZE)), strict=True)
+        )
         examples = []
         for index, view, image in zip(indices, views(scenes), _images(scenes), strict=True):
             dice = dice_of(seed, index)
@@ -242,7 +244,7 @@ class ScenesRetrieval(SceneTask):
         """The first `pictures` of a split and five captions of each."""
         seed, numbers = self._seed(split), list(range(self.pictures))
         each = 5
-        scenes = draw(seed, numbers, image_size=self.image_size)
+        scenes = draw_scenes(seed, numbers, image_size=self.image_size)
         captions = [
             caption.text
             for scene_index, view in zip(numbers, views(scenes), strict=True)

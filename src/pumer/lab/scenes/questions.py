@@ -1,5 +1,5 @@
-"""Template questions about the pictures of `scenes`, each about one or a few objects: most of the
-picture does not matter to the answer, as in visual question answering and unlike in captioning.
+"""Template questions about the images of `scenes`, each about one or a few objects: most of the
+image does not matter to the answer, as in visual question answering and unlike in captioning.
 
 A question never is ambiguous: "the small star" is said only where there is one. Where an answer
 could be guessed from the wording or from how often things occur, the answer is drawn first and a
@@ -18,7 +18,7 @@ from pumer.lab.scenes.views import (
     APART,
     MIDDLE,
     Description,
-    View,
+    SceneView,
     dice_of,
     many,
     one,
@@ -66,20 +66,20 @@ _WORDINGS = {
     "x": ("is {the} on the left or right?", "which half is {the} in, left or right?"),
     "y": ("is {the} at the top or bottom?", "which half is {the} in, top or bottom?"),
 }
-# How much rarer than zero a count is among the pictures' possible count questions, roughly.
+# How much rarer than zero a count is among the images' possible count questions, roughly.
 _COUNT_WEIGHTS = (0.75, 0.75, 0.85, 1.3, 2.6, 6.0, 14.0)
-_TRIES = 4  # at a question that the picture has not had yet
+_TRIES = 4  # at a question that the image has not had yet
 
 
 @dataclass(frozen=True)
 class SceneQuestion:
     """A question, its answer and what it is about.
 
-    `picture` is the row in the batch of `Scenes`, `referents` are columns of its object table: the
-    objects asked about, so none where the answer is that there is none. `kind` is a key of KINDS.
+    `image_index` is the row in the batch of `Scenes`, `referents` are columns of its object table:
+    the objects asked about, none where the answer is that there is none. `kind` is a key of KINDS.
     """
 
-    picture: int
+    image_index: int
     question: str
     answer: str
     kind: str
@@ -94,20 +94,19 @@ def ask(
     per_picture: int = 4,
     kinds: Mapping[str, float] = KINDS,
 ) -> list[SceneQuestion]:
-    """Ask `per_picture` questions about every picture; `seed` and `index` as given to `draw`.
+    """Ask `per_picture` questions about every image; `seed` and `index` as given to `draw_scenes`.
 
-    Question j of a picture depends on the seed, the picture's index and j, not on the batch or on
-    `per_picture`. Questions of one picture differ, but for very rare repeats. `kinds` gives every
+    Question j of an image depends on the seed, the image's index and j, not on the batch or on
+    `per_picture`. Questions of one image differ, but for very rare repeats. `kinds` gives every
     kind its weight. Raises ValueError when `index` does not fit `scenes`.
     """
     numbers = torch.as_tensor(index).tolist()
     if len(numbers) != len(scenes.images):
         raise ValueError(
-            f"{len(numbers)} indices for {len(scenes.images)} pictures; pass the index given to "
-            "draw."
+            f"{len(numbers)} indices for {len(scenes.images)} images; pass the index given to draw."
         )
     questions = []
-    for picture, (scene_index, view) in enumerate(zip(numbers, views(scenes), strict=True)):
+    for image_index, (scene_index, view) in enumerate(zip(numbers, views(scenes), strict=True)):
         had: set[str] = set()
         for j in range(per_picture):
             dice = dice_of(seed, scene_index, j)
@@ -117,7 +116,7 @@ def ask(
                     break
             had.add(question)
             questions.append(
-                SceneQuestion(picture, question, answer, question_kind, tuple(referents))
+                SceneQuestion(image_index, question, answer, question_kind, tuple(referents))
             )
     return questions
 
@@ -127,7 +126,7 @@ def referent_targets(scenes: Scenes, questions: Sequence[SceneQuestion], patch_s
     raster order.
 
     The patch that holds most of a referent always counts, so that none is lost between patches.
-    Raises ValueError when `patch_size` does not divide the picture.
+    Raises ValueError when `patch_size` does not divide the image.
     """
     pixels_BNK = patch_pixels(scenes, patch_size)
     about_QK = torch.zeros(len(questions), pixels_BNK.shape[-1], dtype=torch.bool)
@@ -135,14 +134,14 @@ def referent_targets(scenes: Scenes, questions: Sequence[SceneQuestion], patch_s
     if rows:
         about_QK[tuple(torch.tensor(rows).T)] = True
     about_QK = about_QK.to(pixels_BNK.device)
-    picture_Q = torch.tensor(
-        [question.picture for question in questions], dtype=torch.int64, device=about_QK.device
+    image_Q = torch.tensor(
+        [question.image_index for question in questions], dtype=torch.int64, device=about_QK.device
     )
     fullest_BNK = torch.zeros_like(pixels_BNK, dtype=torch.bool)
     # Columns without an object get a patch too, but no question is about them.
     fullest_BNK.scatter_(1, pixels_BNK.argmax(1, keepdim=True), True)
-    covered_QN = (pixels_BNK[picture_Q] * about_QK[:, None]).sum(-1) * 4 >= patch_size**2
-    return covered_QN | (fullest_BNK[picture_Q] & about_QK[:, None]).any(-1)
+    covered_QN = (pixels_BNK[image_Q] * about_QK[:, None]).sum(-1) * 4 >= patch_size**2
+    return covered_QN | (fullest_BNK[image_Q] & about_QK[:, None]).any(-1)
 
 
 # One question
@@ -151,9 +150,9 @@ _Asked = tuple[str, str, Sequence[int]]  # the question, its answer and the refe
 
 
 def _ask(
-    view: View, dice: random.Random, weights: Mapping[str, float]
+    view: SceneView, dice: random.Random, weights: Mapping[str, float]
 ) -> tuple[str, str, str, Sequence[int]]:
-    """One question: of a kind drawn by weight, or of another where the picture allows none of that
+    """One question: of a kind drawn by weight, or of another where the image allows none of that
     kind."""
     kinds = dict(weights)
     while kinds:
@@ -170,11 +169,11 @@ def _word(dice: random.Random, template: str, **parts: str) -> str:
     return pick(dice, _WORDINGS[template]).format(**parts)
 
 
-def _existence(view: View, dice: random.Random) -> _Asked:
+def _existence(view: SceneView, dice: random.Random) -> _Asked:
     colour, shape, _ = view.traits[pick(dice, view.present)]
     absent_colours = [c for c in range(len(COLOURS)) if (-1, c, -1) not in view.fits]
     absent_shapes = [s for s in range(len(SHAPES)) if (-1, -1, s) not in view.fits]
-    # A form is used only where the picture allows both answers, so that no form gives its answer
+    # A form is used only where the image allows both answers, so that no form gives its answer
     # away.
     form = pick(
         dice, ("cs", "cs", "cs", "c" if absent_colours else "cs", "s" if absent_shapes else "cs")
@@ -196,7 +195,7 @@ def _existence(view: View, dice: random.Random) -> _Asked:
 
 
 def _trait(
-    view: View,
+    view: SceneView,
     dice: random.Random,
     trait: str,
     column: int,
@@ -217,19 +216,19 @@ def _trait(
     return question, values[view.traits[k][column]], (k,)
 
 
-def _colour(view: View, dice: random.Random) -> _Asked | None:
+def _colour(view: SceneView, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "colour", 0, COLOURS, ("s",), ("zs",))
 
 
-def _shape(view: View, dice: random.Random) -> _Asked | None:
+def _shape(view: SceneView, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "shape", 1, SHAPES, ("c",), ("zc",))
 
 
-def _size(view: View, dice: random.Random) -> _Asked | None:
+def _size(view: SceneView, dice: random.Random) -> _Asked | None:
     return _trait(view, dice, "size", 2, SIZES, ("s",), ("c", "cs"))
 
 
-def _count(view: View, dice: random.Random) -> _Asked:
+def _count(view: SceneView, dice: random.Random) -> _Asked:
     colours = [c for c in range(len(COLOURS)) if (-1, c, -1) in view.fits]
     shapes = [s for s in range(len(SHAPES)) if (-1, -1, s) in view.fits]
     by_count: list[dict[str, list[Description]]] = [{} for _ in range(MAX_COUNT + 1)]
@@ -254,7 +253,7 @@ def _count(view: View, dice: random.Random) -> _Asked:
     return _word(dice, "count", many=many(description)), str(count), view.fits.get(description, ())
 
 
-def _position(view: View, dice: random.Random) -> _Asked | None:
+def _position(view: SceneView, dice: random.Random) -> _Asked | None:
     middle = (view.side - 1) / 2
     options = [
         (axis, k, before if at < middle else after)
@@ -271,7 +270,7 @@ def _position(view: View, dice: random.Random) -> _Asked | None:
     return _word(dice, axis, the="the " + words(pick(dice, view.names(k)))), answer, (k,)
 
 
-def _relation(view: View, dice: random.Random) -> _Asked | None:
+def _relation(view: SceneView, dice: random.Random) -> _Asked | None:
     named = [k for k in view.present if view.names(k)]
     template = pick(dice, ("left", "right", "above", "below"))
     places, sign = (

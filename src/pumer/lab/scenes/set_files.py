@@ -1,12 +1,12 @@
-"""Generated pictures as data sets on disk in the official files of NLVR2, SNLI-VE and Karpathy's
+"""Generated images as data sets on disk in the official files of NLVR2, SNLI-VE and Karpathy's
 retrieval splits.
 
-Every writer takes how many pictures each split gets and writes all splits; no picture is in two of
+Every writer takes how many images each split gets and writes all splits; no image is in two of
 them. Splits take their numbers of the seed in turn, so that another first split moves the others.
 `out` appears only when everything is written. `progress` shows a bar if stderr is a terminal.
-Pictures are PNG, whatever the official ones are. All writers return `out` and raise ValueError when
+Images are PNG, whatever the official ones are. All writers return `out` and raise ValueError when
 it exists and is not empty, for splits that the data set does not have and for splits without a
-picture.
+image.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 from pumer._files import new_folder
 from pumer.lab.scenes.captions import describe
-from pumer.lab.scenes.drawing import Scenes, draw
+from pumer.lab.scenes.drawing import Scenes, draw_scenes
 from pumer.lab.scenes.files import batches, save
 from pumer.lab.scenes.hypotheses import LABELS, SceneHypothesis, suppose
 from pumer.lab.scenes.sets import SceneSet, draw_sets
 from pumer.lab.scenes.statements import PAIRS, SceneStatement, state
-from pumer.lab.scenes.views import View, dice_of, views
+from pumer.lab.scenes.views import SceneView, dice_of, views
 
 SPLITS = {
     "nlvr2": ("train", "dev", "test1", "test2"),
@@ -33,7 +33,7 @@ SPLITS = {
     "coco": ("train", "restval", "val", "test"),
 }
 _PER_DIRECTORY = 100  # sets of NLVR2's training images
-_SIX = 16  # one picture in so many has six captions in COCO's flavour, as some of COCO's have
+_SIX = 16  # one image in so many has six captions in COCO's flavour, as some of COCO's have
 
 
 def write_nlvr2(
@@ -46,7 +46,7 @@ def write_nlvr2(
     """Write `{split}.json`, JSON objects by line, and `images/train/<directory>/`, `dev/`,
     `test1/`, `test2/`.
 
-    Four pictures make a set, begun ones are made whole: four pairs and one sentence.
+    Four images make a set, begun ones are made whole: four pairs and one sentence.
     """
     with new_folder(out) as folder:
         for split, sets in _numbers("nlvr2", splits, 4):
@@ -73,12 +73,12 @@ def _nlvr2_set(
     )
     image_folder.mkdir(parents=True, exist_ok=True)
     for pair, (sides, label) in enumerate(zip(PAIRS, scene_set.said.labels, strict=True)):
-        for side, picture in enumerate(sides):
+        for side, image_index in enumerate(sides):
             save(
-                scenes.images[scene_set.rows[picture]],
+                scenes.images[scene_set.rows[image_index]],
                 image_folder / f"{split}-{set_index}-{pair}-img{side}.png",
             )
-        left_url, right_url = (f"scenes:{seed}/{set_index}/{picture}" for picture in sides)
+        left_url, right_url = (f"scenes:{seed}/{set_index}/{image_index}" for image_index in sides)
         extra = (
             {"directory": directory}
             if split == "train"
@@ -107,7 +107,7 @@ def write_snli_ve(
 ) -> Path:
     """Write `snli_ve_{split}.jsonl` and `flickr30k_images/`.
 
-    Three pictures make a set, begun ones are made whole: three hypotheses for each, of all three
+    Three images make a set, begun ones are made whole: three hypotheses for each, of all three
     labels.
     """
     with new_folder(out) as folder:
@@ -119,27 +119,31 @@ def write_snli_ve(
                 scene_views = views(scenes)
                 for set_index in numbers:
                     for position, row in enumerate(said[set_index].rows):
-                        picture = 3 * set_index + position
-                        save(scenes.images[row], folder / "flickr30k_images" / f"{picture}.png")
-                        lines += _snli_ve_picture(
-                            picture, position, scene_views[row], seed, said[set_index].said
+                        image_id = 3 * set_index + position
+                        save(scenes.images[row], folder / "flickr30k_images" / f"{image_id}.png")
+                        lines += _snli_ve_lines(
+                            image_id, position, scene_views[row], seed, said[set_index].said
                         )
             _write_lines(folder / f"snli_ve_{split}.jsonl", lines)
     return Path(out)
 
 
-def _snli_ve_picture(
-    picture: int, position: int, view: View, seed: int, hypotheses: tuple[SceneHypothesis, ...]
+def _snli_ve_lines(
+    image_id: int,
+    position: int,
+    view: SceneView,
+    seed: int,
+    hypotheses: tuple[SceneHypothesis, ...],
 ) -> Iterator[dict[str, Any]]:
-    caption = describe(view, dice_of(seed, picture), 1)[0].text
+    caption = describe(view, dice_of(seed, image_id), 1)[0].text
     for hypothesis in hypotheses:
         label = LABELS[hypothesis.labels[position]]
         line: dict[str, Any] = {
-            "Flickr30K_ID": str(picture),
+            "Flickr30K_ID": str(image_id),
             "annotator_labels": [label],
-            "captionID": f"{picture}.jpg#0",
+            "captionID": f"{image_id}.jpg#0",
             "gold_label": label,
-            "pairID": f"{picture}.jpg#0r1{label[0]}",
+            "pairID": f"{image_id}.jpg#0r1{label[0]}",
         }
         for name, text in (("sentence1", caption), ("sentence2", hypothesis.sentence)):
             line |= {
@@ -161,13 +165,13 @@ def write_karpathy(
     """Write `dataset_flickr30k.json` with `flickr30k_images/`, or `dataset_coco.json` with
     `train2014/`, `val2014/`.
 
-    Five captions a picture; in COCO's flavour some have six.
+    Five captions an image; in COCO's flavour some have six.
     """
     images: list[dict[str, Any]] = []
     with new_folder(out) as folder:
-        for split, pictures in _numbers(dataset, splits, 1):
-            for numbers in batches(pictures, split, progress):
-                scenes = draw(seed, numbers, image_size=image_size)
+        for split, image_indices in _numbers(dataset, splits, 1):
+            for numbers in batches(image_indices, split, progress):
+                scenes = draw_scenes(seed, numbers, image_size=image_size)
                 for image_id, image, view in zip(
                     numbers, scenes.images, views(scenes), strict=True
                 ):
@@ -215,14 +219,14 @@ def _karpathy_image(
 
 
 def _numbers(dataset: str, splits: Mapping[str, int], size: int) -> list[tuple[str, range]]:
-    """For each split the numbers of its sets of `size` pictures."""
+    """For each split the numbers of its sets of `size` images."""
     unknown = [split for split in splits if split not in SPLITS[dataset]]
     if unknown or not splits or min(splits.values()) < 1:
         raise ValueError(
             f"the splits {dict(splits)} do not fit; {dataset} has {', '.join(SPLITS[dataset])}, "
-            "each with a picture at least."
+            "each with at least one image."
         )
-    ends = list(itertools.accumulate(-(-pictures // size) for pictures in splits.values()))
+    ends = list(itertools.accumulate(-(-num_images // size) for num_images in splits.values()))
     return [
         (split, range(start, end))
         for split, start, end in zip(splits, [0, *ends], ends, strict=False)

@@ -1,4 +1,4 @@
-"""Sets of pictures of `scenes` that belong together because of what is said of them."""
+"""Sets of images of `scenes` that belong together because of what is said of them."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -7,16 +7,16 @@ from typing import Generic, TypeVar
 
 import torch
 
-from pumer.lab.scenes.drawing import Scenes, draw
-from pumer.lab.scenes.views import View, dice_of, views
+from pumer.lab.scenes.drawing import Scenes, draw_scenes
+from pumer.lab.scenes.views import SceneView, dice_of, views
 
-_ATTEMPTS = 1024  # picture numbers kept for one picture; few sets need two of them
+_ATTEMPTS = 1024  # image numbers kept for one image; few sets need two of them
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SceneSet(Generic[T]):
-    """What is `said` of the pictures in `rows` of a batch."""
+    """What is `said` of the images in `rows` of a batch."""
 
     rows: range
     said: T
@@ -26,25 +26,25 @@ def draw_sets(
     seed: int,
     index: Iterable[int],
     size: int,
-    say: Callable[[Sequence[View], random.Random], T | None],
+    say: Callable[[Sequence[SceneView], random.Random], T | None],
     *,
     image_size: int = 96,
 ) -> tuple[Scenes, dict[int, SceneSet[T]]]:
-    """Draw the sets number `index` of `seed`, of `size` pictures each, and say something of each.
+    """Draw the sets number `index` of `seed`, of `size` images each, and say something of each.
 
-    Where `say` finds nothing to say of a set's pictures, others are drawn for it. A set depends on
-    the seed and its number, not on the batch. Returns the pictures, in no particular order, and the
-    sets by number. Raises ValueError as `draw` does.
+    Where `say` finds nothing to say of a set's images, others are drawn for it. A set depends on
+    the seed and its number, not on the batch. Returns the images, in no particular order, and the
+    sets by number. Raises ValueError as `draw_scenes` does.
     """
     batches, sets, done = [], {}, 0
     missing = list(dict.fromkeys(index))
     for attempt in range(_ATTEMPTS):
-        pictures = [
+        image_indices = [
             (set_index * _ATTEMPTS + attempt) * size + k
             for set_index in missing
             for k in range(size)
         ]
-        scenes = draw(seed, pictures, image_size=image_size)
+        scenes = draw_scenes(seed, image_indices, image_size=image_size)
         scene_views = views(scenes)
         for position, set_index in enumerate(missing):
             said = say(
@@ -56,11 +56,11 @@ def draw_sets(
                     range(done + position * size, done + (position + 1) * size), said
                 )
         batches.append(scenes)
-        done += len(pictures)
+        done += len(image_indices)
         missing = [set_index for set_index in missing if set_index not in sets]
         if not missing:
             break
-    assert not missing, "nothing can be said of any picture"
+    assert not missing, "nothing can be said of any image"
     return Scenes(
         *(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(Scenes))
     ), sets

@@ -1,12 +1,12 @@
-"""Sentences about two pictures, true or false of them, as in NLVR2.
+"""Sentences about two images, true or false of them, as in NLVR2.
 
-A sentence goes with four pairs made of four pictures and is true of exactly two of them, so that no
+A sentence goes with four pairs made of four images and is true of exactly two of them, so that no
 words, alone or together, say anything about the label. In forms where that can be ("exactly one of
-the pictures has ...", sums, equal numbers, common traits) each picture is once in a pair the
-sentence is true of and once in one it is false of: one picture and the sentence say nothing either.
-With "both", "only the left", "more than" they must say something, as a left picture without a star
-decides against a star in both; over all kinds, one picture and the sentence are good for 65 % at
-most. One picture, or both, without the sentence say next to nothing.
+the pictures has ...", sums, equal numbers, common traits) each image is once in a pair the
+sentence is true of and once in one it is false of: one image and the sentence say nothing either.
+With "both", "only the left", "more than" they must say something, as a left image without a star
+decides against a star in both; over all kinds, one image and the sentence are good for 65 % at
+most. One image, or both, without the sentence say next to nothing.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pumer.lab.scenes.views import (
     NUMBERS,
     WAYS,
     Description,
-    View,
+    SceneView,
     counted,
     many,
     one,
@@ -33,7 +33,7 @@ KINDS = {"existence": 0.26, "count": 0.2, "comparison": 0.14, "colour": 0.1, "sh
          "size": 0.06,
          "position": 0.1, "relation": 0.08}  # fmt: skip
 PAIRS = ((0, 1), (2, 3), (0, 3), (2, 1))
-"""The pictures of a set's pairs, left and right."""
+"""The images of a set's pairs, left and right."""
 
 _TRIES = 40  # at filling in a sentence, before another form is tried
 
@@ -48,11 +48,11 @@ class SceneStatement:
 
 
 def state(
-    seen: Sequence[View], dice: random.Random, kinds: Mapping[str, float] = KINDS
+    seen: Sequence[SceneView], dice: random.Random, kinds: Mapping[str, float] = KINDS
 ) -> SceneStatement | None:
-    """A sentence that is true of two of the PAIRS of four pictures, of a kind drawn by weight.
+    """A sentence that is true of two of the PAIRS of four images, of a kind drawn by weight.
 
-    Of another kind where the pictures allow none of that kind, and None where they allow none at
+    Of another kind where the images allow none of that kind, and None where they allow none at
     all.
     """
     untried = dict(kinds)
@@ -70,7 +70,7 @@ def state(
     return None
 
 
-# Forms: how the two pictures come together
+# Forms: how the two images come together
 
 _WORDINGS = {
     "both": ("both pictures have {x}", "each picture contains {x}", "each of the pictures has {x}"),
@@ -103,7 +103,7 @@ _FORMS = {
 _OWNERS = {"colour": ("s", "s", "zs"), "shape": ("c", "c", "zc"), "size": ("s", "c", "cs")}
 _SPELLED = {"colour": "color", "shape": "shape", "size": "size"}
 _EVEN = {"one", "sum", "equal", "same"}
-"""Forms that a single picture need not tell anything about."""
+"""Forms that a single image need not tell anything about."""
 _RULES: dict[str, Callable[[int, int], bool]] = {
     "both": lambda on_left, on_right: bool(on_left and on_right),
     "one": lambda on_left, on_right: on_left != on_right,
@@ -120,9 +120,9 @@ _Said = tuple[str, list[bool]]  # the sentence and its labels
 
 
 def _say(
-    statement_kind: str, form: str, scene_views: Sequence[View], dice: random.Random
+    statement_kind: str, form: str, scene_views: Sequence[SceneView], dice: random.Random
 ) -> _Said | None:
-    """Fill in a form at random; None where the pictures make no clear case of it."""
+    """Fill in a form at random; None where the images make no clear case of it."""
     wording = pick(dice, _WORDINGS[form])
     if form == "same":
         return _same(statement_kind, wording, scene_views, dice)
@@ -137,7 +137,7 @@ def _say(
     ]
 
 
-def _sum(wording: str, scene_views: Sequence[View], dice: random.Random) -> _Said | None:
+def _sum(wording: str, scene_views: Sequence[SceneView], dice: random.Random) -> _Said | None:
     description = _some(scene_views, dice, ("c", "s", "s", "zs"))
     sums = [
         scene_views[first].count(description) + scene_views[second].count(description)
@@ -150,7 +150,7 @@ def _sum(wording: str, scene_views: Sequence[View], dice: random.Random) -> _Sai
 
 
 def _same(
-    trait: str, wording: str, scene_views: Sequence[View], dice: random.Random
+    trait: str, wording: str, scene_views: Sequence[SceneView], dice: random.Random
 ) -> _Said | None:
     description = _some(scene_views, dice, _OWNERS[trait])
     values = [set(view.values(description, trait)) for view in scene_views]
@@ -160,23 +160,25 @@ def _same(
     return wording.format(x=one(description), trait=_SPELLED[trait]), labels
 
 
-# Clauses: what can be true of one picture, with its truth in each, or counted in it
+# Clauses: what can be true of one image, with its truth in each, or counted in it
 
 _Found = tuple[str, Sequence[int]]
 
 
-def _some(scene_views: Sequence[View], dice: random.Random, levels: Sequence[str]) -> Description:
-    """A description of some object of some picture."""
+def _some(
+    scene_views: Sequence[SceneView], dice: random.Random, levels: Sequence[str]
+) -> Description:
+    """A description of some object of some image."""
     view = pick(dice, scene_views)
     return view.describe(pick(dice, view.present), pick(dice, levels))
 
 
-def _existence(scene_views: Sequence[View], dice: random.Random) -> _Found:
+def _existence(scene_views: Sequence[SceneView], dice: random.Random) -> _Found:
     description = _some(scene_views, dice, ("c", "s", "cs", "cs", "zc", "zs", "zcs"))
     return one(description), [view.count(description) > 0 for view in scene_views]
 
 
-def _count(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+def _count(scene_views: Sequence[SceneView], dice: random.Random) -> _Found | None:
     description = _some(scene_views, dice, ("c", "s", "s", "zs"))
     counts = [view.count(description) for view in scene_views]
     threshold, exactly = pick(dice, counts), dice.random() < 0.5
@@ -186,12 +188,12 @@ def _count(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
     return words, [count == threshold or (count > threshold and not exactly) for count in counts]
 
 
-def _numbers(scene_views: Sequence[View], dice: random.Random) -> _Found:
+def _numbers(scene_views: Sequence[SceneView], dice: random.Random) -> _Found:
     description = _some(scene_views, dice, ("c", "s", "s", "zs"))
     return many(description), [view.count(description) for view in scene_views]
 
 
-def _alike(trait: str, scene_views: Sequence[View], dice: random.Random) -> _Found:
+def _alike(trait: str, scene_views: Sequence[SceneView], dice: random.Random) -> _Found:
     description, alike = _some(scene_views, dice, _OWNERS[trait]), dice.random() < 0.5
     values = [view.values(description, trait) for view in scene_views]
     truth = [len(set(traits)) < len(traits) if alike else len(set(traits)) > 1 for traits in values]
@@ -214,7 +216,7 @@ def _if_clear(words: str, truth: Sequence[bool | None]) -> _Found | None:
     return (words, decided) if len(decided) == len(truth) else None
 
 
-def _position(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+def _position(scene_views: Sequence[SceneView], dice: random.Random) -> _Found | None:
     description, way = _some(scene_views, dice, ("c", "s", "cs", "zs")), pick(dice, WAYS)
     truth = [
         _clear([view.towards[way][k] for k in view.fits.get(description, ())], MIDDLE, -MIDDLE)
@@ -227,7 +229,7 @@ _BESIDE = {"left": ("left of", "to the left of"), "right": ("right of", "to the 
            "above": ("above",), "below": ("below",)}  # fmt: skip
 
 
-def _relation(scene_views: Sequence[View], dice: random.Random) -> _Found | None:
+def _relation(scene_views: Sequence[SceneView], dice: random.Random) -> _Found | None:
     view = pick(dice, scene_views)
     levels = ("s", "cs", "cs", "c")
     what, other = (view.describe(pick(dice, view.present), pick(dice, levels)) for _ in range(2))
@@ -247,7 +249,7 @@ def _relation(scene_views: Sequence[View], dice: random.Random) -> _Found | None
     return _if_clear(f"{one(what)} {pick(dice, _BESIDE[way])} {one(other)}", truth)
 
 
-_CLAUSES: dict[str, Callable[[Sequence[View], random.Random], _Found | None]] = {
+_CLAUSES: dict[str, Callable[[Sequence[SceneView], random.Random], _Found | None]] = {
     "existence": _existence, "count": _count, "comparison": _numbers, "position": _position,
     "relation": _relation,
     **{trait: functools.partial(_alike, trait) for trait in _OWNERS},

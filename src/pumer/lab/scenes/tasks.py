@@ -1,7 +1,7 @@
-"""Questions about generated pictures, made on the fly: the built-in benchmark, and endless training
+"""Questions about generated images, made on the fly: the built-in benchmark, and endless training
 data.
 
-The same pictures as official VQAv2 files come from `pumer data scenes`; both are read with the same
+The same images as official VQAv2 files come from `pumer data scenes`; both are read with the same
 metric.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pumer.lab.scenes import drawing as scene_data
-from pumer.lab.scenes.drawing import draw, patch_offsets, patch_targets
+from pumer.lab.scenes.drawing import draw_scenes, patch_offsets, patch_targets
 from pumer.lab.scenes.questions import ANSWERS, KINDS, SceneQuestion, ask, referent_targets
 from pumer.lab.tasks.base import Example, Task
 from pumer.lab.tasks.vqa_answers import write_answers
@@ -28,12 +28,12 @@ SEEDS = {"train": 1, "val": 2, "test": 3}
 
 @dataclass(frozen=True)
 class Scenes(Task):
-    """Scenes-VQA: pictures of 4 to 10 textured shapes with template questions, deterministic by
+    """Scenes-VQA: images of 4 to 10 textured shapes with template questions, deterministic by
     seed.
 
     Args:
         questions: in a split.
-        per_picture: questions about one picture.
+        per_picture: questions about one image.
         image_size: side in pixels.
         patch_size: if given, examples carry dense targets for patches of this size in
             `meta["patch_labels"]` (`dense_labels`), which only training uses.
@@ -65,12 +65,12 @@ class Scenes(Task):
         return MadeExamples(partial(self.make, SEEDS[split] + 10 * self.seed), self.questions)
 
     def make(self, seed: int, indices: list[int]) -> list[Example]:
-        """The examples of a seed with these numbers, their pictures drawn together."""
+        """The examples of a seed with these numbers, their images drawn together."""
         each = self.per_picture
-        pictures = sorted({index // each for index in indices})
-        scenes = draw(seed, pictures, image_size=self.image_size)
-        questions = ask(scenes, seed, pictures, per_picture=each, kinds=self.kinds or KINDS)
-        row = {picture: index for index, picture in enumerate(pictures)}
+        image_indices = sorted({index // each for index in indices})
+        scenes = draw_scenes(seed, image_indices, image_size=self.image_size)
+        questions = ask(scenes, seed, image_indices, per_picture=each, kinds=self.kinds or KINDS)
+        row = {image_index: row for row, image_index in enumerate(image_indices)}
         chosen = [questions[row[index // each] * each + index % each] for index in indices]
         size = self.patch_size
         labels = [None] * len(chosen) if size is None else list(dense_labels(scenes, chosen, size))
@@ -79,7 +79,7 @@ class Scenes(Task):
             Example(
                 id=index,
                 text=question.question,
-                images=(Image.fromarray(images[question.picture]),),
+                images=(Image.fromarray(images[question.image_index]),),
                 target={ANSWERS.index(question.answer): 1.0},
                 cluster=index // each,
                 meta={"kind": question.kind, "answer": question.answer}
@@ -123,7 +123,7 @@ class MadeExamples(Sequence[Example]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
-        """The examples with these numbers, their pictures drawn together."""
+        """The examples with these numbers, their images drawn together."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError("example number out of range")
         return self._make(indices)
@@ -140,7 +140,7 @@ def dense_labels(
     or below (2), else 0. With the last two in view, comparing becomes matching a word with a
     feature, which small models learn long before they learn to compare.
     """
-    rows = torch.tensor([question.picture for question in questions])
+    rows = torch.tensor([question.image_index for question in questions])
     colour, shape = patch_targets(scenes, patch_size)
     compared = [
         replace(q, referents=q.referents if q.kind == "relation" else ()) for q in questions

@@ -1,4 +1,4 @@
-"""One picture of `scenes`, looked at by what can be said of its objects, and the words to say
+"""One image of `scenes`, looked at by what can be said of its objects, and the words to say
 it."""
 
 import functools
@@ -21,8 +21,8 @@ _PLURALS = {**{shape: shape + "s" for shape in SHAPES}, "cross": "crosses"}
 Description = tuple[int, int, int]
 
 
-class View:
-    """The objects of one picture and which of them each description fits."""
+class SceneView:
+    """The objects of one image and which of them each description fits."""
 
     def __init__(self, objects: list[list[int]], side: int):
         self.side = side
@@ -89,12 +89,12 @@ class View:
         return self._names[k]
 
 
-def views(scenes: Scenes) -> list[View]:
-    """Every picture of a batch."""
+def views(scenes: Scenes) -> list[SceneView]:
+    """Every image of a batch."""
     columns = (scenes.colour, scenes.shape, scenes.size, scenes.x, scenes.y, scenes.present)
     side = scenes.images.shape[-1]
     return [
-        View(objects, side)
+        SceneView(objects, side)
         for objects in torch.stack([column.long() for column in columns], -1).tolist()
     ]
 
@@ -140,7 +140,7 @@ def counted(number: int, description: Description) -> str:
 
 
 def dice_of(seed: int, number: int, j: int = 0) -> random.Random:
-    """The random numbers of thing `j` (below 2**16) that is said of picture or set `number`."""
+    """The random numbers of thing `j` (below 2**16) that is said of image or set `number`."""
     return random.Random(((seed & (2**64 - 1)) << 80) | (number << 16) | j)
 
 

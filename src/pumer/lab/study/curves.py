@@ -1,7 +1,7 @@
 """From rows to settings and curves, and what can be said of the difference between two methods.
 
 Every point of a study is scored on the same examples, so that two of them are compared cluster by
-cluster (a cluster is usually a picture), which tells far smaller differences than the intervals of
+cluster (a cluster is usually an image), which tells far smaller differences than the intervals of
 either. Two things are left to chance: which examples were drawn, and which seed trained. Both are
 in every interval: the first by the cluster-robust variance of the mean (Liang and Zeger, 1986), the
 second by the variance over the seeds of a setting, pooled over those of its method: one method's
@@ -22,9 +22,9 @@ import numpy as np
 
 from pumer.lab.study.results import unpack_scores
 
-Axis = Callable[["Setting"], float | None]
+Quantity = Callable[["Setting"], float | None]
 """A number of a setting, None where it is not known."""
-Known = tuple[float, float]
+Variance = tuple[float, float]
 """A variance in squared points, and the degrees of freedom it is known by."""
 _MEDIAN = 0.745
 """Standard error of the median of normal values, by their 20th to 80th percentile over the root of
@@ -120,7 +120,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Mix:
+class Interpolated:
     """A place on a curve.
 
     Args:
@@ -129,7 +129,7 @@ class Mix:
     """
 
     parts: tuple[tuple[Setting, float], ...]
-    placing: tuple[Known, ...] = ()
+    placing: tuple[Variance, ...] = ()
 
     @property
     def scores(self) -> np.ndarray:
@@ -172,10 +172,10 @@ def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
 
 def half_width(setting: Setting, spreads: Spreads) -> float:
     """Half of the 95 % interval of a setting's accuracy, in points."""
-    return _half_width(setting.scores, setting.counts, _trained(at(setting).parts, spreads))
+    return _half_width(setting.scores, setting.counts, _trained(on_curve(setting).parts, spreads))
 
 
-def difference(one: Mix, other: Mix, spreads: Spreads) -> Difference:
+def difference(one: Interpolated, other: Interpolated, spreads: Spreads) -> Difference:
     """Accuracy of one place on a curve less that of another, in points."""
     counts = one.parts[0][0].counts
     score_gap = one.scores - other.scores
@@ -185,14 +185,14 @@ def difference(one: Mix, other: Mix, spreads: Spreads) -> Difference:
     )
 
 
-def at(setting: Setting) -> Mix:
+def on_curve(setting: Setting) -> Interpolated:
     """A setting as a place on a curve."""
-    return Mix(((setting, 1.0),))
+    return Interpolated(((setting, 1.0),))
 
 
-def place(
-    curve: Sequence[Setting], axis: Axis, where: float, error: Axis | None = None
-) -> Mix | None:
+def interpolate(
+    curve: Sequence[Setting], axis: Quantity, where: float, error: Quantity | None = None
+) -> Interpolated | None:
     """The place on a curve where `axis` has a value, between the two settings next to it; None
     beyond its ends.
 
@@ -206,13 +206,13 @@ def place(
             slope = (upper.accuracy - lower.accuracy) / (high - low)
             parts = ((lower, 1 - share), (upper, share))
             if error is None:
-                return Mix(parts)
+                return Interpolated(parts)
             # Percentiles of a few rounds tell a spread about half as well as its variance would.
             placing = (
                 ((slope * part * (error(end) or 0.0)) ** 2, (end.rounds - 1) / 2)
                 for end, part in parts
             )
-            return Mix(parts, tuple(variance for variance in placing if variance[0]))
+            return Interpolated(parts, tuple(variance for variance in placing if variance[0]))
     return None
 
 
@@ -236,7 +236,7 @@ def _spread(settings: Iterable[Setting]) -> Spread | None:
     )
 
 
-def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[Known]:
+def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[Variance]:
     """Variances of a weighted sum of accuracies, from the seeds: one for each spread that they are
     estimated by."""
     shares: dict[Spread, float] = {}
@@ -247,7 +247,7 @@ def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[K
     return [(share * spread.variance, spread.freedom) for spread, share in shares.items()]
 
 
-def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Known]) -> float:
+def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Variance]) -> float:
     """Of the 95 % interval of a mean score, in points.
 
     Args:

@@ -43,7 +43,7 @@ class Point:
         method: the name of its method.
         label: what tells the setting from the method's others.
         reducer: name and all settings, as `reducers.to_dict` gives them.
-        image_size: side of the pictures in pixels; the model's own if None.
+        image_size: side of the images in pixels; the model's own if None.
         recipe: settings of `train` without its output; None where nothing is trained.
         seed: of the training.
         setting: digest of all that determines the result but the seed.
@@ -91,7 +91,7 @@ class Study:
         methods: `name`; `reducer`, a preset's name or a reducer's and its settings; `points`, a
             list of settings to change, or `grid`, lists of values by setting, of which every
             combination is a point; `train`, changes of the training, or false for none at all. In a
-            point `image_size` is the side of the pictures.
+            point `image_size` is the side of the images.
         split: of the task.
         examples: how many of the split are scored; all if not given.
         train: `recipe`, a shipped one's name or a file, and changes of its settings; nothing is
@@ -350,7 +350,7 @@ def _label(change: Mapping[str, Any]) -> str:
 def _reducer(
     method: Mapping[str, Any], change: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int | None]:
-    """All settings of a point's reducer, as JSON has them, and the side of its pictures."""
+    """All settings of a point's reducer, as JSON has them, and the side of its images."""
     reducer_spec = method["reducer"]
     settings = _merged(
         reducer_spec if isinstance(reducer_spec, Mapping) else to_dict(read_reducer(reducer_spec)),
@@ -374,7 +374,7 @@ def _identity(reducer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resized(image: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
-    """A recipe's image transform for pictures of another size."""
+    """A recipe's image transform for images of another size."""
     if not image:
         raise ValueError(
             "image_size changes the image transform, and the training has none: give train.image"

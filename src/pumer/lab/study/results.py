@@ -235,7 +235,7 @@ def _of_point(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
-    """Scores per cluster as text, so that methods can be compared picture by picture: see
+    """Scores per cluster as text, so that methods can be compared image by image: see
     `unpack_scores`."""
     names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = [names[name] for name in clusters]

@@ -6,27 +6,25 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
 import pumer
 from pumer._extras import need
 from pumer._files import claimed, locked, replacing
 from pumer._rows import append_rows, mend_rows
-from pumer._terminal import visible
 from pumer.costs.result import align
 from pumer.lab.bench.timing import alternate
 from pumer.lab.evaluate import take
 from pumer.lab.study.curves import settings_of
-from pumer.lab.study.measure import Subject, cost, macs, read_subject, score, sized, speed
+from pumer.lab.study.evaluation import EvalModel, cost, load_eval_model, macs, score, sized, speed
 from pumer.lab.study.plots import plot
 from pumer.lab.study.points import Point, Study
+from pumer.lab.study.progress import in_words, progress_bars, tracked
 from pumer.lab.study.results import (
     COLUMNS,
     SPEED_COLUMNS,
@@ -136,7 +134,7 @@ class _Work:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
         self.device, self.say = torch.device(device), say
         points, reasons = study.candidates()
-        base = read_subject(study.model, study.task, to_dict(Unreduced()), device=device)
+        base = load_eval_model(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
         points = _fitting(base, points, self.examples[:_TRIED], reasons)
         _refuse([] if skip_impossible else reasons)
@@ -150,7 +148,7 @@ class _Work:
         self.expected = self._expected(self.look())
         say(
             f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of them "
-            f"done; about {_duration(sum(self.expected.values()))} to go"
+            f"done; about {in_words(sum(self.expected.values()))} to go"
         )
 
     def look(self) -> list[dict[str, Any]]:
@@ -191,7 +189,7 @@ class _Work:
         points of its own."""
         announced = False
         while self.left:
-            for point in _shown(self.left, self.expected):
+            for point in tracked(self.left, self.expected):
                 with claimed(self.folder / point.id) as lock:
                     self.look()  # another process may have finished it meanwhile
                     if lock is not None and point in self.left:
@@ -212,23 +210,23 @@ class _Work:
             train_point(recipe, self.folder / point.id, study.processes, lock)
         trained = time.perf_counter() - start
         if point.recipe is not None:
-            subject = read_subject(str(self._model(point)), study.task, device=self.device)
-            subject = replace(
-                subject, collator=replace(subject.collator, blind=point.recipe.get("blind"))
+            eval_model = load_eval_model(str(self._model(point)), study.task, device=self.device)
+            eval_model = replace(
+                eval_model, collator=replace(eval_model.collator, blind=point.recipe.get("blind"))
             )
         else:
-            subject = read_subject(
+            eval_model = load_eval_model(
                 study.model, study.task, point.reducer, point.image_size, self.device
             )
-        subject = subject.on(self.timed, study.batch_size)
-        measured = score(subject, self.examples, study.batch_size) | cost(
-            subject, self.base, len(self.timed)
+        eval_model = eval_model.on(self.timed, study.batch_size)
+        measured = score(eval_model, self.examples, study.batch_size) | cost(
+            eval_model, self.base, len(self.timed)
         )
         measured["train_seconds"] = "" if point.recipe is None else round(trained, 1)
         measured["seconds"] = round(time.perf_counter() - start, 1)
         with locked(self.folder, wait=math.inf):
             append_rows(self.results, [row(study, point, COLUMNS, measured, self.device)])
-        self.say(f"{point}: {measured['accuracy']:.1f} %, in {_duration(measured['seconds'])}")
+        self.say(f"{point}: {measured['accuracy']:.1f} %, in {in_words(measured['seconds'])}")
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -239,7 +237,7 @@ class _Work:
         """Time every setting that has no speed yet, next to the unreduced model, in this one
         process."""
         study = self.study
-        with locked(self.folder, wait=math.inf), _bars() as progress:
+        with locked(self.folder, wait=math.inf), progress_bars() as progress:
             for file in (self.results, self.speeds):
                 mend_rows(file)
             self.look()  # again: another process may have timed them meanwhile
@@ -252,13 +250,15 @@ class _Work:
                 )
             for point in progress.track(self.untimed, description="timing"):
                 if _by_weights(point):
-                    subject = read_subject(str(self._model(point)), study.task, device=self.device)
+                    eval_model = load_eval_model(
+                        str(self._model(point)), study.task, device=self.device
+                    )
                 else:
-                    subject = read_subject(
+                    eval_model = load_eval_model(
                         study.model, study.task, point.reducer, point.image_size, self.device
                     )
-                subject = subject.on(self.timed, study.batch_size)
-                measured = speed(subject, self.base, len(self.timed), study.runs)
+                eval_model = eval_model.on(self.timed, study.batch_size)
+                measured = speed(eval_model, self.base, len(self.timed), study.runs)
                 append_rows(self.speeds, [row(study, point, SPEED_COLUMNS, measured, self.device)])
             if not keep_models:
                 for name in ("teacher", *(point.id for point in self.points)):
@@ -337,7 +337,7 @@ def _refuse(reasons: Sequence[str]) -> None:
 
 
 def _fitting(
-    base: Subject, points: Sequence[Point], examples: Sequence[Example], reasons: list[str]
+    base: EvalModel, points: Sequence[Point], examples: Sequence[Example], reasons: list[str]
 ) -> list[Point]:
     """The points whose reducer and image size fit the model; what is wrong with the others goes
     into `wrong`.
@@ -370,44 +370,10 @@ def _try(
     costs: dict[str, int] = {}
     for point in {point.setting: point for point in points}.values():
         try:
-            subject = read_subject(study.model, study.task, point.reducer, point.image_size, device)
-            costs[point.setting], _ = macs(subject.on(examples, len(examples)), len(examples))
+            eval_model = load_eval_model(
+                study.model, study.task, point.reducer, point.image_size, device
+            )
+            costs[point.setting], _ = macs(eval_model.on(examples, len(examples)), len(examples))
         except (ValueError, TypeError, RuntimeError) as error:
             reasons.append(f"{point.method}, {point.label}: {error}")
     return costs
-
-
-def _shown(points: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
-    """The points, with a bar that tells which it is, of how many, and how long the rest will
-    take."""
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}{task.fields[left]}", markup=False),
-    )
-    start, expected = time.perf_counter(), 0.0
-    with _bars(*columns) as progress:
-        bar = progress.add_task("", total=len(points), left="")
-        for index, point in enumerate(points):
-            # As far as it was off so far, the expectation will be off again.
-            ratio = (time.perf_counter() - start) / expected if expected else 1.0
-            seconds_left = ratio * sum(seconds[other.id] for other in points[index:])
-            progress.update(
-                bar, description=visible(str(point)), left=f", about {_duration(seconds_left)} left"
-            )
-            yield point
-            expected += seconds[point.id]
-            progress.advance(bar)
-
-
-def _bars(*columns: ProgressColumn) -> Progress:
-    """Bars that go when they are done; a log gets none of them."""
-    return Progress(*columns, transient=True, disable=not Console().is_terminal)
-
-
-def _duration(seconds: float) -> str:
-    """A duration in words."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

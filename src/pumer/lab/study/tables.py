@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pumer.lab.study.curves import (
-    Axis,
     Difference,
+    Quantity,
     Setting,
-    at,
     difference,
     half_width,
-    place,
+    interpolate,
+    on_curve,
     seed_spreads,
     settings_of,
 )
@@ -49,7 +49,7 @@ def markdown(
         rows: of the results, at least one.
         speeds: rows of the speeds.
         references: the methods that the others are compared with.
-        plots: file names of the pictures to show.
+        plots: file names of the images to show.
     """
     settings = settings_of(rows, speeds)
     first = rows[0]
@@ -74,7 +74,11 @@ def markdown(
 
 
 def matched(
-    settings: Sequence[Setting], reference: str, title: str, axis: Axis, error: Axis | None = None
+    settings: Sequence[Setting],
+    reference: str,
+    title: str,
+    axis: Quantity,
+    error: Quantity | None = None,
 ) -> list[str]:
     """Accuracy of the reference less that of every other method where `axis` is the same for both,
     as lines.
@@ -99,13 +103,13 @@ def matched(
         int((longest - MATCHED_FROM) / MATCHED_STEP + 1e-9) + 1 if longest >= MATCHED_FROM else 0
     ):
         where = round(MATCHED_FROM + step * MATCHED_STEP, 2)
-        mine = place(curves[reference], axis, where, error)
+        mine = interpolate(curves[reference], axis, where, error)
         if mine is None:
             continue
         counts = mine.parts[0][0].counts
         row = [f"{where:.1f}x", f"{100 * mine.scores.sum() / counts.sum():.1f}"]
         for name in rivals:
-            other = place(curves[name], axis, where, error)
+            other = interpolate(curves[name], axis, where, error)
             gap = None if other is None else difference(mine, other, spreads)
             row.append(_cell(gap))
             if gap is not None:
@@ -166,7 +170,7 @@ def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]
                 *(
                     ""
                     if setting is reference
-                    else str(difference(at(setting), at(reference), spreads))
+                    else str(difference(on_curve(setting), on_curve(reference), spreads))
                     for reference in compared
                 ),
                 *_speeds(setting.speed),

@@ -14,7 +14,7 @@ import yaml
 from pumer._files import replacing
 from pumer.lab.bench.run import using_threads
 from pumer.lab.bench.timing import wait
-from pumer.lab.study.measure import Subject
+from pumer.lab.study.evaluation import EvalModel
 from pumer.lab.study.points import Point
 from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Example
@@ -43,7 +43,7 @@ def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[s
 
 
 def expected_seconds(
-    point: Point, base: Subject, examples: Sequence[Example], processes: int
+    point: Point, base: EvalModel, examples: Sequence[Example], processes: int
 ) -> float:
     """About how long the training of a point takes on this machine, from one step of the unreduced
     model."""

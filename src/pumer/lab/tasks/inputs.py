@@ -161,7 +161,7 @@ def _folder(source: str | Path, hub: Mapping[str, Any]) -> Path:
     if model.has(ADAPTER) and not model.has(CONFIG):
         model = base_of(model, files, hub)
     if not model.has(CONFIG):
-        raise ValueError(f"{source} is no model folder: there is no {CONFIG} in it")
+        raise ValueError(f"{source} is not a model folder: there is no {CONFIG} in it")
     return model.folder
 
 

@@ -26,9 +26,9 @@ class _Batch:
     inputs: dict[str, Any] | None
 
 
-class Pool:
+class ExamplePool:
     """Independent examples in batches, in an order drawn by lot: of each cluster, such as a
-    picture, at most one.
+    image, at most one.
 
     Args:
         examples: of a labelled split.
@@ -128,8 +128,8 @@ class Pool:
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         collated = self.collator(examples)
         wanted = model_inputs(collated)
-        # A picture's mask is eight bytes a pixel for one bit; as bytes it takes a hundredth of what
-        # the picture does.
+        # An image's mask is eight bytes a pixel for one bit; as bytes it takes a hundredth of what
+        # the image does.
         if "pixel_mask" in wanted:
             wanted["pixel_mask"] = wanted["pixel_mask"].to(torch.uint8)
         return wanted | {name: collated[name] for name in ("texts_per_image",) if name in collated}

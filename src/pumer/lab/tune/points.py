@@ -14,7 +14,7 @@ from pumer.costs.result import Report
 from pumer.lab.bench.latency import LatencyModel
 from pumer.lab.bench.memory import peak_activations, weight_bytes
 from pumer.lab.bench.run import first_rows, forward
-from pumer.lab.tune.space import Point
+from pumer.lab.tune.space import GridPoint
 
 _MEMORY_ROWS = (
     4  # examples of the forward whose memory is followed; activations grow with the batch
@@ -60,12 +60,12 @@ class Planned:
         memory: bytes of weights and peak activations, where a bound asks for them.
     """
 
-    point: Point
+    point: GridPoint
     flops_ratio: float
     speedup: float
     memory: int | None = None
 
-    def lacks(self, bounds: Bounds, corrections: Mapping[str, float] | None = None) -> str:
+    def violated_bound(self, bounds: Bounds, corrections: Mapping[str, float] | None = None) -> str:
         """Which bound the models say it breaks, in a word for a table; "" for none.
 
         `corrections` are factors of the predicted "speedup" and "memory", from points that were
@@ -85,7 +85,7 @@ class Planned:
 
 def plan(
     model: nn.Module,
-    points: Sequence[Point],
+    points: Sequence[GridPoint],
     latency: LatencyModel,
     base: Report,
     inputs: Mapping[str, Tensor],
@@ -134,7 +134,7 @@ def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 def check_reachable(planned: Sequence[Planned], bounds: Bounds) -> None:
     """Raise ValueError, naming the nearest point, if by the models no point keeps to speed and
     memory bounds."""
-    if any(not candidate.lacks(bounds) for candidate in planned):
+    if any(not candidate.violated_bound(bounds) for candidate in planned):
         return
     parts = []
     if bounds.speedup is not None:

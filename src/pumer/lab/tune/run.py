@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,12 +26,13 @@ from pumer.lab.bench.run import FUSED
 from pumer.lab.evaluate import model_inputs
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import is_generative
-from pumer.lab.tune.examples import Pool
-from pumer.lab.tune.plot import draw
+from pumer.lab.tune.evidence import evidence_rows, nearest_point, write_rows
+from pumer.lab.tune.examples import ExamplePool
+from pumer.lab.tune.plot import plot
 from pumer.lab.tune.points import Bounds, Planned, check_reachable, peak_memory, plan
-from pumer.lab.tune.search import Judged, Search
+from pumer.lab.tune.search import Search, Verdict
 from pumer.lab.tune.sequential import PairedDrop
-from pumer.lab.tune.space import Grid, space
+from pumer.lab.tune.space import SearchGrid, space
 from pumer.reducers import to_dict
 
 PRESET, EVIDENCE, STUDY = "reducer.yaml", "candidates.csv", "study.log"
@@ -57,8 +56,8 @@ class Tuned:
     """
 
     point: Planned
-    judged: Judged
-    checked: Judged
+    judged: Verdict
+    checked: Verdict
     speedup: float
     memory: int
     points: int
@@ -73,7 +72,7 @@ def tune(
     bounds: Bounds,
     out: str | Path,
     *,
-    grid: Grid | None = None,
+    grid: SearchGrid | None = None,
     skip_impossible: bool = False,
     batch_size: int = 32,
     choose: int = 2000,
@@ -131,8 +130,8 @@ def tune(
             raise ValueError(f"--{name} is a whole number from 1, not {count}")
     if not 0 < alpha < 1:
         raise ValueError(f"--alpha is a probability, more than 0 and less than 1, not {alpha}")
-    points = space(grid or Grid(), model, skip_impossible or grid is None)
-    pool = Pool(examples, collator, batch_size, choose + check, seed)
+    points = space(grid or SearchGrid(), model, skip_impossible or grid is None)
+    pool = ExamplePool(examples, collator, batch_size, choose + check, seed)
     race, total = _shares(pool.available, choose, check, batch_size)
     where = records.environment(next(model.parameters()).device)
     described = {
@@ -183,11 +182,11 @@ def tune(
             progress,
         )
         best, speedup, memory = _settle(search, inputs, progress)
-        rows = _evidence(search, study, best)
-        _write_rows(folder / EVIDENCE, rows)
-        draw(rows, bounds.drop, folder / "tune")
+        rows = evidence_rows(search, study, best)
+        write_rows(folder / EVIDENCE, rows)
+        plot(rows, bounds.drop, folder / "tune")
         if best is None:
-            raise ValueError(_nearest(search))
+            raise ValueError(nearest_point(search))
         with replacing(folder / PRESET) as file:
             yaml.safe_dump(
                 json.loads(json.dumps(to_dict(best.point.reducer))), file, sort_keys=False
@@ -218,7 +217,7 @@ def lost(
 ) -> PairedDrop:
     """What another model loses against the unreduced one on the examples that `tune` checks on; as
     there."""
-    pool = Pool(examples, collator, batch_size, choose + check, seed)
+    pool = ExamplePool(examples, collator, batch_size, choose + check, seed)
     race, total = _shares(pool.available, choose, check, batch_size)
     batches = range(race, total)
     test = PairedDrop(alpha)
@@ -234,7 +233,7 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
     total = min(choose + check, examples) // batch_size
     if total < _FEWEST or min(choose, check) < 1:
         raise ValueError(
-            f"{min(choose + check, examples)} examples, of a picture no more than one, are too few "
+            f"{min(choose + check, examples)} examples, at most one per image, are too few "
             f"to choose and to check on: give {_FEWEST * batch_size} or more, or a smaller "
             "--batch_size"
         )
@@ -318,85 +317,3 @@ def _settle(
             return best, speedup, memory
         search.correct(best, speedup, memory)
     return None, 0.0, 0
-
-
-def _nearest(search: Search) -> str:
-    """Why nothing was accepted, and what comes nearest."""
-    bounds = search.bounds
-    judged = [candidate for candidate in search.planned if candidate.point.name in search.judged]
-    if not judged:
-        return "no point of the grid was judged: allow more --trials, or loosen the bound"
-
-    def verdict_on(candidate: Planned) -> Judged:
-        return search.checked.get(candidate.point.name) or search.judged[candidate.point.name]
-
-    measured = {
-        candidate.point.name: search.study.user_attrs[f"measured/{candidate.point.name}"]
-        for candidate in judged
-        if search.status(candidate) == "unfit"
-    }
-    if measured:  # which kept to the bound on the drop
-
-        def short(name: str) -> float:
-            speedup, memory = measured[name]
-            return max((bounds.speedup or 0.0) / speedup, memory / (bounds.memory or math.inf))
-
-        name = min(measured, key=short)
-        speedup, memory = measured[name]
-        return (
-            "none of the settings that passed their check keeps to the bound when it is measured; "
-            f"the nearest is {name}, {speedup:.2f} times as fast, {memory / 1e6:.0f} MB, which "
-            f"loses {search.checked[name].drop:.2f} points. Loosen the bound, or widen the grid"
-        )
-    assert bounds.drop is not None  # without it every point passes its check
-    nearest = min(judged, key=lambda candidate: verdict_on(candidate).high)
-    verdict = verdict_on(nearest)
-    return (
-        f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; "
-        f"the nearest is {nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, "
-        f"which loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
-        f"{verdict.examples} examples. --max_drop {math.ceil(100 * verdict.high) / 100:.2f} may "
-        "take it in; milder settings in the grid or more examples may help"
-    )
-
-
-def _evidence(search: Search, study: optuna.Study, best: Planned | None) -> list[dict[str, Any]]:
-    """One row for each point, best first, then by predicted speed."""
-    excluded, attributes, rows = search.excluded(), study.user_attrs, []
-    where = records.environment(next(search.model.parameters()).device)
-    for candidate in search.planned:
-        name = candidate.point.name
-        judged, checked = search.judged.get(name), search.checked.get(name)
-        measured = attributes.get(f"measured/{name}", [None, None])
-        status = search.status(candidate) or excluded.get(name, "not reached")
-        rows.append(
-            {
-                "point": name,
-                "reducer": json.dumps(to_dict(candidate.point.reducer)),
-                "status": "found" if candidate is best else status,
-                "examples": judged.examples if judged else 0,
-                **_drops("", judged),
-                "check_examples": checked.examples if checked else 0,
-                **_drops("check_", checked),
-                "flops_ratio": round(candidate.flops_ratio, 4),
-                "predicted_x": round(candidate.speedup, 4),
-                "measured_x": "" if measured[0] is None else round(measured[0], 4),
-                "predicted_bytes": "" if candidate.memory is None else candidate.memory,
-                "measured_bytes": "" if measured[1] is None else measured[1],
-                "batch_size": search.pool.batch_size,
-                **where,
-            }
-        )
-    return sorted(rows, key=lambda row: row["status"] != "found")
-
-
-def _drops(prefix: str, verdict: Judged | None) -> dict[str, Any]:
-    values = (verdict.drop, verdict.low, verdict.high) if verdict else ("", "", "")
-    return dict(zip((f"{prefix}drop", f"{prefix}low", f"{prefix}high"), values, strict=True))
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -5,9 +5,9 @@ batch after another, against the unreduced model on the same examples, until the
 Most points never are judged:
 
 * the latency and memory models rule out those that break a bound on speed or memory;
-* of two points of which one is milder everywhere (`space.milder`), the harsher one is taken to lose
-  more: once the milder one has lost too much, the harsher one is out, and where speed is bounded,
-  the mildest that keep to it suffice;
+* where one point reduces less than another everywhere (`space.dominates`), the harsher one is
+  assumed to lose more: once the milder one has lost too much, the harsher one is out, and where
+  speed is bounded, the mildest that keep to it suffice;
 * with a bound on the drop, points that are slower than a promising one are not needed.
 
 A point that looks best is then checked on fresh examples that no choice has depended on. The k-th
@@ -25,10 +25,10 @@ import optuna
 from torch import nn
 
 import pumer
-from pumer.lab.tune.examples import Pool
+from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.points import Bounds, Planned
 from pumer.lab.tune.sequential import PairedDrop
-from pumer.lab.tune.space import Point, Space, milder
+from pumer.lab.tune.space import GridPoint, Space, dominates
 
 LOOK = 4
 """Batches between two looks at the test."""
@@ -39,7 +39,7 @@ _OUT = ("over", "hopeless", "doubtful", "worse", "failed")
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdict:
     """What was found out about a point; drops are in points of accuracy.
 
     Args:
@@ -83,7 +83,7 @@ class Search:
         space: Space,
         planned: Sequence[Planned],
         bounds: Bounds,
-        pool: Pool,
+        pool: ExamplePool,
         race: int,
         check: int,
         study: optuna.Study,
@@ -102,15 +102,15 @@ class Search:
         self.race, self.check = range(race), range(race, race + check)
         self.alpha, self.trials, self.seed, self.progress = alpha, trials, seed, progress
         self.planned = list(planned)
-        self._milder = milder([candidate.point for candidate in self.planned])
-        self.judged: dict[str, Judged] = {}
-        self.checked: dict[str, Judged] = {}
+        self._dominates = dominates([candidate.point for candidate in self.planned])
+        self.judged: dict[str, Verdict] = {}
+        self.checked: dict[str, Verdict] = {}
         self._scores: dict[str, list[float]] = {}
         waiting = 0
         for trial in study.get_trials(deepcopy=False):
             if trial.state == optuna.trial.TrialState.COMPLETE:
                 name = trial.user_attrs["point"]
-                self.judged[name] = Judged(**trial.user_attrs["judged"])
+                self.judged[name] = Verdict(**trial.user_attrs["judged"])
                 self._scores[name] = trial.user_attrs["scores"]
             elif trial.state == optuna.trial.TrialState.RUNNING:  # when the process was stopped
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -126,7 +126,7 @@ class Search:
         }
         for key in stored:
             if key.startswith("check/"):
-                self.checked[key.removeprefix("check/")] = Judged(**stored[key])
+                self.checked[key.removeprefix("check/")] = Verdict(**stored[key])
 
     # --- the choice ---
 
@@ -140,7 +140,7 @@ class Search:
             candidate
             for candidate in self.planned
             if self.status(candidate) in wanted
-            and not candidate.lacks(self.bounds, self.corrections)
+            and not candidate.violated_bound(self.bounds, self.corrections)
         ]
         if self.bounds.drop is not None:
             return max(chosen, key=lambda candidate: candidate.speedup, default=None)
@@ -152,11 +152,13 @@ class Search:
         """Points that are not judged and need not be (any more), by name, and why."""
         best = self.best()
         out = np.array([self.status(candidate) in _OUT for candidate in self.planned])
-        lacking = [candidate.lacks(self.bounds, self.corrections) for candidate in self.planned]
+        lacking = [
+            candidate.violated_bound(self.bounds, self.corrections) for candidate in self.planned
+        ]
         fits = np.array([not lack for lack in lacking])
         why = {}
         for column, (candidate, lack) in enumerate(zip(self.planned, lacking, strict=True)):
-            milder_ones = self._milder[:, column]
+            milder_ones = self._dominates[:, column]
             if candidate.point.name in self.judged:
                 continue
             if lack:
@@ -222,7 +224,7 @@ class Search:
             )
         return self.best()
 
-    def verify(self, one: Planned) -> Judged:
+    def verify(self, one: Planned) -> Verdict:
         """Check a point on fresh examples, and remember how it went: "accepted" or "failed"."""
         name, bound = one.point.name, self.bounds.drop
         if name not in self.checked:
@@ -242,7 +244,7 @@ class Search:
                     break
                 if test.lower > bound / 100 or not test.reachable(bound / 100, total, -2.0, alpha):
                     break
-            self.checked[name] = _judged(test, status)
+            self.checked[name] = _verdict_of(test, status)
             self.study.set_user_attr(f"check/{name}", vars(self.checked[name]))
         return self.checked[name]
 
@@ -318,7 +320,7 @@ class Search:
             for name in indices
         )
 
-    def _value(self, candidate: Planned, verdict: Judged) -> float:
+    def _value(self, candidate: Planned, verdict: Verdict) -> float:
         """What the sampler is to make as large as it can: speed where the bound is kept, else the
         least drop."""
         if self.bounds.drop is None:
@@ -337,7 +339,7 @@ class Search:
             else self.alpha
         )
 
-    def _judge(self, candidate: Planned) -> tuple[Judged, list[float]]:
+    def _judge(self, candidate: Planned) -> tuple[Verdict, list[float]]:
         test, rival = PairedDrop(_ERROR), PairedDrop(_ERROR)
         best = self.best() if self.bounds.drop is None else None
         against = self._scores[best.point.name] if best else []
@@ -352,7 +354,7 @@ class Search:
             status = self._verdict(test, rival, last=False)
             if status:
                 break
-        return _judged(test, status or self._verdict(test, rival, last=True)), scores
+        return _verdict_of(test, status or self._verdict(test, rival, last=True)), scores
 
     def _differences(self, name: str) -> list[float]:
         """What was lost on each of the examples that a point was judged on."""
@@ -360,7 +362,7 @@ class Search:
         batches = self.race[: -(-len(scores) // self.pool.batch_size)]
         return [a - b for a, b in zip(self.base(batches), scores, strict=True)]
 
-    def _predict(self, point: Point, batches: range) -> list[float]:
+    def _predict(self, point: GridPoint, batches: range) -> list[float]:
         with pumer.reduced(self.model, point.reducer):
             return [score for batch in self.pool.scores(self.model, batches) for score in batch]
 
@@ -385,7 +387,7 @@ def _looks(batches: range) -> Iterator[range]:
         yield range(start, min(start + LOOK, batches.stop))
 
 
-def _judged(test: PairedDrop, status: str) -> Judged:
-    return Judged(
+def _verdict_of(test: PairedDrop, status: str) -> Verdict:
+    return Verdict(
         status, test.number, *(round(100 * x, 4) for x in (test.mean, test.lower, test.upper))
     )

@@ -40,7 +40,7 @@ class PairedDrop:
     """Mean of (reference score - candidate score) over examples, with a lower and an upper bound
     for it.
 
-    The examples have to be independent of each other: one of a picture.
+    The examples have to be independent of each other: one of an image.
 
     Args:
         alpha: probability that a side is ever wrong, of each.

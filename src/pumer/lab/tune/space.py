@@ -20,7 +20,7 @@ _RATIOS = ("prune", "merge", "merge_text")
 
 
 @dataclass
-class Grid:
+class SearchGrid:
     """Values of each setting; every combination is a point.
 
     Args:
@@ -44,7 +44,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One point of the grid: the settings of PuMer or of ToMe, and what ToMe merges in every layer
     of the tower."""
 
@@ -90,10 +90,10 @@ class Space:
     """
 
     axes: dict[str, list[Any]]
-    points: tuple[Point, ...]
+    points: tuple[GridPoint, ...]
     impossible: dict[str, str]
 
-    def indices(self, point: Point) -> dict[str, int]:
+    def indices(self, point: GridPoint) -> dict[str, int]:
         """Place of a point on each axis."""
         pumers = (*_RATIOS, "layers") if point.tome else ()  # which have no place there
         return {
@@ -102,7 +102,7 @@ class Space:
         }
 
 
-def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
+def space(grid: SearchGrid, model: nn.Module, skip_impossible: bool = False) -> Space:
     """All points of a grid for a model.
 
     Args:
@@ -144,7 +144,7 @@ def space(grid: Grid, model: nn.Module, skip_impossible: bool = False) -> Space:
         raise ValueError(f"the grid has no values for {', '.join(empty)}: give one or more")
     points, impossible = [], {}
     for values in _combinations(axes):
-        point = Point(**values, **fixed)
+        point = GridPoint(**values, **fixed)
         try:
             pumer.apply(model, point.reducer)
             points.append(point)
@@ -181,7 +181,7 @@ def _combinations(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict.fromkeys(_RATIOS, 0.0) | {"layers": first, "tower": tower, "tome": tome}
 
 
-def milder(points: Sequence[Point]) -> np.ndarray:
+def dominates(points: Sequence[GridPoint]) -> np.ndarray:
     """[N, N], true where the point of the row reduces nowhere more than that of the column, and is
     another one.
 

@@ -38,11 +38,11 @@ from pumer.reducers import EMBEDDINGS, from_dict
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """A model that is measured.
 
     Args:
-        model: with a reducer in force, `Unreduced` for none.
+        model: with a reducer active, `Unreduced` for none.
         collator: the task's, with the model's transforms.
         batches: inputs that it is timed on.
     """
@@ -56,7 +56,7 @@ class Subject:
         """Where the model is."""
         return self.model.device
 
-    def on(self, examples: Sequence[Example], batch_size: int) -> Subject:
+    def on(self, examples: Sequence[Example], batch_size: int) -> EvalModel:
         """The same, timed on these examples."""
         batches = []
         for start in range(0, len(examples), batch_size):
@@ -75,20 +75,20 @@ class Subject:
                 self.model(**batch)
 
 
-def read_subject(
+def load_eval_model(
     folder: str,
     task: dict[str, Any],
     reducer: dict[str, Any] | None = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
-) -> Subject:
+) -> EvalModel:
     """A saved model and what it needs for a task.
 
     Args:
         folder: of the model, or a shipped one's name.
         task: `name` and settings.
         reducer: name and settings; the one that the model was saved with if not given.
-        image_size: side of the pictures in pixels; the one that the model was saved with if not
+        image_size: side of the images in pixels; the one that the model was saved with if not
             given.
         device: for the model, which is in float32 on any.
 
@@ -103,7 +103,7 @@ def read_subject(
     saved = pumer.Unreduced() if patch is None else patch.reducer
     pumer.apply(model, saved if reducer is None else from_dict(reducer))
     collator = saved_collator(str(path), model, build(task, vocabulary(model)))
-    return Subject(model.eval(), sized(collator, image_size))
+    return EvalModel(model.eval(), sized(collator, image_size))
 
 
 def sized(collator: Collator, image_size: int | None) -> Collator:
@@ -123,7 +123,7 @@ def sized(collator: Collator, image_size: int | None) -> Collator:
     return replace(collator, image=replace(transform, **{side: image_size}))
 
 
-def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+def score(one: EvalModel, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     """The columns on accuracy."""
     result = evaluate(one.model, examples, one.collator, batch_size=batch_size)
     metric = {
@@ -139,7 +139,7 @@ def score(one: Subject, examples: Sequence[Example], batch_size: int) -> dict[st
     }
 
 
-def cost(one: Subject, base: Subject, count: int) -> dict[str, Any]:
+def cost(one: EvalModel, base: EvalModel, count: int) -> dict[str, Any]:
     """The columns on FLOPs, memory and tokens, next to the unreduced model; `count` examples are in
     the batches."""
     total_macs, towers = macs(one, count)
@@ -159,7 +159,7 @@ def cost(one: Subject, base: Subject, count: int) -> dict[str, Any]:
     }
 
 
-def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
+def speed(one: EvalModel, base: EvalModel, count: int, runs: int) -> dict[str, Any]:
     """The columns on speed; the unreduced model takes turns with this one.
 
     Args:
@@ -186,28 +186,28 @@ def speed(one: Subject, base: Subject, count: int, runs: int) -> dict[str, Any]:
     }
 
 
-def _overhead(subject: Subject) -> float:
+def _overhead(eval_model: EvalModel) -> float:
     """Share of the time that choosing and reducing takes, in the layers of encoders and around
     those of decoders."""
-    share = overhead_share(subject.model, subject.run, subject.device, runs=3)
+    share = overhead_share(eval_model.model, eval_model.run, eval_model.device, runs=3)
     return (
-        share + prefill_shares(subject.model, subject.run, subject.device).selection
-        if is_generative(subject.model)
+        share + prefill_shares(eval_model.model, eval_model.run, eval_model.device).selection
+        if is_generative(eval_model.model)
         else share
     )
 
 
-def _peak(subject: Subject) -> int:
+def _peak(eval_model: EvalModel) -> int:
     """Bytes of the activations of the first batch at their peak."""
 
     def call() -> Any:
         with torch.inference_mode():
-            return subject.model(**subject.batches[0])
+            return eval_model.model(**eval_model.batches[0])
 
-    return peak_activations(call, subject.device)
+    return peak_activations(call, eval_model.device)
 
 
-def macs(one: Subject, count: int) -> tuple[int, int]:
+def macs(one: EvalModel, count: int) -> tuple[int, int]:
     """Mean multiply-accumulates per example, padding that is run included, and those of the towers
     among them."""
     total_macs = towers = 0
@@ -217,7 +217,7 @@ def macs(one: Subject, count: int) -> tuple[int, int]:
         rows = len(batch["input_ids"])
         once = rows // batch.get(
             "texts_per_image", 1
-        )  # which only models take that see each picture once
+        )  # which only models take that see each image once
         parts = {
             name: value * (once if name in IMAGE_PARTS else rows)
             for name, value in last_forward_parts(one.model).items()
@@ -227,7 +227,7 @@ def macs(one: Subject, count: int) -> tuple[int, int]:
     return round(total_macs / count), round(towers / count)
 
 
-def _tokens(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(eval_model: EvalModel) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the rows of their (text, image) tokens, padding not counted:
     [layers + 1, 2].
 
@@ -235,19 +235,19 @@ def _tokens(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """
     counts: defaultdict[int, list[Tensor]] = defaultdict(list)
     depth = 0
-    for batch in subject.batches:
-        with pumer.trace(subject.model) as steps, torch.inference_mode():
-            subject.model(**batch)
-        patch = pumer.active(subject.model)
+    for batch in eval_model.batches:
+        with pumer.trace(eval_model.model) as steps, torch.inference_mode():
+            eval_model.model(**batch)
+        patch = pumer.active(eval_model.model)
         assert patch is not None
         depth = len(patch.lengths) - 1
-        several = batch["pixel_values"].ndim == 5 and not is_generative(subject.model)
+        several = batch["pixel_values"].ndim == 5 and not is_generative(eval_model.model)
         passes = batch["pixel_values"].shape[1] if several else 1
         steps_by_layer = {
             layer: [step for step in steps if step.layer == layer]
             for layer in range(EMBEDDINGS, depth)
         }
-        now = [_entry(subject.model, batch, image_index) for image_index in range(passes)]
+        now = [_entry(eval_model.model, batch, image_index) for image_index in range(passes)]
         for layer in range(EMBEDDINGS, depth):
             now = [_left(step) for step in steps_by_layer[layer]] or now
             counts[layer] += now
@@ -258,7 +258,7 @@ def _tokens(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
-    """(text, image) tokens of every row at the entry, of its picture with this number: int64 [B,
+    """(text, image) tokens of every row at the entry, of its image with this number: int64 [B,
     2]."""
     text = batch["attention_mask"].sum(1)
     if is_generative(model):  # a prompt, which holds both
