@@ -518,7 +518,7 @@ def test_the_tables_say_where_the_reference_is_not_above():
 def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "plot", lambda *_: [])
     one = study()
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     file = tmp_path / "out" / "tiny.csv"
     good = file.read_text()
     points, _ = one.candidates()
@@ -526,20 +526,20 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
 
     file.write_text(good + good.splitlines()[-1][:40])  # a kill in the middle of a row
     assert len(read_rows(file, "tiny", points)) == 2
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", log=lambda text: None)
     assert file.read_text() != good  # somebody else may be writing that row
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     assert file.read_text() == good
     file.write_text(good[:-1])  # an editor left the end of the line out
     assert len(read_rows(file, "tiny", points)) == 2
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     assert file.read_text() == good
     file.write_text(good.replace("\n", "\n\n"))
     assert len(read_rows(file, "tiny", points)) == 2
     table = (tmp_path / "out" / "tiny.md").read_text()
     heading, *rows = good.splitlines(keepends=True)
     file.write_text("".join([heading, *reversed(rows)]))  # finished in another order
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", log=lambda text: None)
     assert (tmp_path / "out" / "tiny.md").read_text() == table
     for text, message in (
         (good.replace(points[1].id, "0" * 12).replace(",PuMer,", ",other,"), "line 3, is no point"),
@@ -555,7 +555,7 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
-            run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+            run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
 
 
 def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypatch):
@@ -768,7 +768,7 @@ def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monke
     one = study(
         methods=[{"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]}]
     )
-    run(one, tmp_path / "alone", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "alone", scratch=tmp_path / "runs", log=lambda text: None)
     alone = (tmp_path / "alone/tiny.csv").read_text().splitlines(keepends=True)
     results = tmp_path / "out/tiny.csv"
     results.parent.mkdir()
@@ -785,7 +785,7 @@ def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monke
             other.close()
 
         monkeypatch.setattr(study_run.time, "sleep", end)
-        run(one, results.parent, scratch=tmp_path / "runs", say=said.append)
+        run(one, results.parent, scratch=tmp_path / "runs", log=said.append)
     assert any("other processes are at the last 1 points" in text for text in said)
     (before,) = seen
     ids = [row["id"] for row in read_rows(results, "tiny")]
@@ -833,7 +833,7 @@ def test_a_training_that_fails_says_why(study, tmp_path):
             study(train=bad, processes=1),
             tmp_path / "out",
             scratch=tmp_path / "runs",
-            say=lambda text: None,
+            log=lambda text: None,
         )
 
 
@@ -889,17 +889,17 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
         in_this_process(words, processes, log, lock)
 
     monkeypatch.setattr(train_launch, "launch", noting)
-    run(one, out, scratch=scratch, say=lambda text: None)
+    run(one, out, scratch=scratch, log=lambda text: None)
     assert resumed == ["true", "false"]
     assert not list(scratch.glob("study-tiny/*/training"))
     assert caches[0] == caches[1]  # the teacher was asked once for both
     assert not caches[0].exists()
 
     monkeypatch.setattr(train_launch, "launch", in_this_process)
-    run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)
+    run(one, tmp_path / "unbroken", scratch=tmp_path / "others", log=lambda text: None)
     assert results(out) == results(tmp_path / "unbroken")
     untrained, _ = study().candidates()
-    run(study(), tmp_path / "start", scratch=tmp_path / "runs", say=lambda text: None)
+    run(study(), tmp_path / "start", scratch=tmp_path / "runs", log=lambda text: None)
     assert {row["id"] for row in results(tmp_path / "start")} == {point.id for point in untrained}
     assert (
         results(out)[0]["details"] != results(tmp_path / "start")[0]["details"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,6 @@ def plan(
     base: Report,
     inputs: Mapping[str, Tensor],
     memory: bool,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Planned]:
     """FLOPs, predicted speed-up and, if asked for, memory of every point, fastest first.
 
@@ -101,7 +100,6 @@ def plan(
         base: report of the unreduced model for the lengths to plan for.
         inputs: a batch of the size to plan for.
         memory: follow a forward of a few examples of each point and scale its peak to the batch.
-        progress: called after every point.
     """
     text, image = base.entry
     usual = report(model).entry[1]
@@ -119,7 +117,6 @@ def plan(
         planned_points.append(
             Planned(point, planned.ratio, unreduced / latency.seconds(planned), size)
         )
-        progress()
     return sorted(planned_points, key=lambda candidate: (-candidate.speedup, candidate.point.name))
 
 
