@@ -609,7 +609,7 @@ def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, m
 
 def test_rows_of_another_machine_are_not_mixed_with_ours(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "plot", lambda *_: [])
-    one, places = study(), {"scratch": tmp_path / "runs", "say": lambda text: None}
+    one, places = study(), {"scratch": tmp_path / "runs", "log": lambda text: None}
     run(one, tmp_path / "out", **places)
     results, speeds = tmp_path / "out" / "tiny.csv", tmp_path / "out" / "tiny-speed.csv"
     rows = list(csv.reader(speeds.open()))
