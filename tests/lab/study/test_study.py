@@ -561,7 +561,7 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
 def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_run, "plot", lambda *_: [])
     said = []
-    one, places = study(), {"scratch": tmp_path / "runs", "say": said.append}
+    one, places = study(), {"scratch": tmp_path / "runs", "log": said.append}
     run(one, tmp_path / "out", **places)
     speeds = tmp_path / "out" / "tiny-speed.csv"
     speeds.unlink()
@@ -586,7 +586,7 @@ def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, m
         [],
     )
     points = [point for point in one.candidates()[0] if point.method == "PuMer"]
-    places = {"scratch": tmp_path / "runs", "say": said.append}
+    places = {"scratch": tmp_path / "runs", "log": said.append}
     models = [
         tmp_path / "runs" / "study-tiny" / point.id / "training" / "model" for point in points
     ]
