@@ -6,7 +6,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -20,6 +20,7 @@ from pumer._rows import append_rows, mend_rows
 from pumer.costs.result import align
 from pumer.lab.bench.timing import alternate
 from pumer.lab.evaluate import take
+from pumer.lab.progress import Log
 from pumer.lab.study.curves import settings_of
 from pumer.lab.study.evaluation import EvalModel, cost, load_eval_model, macs, score, sized, speed
 from pumer.lab.study.plots import plot
@@ -41,7 +42,6 @@ from pumer.reducers import Unreduced, from_dict, to_dict
 
 Only = Literal["plan", "scores", "plots"] | None
 """Part of the work: print the plan, train and score, or redraw tables and plots."""
-Say = Callable[[str], None]
 _POLL = 2.0  # seconds between looks at what other processes have left
 _TRIED = 2  # examples that every setting is tried on before anything is trained
 
@@ -55,7 +55,7 @@ def run(
     keep_models: bool = False,
     only: Only = None,
     device: str = "cpu",
-    say: Say = print,
+    log: Log = print,
 ) -> None:
     """Train and score the points of a study that have no row yet, time its settings, write tables
     and plots.
@@ -74,7 +74,7 @@ def run(
         only: see `Only`.
         device: to score and time points on, in float32; trainings use a CUDA device if there is
             one.
-        say: called with progress messages.
+        log: called with progress messages.
 
     Raises:
         ValueError: for impossible settings, foreign rows, and trainings that fail, the first two
@@ -91,10 +91,10 @@ def run(
             Path(scratch) / f"study-{study.name}",
             skip_impossible,
             device,
-            say,
+            log,
         )
         if only == "plan":
-            say(work.plan())
+            log(work.plan())
             return
         work.score(keep_models)
         if only != "scores":
@@ -117,7 +117,7 @@ def run(
                 rows, times, study.reference, [path.with_suffix(".svg").name for path in plots]
             )
         )
-    say(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
+    log(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
 
 
 class _Work:
@@ -131,10 +131,10 @@ class _Work:
         folder: Path,
         skip_impossible: bool,
         device: str,
-        say: Say,
+        log: Log,
     ) -> None:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
-        self.device, self.say = torch.device(device), say
+        self.device, self.log = torch.device(device), log
         points, reasons = study.candidates()
         base = load_eval_model(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
@@ -145,10 +145,10 @@ class _Work:
         self.macs = _try(study, points, self.examples[:_TRIED], reasons, self.device)
         _refuse([] if skip_impossible else reasons)
         for reason in reasons:
-            say(f"left out: {reason}")
+            log(f"left out: {reason}")
         self.points = [point for point in points if point.setting in self.macs]
         self.expected = self._expected(self.look())
-        say(
+        log(
             f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of them "
             f"done; about {in_words(sum(self.expected.values()))} to go"
         )
@@ -198,7 +198,7 @@ class _Work:
             self.look()
             if self.left:
                 if not announced:
-                    self.say(f"other processes are at the last {len(self.left)} points")
+                    self.log(f"other processes are at the last {len(self.left)} points")
                     announced = True
                 time.sleep(_POLL)
 
@@ -227,7 +227,7 @@ class _Work:
         measured["seconds"] = round(time.perf_counter() - start, 1)
         with locked(self.folder, wait=math.inf):
             append_rows(self.results, [row(study, point, COLUMNS, measured, self.device)])
-        self.say(f"{point}: {measured['accuracy']:.1f} %, in {in_words(measured['seconds'])}")
+        self.log(f"{point}: {measured['accuracy']:.1f} %, in {in_words(measured['seconds'])}")
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -264,7 +264,7 @@ class _Work:
                 for name in ("teacher", *(point.id for point in self.points)):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.gone:
-                self.say(
+                self.log(
                     f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of their "
                     "weights, which are gone. To train them again take their lines out of "
                     f"{self.results}; keep_models keeps the weights"

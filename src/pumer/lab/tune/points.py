@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,6 @@ def plan(
     base: Report,
     inputs: Mapping[str, Tensor],
     memory: bool,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Planned]:
     """Predict FLOPs, speed-up and, on request, memory of every point, fastest first.
 
@@ -104,7 +103,6 @@ def plan(
         base: report of the unreduced model for the lengths to plan for.
         inputs: a batch of the size to plan for.
         memory: follow a forward of a few examples of each point and scale its peak to the batch.
-        progress: called after every point.
     """
     text, image = base.entry
     usual = report(model).entry[1]
@@ -122,7 +120,6 @@ def plan(
         planned_points.append(
             Planned(point, planned.ratio, unreduced / latency.seconds(planned), size)
         )
-        progress()
     return sorted(planned_points, key=lambda candidate: (-candidate.speedup, candidate.point.name))
 
 

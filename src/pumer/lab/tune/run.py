@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pumer.lab.bench.latency import LatencyModel, calibrate, measure, planned
 from pumer.lab.bench.memory import weight_bytes
 from pumer.lab.bench.run import FUSED
 from pumer.lab.evaluate import model_inputs
+from pumer.lab.progress import Log, no_log
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.tune.evidence import evidence_rows, nearest_point, write_rows
@@ -82,7 +83,7 @@ def tune(
     seed: int = 0,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    log: Log = no_log,
 ) -> Tuned:
     """Search the best setting of PuMer or ToMe within bounds, and write it to a folder.
 
@@ -106,7 +107,7 @@ def tune(
         seed: of the order of the examples and of the search.
         resume: go on with the study in `out`.
         settings: origin of model and examples, to recognise a study by.
-        progress: called with a line at every decision.
+        log: called with a line at every decision.
 
     Raises:
         ValueError: for impossible settings, too few examples, a folder that is not empty or of
@@ -153,13 +154,13 @@ def tune(
             study = _open(journal, described)
         pool.size(1)
         inputs = _timed_inputs(model, pool.inputs(0))
-        progress("timing a few forwards")
+        log("timing a few forwards")
         costs = study.user_attrs.get("latency") if study else None
         latency = LatencyModel(costs) if costs else calibrate(model, inputs)
         with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
             model(**inputs)
             base = planned(model, model)
-        progress(f"planning {len(points.points)} points")
+        log(f"planning {len(points.points)} points")
         predicted = plan(model, points.points, latency, base, inputs, bounds.memory is not None)
         check_reachable(predicted, bounds)
         if study is None:  # nothing is written before it is known that there is something to search
@@ -178,9 +179,9 @@ def tune(
             alpha,
             trials,
             seed,
-            progress,
+            log,
         )
-        best, speedup, memory = _settle(search, inputs, progress)
+        best, speedup, memory = _settle(search, inputs, log)
         rows = evidence_rows(search, study, best)
         write_rows(folder / EVIDENCE, rows)
         plot(rows, bounds.drop, folder / "tune")
@@ -287,14 +288,14 @@ def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settle(
-    search: Search, inputs: Mapping[str, Any], progress: Callable[[str], None]
+    search: Search, inputs: Mapping[str, Any], log: Log
 ) -> tuple[Planned | None, float, int]:
     """The best point that passes its check and keeps its bounds when measured, with its speed-up
     and memory."""
     while (best := search.run()) is not None:
         name, model, bounds = best.point.name, search.model, search.bounds
         verdict = search.verify(best)
-        progress(
+        log(
             f"checked {name}: loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) "
             f"on {verdict.examples} fresh examples, {verdict.status}"
         )
@@ -308,7 +309,7 @@ def _settle(
             measured = [seconds[FUSED] / seconds[name], memory]
             search.study.set_user_attr(f"measured/{name}", measured)
         speedup, memory = measured
-        progress(f"measured {name}: {speedup:.2f}x, {memory / 1e6:.0f} MB")
+        log(f"measured {name}: {speedup:.2f}x, {memory / 1e6:.0f} MB")
         if (bounds.speedup is None or speedup >= bounds.speedup) and (
             bounds.memory is None or memory <= bounds.memory
         ):

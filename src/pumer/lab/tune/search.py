@@ -17,7 +17,7 @@ bound with probability alpha at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ import optuna
 from torch import nn
 
 import pumer
+from pumer.lab.progress import Log, no_log
 from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.points import Bounds, Planned
 from pumer.lab.tune.sequential import PairedDrop
@@ -73,7 +74,7 @@ class Search:
         alpha: probability of accepting a point that loses more than the bound.
         trials: points to judge at most.
         seed: of the proposals.
-        progress: called with a line at every decision.
+        log: called with a line at every decision.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Search:
         alpha: float = 0.1,
         trials: int = 80,
         seed: int = 0,
-        progress: Callable[[str], None] = lambda line: None,
+        log: Log = no_log,
     ) -> None:
         self.model, self.space, self.bounds, self.pool, self.study = (
             model,
@@ -99,7 +100,7 @@ class Search:
             study,
         )
         self.race, self.check = range(race), range(race, race + check)
-        self.alpha, self.trials, self.seed, self.progress = alpha, trials, seed, progress
+        self.alpha, self.trials, self.seed, self.log = alpha, trials, seed, log
         self.planned = list(planned)
         self._dominates = dominates([candidate.point for candidate in self.planned])
         self.judged: dict[str, Verdict] = {}
@@ -215,7 +216,7 @@ class Search:
             trial.set_user_attr("judged", vars(verdict))
             self.study.tell(trial, self._value(candidate, verdict))
             self.judged[name], self._scores[name] = verdict, scores
-            self.progress(
+            self.log(
                 f"{len(self.judged)}: {name}: {candidate.speedup:.2f}x predicted, loses "
                 f"{verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
                 f"{verdict.examples} examples, {verdict.status}; {len(self.open_points())} points "
