@@ -31,8 +31,7 @@ class Traits:
         official: reproduces published code, with its softmax and its counting of padded text.
         dynamic_length: the data decide how many slots are filled, so slots may stay empty although
             every token is real.
-        per_crop: each crop of an image has a budget of its own, as in the published code for
-            LLaVA-NeXT.
+        per_crop: the budget is per crop of an image, as in the published code for LLaVA-NeXT.
         before_projector: features are merged before the projector, which then projects what is
             left. `plan` then reads nothing but masks and `Tokens.encoder`. Where a projector mixes
             tokens, features are merged after it.

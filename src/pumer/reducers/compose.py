@@ -127,12 +127,12 @@ class Chain(Reducer):
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ValueError(
-                f"more than one reducer acts in layers {twice}: give them layers of their own"
+                f"more than one reducer acts in layers {twice}: give them different layers"
             )
         learned = [reducer.name for reducer in self.reducers if reducer.traits.learned is not None]
         if learned:
             raise ValueError(
-                f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself"
+                f"{', '.join(learned)} learns, which a chain does not support: apply it alone"
             )
         if (
             len(

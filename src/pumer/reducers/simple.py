@@ -168,6 +168,7 @@ class Pool(Reducer):
             raise ValueError(
                 "pooling needs all patches of the image: let it be the first to reduce"
             )
+        # The window of every patch, counted in raster order.
         rows, columns = tokens.grid
         windows = self._windows(rows, columns)
         across = -(-columns // self.window)

@@ -44,6 +44,7 @@ from pumer.lab.study.curves import (
     settings_of,
 )
 from pumer.lab.study.evaluation import EvalModel, _tokens, cost, load_eval_model, macs
+from pumer.lab.study.plots import plot
 from pumer.lab.study.results import (
     COLUMNS,
     FIGURES,
@@ -100,8 +101,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def study(model, tmp_path):
-    """Writes the file of a tiny study and reads it."""
+def study(model, tmp_path, monkeypatch):
+    """Writes the file of a tiny study and reads it; nothing is plotted, which takes seconds."""
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
 
     def write(**changes):
         settings = {
@@ -515,8 +517,7 @@ def test_the_tables_say_where_the_reference_is_not_above():
     assert text.count("## PuMer at the same") == 2
 
 
-def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
+def test_foreign_rows_and_columns_are_refused(study, tmp_path):
     one = study()
     run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     file = tmp_path / "out" / "tiny.csv"
@@ -559,7 +560,6 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
 
 
 def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     said = []
     one, places = study(), {"scratch": tmp_path / "runs", "log": said.append}
     run(one, tmp_path / "out", **places)
@@ -577,7 +577,6 @@ def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypat
 
 
 def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     monkeypatch.setattr(train_launch, "launch", in_this_process)
     monkeypatch.setattr(study_run, "_by_weights", lambda point: point.method == "PuMer")
     one, out, said = (
@@ -608,7 +607,6 @@ def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, m
 
 
 def test_rows_of_another_machine_are_not_mixed_with_ours(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     one, places = study(), {"scratch": tmp_path / "runs", "log": lambda text: None}
     run(one, tmp_path / "out", **places)
     results, speeds = tmp_path / "out" / "tiny.csv", tmp_path / "out" / "tiny-speed.csv"
@@ -723,7 +721,7 @@ def test_smaller_pictures_cost_less(model):
 
 
 @pytest.mark.smoke
-def test_without_training(study, tmp_path, capsys):
+def test_without_training(study, tmp_path, capsys, monkeypatch):
     methods = [
         {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]},
         {"name": "smaller", "reducer": "none", "points": [{"image_size": 16}, {"image_size": 24}]},
@@ -744,7 +742,9 @@ def test_without_training(study, tmp_path, capsys):
     assert main([*words, "--only", "scores"]) == 0
     assert not (tmp_path / "out/tiny-speed.csv").exists()
     assert "| PuMer | prune 0.5 |" in (tmp_path / "out/tiny.md").read_text()
-    assert main(words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "plot", plot)
+        assert main(words) == 0
     results = (tmp_path / "out/tiny.csv").read_text()
     speeds = (tmp_path / "out/tiny-speed.csv").read_text()
     assert len(results.splitlines()) == len(speeds.splitlines()) == 6
@@ -755,6 +755,7 @@ def test_without_training(study, tmp_path, capsys):
         for kind in ("png", "svg")
     }
     assert names == {"tiny.csv", "tiny-speed.csv", "tiny.md"} | plots
+    assert "![tiny-flops.svg](tiny-flops.svg)" in (tmp_path / "out/tiny.md").read_text()
     assert main(words) == 0
     assert "5 of them done" in capsys.readouterr().out
     assert (tmp_path / "out/tiny.csv").read_text() == results

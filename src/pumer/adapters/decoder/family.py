@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Adapter, Patch, config_of, head_macs
+from pumer.adapters.base import Adapter, Patch, config_of
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.hooks import DecoderHooks
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
@@ -23,6 +23,7 @@ from pumer.adapters.decoder.vision import (
     VisionCapture,
     vision_features,
 )
+from pumer.adapters.macs import head_macs
 from pumer.reducers import EMBEDDINGS, Reducer
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
@@ -287,7 +288,7 @@ class DecoderAdapter(Adapter):
         return 1
 
     def encoder_facts(
-        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+        self, model: nn.Module, needs: frozenset[str], image: int, device: str
     ) -> Encoder | None:
         if not needs:
             return None
@@ -298,7 +299,7 @@ class DecoderAdapter(Adapter):
         shapes["queries_BNC"] = shapes["keys_BNC"]
         shapes["last_keys_BNC"] = shapes["features_BND"]
         return Encoder(
-            **{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs}
+            **{name: torch.ones(shapes.get(name, (1, image)), device=device) for name in needs}
         )
 
 

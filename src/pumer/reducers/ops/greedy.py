@@ -31,6 +31,7 @@ def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, mos
     Returns:
         Which tokens are chosen, bool [B,I].
     """
+    # The first token is the one farthest from its nearest neighbour.
     distance = 1 - cosine_BII
     itself = torch.eye(valid_BI.shape[1], dtype=torch.bool, device=valid_BI.device)
     nearest = distance.masked_fill(itself | ~valid_BI[:, None], torch.inf).amin(2)
@@ -58,6 +59,7 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
     for step in range(most):
         pick_B1 = _best(left_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
+        # One step of a Cholesky factorization, with the chosen token as pivot.
         before = factor_BKI[:, :step]
         picked = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
         explained = (picked * before).sum(1)
