@@ -702,7 +702,7 @@ def test_heads_stay_where_class_and_labels_do(base, caplog):
 @pytest.mark.parametrize(
     ("settings", "task", "message"),
     [
-        ({"kind": "MeterForQuestionAnswering"}, "scenes", "one family"),
+        ({"kind": "MeterForQuestionAnswering"}, "scenes", "class of its family"),
         ({"kind": "ViltForEverything"}, "scenes", "no|neither"),
         ({"config": {"depth": 3}}, "scenes", "ViltConfig has no setting depth"),
         ({"config": {"intermediate_size": 50}}, "scenes", "other shapes"),
