@@ -11,7 +11,19 @@ import torch
 import yaml
 
 import pumer
-from pumer import Compose, DyMU, PuMer, PyramidDrop, SmartTrim, SparseVLM, ToMe, Unreduced
+from pumer import (
+    VTW,
+    Compose,
+    DyMU,
+    HiPrune,
+    PuMer,
+    PyramidDrop,
+    SmartTrim,
+    SparseVLM,
+    ToMe,
+    Unreduced,
+    V2Drop,
+)
 from pumer.adapters import find
 from pumer.presets import PRESETS, read_reducer
 from pumer.reducers import ModelShape, from_dict, get, list_reducers, to_dict
@@ -20,7 +32,8 @@ from pumer.reducers.ops.budget import spread, stage_layers
 
 SHIPPED = ("scenes-vilt", "scenes-vilt-pumer")
 REFUSED = (
-    r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size"
+    r"reads the .* of a tower|has no \[CLS\]|has no vision tower|decoders cannot train|by size|"
+    r"has none, choose another"
 )
 """Reasons that no default can mend."""
 
@@ -63,7 +76,10 @@ def test_shipped_models_are_reduced_by_defaults(name, reducer):
 
 
 def test_a_decoder_really_gets_shorter_with_defaults():
-    for reducer in ("tome", "pumer", "pyramiddrop", "sparsevlm", "fastv"):
+    for reducer in (
+        *("tome", "pumer", "pyramiddrop", "sparsevlm", "fastv"),
+        *("v2drop", "vtw"),
+    ):
         model = pumer.apply(tiny_llm.model("llava"), reducer)
         with torch.no_grad():
             model(**tiny_llm.batch("llava"))
@@ -98,6 +114,14 @@ def test_published_defaults():
     assert PuMer().resolve(vilt).layers == (2, 5, 8)
     assert ToMe().resolve(vilt) == ToMe(r=8, depth=12, proportional=True)
     assert PyramidDrop().resolve(llava) == PyramidDrop(keep=(0.5, 0.25, 0.125), layers=(7, 15, 23))
+    assert V2Drop().resolve(llava).layers == (2, 16, 21)
+    assert VTW().resolve(llava) == VTW(layer=16)
+    clip, qwen = tuple(range(1, 25)), (8, 16, 24, 32)
+    for layers, expected in ((clip, 9), (qwen, 16)):
+        encoder = dataclasses.replace(llava, encoder_depth=max(layers), encoder_layers=layers)
+        assert HiPrune().resolve(encoder).object_layer == expected
+        with pytest.raises(ValueError, match="object_layer is a layer of the vision encoder"):
+            HiPrune(object_layer=99).resolve(encoder)
     assert SparseVLM().resolve(llava) == SparseVLM(keep=(300, 200, 110), layers=(2, 6, 15))
     composed = Compose().resolve(llava)
     assert composed.tower == ToMe(r=8, depth=24, proportional=True)

@@ -12,7 +12,7 @@ import torch
 import pumer
 
 SOURCE = Path(pumer.__file__).parent
-FINDER, FLAGS = doctest.DocTestFinder(exclude_empty=True), doctest.ELLIPSIS
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITHOUT_EXAMPLE = {"__version__"}
 
 
@@ -20,12 +20,15 @@ def modules_with_examples():
     """Names of our modules that hold an example; the others need not be imported."""
     for file in sorted(SOURCE.rglob("*.py")):
         if ">>> " in file.read_text(encoding="utf-8"):
-            yield ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts)
+            name = ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts)
+            yield name.removesuffix(".__init__")
 
 
 def documented(name):
     """The objects of a module whose docstrings hold an example, by qualified name."""
-    tree = ast.parse((SOURCE.parent / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    file = SOURCE.parent / f"{name.replace('.', '/')}.py"
+    file = file if file.is_file() else file.with_suffix("") / "__init__.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
 
     def walk(node, path):
         for child in ast.iter_child_nodes(node):
@@ -43,12 +46,16 @@ EXAMPLES = [(module, name) for module in modules_with_examples() for name in doc
 @pytest.mark.parametrize(("module", "name"), EXAMPLES, ids=[".".join(pair) for pair in EXAMPLES])
 def test_the_example_runs(module, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    documented_object = importlib.import_module(module)
+    owner = importlib.import_module(module)
+    documented_object = owner
     for part in name.split("."):
         documented_object = vars(documented_object)[part]
-    # `llava` stands in the examples for any LLaVA, which nobody downloads for a test.
-    names = {"pumer": pumer, "torch": torch, "llava": tiny_llm.model("llava")}
-    docstring = getattr(documented_object, "fget", documented_object).__doc__
+    # Examples see the names of their module, as in `python -m doctest`. In them `llava` stands for
+    # any LLaVA, which nobody downloads for a test.
+    names = vars(owner) | {"pumer": pumer, "torch": torch, "llava": tiny_llm.model("llava")}
+    for wrapper in ("fget", "__func__"):  # properties, static and class methods
+        documented_object = getattr(documented_object, wrapper, documented_object)
+    docstring = documented_object.__doc__
     example = doctest.DocTestParser().get_doctest(docstring, names, name, module, None)
     report = []
     results = doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)

@@ -129,7 +129,7 @@ def claimed(folder: Path) -> Iterator[IO[str] | None]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("a", encoding="utf-8")
-        except FileNotFoundError:  # the process that had it has just deleted the folder
+        except FileNotFoundError:  # its owner has just deleted the folder
             continue
         with file:
             if not lock(file):
@@ -250,7 +250,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 os.chmod(file.name, stat.S_IMODE(target.stat().st_mode))
             yield file
             file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before what was written
+            os.fsync(file.fileno())  # a rename may reach the disk before the content
             if os.name == "nt":
                 file.close()
             os.replace(file.name, target)
@@ -258,7 +258,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             with suppress(OSError):
                 os.unlink(file.name)
             if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(path)  # a full disk says no name
+                error.filename = str(path)  # errors of a full disk have no file name
             raise
     _sync(target.parent)
 
@@ -276,7 +276,7 @@ def _unfinished(target: Path, mode: str) -> IO[Any]:
     while True:
         name = target.with_name(f"{prefix}{uuid.uuid4().hex[:8]}.tmp")
         file = name.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
-        with suppress(ValueError):  # a disk without locks: then nothing there is deleted either
+        with suppress(ValueError):  # no locks on this disk: delete nothing
             lock(file, wait=True)
         if _is_at(file, name):
             return file
@@ -306,7 +306,7 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
                 "folder"
             )
         try:
-            if not replace and not is_empty(target):  # another process has written it meanwhile
+            if not replace and not is_empty(target):  # written by another process meanwhile
                 check_folder(path, empty=True)
             folder = hidden / target.name
             shutil.rmtree(folder, ignore_errors=True)

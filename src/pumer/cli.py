@@ -97,7 +97,7 @@ POSITIONAL = {
     "data check",
     "study",
     "completion",
-}  # their required arguments go by place, not by name
+}  # required arguments are positional
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(name, "stopped by SIGTERM", 143)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has had enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, FileNotFoundError) as error:
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail(name, "out of memory: give a smaller --batch_size, or fewer workers", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported for this
             raise
         return _fail(name, f"out of memory: give a smaller --batch_size. {error}", 1)
     return 0
@@ -177,7 +177,7 @@ def _run(name: str, words: list[str]) -> None:
 
     from pumer.lab.commands.parsing import parse
 
-    disable_progress_bar()  # of loading weights; the commands show their own
+    disable_progress_bar()  # of loading weights; commands show their own
     path = COMMANDS[name][0]
     function = _function(path)
     function(**parse(function, options(path), words, name in POSITIONAL, recipes=name == "train"))

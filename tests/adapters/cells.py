@@ -22,6 +22,7 @@ PRUNING: dict[str, Reducer] = {
     "PuMer, pruning alone": pumer.PuMer(prune=0.4, merge=0, merge_text=0, layers=(0, 1)),
     "FastV": pumer.FastV(keep=0.5, layer=1),
     "PyramidDrop": pumer.PyramidDrop(keep=(0.6, 0.3), layers=(0, 1)),
+    "V2Drop": pumer.V2Drop(keep=(0.6, 0.5), layers=(0, 1)),
     "DART": pumer.DART(keep=0.5, pivots=(1, 1), layer=1),
     "FoPru": pumer.FoPru(keep=0.5),
     "FoPru, rows": pumer.FoPru(keep=0.5, strategy="row"),
@@ -31,11 +32,14 @@ PRUNING: dict[str, Reducer] = {
     "VisPruner": pumer.VisPruner(keep=0.5),
     "DivPrune": pumer.DivPrune(keep=0.5),
     "CDPruner": pumer.CDPruner(keep=0.5),
+    "MMTok": pumer.MMTok(keep=0.5),
+    "HiPrune": pumer.HiPrune(keep=0.5, alpha=0.5),
     "HoloV": pumer.HoloV(keep=0.5, chunks=2),
     "SCOPE": pumer.SCOPE(keep=0.5),
     "random": pumer.Random(prune=0.4, layers=(-1, 1)),
     "uniform": pumer.Uniform(prune=0.4, layers=(0, 2)),
     "no vision": pumer.NoVision(),
+    "VTW": pumer.VTW(layer=1),
 }
 """Those that only drop tokens."""
 REDUCERS: dict[str, Reducer] = {

@@ -6,6 +6,7 @@ import tiny
 from pumer import Compose, NoVision, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 from pumer.reducers import (
     DART,
+    VTW,
     CDPruner,
     Chain,
     DivPrune,
@@ -30,6 +31,7 @@ REDUCERS: dict[str, Reducer] = {
     "pool": Pool(window=2),
     "pool-inside": Pool(window=3, layer=1),
     "no-vision": NoVision(),
+    "vtw": VTW(layer=2),
     "dynamicvit": DynamicViT(keep=0.6, layers=(0, 2)),
     "smarttrim": SmartTrim(layers=(0, 1, 3)),
     "smarttrim-image": SmartTrim(layers=(1, 2), text=False, heads=False),
@@ -75,6 +77,7 @@ PRUNING: dict[str, Reducer] = {
     "random": Random(prune=0.5),
     "uniform": Uniform(prune=0.4, layers=(0, 2)),
     "no-vision": NoVision(),
+    "vtw": VTW(layer=3),
     "dynamicvit": DynamicViT(keep=0.6, layers=(0, 2)),
     "smarttrim": SmartTrim(layers=(0, 1, 3), heads=False),
     "divprune": DivPrune(keep=0.5),
@@ -85,6 +88,7 @@ PRUNING: dict[str, Reducer] = {
 }
 """Those that only drop tokens."""
 ELSEWHERE = {"fastv", "fopru", "fastervlm", "vispruner", "visionzip", "prumerge", "holov", "scope"}
+ELSEWHERE |= {"mmtok", "hiprune", "v2drop"}
 """Those that read a vision encoder's attention, or need a decoder: `test_selectors` and
 `test_llm_oracle` have them."""
 

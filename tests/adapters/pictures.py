@@ -27,10 +27,12 @@ class Picture:
     given: np.ndarray
     last_attention: np.ndarray
     last_keys: np.ndarray
+    middle_received: np.ndarray
     queries: np.ndarray
     keys: np.ndarray
     sizes: np.ndarray
     grid: tuple[int, int]
+    before: np.ndarray | None = None
     places: np.ndarray | None = None
     embeddings: np.ndarray | None = None
 
@@ -93,7 +95,9 @@ def batch(seed, grids=GRIDS, words=WORDS, padding=2, width=40, layer=EMBEDDINGS,
             given_BN=noise(len(grids), image).exp() / image / 2,
             last_class_attention_BN=noise(len(grids), image).mul(2).exp() / image / 8,
             last_keys_BNC=noise(len(grids), image, 12),
+            middle_received_BN=noise(len(grids), image).exp() / image / 2,
         ),
+        input_BND=noise(len(grids), text + image, width) if inside else None,
         place_BN=places,
         embeddings=embeddings,
     )
@@ -126,6 +130,7 @@ def alone(tokens, row, grids=GRIDS):
         mask_BN=tokens.mask_BN[rows, kept],
         sizes_BN=tokens.sizes_BN[rows, kept],
         states_BND=tokens.states_BND[rows, kept],
+        input_BND=None if tokens.input_BND is None else tokens.input_BND[rows, kept],
         text=text,
         grid=grid,
         patch_BN=raster,
@@ -155,10 +160,12 @@ def picture(tokens, row, grids=GRIDS):
         given=array(encoder.given_BN),
         last_attention=array(encoder.last_class_attention_BN),
         last_keys=array(encoder.last_keys_BNC),
+        middle_received=array(encoder.middle_received_BN),
         queries=array(one.queries_BHNC),
         keys=array(one.keys_BHNC),
         sizes=array(one.sizes_BN)[one.text :],
         grid=one.grid,
+        before=array(one.input_BND)[one.text :],
         places=None if one.place_BN is None else one.place_BN[0].numpy(),
         embeddings=embedded,
     )

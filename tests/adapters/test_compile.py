@@ -13,7 +13,12 @@ import pumer
 CASES = matrix.on_every_family(official=matrix.OFFICIAL)
 EVERY_FAMILY = pytest.mark.parametrize("kind", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
 EVERY_REDUCER = pytest.mark.parametrize(("kind", "reducer"), CASES)
-COMPILED = ("pumer", "tome", "pool-inside", "random", "tome+pumer", "uniform+random", "official")
+COMPILED = {
+    "ViLT": ("pumer", "tome", "pool-inside", "random", "official"),
+    "METER": ("tome+pumer", "official"),
+}
+"""METER's graphs take long to trace. What its layers do with other plans, ViLT's do too, and
+`test_fuzz_reducers` compiles the plans of every kind."""
 EIGEN = ("svd-prune", "energy")
 """Those with an eigen-decomposition, for which torch waits once on CUDA, as their docstrings
 say."""
@@ -87,8 +92,12 @@ def shuffled(inputs):
     return {name: tensor.flip(0) for name, tensor in inputs.items()}
 
 
+def is_compiled(family, name):
+    return name in COMPILED[family]
+
+
 @pytest.mark.parametrize(
-    ("kind", "reducer"), [case for case in CASES if case.id.split("-", 1)[1] in COMPILED]
+    ("kind", "reducer"), [case for case in CASES if is_compiled(*case.id.split("-", 1))]
 )
 def test_one_graph_for_every_batch(kind, reducer):
     torch._dynamo.reset()

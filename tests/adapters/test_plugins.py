@@ -1,7 +1,5 @@
 """Reducers and model families that another package brings along."""
 
-import os
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -13,6 +11,7 @@ import torch
 import pumer
 from pumer import _plugins
 from pumer.adapters import base
+from pumer.cli import main
 from pumer.reducers import list_reducers, registry
 
 REDUCER = """
@@ -132,22 +131,13 @@ def test_our_own_names_need_no_plugin(plugins):
         pumer.apply(tiny.model(), "tome")
 
 
-def test_commands_know_them(tmp_path):
-    install(tmp_path, GOOD)
-    source = os.path.dirname(os.path.dirname(pumer.__file__))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(tmp_path)])}
-    code = textwrap.dedent("""
-        import sys
-        import pumer
-        assert "own_plugin" not in sys.modules, "read at import"
-        from pumer.cli import main
-        reducer = ["--reducer", "loudest-of-all", "--reducer.keep", "20"]
-        main(["report", "--model", "scenes-vilt", *reducer])
-        main(["list"])
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+def test_commands_know_them(plugins, capsys):
+    plugins(GOOD)
+    assert "own_plugin" not in sys.modules
+    main(
+        ["report", "--model", "scenes-vilt", "--reducer", "loudest-of-all", "--reducer.keep", "20"]
     )
-    assert done.returncode == 0, done.stderr
-    assert "loudest-of-all(keep=20)" in done.stdout
-    assert "OwnViLT" in done.stdout
+    main(["list"])
+    output = capsys.readouterr().out
+    assert "loudest-of-all(keep=20)" in output
+    assert "OwnViLT" in output

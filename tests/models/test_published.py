@@ -397,14 +397,17 @@ def test_reduction_that_is_ours_goes_back_with_a_word(tmp_path):
 def test_what_cannot_go_back(tmp_path):
     swapped = {"id2label": dict(enumerate(reversed(LABELS)))}
     for model, message in (
-        (pumer.apply(tiny.model(), matrix.REDUCERS["tome"]), "no place for tome: pumer.remove it"),
-        (tiny.model("ViltModel"), "no place for ViltModel, only for ViltForQuestionAnswering"),
+        (
+            pumer.apply(tiny.model(), matrix.REDUCERS["tome"]),
+            "does not support tome: pumer.remove it",
+        ),
+        (tiny.model("ViltModel"), "does not support ViltModel, only ViltForQuestionAnswering"),
         (tiny.model(hidden_act="relu"), "the published ViLT has hidden_act 'gelu', not 'relu'"),
         (
             tiny.model("ViltForVisualEntailment", **swapped),
             "has the classes in the order contradiction",
         ),
-        (torch.nn.Linear(1, 1), "no place for Linear, only for ViLT and METER"),
+        (torch.nn.Linear(1, 1), "does not support Linear, only ViLT and METER"),
     ):
         with pytest.raises(ValueError, match=message):
             save_official(model, tmp_path / "back")
@@ -440,7 +443,7 @@ def test_a_start_from_pretraining(tmp_path):
         tmp_path / "model", kind="ViltForQuestionAnswering", answers=tmp_path / "answers.json"
     )
     assert answers.config.id2label == {0: "no", 1: "yes"}
-    with pytest.raises(ValueError, match="no place for ViltModel"):
+    with pytest.raises(ValueError, match="does not support ViltModel"):
         pumer.load_official(tmp_path / "model", kind="ViltModel")
 
 

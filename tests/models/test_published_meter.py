@@ -255,7 +255,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 def test_what_cannot_go_back(tmp_path):
     for model, message in (
-        (tiny.model("MeterModel"), "no place for MeterModel, only for MeterForQuestionAnswering"),
+        (
+            tiny.model("MeterModel"),
+            "does not support MeterModel, only MeterForQuestionAnswering",
+        ),
         (
             tiny.model("MeterForMaskedLM", hidden_dropout_prob=0.1),
             "one dropout for states and attention",

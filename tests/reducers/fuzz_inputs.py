@@ -257,6 +257,8 @@ def some_batch(reducer: Reducer, layer: int, rng: Generator) -> Batch:
     more["states_BND"] = features.of(mask_BN, WIDTH)
     if inside:
         more |= some_attention(reducer, batch, cross, overflows, features)
+        if reducer.traits.needs_input:
+            more["input_BND"] = features.of(mask_BN, WIDTH)
     if layer > 0 and rng.random() < 0.5:
         more["entered_BI"] = some_entered(batch, rng)
     if num_prefix_tokens == 0 and rng.random() < 0.5:
@@ -290,7 +292,8 @@ def some_lengths(
 ) -> Batch:
     """A batch without features: its lengths, masks and grids; every row has some token."""
     by_grid = rng.random() < 0.4 or any(
-        part.name == "pool" or getattr(part, "strategy", "") == "row" for part in members(reducer)
+        part.name in ("pool", "hiprune") or getattr(part, "strategy", "") == "row"
+        for part in members(reducer)
     )
     texts = [0 if no_text else some_count(rng, num_prefix_tokens, 40) for _ in range(rows)]
     grids = None

@@ -173,7 +173,7 @@ def structure(
                 real > num_prefix_tokens
                 and axis
                 and kept <= num_prefix_tokens
-                and reducer.name != "no-vision"
+                and not reducer.traits.drops_image
             ):
                 yield "no image token"
             if num_prefix_tokens and real and promised[axis]:

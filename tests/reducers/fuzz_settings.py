@@ -81,6 +81,11 @@ def fopru(rng: Generator) -> dict:
     }
 
 
+def v2drop(rng: Generator) -> dict:
+    layers = some_layers(rng)
+    return {"keep": tuple(rng.choice([0.0, some_keep(rng)]) for _ in layers), "layers": layers}
+
+
 def svd_prune(rng: Generator) -> dict:
     return {
         "keep": some_keep(rng),
@@ -103,7 +108,9 @@ SELECTORS = [
     "fastervlm",
     "fastv",
     "fopru",
+    "hiprune",
     "holov",
+    "mmtok",
     "prumerge",
     "scope",
     "svd-prune",
@@ -122,7 +129,7 @@ def energy(rng: Generator) -> dict:
 def chain(rng: Generator) -> dict:
     """A selector before the first layer, and one or two reducers that act after later layers."""
     before = [name for name in SELECTORS if name not in ("dart", "fastv")] + ["energy", "random"]
-    after = ["pyramiddrop", "sparsevlm", "fastv", "dart", "random", "uniform"]
+    after = ["pyramiddrop", "sparsevlm", "fastv", "dart", "v2drop", "vtw", "random", "uniform"]
     while True:
         names = [rng.choice(before), *rng.sample(after, rng.randint(1, 2))]
         reducers = tuple(some_reducer(name, rng) for name in names)
@@ -166,7 +173,19 @@ SETTINGS: dict[str, Callable[[Generator], dict]] = {
     "fastervlm": with_saliency,
     "fastv": lambda rng: {"keep": some_keep(rng), "layer": rng.randint(1, DEPTH)},
     "fopru": fopru,
+    "hiprune": lambda rng: {
+        "keep": some_keep(rng),
+        "alpha": rng.choice([0, 1, 0.1, rng.random()]),
+        "object_layer": 1,
+        "penalty": rng.choice([None, None, 1.0, rng.random()]),
+    },
     "holov": holov,
+    "mmtok": lambda rng: {
+        "keep": some_keep(rng),
+        "alpha": rng.choice([0.0, 0.5, rng.uniform(0, 3)]),
+        "text_temperature": rng.choice([0.01, 0.02, rng.uniform(0.01, 2)]),
+        "image_temperature": rng.choice([0.2, rng.uniform(0.05, 2)]),
+    },
     "no-vision": lambda rng: {},
     "none": lambda rng: {},
     "pool": lambda rng: {"window": rng.randint(1, 5), "layer": rng.randint(EMBEDDINGS, DEPTH - 1)},
@@ -201,12 +220,14 @@ SETTINGS: dict[str, Callable[[Generator], dict]] = {
     "svd-prune": svd_prune,
     "tome": tome,
     "uniform": lambda rng: {"prune": some_ratio(rng), "layers": some_layers(rng, EMBEDDINGS)},
+    "v2drop": v2drop,
     "visionzip": lambda rng: (
         with_saliency(rng) | {"contextual": rng.choice([0, 1, 9, 1.0, 0.15625, rng.random()])}
     ),
     "vispruner": lambda rng: (
         with_saliency(rng) | {"important": rng.choice([0, 1, 0.5, rng.random()])}
     ),
+    "vtw": lambda rng: {"layer": rng.randint(1, DEPTH)},
 }
 
 

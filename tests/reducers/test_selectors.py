@@ -16,15 +16,19 @@ from pumer.reducers import (
     DART,
     EMBEDDINGS,
     SCOPE,
+    VTW,
     CDPruner,
     Chain,
+    Compose,
     DivPrune,
     DyMU,
     Encoder,
     Energy,
     FasterVLM,
     FoPru,
+    HiPrune,
     HoloV,
+    MMTok,
     ModelShape,
     PruMerge,
     PyramidDrop,
@@ -32,6 +36,8 @@ from pumer.reducers import (
     SparseVLM,
     SVDPrune,
     TokenShape,
+    Unreduced,
+    V2Drop,
     VisionZip,
     VisPruner,
     from_dict,
@@ -69,6 +75,21 @@ SELECTORS = {
     "dart": (DART(), partial(slow.dart, pivots=(4, 4))),
     "dart-few": (DART(pivots=(1, 2)), partial(slow.dart, pivots=(1, 2))),
     "pyramiddrop": (PyramidDrop(keep=(0.5,), layers=(2,)), slow.pyramiddrop),
+    "mmtok": (MMTok(), slow.mmtok),
+    "mmtok-image": (
+        MMTok(alpha=30.0, image_temperature=0.05),
+        partial(slow.mmtok, alpha=30.0, of_image=0.05),
+    ),
+    "mmtok-words": (
+        MMTok(alpha=0.0, text_temperature=0.1),
+        partial(slow.mmtok, alpha=0.0, of_text=0.1),
+    ),
+    "hiprune": (HiPrune(object_layer=1), slow.hiprune),
+    "hiprune-anchors": (
+        HiPrune(object_layer=1, alpha=0.9),
+        partial(slow.hiprune, alpha=0.9),
+    ),
+    "v2drop": (V2Drop(keep=(0.5,), layers=(2,)), slow.v2drop),
 }
 MERGERS = {
     "visionzip": (VisionZip(), partial(slow.visionzip, contextual=0.15625)),
@@ -399,6 +420,18 @@ def test_settings_survive_json(reducer):
         (lambda: SCOPE(combine="sum"), "combine is one of multiply, add"),
         (lambda: SCOPE(saliency="variance"), "saliency is one of class, received"),
         (lambda: HoloV(chunks="many"), "chunks is"),
+        (lambda: MMTok(alpha=-1.0), "alpha is a weight from 0"),
+        (lambda: MMTok(text_temperature=0.0), "text_temperature is larger than 0"),
+        (lambda: HiPrune(alpha=1.5), "alpha is a share from 0 to 1"),
+        (lambda: HiPrune(object_layer=0), "object_layer is counted from 1"),
+        (lambda: HiPrune(penalty=-1.0), "penalty is a number from 0, or None"),
+        (lambda: V2Drop(keep=0.5), "keep is one number for each layer"),
+        (lambda: V2Drop(keep=(1.5,)), r"keep\[0\] is a share from 0.0 to 1.0"),
+        (lambda: V2Drop(keep=(0.5,), layers=(1, 2)), "one number to keep for each layer"),
+        (lambda: V2Drop(keep=(0.5,), layers=(-1,)), "cannot act before layer 0"),
+        (lambda: VTW(layer=0), "use no-vision"),
+        (lambda: Compose(V2Drop(), Unreduced()), "acts in a language model, not in a vision tower"),
+        (lambda: Compose(VTW(), Unreduced()), "acts in a language model, not in a vision tower"),
         (lambda: Energy(SparseVLM()), "can keep any number"),
         (lambda: Energy(PyramidDrop()), "acts in several layers"),
         (lambda: Energy(tau=1), "tau is a share"),
@@ -417,6 +450,10 @@ def test_what_is_missing_is_named():
         FasterVLM().plan(replace(tokens, encoder=Encoder()))
     with pytest.raises(ValueError, match="take strategy="):
         FoPru(strategy="row").plan(replace(tokens, grid=None))
+    with pytest.raises(ValueError, match="in a grid: choose another reducer"):
+        HiPrune(object_layer=1).plan(replace(tokens, grid=None))
+    with pytest.raises(ValueError, match="compares the input and the output of a layer"):
+        V2Drop(keep=(0.5,), layers=(1,)).plan(replace(tokens, layer=1))
     with pytest.raises(ValueError, match="there is no attention before the first layer"):
         PyramidDrop(keep=(0.5,), layers=(1,)).plan(replace(tokens, layer=1))
 
@@ -435,6 +472,9 @@ def test_a_picture_smaller_than_the_budget_stays_whole():
         # 300 and clusters of 276 // 10 * 3 + 1 recycled ones, and so on.
         (SparseVLM(), [576, 309, 204, 113]),
         (SparseVLM(recycle=False), [576, 300, 200, 110]),
+        (V2Drop(), [576, 288, 144, 1]),
+        (V2Drop(keep=(0.25, 0.05, 0.0)), [576, 144, 7, 1]),
+        (VTW(), [576, 0]),
     ],
 )
 def test_schedules(reducer, expected):
@@ -450,5 +490,5 @@ def test_schedules(reducer, expected):
 def test_a_prompt_without_text():
     """Methods guided by text choose by what is left of them."""
     tokens = batch(0, grids=((4, 4),), words=(0,), padding=0)
-    for reducer in (CDPruner(keep=6), DART(keep=6, layer=EMBEDDINGS)):
+    for reducer in (CDPruner(keep=6), MMTok(keep=6), DART(keep=6, layer=EMBEDDINGS)):
         assert len(kept(reducer.plan(tokens), tokens, 0)) == 6

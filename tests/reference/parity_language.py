@@ -18,7 +18,7 @@ import torch
 from selector_parity import Case
 from torch import Tensor
 
-from pumer.reducers import DART, FastV, Plan, PyramidDrop, SparseVLM, Tokens
+from pumer.reducers import DART, FastV, Plan, PyramidDrop, SparseVLM, Tokens, V2Drop
 from pumer.reducers.dart import take_unlike
 from pumer.reducers.ops.saliency import last_text_attention, text_saliency
 from pumer.reducers.sparsevlm import raters
@@ -145,4 +145,31 @@ def dart(case: Case) -> None:
     assert len(set(ours) - set(published)) == OTHER_ORDER[case.name]
 
 
-RUNNERS = {"fastv": fastv, "pyramiddrop": pyramiddrop, "sparsevlm": sparsevlm, "dart": dart}
+def v2drop(case: Case) -> None:
+    """Stage after stage, each on the tokens that the one before has left."""
+    stages, before = case.settings["layers"], case.settings["words_before"]
+    layers = tuple(stage - 1 for stage in stages)
+    reducer = V2Drop(keep=tuple(map(float, case.settings["keep_ratios"])), layers=layers)
+    left = torch.arange(case.settings["image_tokens"])
+    for stage, layer in zip(stages, layers, strict=True):
+        mask_BN = torch.ones(1, len(left), dtype=torch.bool)
+        tokens = Tokens(
+            mask_BN=mask_BN,
+            text=0,
+            sizes_BN=mask_BN.float(),
+            layer=layer,
+            num_prefix_tokens=0,
+            states_BND=case.inputs[f"cur{stage}"][None, before + left],
+            input_BND=case.inputs[f"prev{stage}"][None, before + left],
+        )
+        left = left[kept(reducer.plan(tokens), tokens)]
+        assert left.tolist() == case.outputs[f"keep{stage}"].tolist()
+
+
+RUNNERS = {
+    "fastv": fastv,
+    "pyramiddrop": pyramiddrop,
+    "sparsevlm": sparsevlm,
+    "dart": dart,
+    "v2drop": v2drop,
+}

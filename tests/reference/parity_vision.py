@@ -6,6 +6,8 @@ as equal. Shape suffixes as in `pumer.reducers.base`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from selector_parity import Case
 from torch import Tensor
@@ -17,7 +19,9 @@ from pumer.reducers import (
     DivPrune,
     Encoder,
     FasterVLM,
+    HiPrune,
     HoloV,
+    MMTok,
     Plan,
     PruMerge,
     Reducer,
@@ -27,7 +31,8 @@ from pumer.reducers import (
     VisPruner,
 )
 from pumer.reducers.cdpruner import mean_direction
-from pumer.reducers.ops.greedy import cosines, determinantal
+from pumer.reducers.mmtok import GAIN_DECIMALS
+from pumer.reducers.ops.greedy import cosines, coverage, determinantal
 
 RELATIVE = 1e-5
 
@@ -159,6 +164,78 @@ def cdpruner(case: Case) -> None:
     return None
 
 
+def mmtok(case: Case) -> None:
+    """The reducer; where tokens are left out that count in what is covered, its parts.
+
+    Padding never counts for ours, and a batch of the published code is one image.
+    """
+    settings = case.settings
+    reducer = MMTok(
+        keep=settings["keep"],
+        alpha=settings["alpha"],
+        text_temperature=settings["tv_temperature"],
+        image_temperature=settings["vv_temperature"],
+    )
+    encoder = Encoder(features_BND=case.inputs["vision_encoder"][None])
+    words_BTD = case.inputs["text"][None]
+    tokens = of_images(case.inputs["vision"][None], encoder, words_BTD)
+    if "padding" not in case.inputs:
+        return equal_kept(reducer, tokens, case.outputs["keep"])
+    cover_BIR = reducer.cover(tokens)
+    choosable_BI = torch.ones(cover_BIR.shape[:2], dtype=torch.bool)
+    choosable_BI[:, case.inputs["padding"]] = False
+    weight_BI, count = torch.ones(choosable_BI.shape), settings["keep"]
+    chosen_BI = coverage(
+        cover_BIR,
+        weight_BI,
+        0 * weight_BI,
+        choosable_BI,
+        torch.tensor([count]),
+        count,
+        decimals=GAIN_DECIMALS,
+    )
+    assert chosen_BI[0].nonzero()[:, 0].tolist() == case.outputs["keep"].tolist()
+    return None
+
+
+def in_grid(case: Case, shallow_BN: Tensor, deep_BN: Tensor) -> Tokens:
+    """All patches of the grid of a case, with what they receive in two layers."""
+    encoder = Encoder(middle_received_BN=shallow_BN, received_BN=deep_BN)
+    patch_BN = torch.arange(deep_BN.shape[1]).expand(deep_BN.shape)
+    grid = case.settings["height"], case.settings["width"]
+    return replace(of_images(deep_BN[..., None], encoder), grid=grid, patch_BN=patch_BN)
+
+
+def hiprune(case: Case) -> None:
+    """Every crop has a budget of its own."""
+    shallow_BN, deep_BN = case.inputs["shallow"], case.inputs["deep"]
+    crops, count = deep_BN.shape
+    keep = case.settings["retention"] // crops
+    reducer = HiPrune(keep=keep, alpha=case.settings["alpha"], object_layer=9)
+    tokens = in_grid(case, shallow_BN, deep_BN)
+    if case.raises:  # more are asked for than there are: ours keeps all
+        return valid(reducer, tokens, count)
+    plan = reducer.plan(tokens)
+    expected = [case.outputs.get(f"keep{row}", case.outputs.get("keep")) for row in range(crops)]
+    assert [kept(plan, row) for row in range(crops)] == [x.tolist() for x in expected]
+    return None
+
+
+def hiprune_qwen(case: Case) -> None:
+    """The published code takes 1 off sums over queries, whose mean is 4 in these cases: ours takes
+    off a number of means."""
+    shallow_BN, deep_BN = case.inputs["shallow"][None], case.inputs["deep"][None]
+    reducer = HiPrune(
+        keep=case.settings["retention"],
+        alpha=case.settings["alpha"],
+        object_layer=16,
+        penalty=1 / float(deep_BN.mean()),
+    )
+    queries = float(deep_BN.sum())
+    tokens = in_grid(case, shallow_BN / queries, deep_BN / queries)
+    equal_kept(reducer, tokens, case.outputs["keep"])
+
+
 def visionzip(case: Case) -> None:
     """The published rows have the dominant tokens first: ours leave every token at its place."""
     features_BND = case.inputs["features"][None, 1:]
@@ -204,7 +281,10 @@ RUNNERS = {
     "cdpruner": cdpruner,
     "divprune": divprune,
     "fastervlm": fastervlm,
+    "hiprune": hiprune,
+    "hiprune_qwen": hiprune_qwen,
     "holov": holov,
+    "mmtok": mmtok,
     "prumerge": prumerge,
     "prumerge_plus": prumerge,
     "scope": scope,

@@ -110,6 +110,53 @@ def cdpruner(picture, count, inverted=False, theta=None):
     return sorted(kept)
 
 
+def shares(words, tokens, temperature):
+    """What every token covers of every word, of all words one."""
+    rows = [softmax(unit(word) @ unit(tokens).T / temperature) for word in words]
+    return np.array(rows).reshape(-1, len(tokens)) / max(len(rows), 1)
+
+
+def mmtok(picture, count, alpha=0.5, of_text=0.02, of_image=0.2):
+    words = [picture.words[word] for word in words_after_image(picture)]
+    covers = np.concatenate(
+        [
+            shares(words, picture.states, of_text),
+            alpha * shares(picture.features, picture.features, of_image),
+        ]
+    )
+    kept, best = [], np.zeros(len(covers))
+    while len(kept) < count:
+        free = [t for t in range(picture.count) if t not in kept]
+        kept.append(max(free, key=lambda t: round(np.maximum(covers[:, t] - best, 0).sum(), 13)))
+        best = np.maximum(best, covers[:, kept[-1]])
+    return sorted(kept)
+
+
+def hiprune(picture, count, alpha=0.1, penalty=None):
+    """Anchors and their neighbours, who may be in another row or stand for those beyond the
+    image."""
+    columns = picture.grid[1]
+    anchors = top(picture.middle_received, round(count * alpha / 5))
+    steps = (0, -1, 1, -columns, columns)
+    around = {min(max(t + step, 0), picture.count - 1) for t in anchors for step in steps}
+    falling = sorted(range(picture.count), key=lambda t: -picture.received[t])
+    # Where the budget has no place for all of them, anchors come first.
+    around = sorted(sorted(around, key=falling.index), key=lambda t: t not in anchors)[:count]
+    number = count - len(around)
+    if penalty is None:
+        return sorted(around + [t for t in falling if t not in around][:number])
+    mean = picture.received.mean()
+    lowered = [
+        received - (penalty * mean if t in around else 0)
+        for t, received in enumerate(picture.received)
+    ]
+    return sorted({*around, *top(lowered, number)})
+
+
+def v2drop(picture, count):
+    return top(np.linalg.norm(picture.states - picture.before, axis=1), count)
+
+
 def scope(picture, count, alpha=1.0, combine="multiply"):
     """Coverage of the encoder's output, weighed by attention or with it added."""
     similarity = cosine(picture.features)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import ModuleType
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
-from pumer.reducers import Learned, Plan, Reducer
+from pumer.reducers import Learned, Plan, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
@@ -75,6 +74,8 @@ class Patch:
     progress: float = 1.0
     """Progress of the training of `parts`, 0 to 1."""
     renumber: bool = False
+    traits: Traits = field(init=False, repr=False)
+    """Of the reducer; read in every layer."""
     forwards_per_example: int = 1
     """Forwards of the layers per example; see `Adapter.forwards_per_example`."""
     decisions: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=list)
@@ -102,6 +103,9 @@ class Patch:
     _methods: list[Rebound] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.traits = self.reducer.traits
+
     def __repr__(self) -> str:
         """Leaves the changes out: each would print the whole model."""
         return (
@@ -120,7 +124,7 @@ class Patch:
     def budget_loss(self) -> Tensor | None:
         """The budget loss of a learned reducer's decisions in the last training forward; None if
         there were none."""
-        learned: Learned | None = self.reducer.traits.learned
+        learned: Learned | None = self.traits.learned
         if learned is None or not self.decisions:
             return None
         losses = [
@@ -261,9 +265,14 @@ class Adapter:
 
     def check(self, reducer: Reducer) -> None:
         """Raise ValueError for a resolved reducer that this family cannot run."""
+        if reducer.traits.needs_input:
+            raise ValueError(
+                f"{reducer.name} compares the input and the output of a layer of a language model: "
+                f"{self.family} has none, choose another reducer"
+            )
 
     def encoder_facts(
-        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+        self, model: nn.Module, needs: frozenset[str], image: int, device: str
     ) -> Encoder | None:
         """A stand-in for what the reducer needs of a vision encoder, to count its cost with; None
         without such an encoder."""
@@ -375,21 +384,3 @@ def is_a(model: Any, names: tuple[str, ...]) -> bool:
 def config_of(model: nn.Module) -> Any:
     """The model's configuration, which nn.Module does not declare."""
     return model.config
-
-
-def head_macs(model: nn.Module, trunk: nn.Module) -> int:
-    """Multiply-accumulates of one token in the linear layers outside the trunk and the reducer."""
-    inside = {*trunk.modules(), *getattr(model, PARTS, nn.Module()).modules()}
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module not in inside
-    ]
-    return sum(head.in_features * head.out_features for head in heads)
-
-
-def attention_and_mlp_lengths(
-    lengths: Sequence[tuple[int, int]], after_layer: bool
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(text, image) tokens of every layer's attention and of its MLP."""
-    return [(before, before if after_layer else after) for before, after in pairwise(lengths)]

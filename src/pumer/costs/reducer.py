@@ -72,7 +72,7 @@ def count_reducer_costs(
     entry: tuple[int, int],
     lengths: Sequence[tuple[int, int]],
     grid: Grid | None,
-    place: str,
+    device: str,
     cross: bool = False,
     parts: nn.ModuleDict | None = None,
     encoder: Encoder | None = None,
@@ -89,7 +89,7 @@ def count_reducer_costs(
         entry: (text, image) tokens before any reduction.
         lengths: (text, image) tokens before the first layer and after every layer.
         grid: rows and columns of patches.
-        place: device of the dummy tokens, "cpu" or "meta".
+        device: device of the dummy tokens, "cpu" or "meta".
         cross: as in `Tokens`.
         parts: trainable parts of a learned reducer, by layer.
         encoder: dummy outputs of a vision encoder.
@@ -103,38 +103,39 @@ def count_reducer_costs(
             continue
         count = text + image
         attention_shape = (text, image) if cross else (count, count)
-        states = torch.ones(1, count, heads * channels, device=place)
+        states = torch.ones(1, count, heads * channels, device=device)
         heads_apart = (
             None if layer == EMBEDDINGS else states.view(1, count, heads, channels).transpose(1, 2)
         )
         mask = torch.ones(
             1,
             count,
-            device=place,
+            device=device,
             dtype=torch.float32 if reducer.traits.needs_attention else torch.bool,
         )
         tokens = Tokens(
             mask_BN=mask,
             text=text,
-            sizes_BN=torch.ones(1, count, device=place),
+            sizes_BN=torch.ones(1, count, device=device),
             layer=layer,
             num_prefix_tokens=num_prefix_tokens,
             grid=grid,
-            patch_BN=(torch.arange(count, device=place) - text - num_prefix_tokens).clamp_min(-1)[
+            patch_BN=(torch.arange(count, device=device) - text - num_prefix_tokens).clamp_min(-1)[
                 None
             ],
             states_BND=states,
+            input_BND=states if reducer.traits.needs_input and layer != EMBEDDINGS else None,
             queries_BHNC=heads_apart,
             keys_BHNC=heads_apart,
-            attention_BHNN=torch.ones(1, heads, *attention_shape, device=place)
+            attention_BHNN=torch.ones(1, heads, *attention_shape, device=device)
             if reducer.traits.needs_attention
             else None,
             cross=cross,
             encoder=encoder if layer == EMBEDDINGS else None,
             entered_BI=torch.ones(
-                1, max(lengths[0][1] - num_prefix_tokens, 0), dtype=torch.bool, device=place
+                1, max(lengths[0][1] - num_prefix_tokens, 0), dtype=torch.bool, device=device
             ),
-            part=copy.deepcopy(parts[str(layer)]).to(place, torch.float32).eval()
+            part=copy.deepcopy(parts[str(layer)]).to(device, torch.float32).eval()
             if parts is not None
             else None,
         )

@@ -103,11 +103,9 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
         raise ValueError("apply a reducer (pumer.Unreduced() for none) and call the model first")
     text, image, grid = patch.entry
     # With a dynamic length the data have decided on the lengths.
-    ran = (
-        (tuple(patch.tower), tuple(patch.lengths)) if patch.reducer.traits.dynamic_length else None
-    )
+    ran = (tuple(patch.tower), tuple(patch.lengths)) if patch.traits.dynamic_length else None
     tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
-    macs = adapter.macs(model, lengths, (text, image), tower, patch.reducer.traits.post_layer)
+    macs = adapter.macs(model, lengths, (text, image), tower, patch.traits.post_layer)
     return macs | {
         "reducer": adapter.forwards_per_example(model) * sum(reducer_costs.values(), NO_COST).macs
     }
@@ -232,10 +230,10 @@ def _last_forward(
         grid_after,
         adapter.num_prefix_tokens,
     )
-    if patch.reducer.traits.vision_reducer is not None:
+    if patch.traits.vision_reducer is not None:
         ran = (*((text, length) for length in patch.tower), *ran)
         planned = (*((text, length) for length in tower), *planned)
-    if patch.reducer.traits.dynamic_length and all(
+    if patch.traits.dynamic_length and all(
         max(real) <= max(most) and sum(real) <= sum(most)
         for real, most in zip(ran, planned, strict=True)
     ):

@@ -300,12 +300,12 @@ def save_official(model: Any, directory: str | Path) -> None:
     reducer = None if patch is None else patch.reducer
     if reducer is not None and not isinstance(reducer, PuMer):
         raise ValueError(
-            f"the published layout has no place for {reducer.name}: pumer.remove it, or use "
+            f"the published layout does not support {reducer.name}: pumer.remove it, or use "
             "pumer.save"
         )
     family = next((family for family in _FAMILIES if name.lower().startswith(family)), None)
     if family is None:
-        raise ValueError(f"the published layout has no place for {name}, only for ViLT and METER")
+        raise ValueError(f"the published layout does not support {name}, only ViLT and METER")
     published = _module(family)
     head = published.LAYOUT.head_of(name)
     check_labels(model.config, head)

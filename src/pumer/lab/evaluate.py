@@ -23,8 +23,8 @@ from pumer.lab.tasks.base import Collator, Example, Task
 from pumer.lab.tasks.prompts import MAX_ANSWER, GenerativeCollator
 
 NOT_NUMBERS = (
-    "{} are NaN, so that no answer can be told from them: the model's weights are damaged, or "
-    "overflow in half precision; get the model again, or use float32"
+    "{} are NaN: the model's weights are damaged, or overflow in half precision; get the model "
+    "again, or use float32"
 )
 _NO_INPUTS = ("labels", "patch_labels", "teacher_logits", "texts_per_image")
 
@@ -115,7 +115,7 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
         logits = model(**inputs).logits.float().cpu()
     if nan := int(logits.isnan().flatten(1).any(1).sum()):
         raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(logits)} inputs"))
-    # Of texts that are ranked: from one score each to a row per image.
+    # Ranked texts: from one score each to a row per image.
     return collator.task.decode(collator.in_task_order(logits.reshape(count, -1)))
 
 
@@ -160,7 +160,7 @@ def evaluate(
     result = predict(model, examples, collator, batch_size=batch_size, show_progress=show_progress)
     examples = [
         replace(example, images=()) for example in examples
-    ]  # once, as they may be made on the fly
+    ]  # once, because they may be generated
     constant = constant_accuracy(collator.task, examples)
     metric = collator.task.metric(result.predictions, examples) | {"constant": constant}
     return Result(result.predictions, metric, result.seconds, result.examples)

@@ -109,8 +109,7 @@ class Layout:
             if name == kind:
                 return head
         raise ValueError(
-            f"the published layout has no place for {kind}, only for "
-            f"{', '.join(self.classes.values())}"
+            f"the published layout does not support {kind}, only {', '.join(self.classes.values())}"
         )
 
     def with_head(self, state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:

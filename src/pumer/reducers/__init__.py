@@ -10,8 +10,10 @@ from pumer.reducers.dynamicvit import DynamicViT
 from pumer.reducers.energy import Energy, EnergyCalibrator
 from pumer.reducers.fastv import FastV
 from pumer.reducers.fopru import FoPru
+from pumer.reducers.hiprune import HiPrune
 from pumer.reducers.holov import HoloV
 from pumer.reducers.learned import Learned
+from pumer.reducers.mmtok import MMTok
 from pumer.reducers.plan import Plan
 from pumer.reducers.prumerge import PruMerge
 from pumer.reducers.pumer import PuMer
@@ -25,13 +27,16 @@ from pumer.reducers.sparsevlm import SparseVLM
 from pumer.reducers.svd_prune import SVDPrune
 from pumer.reducers.tokens import EMBEDDINGS, Encoder, Tokens, TokenShape
 from pumer.reducers.tome import ToMe
+from pumer.reducers.v2drop import V2Drop
 from pumer.reducers.visionzip import VisionZip
 from pumer.reducers.vispruner import FasterVLM, VisPruner
+from pumer.reducers.vtw import VTW
 
 __all__ = [
     "DART",
     "EMBEDDINGS",
     "SCOPE",
+    "VTW",
     "CDPruner",
     "Chain",
     "Compose",
@@ -45,8 +50,10 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FoPru",
+    "HiPrune",
     "HoloV",
     "Learned",
+    "MMTok",
     "ModelShape",
     "NoVision",
     "Plan",
@@ -66,6 +73,7 @@ __all__ = [
     "Traits",
     "Uniform",
     "Unreduced",
+    "V2Drop",
     "VisPruner",
     "VisionZip",
     "from_dict",

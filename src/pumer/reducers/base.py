@@ -21,8 +21,12 @@ class Traits:
     Args:
         needs_attention: `plan` reads `Tokens.attention_BHNN`; the layer then runs without a fused
             attention kernel.
+        needs_qk: `plan` reads queries or keys, which decoders capture in the layers it acts after.
+        needs_input: `plan` reads `Tokens.input_BND`, which only decoders provide.
         needs_encoder: fields of `Encoder` that `plan` reads. The adapter captures these and no
             others.
+        middle_layer: layer of the vision encoder, counted from 1, that `Encoder.middle_received_BN`
+            is of.
         needs_embeddings: `plan` reads `Tokens.embeddings`, which a language model keeps for it.
         needs_grid: `plan` reads `Tokens.grid` and `Tokens.patch_BN`.
         needs_text: the text guides it, so it cannot act in a vision tower.
@@ -31,8 +35,7 @@ class Traits:
         official: reproduces published code, with its softmax and its counting of padded text.
         dynamic_length: the data decide how many slots are filled, so slots may stay empty although
             every token is real.
-        per_crop: each crop of an image has a budget of its own, as in the published code for
-            LLaVA-NeXT.
+        per_crop: the budget is per crop of an image, as in the published code for LLaVA-NeXT.
         before_projector: features are merged before the projector, which then projects what is
             left. `plan` then reads nothing but masks and `Tokens.encoder`. Where a projector mixes
             tokens, features are merged after it.
@@ -49,7 +52,10 @@ class Traits:
     """
 
     needs_attention: bool = False
+    needs_qk: bool = True
+    needs_input: bool = False
     needs_encoder: frozenset[str] = frozenset()
+    middle_layer: int | None = None
     needs_embeddings: bool = False
     needs_grid: bool = False
     needs_text: bool = False
@@ -71,6 +77,7 @@ class Traits:
         combined: dict[str, Any] = {
             name: value for each in traits for name, value in vars(each).items() if value
         }
+        combined["needs_qk"] = any(each.needs_qk for each in traits)
         combined["needs_encoder"] = frozenset().union(*(each.needs_encoder for each in traits))
         return cls(**combined)
 
@@ -89,6 +96,8 @@ class ModelShape:
         co_attention: whether text and image have a separate cross-attention, as in METER; None if
             unknown.
         tower: shape of the vision tower; None where there is none that can be reduced.
+        encoder_depth: layers of the vision tower that feeds a language model.
+        encoder_layers: those of them, counted from 1, that attend to the whole image.
     """
 
     depth: int
@@ -98,6 +107,8 @@ class ModelShape:
     encoder: bool = False
     co_attention: bool | None = None
     tower: ModelShape | None = None
+    encoder_depth: int = 0
+    encoder_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

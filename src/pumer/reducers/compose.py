@@ -48,6 +48,11 @@ class Compose(Reducer):
                 f"{self.tower.name} is guided by the text, and a vision tower has none: give "
                 "tower=ToMe(), for example"
             )
+        if self.tower.traits.needs_input or self.tower.traits.drops_image:
+            raise ValueError(
+                f"{self.tower.name} acts in a language model, not in a vision tower: "
+                "set `inside` to it"
+            )
         if self.tower.traits.learned is not None:
             raise ValueError(
                 f"{self.tower.name} learns where text and image meet: give `tower` ToMe, for "
@@ -127,12 +132,12 @@ class Chain(Reducer):
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ValueError(
-                f"more than one reducer acts in layers {twice}: give them layers of their own"
+                f"more than one reducer acts in layers {twice}: give them different layers"
             )
         learned = [reducer.name for reducer in self.reducers if reducer.traits.learned is not None]
         if learned:
             raise ValueError(
-                f"{', '.join(learned)} learns, which a chain has no place for: apply it by itself"
+                f"{', '.join(learned)} learns, which a chain does not support: apply it alone"
             )
         if (
             len(

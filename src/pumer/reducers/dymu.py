@@ -43,6 +43,7 @@ class _Merging(Reducer):
         valid_BN = tokens.valid_BN[:, first:]
         if valid_BN.shape[1] < 2:
             return Plan.identity(tokens.mask_BN)
+        # The best match of every source, by cosine of the keys.
         keys_BNC, sizes_BN = tokens.mean_keys_BNC[:, first:], tokens.sizes_BN[:, first:]
         similarity_BS, partner_BS = partners(keys_BNC, valid_BN, tokens.num_prefix_tokens)
         # An odd number of tokens without [CLS] has one source too many: the least similar stays.
@@ -153,6 +154,7 @@ class DyMUCalibrator(_Merging):
         return tuple(range(_DEPTH if self.depth is None else self.depth))
 
     def _threshold(self, similarity_BS: Tensor, layer: int) -> Tensor:
+        # The similarities of all pairs of the batch, the best first.
         falling = similarity_BS.flatten().sort(descending=True).values
         pairs = min(self.r * len(similarity_BS), len(falling) - 1)
         # Halfway between the last pair that is merged and the first that is not, if there is one.

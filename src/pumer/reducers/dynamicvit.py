@@ -96,6 +96,7 @@ class DynamicViT(Learned):
         return shape.text, shape.structure + num_keep
 
     def plan(self, tokens: Tokens) -> Plan:
+        # Scores of the image tokens, and how many of those that entered to keep.
         valid_BN = tokens.valid_BN[:, tokens.text + tokens.num_prefix_tokens :]
         score_BN = self._logits(tokens)[..., 0].masked_fill(~valid_BN, -torch.inf)
         entered_BN, stage_index = valid_BN, 1
@@ -186,6 +187,7 @@ class Predictor(nn.Module):
         )
 
     def forward(self, states_BND: Tensor, there_BN: Tensor) -> Tensor:
+        # Local features of every token; half of them become the mean over the tokens.
         embedded = self.layers[:3](states_BND)
         if self.whole:
             local, shared = embedded.chunk(2, dim=-1)

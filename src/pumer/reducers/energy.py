@@ -85,6 +85,7 @@ class Energy(Reducer):
         valid_BI = candidates(tokens)
         if valid_BI.shape[1] == 0:
             return Plan.identity(tokens.mask_BN)
+        # The spectrum sets the number of tokens of every image, the selector chooses them.
         num_keep_B = self.count(energies(image_states(tokens)), valid_BI.sum(1))
         image = self.selector.reduce_to(tokens, num_keep_B, num_keep(self.most, valid_BI.shape[1]))
         return tokens.with_structure(None, image)

@@ -77,6 +77,7 @@ def match(
             f"{evens + odds} tokens are too few to merge any: lower the ratios or the number of "
             "layers"
         )
+    # The best partner of every even position; the most similar `merged` of them are merged away.
     best_BA, partner_BA = similarity_BAC.max(-1)
     if protect_first:
         first = torch.arange(evens, device=best_BA.device) == 0
@@ -84,6 +85,7 @@ def match(
     place_BA = rank(best_BA)
     stays_BA = place_BA >= merged
     even_slot_BA = stays_BA.long().cumsum(1) - 1 if protect_first else place_BA - merged
+    # Slots: unmerged even positions first, then all odd positions.
     slot_BN = torch.empty(len(best_BA), evens + odds, dtype=torch.int64, device=best_BA.device)
     slot_BN[:, 1::2] = evens - merged + torch.arange(odds, device=best_BA.device)
     slot_BN[:, ::2] = torch.where(stays_BA, even_slot_BA, evens - merged + partner_BA)
@@ -154,6 +156,7 @@ def plan(
             return Plan(joint.slot_BN, joint.weight_BN, joint.reduce(mask_BN))
         return Plan.identity(mask_BN)
 
+    # Prune by the text's attention, then merge the image, then the text.
     kept, merged = counts(image, prune, merge)
     image_plan, score_BK = _most_attended(tokens, score, kept)
     if merged > 0:

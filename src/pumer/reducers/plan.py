@@ -68,10 +68,12 @@ class Plan:
     @staticmethod
     def keep(keep_BN: Tensor, slots: int) -> Plan:
         """Keep the marked tokens in their order, at most the first `slots` of a row."""
+        # The slot of every kept token, in order.
         place_BN = keep_BN.long().cumsum(1) - 1
         keep_BN = keep_BN & (place_BN < slots)
         slot_BN = torch.where(keep_BN, place_BN, DROPPED)
         positions = torch.arange(keep_BN.shape[1], device=keep_BN.device).expand(keep_BN.shape)
+        # The source of every slot; tokens that are not kept write into an extra column.
         index_BK = torch.zeros(
             keep_BN.shape[0], slots + 1, device=keep_BN.device, dtype=torch.int64
         )
@@ -82,6 +84,7 @@ class Plan:
     @staticmethod
     def merge(slot_BN: Tensor, mask_BK: Tensor, sizes_BN: Tensor) -> Plan:
         """Average the tokens of each slot, weighted by their sizes."""
+        # Total size of every slot, and each token's share of it.
         slots = mask_BK.shape[1]
         target = torch.where(slot_BN < 0, slots, slot_BN)
         total_BK = torch.zeros(
@@ -95,6 +98,7 @@ class Plan:
         """One plan for concatenated token axes, such as text and image."""
         if len(plans) == 1:
             return plans[0]
+        # Slots and sources of each plan come after those of the plans before.
         slots, indices = [], []
         tokens = offset = 0
         for plan in plans:
@@ -173,6 +177,7 @@ class Plan:
 
         `lengths` is how many of each stay; the others must be empty.
         """
+        # The slots that stay; those of the image move forward.
         numbers = torch.arange(self.slots, device=self.mask_BK.device)
         kept = torch.cat([numbers[: lengths[0]], numbers[text : text + lengths[1]]])
         slot_BN = torch.where(
@@ -250,6 +255,7 @@ class Plan:
         return (self.slot_BN >= 0) & self.mask_BK.gather(1, self.slot_BN.clamp_min(0))
 
     def _add_up(self, x_BND: Tensor) -> Tensor:
+        # All samples as one list of slots, each with an extra one for dropped tokens.
         batch, slots = self.mask_BK.shape
         target = torch.where(self.slot_BN < 0, slots, self.slot_BN)
         rows = torch.arange(batch, device=target.device)[:, None] * (slots + 1)

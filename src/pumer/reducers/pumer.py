@@ -117,7 +117,7 @@ class PuMer(Reducer):
         return replace(self, layers=stage_layers(stages, model.depth, model.last))
 
     def _resolve_official(self, model: ModelShape) -> Self:
-        """`official=True` becomes "meter" where text and image have layers of their own."""
+        """`official=True` becomes "meter" where text and image have a separate cross-attention."""
         if model.co_attention and self.layers == "all":
             raise ValueError(
                 "METER's published reducer needs `layers`, for example layers=(0, 1, 2, 3)"

@@ -72,6 +72,7 @@ class SCOPE(Selector):
         )
 
     def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
+        # Saliency as a factor of the gain in coverage, or as a term added to it.
         saliency_BI = encoded(tokens, SALIENCY[self.saliency]).double()
         if self.combine == "add":
             weight_BI, bonus_BI = torch.ones_like(saliency_BI), self.alpha * saliency_BI
@@ -79,6 +80,7 @@ class SCOPE(Selector):
             weight_BI = saliency_BI.clamp_min(0).pow(self.alpha)
             bonus_BI = torch.zeros_like(saliency_BI)
 
+        # Similarity of all pairs, on the encoder's features where available.
         encoder = tokens.encoder
         by_encoder = encoder is not None and encoder.features_BND is not None
         features_BID = encoded(tokens, "features_BND") if by_encoder else image_states(tokens)

@@ -96,9 +96,8 @@ def encoded(tokens: Tokens, name: str) -> Tensor:
     value = None if tokens.encoder is None else getattr(tokens.encoder, name)
     if value is None:
         raise ValueError(
-            f"the method needs the vision encoder's {name}, which this model or place does not "
-            "give: "
-            'where there is no [CLS], saliency="received" may do'
+            f"the method needs the vision encoder's {name}, which is not available here: "
+            'for models without [CLS] try saliency="received"'
         )
     value, valid = value.float(), candidates(tokens)
     return torch.where(

@@ -54,6 +54,10 @@ class _Selection(Reducer):
         check_ratios(prune=self.prune)
         object.__setattr__(self, "layers", check_layers(self.layers))
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_qk=False)
+
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if shape.layer not in self.layers:
             return shape.unchanged
@@ -149,7 +153,7 @@ class Pool(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs_grid=True)
+        return Traits(needs_qk=False, needs_grid=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -168,6 +172,7 @@ class Pool(Reducer):
             raise ValueError(
                 "pooling needs all patches of the image: let it be the first to reduce"
             )
+        # The window of every patch, counted in raster order.
         rows, columns = tokens.grid
         windows = self._windows(rows, columns)
         across = -(-columns // self.window)
@@ -207,14 +212,14 @@ class NoVision(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(drops_image=True)
+        return Traits(needs_qk=False, drops_image=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (EMBEDDINGS,)
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
-        return (shape.text, 0) if shape.layer == EMBEDDINGS else shape.unchanged
+        return (shape.text, 0) if self.reduces_at(shape.layer) else shape.unchanged
 
     def plan(self, tokens: Tokens) -> Plan:
         count = tokens.mask_BN.shape[1]

@@ -90,6 +90,7 @@ class SVDPrune(Selector):
             x_BID = (x_BID - x_BID.sum(1, keepdim=True) / count_B11) * valid_BI[..., None]
         if self.normalize:
             x_BID = unit_vectors(x_BID, torch.float64)
+        # Leverage sums to 1, so the largest ones up to `mass` are the fewest that hold it.
         leverage_BI = leverage(x_BID, self.energy)
         if self.mass is not None:
             falling = leverage_BI.sort(1, descending=True).values

@@ -72,6 +72,7 @@ class Encoder:
         features_BND: the encoder's output, before the projector.
         class_attention_BN: attention that [CLS] pays each token, mean over the heads.
         received_BN: attention that each token receives, mean over heads and queries.
+        middle_received_BN: the same in the layer that the reducer names, `Traits.middle_layer`.
         keys_BNC: mean over the heads.
         queries_BNC: mean over the heads.
         given_BN: attention that each token pays the image tokens, mean over heads and these.
@@ -89,6 +90,7 @@ class Encoder:
     features_BND: Tensor | None = None
     class_attention_BN: Tensor | None = None
     received_BN: Tensor | None = None
+    middle_received_BN: Tensor | None = None
     keys_BNC: Tensor | None = None
     queries_BNC: Tensor | None = None
     given_BN: Tensor | None = None
@@ -165,6 +167,7 @@ class Tokens:
         patch_BN: int64, raster index of every token's patch in that grid, -1 for tokens that are no
             patch.
         states_BND: hidden states.
+        input_BND: the input of this layer for the same tokens; None unless `Traits.needs_input`.
         queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         keys_BHNC: of this layer's attention; None at `EMBEDDINGS`.
         normalizer_BHN: log-sum-exp of every token's logits over all keys that it sees in the model,
@@ -204,6 +207,7 @@ class Tokens:
     grid: Grid | None = None
     patch_BN: Tensor | None = None
     states_BND: Tensor | None = None
+    input_BND: Tensor | None = None
     queries_BHNC: Tensor | None = None
     keys_BHNC: Tensor | None = None
     normalizer_BHN: Tensor | None = None

@@ -93,6 +93,7 @@ class ToMe(Reducer):
         image = slice(tokens.text + tokens.num_prefix_tokens, tokens.mask_BN.shape[1])
         count = image.stop - tokens.text
         _, length_after = self.lengths(tokens.shape)
+        # As many tokens as the schedule says, the most similar pairs first.
         matching = bipartite(
             tokens.mean_keys_BNC[:, image],
             tokens.valid_BN[:, image],

@@ -27,6 +27,12 @@ def draw(shown: TokenMap, image: Image.Image, title: str = "") -> Image.Image:
     Kept patches are clear, merged ones outlined (same colour, same token), dropped ones dark. Below
     each panel stand the text tokens, merged ones joined and outlined. Rows wrap after four panels,
     and all drawings have one width.
+
+    >>> from pumer.viz import LayerMap, TokenMap
+    >>> layer = LayerMap(1, kept=(0,), merged=((1, 3),), dropped=(2,), text=((0,), (1,)))
+    >>> shown = TokenMap(rows=2, columns=2, words=("a", "cat"), layers=(layer,))
+    >>> draw(shown, Image.new("RGB", (64, 64)), "a title").width
+    1136
     """
     # Panels have one width, whatever the number of patches.
     size = (_PANEL, round(_PANEL * shown.rows / shown.columns))

@@ -27,6 +27,8 @@ READS = {
     "cdpruner": CDPruner(keep=0.5),
     "random": Random(prune=0.5, layers=(-1, 1)),
     "divprune": DivPrune(keep=0.5),
+    "mmtok": pumer.MMTok(keep=0.5),
+    "v2drop": pumer.V2Drop(keep=(0.5, 0.5), layers=(0, 1)),
 }
 """Reducers that act inside the language model or read text, and two that do neither."""
 BY_PLACE = ("dart", "DART")
@@ -291,6 +293,14 @@ def test_an_image_without_a_word(model, name):
         placed = {"position_ids": places(batch["attention_mask"])} if name in BY_PLACE else {}
         near(answer(model, alone)[0], answer(model, batch, **placed)[0])
         assert one[0] == generated(model, batch)[0]
+
+
+@pytest.mark.parametrize("reducer", [pumer.NoVision(), pumer.VTW(layer=1)], ids=lambda r: r.name)
+def test_nothing_is_left_of_an_image_without_a_word(model, reducer):
+    with pumer.reduced(model, reducer):
+        for inputs in image_alone():
+            with pytest.raises(ValueError, match="prompt 0 is only an image"):
+                answer(model, inputs)
 
 
 @pytest.mark.parametrize("name", READS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import pumer
-from pumer import CDPruner, DivPrune, FasterVLM, VisionZip
+from pumer import CDPruner, DivPrune, FasterVLM, HiPrune, VisionZip
 from pumer.reducers import EMBEDDINGS
 
 CROPPED = ("llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3")
@@ -75,6 +75,31 @@ def test_a_crop_is_chosen_from_as_if_alone(family):
     # No patch is in two rows, and together they are all.
     places = tokens.place_BN[:, tokens.image][tokens.valid_BN[:, tokens.image]].tolist()
     assert len(set(places)) == len(places) == sum(crops)
+
+
+@pytest.mark.parametrize("family", CROPPED)
+def test_every_crop_has_its_grid(family):
+    """Rows and columns of what is left of it, which HiPrune looks for neighbours in."""
+    model, seen = tiny_llm.model(family), []
+
+    class Watched(HiPrune):
+        def plan(self, tokens):
+            seen.append(tokens)
+            return super().plan(tokens)
+
+    steps(model, tiny_llm.batch(family, LAYOUT), Watched(keep=2))
+    (tokens,) = seen
+    sides = {"llava_next": 4, "llava_onevision": 4, "internvl": 3, "smolvlm": 2, "idefics3": 2}
+    whole = (sides[family], sides[family])
+    grids = [[whole] * len(image) for image in crops_of(family)]
+    if family == "llava_onevision":
+        grids[1][1:] = [(3, 3), (3, 2), (2, 3), (2, 2)]
+    grids = [grid for image in grids for grid in image]
+    assert tokens.grid == whole
+    for row, (rows, columns) in enumerate(grids):
+        patches = tokens.patch_BN[row, tokens.image][tokens.valid_BN[row, tokens.image]]
+        raster = torch.arange(whole[0] * whole[1]).view(whole)[:rows, :columns].flatten()
+        assert torch.equal(patches, raster)
 
 
 def test_crops_of_one_image_lie_as_they_are_cut():

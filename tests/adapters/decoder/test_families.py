@@ -9,6 +9,7 @@ from tiny_llm import answer, logits, near
 
 import pumer
 from pumer import PuMer, Random, Uniform
+from pumer.adapters import find
 from pumer.reducers import FastV
 
 FAMILIES = [family for family in tiny_llm.FAMILIES if family not in tiny_llm.BUILDERS]
@@ -87,10 +88,9 @@ def test_a_reducer_sees_every_patch_and_no_structure(model, family):
     assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
 
 
-def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family):
-    reducer = pumer.FoPru(keep=0.5)
-    if not pumer.active(pumer.apply(model, "none")).adapter.reads_tower:
-        pumer.remove(model)
+@pytest.mark.parametrize("reducer", [pumer.FoPru(keep=0.5), pumer.HiPrune(keep=0.5)])
+def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, reducer):
+    if not find(model).reads_tower:
         with pytest.raises(ValueError, match="cannot be read"):
             pumer.apply(model, reducer)
         return

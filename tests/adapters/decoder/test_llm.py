@@ -11,13 +11,14 @@ from transformers import StaticCache
 import pumer
 from pumer import NoVision, PuMer, Random, ToMe, Uniform, Unreduced
 from pumer.adapters.decoder import kv_cache
-from pumer.reducers import FastV
+from pumer.reducers import FastV, V2Drop
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 2))
 REDUCERS = {
     "pumer": MERGING,
     "fastv": FastV(keep=0.5, layer=1),
+    "v2drop": V2Drop(keep=(0.5, 0.5), layers=(0, 1)),
     "random": Random(prune=0.4, layers=(-1, 1)),
     "tome": ToMe(r=2, depth=2, proportional=False),
 }

@@ -7,7 +7,7 @@ import tiny_llm
 import torch
 
 import pumer
-from pumer import NoVision, PuMer, Random, Uniform
+from pumer import VTW, Chain, MMTok, NoVision, PuMer, Random, Uniform, V2Drop
 from pumer.reducers import FastV
 
 LAYOUTS = {
@@ -21,6 +21,7 @@ PRUNING = {
     "no-vision": NoVision(),
     "pumer": PuMer(prune=0.4, merge=0, merge_text=0, layers=(0, 1)),
     "fastv": FastV(keep=3, layer=1),
+    "three places": Chain((MMTok(keep=0.6), V2Drop(keep=(0.5,), layers=(0,)), VTW(layer=2))),
 }
 SETTINGS = {
     "max_new_tokens": 16,

@@ -7,14 +7,17 @@ import oracle_llm
 import pytest
 import tiny_llm
 import torch
+from tiny_llm import logits
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import pumer
-from pumer import PuMer, Random, Reducer
+from pumer import PuMer, Random, Reducer, V2Drop
+from pumer.adapters import find
 from pumer.reducers import FastV, Plan, Tokens
 from pumer.reducers.base import Traits
 
 NEEDS = frozenset({"features_BND", "received_BN", "keys_BNC", "queries_BNC"})
+MIDDLE = frozenset({"middle_received_BN"})
 CLASS = "class_attention_BN"
 
 
@@ -32,6 +35,7 @@ class Spy(Reducer):
         object.__setattr__(self, "at", layers)
         object.__setattr__(self, "asks", needs)
         object.__setattr__(self, "shown", [])
+        object.__setattr__(self, "middle_layer", None)
 
     @property
     def layers(self):
@@ -39,7 +43,11 @@ class Spy(Reducer):
 
     @property
     def traits(self):
-        return Traits(needs_encoder=self.asks)
+        return Traits(needs_encoder=self.asks, middle_layer=self.middle_layer)
+
+    def resolve(self, model):
+        object.__setattr__(self, "middle_layer", model.encoder_layers[0])
+        return self
 
     def lengths(self, shape):
         return shape.unchanged
@@ -79,7 +87,7 @@ def test_tower_facts(family):
     """What the vision tower says of an image's tokens is what its own eager attention says."""
     model = tiny_llm.model(family)
     towers = {"llava", "llava_next", "internvl"}
-    needs = NEEDS | ({CLASS} if family in towers else frozenset())
+    needs = NEEDS | MIDDLE | ({CLASS} if family in towers else frozenset())
     if family not in towers:
         with pytest.raises(ValueError, match=r"no \[CLS\]"):
             pumer.apply(model, Spy(layers=(-1,), needs=NEEDS | {CLASS}))
@@ -114,15 +122,20 @@ def eager_facts(family, pixels):
     index = {"llava": -2, "paligemma": -1}[family]
     with torch.no_grad():
         output = trunk.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
-    attention = output.attentions[index].mean(1)
+    attention, middle = (output.attentions[layer].mean(1) for layer in (index, 0))
     if family == "llava":
         features = output.hidden_states[-2][:, 1:]
         return {
             "features_BND": features,
             CLASS: attention[:, 0, 1:],
             "received_BN": attention.mean(1)[:, 1:],
+            "middle_received_BN": middle.mean(1)[:, 1:],
         }
-    return {"features_BND": output.last_hidden_state, "received_BN": attention.mean(1)}
+    return {
+        "features_BND": output.last_hidden_state,
+        "received_BN": attention.mean(1),
+        "middle_received_BN": middle.mean(1),
+    }
 
 
 def test_scores_come_from_the_attention_of_the_layer(family):
@@ -140,6 +153,50 @@ def test_scores_come_from_the_attention_of_the_layer(family):
     expected = ~image
     expected[best] = True
     assert torch.equal(marks[2][0], expected)
+
+
+def test_what_a_layer_changes(family):
+    """V2Drop compares the states that two layers of the stock model are given.
+
+    Neither queries nor keys are looked at, and what earlier stages dropped is gone from both.
+    """
+    model = tiny_llm.model(family)
+    inputs = tiny_llm.batch(family, ((4, "i", 6),))
+    shown = []
+
+    class Watched(V2Drop):
+        def plan(self, tokens):
+            shown.append(tokens)
+            return super().plan(tokens)
+
+    layers, states = find(model).layers(model), []
+
+    def look(module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+
+    def looked_into():
+        return ["config" in vars(layer.self_attn.config) for layer in layers]
+
+    with pumer.reduced(model, FastV(layer=1)):
+        assert any(looked_into())
+    with pumer.reduced(model, Watched(keep=(0.5, 0.5), layers=(0, 1))):
+        assert not any(looked_into())
+        logits(model, inputs)
+    first, second = shown
+    assert first.queries_BHNC is None
+    image = tiny_llm.candidates(family, inputs)[0]
+    torch.testing.assert_close(first.input_BND[0, first.image], states[0][0, image])
+    torch.testing.assert_close(first.states_BND[0, first.image], states[1][0, image])
+    change = (states[1] - states[0])[0, image].norm(dim=1)
+    kept = change.topk(len(change) // 2).indices.sort().values
+    torch.testing.assert_close(
+        second.input_BND[0, second.image], states[1][0, image][kept], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_merging_is_the_reference_loop():

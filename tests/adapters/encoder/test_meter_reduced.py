@@ -71,7 +71,7 @@ def test_ratio_0_gives_the_states_of_every_layer():
 
 @ORDERS
 @pytest.mark.parametrize(
-    "name", [name for name in matrix.PRUNING if name not in ("no-vision", "dynamicvit")]
+    "name", [name for name in matrix.PRUNING if name not in ("no-vision", "vtw", "dynamicvit")]
 )
 def test_dropping_a_token_is_masking_it_from_there_on(name, update):
     """In the middle of a layer; for what leaves after one see
@@ -174,7 +174,7 @@ def test_both_cls_stay_first_and_alone(reducer):
         forward(model, inputs)
         lengths = pumer.active(model).lengths
     assert steps or reducer.name == "none"
-    for step in steps if reducer.name != "no-vision" else ():
+    for step in () if reducer.traits.drops_image else steps:
         text = lengths[step.layer + 1][0]
         for token, slot in ((0, 0), (step.text, text)):
             assert (step.plan.slot_BN[:, token] == slot).all()

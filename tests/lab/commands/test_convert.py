@@ -142,8 +142,7 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["full", "ours", "published"]
 
 
-@pytest.mark.parametrize("to", ["pumer", "published"])
-def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path, to):
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
     """Killed at the last moment: all files are written, the folder has not yet its name."""
     checkpoint(tmp_path / "published", "ViLT")
     code = f"""
@@ -151,7 +150,7 @@ import os, signal, sys
 from pumer.cli import main
 import pumer.lab.commands.convert as convert
 convert.save_transform = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-main(["convert", {str(tmp_path / "published")!r}, {str(tmp_path / "out")!r}, "--to", {to!r}])
+main(["convert", {str(tmp_path / "published")!r}, {str(tmp_path / "out")!r}])
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert (
@@ -162,7 +161,7 @@ main(["convert", {str(tmp_path / "published")!r}, {str(tmp_path / "out")!r}, "--
     assert left[1:] == ["published"]
     assert left[0].startswith(".out.")
     # And it is no hindrance to the next one.
-    assert main(["convert", str(tmp_path / "published"), str(tmp_path / "out"), "--to", to]) == 0
+    assert main(["convert", str(tmp_path / "published"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 

@@ -264,7 +264,7 @@ MISTAKES = [
     (
         "model class of another family",
         f"{TRAIN} --model.kind MeterForQuestionAnswering",
-        "one family",
+        "class of its family",
     ),
     ("kind of a transform misspelt", f"{TRAIN} --image '{{kind: squar, size: 96}}'", "'square'"),
     ("size of a transform in words", f"{TRAIN} --image '{{kind: square, size: big}}'", "int"),

@@ -44,6 +44,7 @@ from pumer.lab.study.curves import (
     settings_of,
 )
 from pumer.lab.study.evaluation import EvalModel, _tokens, cost, load_eval_model, macs
+from pumer.lab.study.plots import plot
 from pumer.lab.study.results import (
     COLUMNS,
     FIGURES,
@@ -100,8 +101,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def study(model, tmp_path):
-    """Writes the file of a tiny study and reads it."""
+def study(model, tmp_path, monkeypatch):
+    """Writes the file of a tiny study and reads it; nothing is plotted, which takes seconds."""
+    monkeypatch.setattr(study_run, "plot", lambda *_: [])
 
     def write(**changes):
         settings = {
@@ -515,10 +517,9 @@ def test_the_tables_say_where_the_reference_is_not_above():
     assert text.count("## PuMer at the same") == 2
 
 
-def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
+def test_foreign_rows_and_columns_are_refused(study, tmp_path):
     one = study()
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     file = tmp_path / "out" / "tiny.csv"
     good = file.read_text()
     points, _ = one.candidates()
@@ -526,20 +527,20 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
 
     file.write_text(good + good.splitlines()[-1][:40])  # a kill in the middle of a row
     assert len(read_rows(file, "tiny", points)) == 2
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", log=lambda text: None)
     assert file.read_text() != good  # somebody else may be writing that row
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     assert file.read_text() == good
     file.write_text(good[:-1])  # an editor left the end of the line out
     assert len(read_rows(file, "tiny", points)) == 2
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
     assert file.read_text() == good
     file.write_text(good.replace("\n", "\n\n"))
     assert len(read_rows(file, "tiny", points)) == 2
     table = (tmp_path / "out" / "tiny.md").read_text()
     heading, *rows = good.splitlines(keepends=True)
     file.write_text("".join([heading, *reversed(rows)]))  # finished in another order
-    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", say=lambda text: None)
+    run(one, tmp_path / "out", scratch=tmp_path / "runs", only="plots", log=lambda text: None)
     assert (tmp_path / "out" / "tiny.md").read_text() == table
     for text, message in (
         (good.replace(points[1].id, "0" * 12).replace(",PuMer,", ",other,"), "line 3, is no point"),
@@ -555,13 +556,12 @@ def test_foreign_rows_and_columns_are_refused(study, tmp_path, monkeypatch):
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
-            run(one, tmp_path / "out", scratch=tmp_path / "runs", say=lambda text: None)
+            run(one, tmp_path / "out", scratch=tmp_path / "runs", log=lambda text: None)
 
 
 def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     said = []
-    one, places = study(), {"scratch": tmp_path / "runs", "say": said.append}
+    one, places = study(), {"scratch": tmp_path / "runs", "log": said.append}
     run(one, tmp_path / "out", **places)
     speeds = tmp_path / "out" / "tiny-speed.csv"
     speeds.unlink()
@@ -577,7 +577,6 @@ def test_a_speed_of_weights_that_are_gone_is_left_out(study, tmp_path, monkeypat
 
 
 def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
     monkeypatch.setattr(train_launch, "launch", in_this_process)
     monkeypatch.setattr(study_run, "_by_weights", lambda point: point.method == "PuMer")
     one, out, said = (
@@ -586,7 +585,7 @@ def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, m
         [],
     )
     points = [point for point in one.candidates()[0] if point.method == "PuMer"]
-    places = {"scratch": tmp_path / "runs", "say": said.append}
+    places = {"scratch": tmp_path / "runs", "log": said.append}
     models = [
         tmp_path / "runs" / "study-tiny" / point.id / "training" / "model" for point in points
     ]
@@ -608,8 +607,7 @@ def test_a_speed_is_of_the_first_seed_whose_weights_are_there(study, tmp_path, m
 
 
 def test_rows_of_another_machine_are_not_mixed_with_ours(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_run, "plot", lambda *_: [])
-    one, places = study(), {"scratch": tmp_path / "runs", "say": lambda text: None}
+    one, places = study(), {"scratch": tmp_path / "runs", "log": lambda text: None}
     run(one, tmp_path / "out", **places)
     results, speeds = tmp_path / "out" / "tiny.csv", tmp_path / "out" / "tiny-speed.csv"
     rows = list(csv.reader(speeds.open()))
@@ -723,7 +721,7 @@ def test_smaller_pictures_cost_less(model):
 
 
 @pytest.mark.smoke
-def test_without_training(study, tmp_path, capsys):
+def test_without_training(study, tmp_path, capsys, monkeypatch):
     methods = [
         {"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]},
         {"name": "smaller", "reducer": "none", "points": [{"image_size": 16}, {"image_size": 24}]},
@@ -744,7 +742,9 @@ def test_without_training(study, tmp_path, capsys):
     assert main([*words, "--only", "scores"]) == 0
     assert not (tmp_path / "out/tiny-speed.csv").exists()
     assert "| PuMer | prune 0.5 |" in (tmp_path / "out/tiny.md").read_text()
-    assert main(words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "plot", plot)
+        assert main(words) == 0
     results = (tmp_path / "out/tiny.csv").read_text()
     speeds = (tmp_path / "out/tiny-speed.csv").read_text()
     assert len(results.splitlines()) == len(speeds.splitlines()) == 6
@@ -755,6 +755,7 @@ def test_without_training(study, tmp_path, capsys):
         for kind in ("png", "svg")
     }
     assert names == {"tiny.csv", "tiny-speed.csv", "tiny.md"} | plots
+    assert "![tiny-flops.svg](tiny-flops.svg)" in (tmp_path / "out/tiny.md").read_text()
     assert main(words) == 0
     assert "5 of them done" in capsys.readouterr().out
     assert (tmp_path / "out/tiny.csv").read_text() == results
@@ -768,7 +769,7 @@ def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monke
     one = study(
         methods=[{"name": "PuMer", "reducer": PUMER, "points": [{"prune": 0.1}, {"prune": 0.5}]}]
     )
-    run(one, tmp_path / "alone", scratch=tmp_path / "runs", say=lambda text: None)
+    run(one, tmp_path / "alone", scratch=tmp_path / "runs", log=lambda text: None)
     alone = (tmp_path / "alone/tiny.csv").read_text().splitlines(keepends=True)
     results = tmp_path / "out/tiny.csv"
     results.parent.mkdir()
@@ -785,7 +786,7 @@ def test_a_point_that_another_process_is_at_is_left_to_it(study, tmp_path, monke
             other.close()
 
         monkeypatch.setattr(study_run.time, "sleep", end)
-        run(one, results.parent, scratch=tmp_path / "runs", say=said.append)
+        run(one, results.parent, scratch=tmp_path / "runs", log=said.append)
     assert any("other processes are at the last 1 points" in text for text in said)
     (before,) = seen
     ids = [row["id"] for row in read_rows(results, "tiny")]
@@ -833,7 +834,7 @@ def test_a_training_that_fails_says_why(study, tmp_path):
             study(train=bad, processes=1),
             tmp_path / "out",
             scratch=tmp_path / "runs",
-            say=lambda text: None,
+            log=lambda text: None,
         )
 
 
@@ -889,17 +890,17 @@ def test_killed_in_the_middle_of_a_training_it_ends_as_if_it_were_not(study, tmp
         in_this_process(words, processes, log, lock)
 
     monkeypatch.setattr(train_launch, "launch", noting)
-    run(one, out, scratch=scratch, say=lambda text: None)
+    run(one, out, scratch=scratch, log=lambda text: None)
     assert resumed == ["true", "false"]
     assert not list(scratch.glob("study-tiny/*/training"))
     assert caches[0] == caches[1]  # the teacher was asked once for both
     assert not caches[0].exists()
 
     monkeypatch.setattr(train_launch, "launch", in_this_process)
-    run(one, tmp_path / "unbroken", scratch=tmp_path / "others", say=lambda text: None)
+    run(one, tmp_path / "unbroken", scratch=tmp_path / "others", log=lambda text: None)
     assert results(out) == results(tmp_path / "unbroken")
     untrained, _ = study().candidates()
-    run(study(), tmp_path / "start", scratch=tmp_path / "runs", say=lambda text: None)
+    run(study(), tmp_path / "start", scratch=tmp_path / "runs", log=lambda text: None)
     assert {row["id"] for row in results(tmp_path / "start")} == {point.id for point in untrained}
     assert (
         results(out)[0]["details"] != results(tmp_path / "start")[0]["details"]

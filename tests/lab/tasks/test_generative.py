@@ -222,7 +222,7 @@ def test_prompts_that_cannot_be_written(opened, vilt):
         collator([replace(example, text=" ")])
     with pytest.raises(ValueError, match="question 0 has no answer"):
         replace(collator, teach=True)([replace(example, target=None)])
-    with pytest.raises(ValueError, match="scenes-ve is no task"):
+    with pytest.raises(ValueError, match="scenes-ve has no answers in words"):
         collator_for(model, ScenesVE(), tokenizer, Square(32))
     plain = TextTransform(AutoTokenizer.from_pretrained(vilt))
     with pytest.raises(ValueError, match="no chat template"):
@@ -469,7 +469,7 @@ def test_training_goes_on_with_reducer_and_teacher(base, tmp_path):
 
 
 def test_the_loss_falls(settings, tmp_path):
-    steps = STEPS | {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    steps = STEPS | {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
     train(
         TrainSettings(
             str(tmp_path / "out"), TASK, settings, image=IMAGES, eval_split=None, trainer=steps
@@ -480,7 +480,7 @@ def test_the_loss_falls(settings, tmp_path):
         for row in json.loads((tmp_path / "out/log.json").read_text())
         if "task_loss" in row
     ]
-    assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 def test_accumulated_batches_teach_as_one(vilt, tmp_path):
@@ -566,7 +566,7 @@ def test_starts_that_do_not_fit(settings, changes, message):
 
 
 def test_settings_that_do_not_fit(settings, base, tmp_path):
-    with pytest.raises(ValueError, match="scenes-ve is no task"):
+    with pytest.raises(ValueError, match="scenes-ve has no answers in words"):
         train(
             TrainSettings(
                 str(tmp_path),
@@ -587,7 +587,7 @@ def test_settings_that_do_not_fit(settings, base, tmp_path):
                 trainer=STEPS,
             )
         )
-    with pytest.raises(ValueError, match="is trained on as it is"):
+    with pytest.raises(ValueError, match="keeps its class and configuration"):
         prepare(ModelSettings(path=str(base), config={"image_seq_length": 3}), TASK)
     assert not any(tmp_path.iterdir())
 

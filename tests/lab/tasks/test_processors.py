@@ -133,7 +133,7 @@ def test_a_stock_folder_is_evaluated_with_and_without_reducer(folder, tmp_path, 
 
 def test_what_cannot_be_asked_is_refused(folder, monkeypatch, capsys):
     model, collator = opened("llava", monkeypatch)
-    with pytest.raises(ValueError, match="scenes-ve is no task for a model that answers"):
+    with pytest.raises(ValueError, match="scenes-ve has no answers in words"):
         processor_collator(model, ScenesVE(), collator.processor)
     with pytest.raises(ValueError, match="1 of 1 questions have no text"):
         collator([replace(TASK.examples("test")[0], text=" ")])

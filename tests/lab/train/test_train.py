@@ -702,7 +702,7 @@ def test_heads_stay_where_class_and_labels_do(base, caplog):
 @pytest.mark.parametrize(
     ("settings", "task", "message"),
     [
-        ({"kind": "MeterForQuestionAnswering"}, "scenes", "one family"),
+        ({"kind": "MeterForQuestionAnswering"}, "scenes", "class of its family"),
         ({"kind": "ViltForEverything"}, "scenes", "no|neither"),
         ({"config": {"depth": 3}}, "scenes", "ViltConfig has no setting depth"),
         ({"config": {"intermediate_size": 50}}, "scenes", "other shapes"),
@@ -801,7 +801,7 @@ def test_every_parameter_is_in_the_group_of_its_published_name(shared, case):
 
 
 def test_models_without_published_names_have_no_groups():
-    with pytest.raises(ValueError, match="no place for ViltForTokenClassification"):
+    with pytest.raises(ValueError, match="does not support ViltForTokenClassification"):
         published_names(tiny_model("ViltForTokenClassification"))
 
 

@@ -254,6 +254,22 @@ def model(task):
 
 
 @pytest.fixture
+def timed_once(model, monkeypatch):
+    """`calibrate` times real forwards once for all tests that tune: of the same model, at the first
+    batch size."""
+
+    def calibrate(net, inputs):
+        if not _TIMED:
+            _TIMED.append(calibrate_once(net, inputs))
+        return _TIMED[0]
+
+    monkeypatch.setattr(tune_run, "calibrate", calibrate)
+
+
+_TIMED, calibrate_once = [], tune_run.calibrate
+
+
+@pytest.fixture
 def collator(task, tokenizer):
     return Collator(task, TextTransform(tokenizer, 24), Square(96))
 
@@ -272,8 +288,11 @@ def test_examples_are_independent_and_the_same_again(model, collator, task, monk
     assert ExamplePool(task.examples("val"), collator, 32, 50).available == 50
 
 
-def test_few_pictures_with_many_questions_are_shared_out(model, collator, task, tmp_path):
+def test_few_pictures_with_many_questions_are_shared_out(
+    model, collator, task, tmp_path, monkeypatch, timed_once
+):
     """There is something to check on, however many questions there are of each picture."""
+    monkeypatch.setattr(tune_run, "plot", lambda *_: None)
     many = Scenes(questions=400, per_picture=10, image_size=96).examples("val")
     found = tune_run.tune(
         model,
@@ -579,7 +598,7 @@ def folder(model, tokenizer, tmp_path):
 
 
 @pytest.fixture
-def command(folder, tmp_path, monkeypatch):
+def command(folder, tmp_path, monkeypatch, timed_once):
     monkeypatch.setattr(tune_run, "_RUNS", 1)
     task = json.dumps({"name": "scenes", "questions": 300})
     grid = ["--grid.prune", "[0.0, 0.2]", "--grid.merge", "[0.0]", "--grid.merge_text", "[0.0]"]
@@ -630,7 +649,8 @@ def test_tune_writes_preset_evidence_and_plot(command, tmp_path, model, capsys, 
     assert "of another weights" in capsys.readouterr().err
 
 
-def test_tune_says_what_comes_nearest(command, tmp_path, capsys):
+def test_tune_says_what_comes_nearest(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune_run, "plot", lambda *_: None)
     assert main([*command, "--max_drop", "0.01"]) == 2
     said = capsys.readouterr().err
     assert "--max_drop" in said
@@ -639,7 +659,8 @@ def test_tune_says_what_comes_nearest(command, tmp_path, capsys):
     assert (tmp_path / "out" / "candidates.csv").exists()
 
 
-def test_tune_leaves_nothing_of_bad_input(command, tmp_path, capsys):
+def test_tune_leaves_nothing_of_bad_input(command, tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setattr(tune_command, "open_model", lambda *given: model)
     for wrong, message in (
         ([], "give a bound"),
         (["--min_speedup", "50"], "the fastest"),

@@ -14,7 +14,7 @@ from pumer.adapters.base import Patch, config_of
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.vision import VisionCapture, attention_of
+from pumer.adapters.decoder.vision import VisionCapture, attention_of, received_in_middle
 from pumer.reducers.tokens import Encoder, Grid
 
 DEFAULT_GRID = (24, 24)
@@ -78,10 +78,14 @@ class AnySizeAdapter(DecoderAdapter):
             return [None] * len(lengths)
         order = self.token_order(trunk, captured)
         features, heads = captured.features_RPD, captured.heads
+        middle_heads = captured.middle_heads or heads
         # Chunks of the sequence are given one by one, or all in one.
-        wide = None if not heads else [torch.cat(part, 2) for part in zip(*heads, strict=True)]
+        wide, middle = (
+            [torch.cat(part, 2) for part in zip(*captures, strict=True)]
+            for captures in (heads, middle_heads)
+        )
         group = self.patches_per_token(trunk)
-        if wide is not None and not self.padded:
+        if heads and not self.padded:
             group = wide[0].shape[2] // sum(lengths)
         encoders: list[Encoder | None] = []
         for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
@@ -93,11 +97,13 @@ class AnySizeAdapter(DecoderAdapter):
                 per_token = features[..., 0].numel() // sum(lengths)
                 stretch = slice(start * per_token, (start + length) * per_token)
                 facts["features_BND"] = features.flatten(0, -2)[None, stretch]
-            if wide is not None:
+            if heads:
                 row = slice(image_index, image_index + 1) if self.padded else slice(None)
                 first = 0 if self.padded else start * group
                 queries, keys = (part[row, :, first : first + length * group] for part in wide)
                 facts |= attention_of(captured.needs, queries, keys, first=False)
+                queries, keys = (part[row, :, first : first + length * group] for part in middle)
+                facts |= received_in_middle(captured.needs, queries, keys, first=False)
             known = {}
             for name in captured.needs:
                 value = facts[name]

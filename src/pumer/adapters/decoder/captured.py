@@ -24,6 +24,7 @@ class Captured:
         heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for
             each state of its attention.
         last_heads: those of the tower's last layer, where that is another one.
+        middle_heads: those of `Traits.middle_layer`, where that is another one.
         inputs: what `get_image_features` was called with.
         plan: by which they were merged before the projector.
         merged: where the patches of every crop went, if they were merged in the tower or behind it.
@@ -35,6 +36,7 @@ class Captured:
     features_RPD: Tensor | None = None
     heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     last_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    middle_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     inputs: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     merged: Plan | None = None

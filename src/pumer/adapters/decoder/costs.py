@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumer.adapters.base import config_of, head_macs
+from pumer.adapters.base import config_of
 from pumer.adapters.decoder.parts import (
     ATTENTION,
     DecoderParts,
@@ -17,6 +17,7 @@ from pumer.adapters.decoder.parts import (
     named,
     tower_layers,
 )
+from pumer.adapters.macs import head_macs
 from pumer.reducers.tokens import Encoder
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -123,7 +124,7 @@ class DecoderCosts(DecoderParts):
         return crops * (crop_length * weights + pairs - spared), image * project
 
     def encoder_facts(
-        self, model: nn.Module, needs: frozenset[str], image: int, place: str
+        self, model: nn.Module, needs: frozenset[str], image: int, device: str
     ) -> Encoder | None:
         if not needs:
             return None
@@ -132,7 +133,7 @@ class DecoderCosts(DecoderParts):
         shapes["queries_BNC"] = shapes["keys_BNC"]
         shapes["last_keys_BNC"] = shapes["features_BND"]
         return Encoder(
-            **{name: torch.ones(shapes.get(name, (1, image)), device=place) for name in needs}
+            **{name: torch.ones(shapes.get(name, (1, image)), device=device) for name in needs}
         )
 
 

@@ -66,6 +66,9 @@ class DecoderAdapter(DecoderCosts):
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        return super().tower_attentions(model) if self.reads_tower else {}
+
     def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         """What the vision tower knows of the image tokens of every crop [R,I,...]: fields of
         `Encoder`."""
@@ -140,9 +143,15 @@ class DecoderAdapter(DecoderCosts):
         """Change what is peculiar to the family."""
 
     def shape(self, model: nn.Module) -> ModelShape:
-        shape = super().shape(model)
+        shape, attentions = super().shape(model), self.tower_attentions(model)
         return replace(
-            shape, last=shape.depth - 2, proportional=False, encoder=True, co_attention=None
+            shape,
+            last=shape.depth - 2,
+            proportional=False,
+            encoder=True,
+            co_attention=None,
+            encoder_depth=max(attentions, default=0),
+            encoder_layers=tuple(attentions),
         )
 
     def check(self, reducer: Reducer) -> None:

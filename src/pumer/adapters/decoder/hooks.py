@@ -59,11 +59,11 @@ class DecoderHooks:
         self.trunk: Any = spec.trunk(model)
         self.language: Any = spec.language(model)
         self.key_layers = spec.key_layers(model)
-        self.capture = VisionCapture(patch.reducer.traits.needs_encoder)
+        self.capture = VisionCapture(patch.reducer.traits)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
         self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
-        self.keeps_embeddings = reducer.traits.needs_embeddings
+        self.traits = reducer.traits
         self._install(model)
 
     def _install(self, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ class DecoderHooks:
         for layer_index, layer in enumerate(language.layers):
             before_layer = partial(self._before_layer, layer_index)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-            if layer_index in self.acts_after:
+            if layer_index in self.acts_after and self.traits.needs_qk:
                 # The log-sum-exp serves causal attention alone: where all tokens see each other it
                 # sums over words of the answer, too, which must not guide.
                 decoder_attention.capture_qk(
@@ -184,7 +184,7 @@ class DecoderHooks:
         if layer_index < len(state.layouts):  # computed again for its gradients: the plan stands
             plan = state.plans[layer_index]
             return states_BKD if plan is None else plan.to(states_BKD.device).reduce(states_BKD)
-        if layer_index == 0 and self.keeps_embeddings:
+        if layer_index == 0 and self.traits.needs_embeddings:
             state.embeddings_BSD = states_BKD.detach()
         plan, layer = None, layer_index - 1
         if layer in self.acts_after or (
@@ -194,6 +194,8 @@ class DecoderHooks:
                 self.patch, state, layer, states_BKD, self.spec.causal
             )
         assert state.layout is not None
+        if self.traits.needs_input and layer_index in self.acts_after:
+            state.layer_input_BKD = states_BKD.detach()
         state.layouts.append(state.layout)
         state.plans.append(plan)
         state.widths.append(states_BKD.shape[1])

@@ -51,7 +51,8 @@ class Llama4Adapter(DecoderAdapter):
         return linear_weights(self.trunk(model).language_model.lm_head)
 
     def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
-        captured.heads = [(queries.roll(1, 2), keys.roll(1, 2)) for queries, keys in captured.heads]
+        for heads in (captured.heads, captured.middle_heads):
+            heads[:] = [(queries.roll(1, 2), keys.roll(1, 2)) for queries, keys in heads]
         return super().vision_facts(trunk, captured)
 
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:

@@ -67,6 +67,9 @@ class LlavaAdapter(DecoderAdapter):
             grid, depth = self.default_grid(model), self.tower_depth(model)
             patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        return super().tower_attentions(model) if is_a(self.vision(model), TOWERS) else {}
+
     def last_attention(self, model: nn.Module) -> Any:
         return tower_layers(self.vision(model))[-1].self_attn
 
@@ -132,15 +135,15 @@ class _Packed(LlavaAdapter):
                 name: value[image_index][patch_NI.to(value[image_index].device)]
                 for name, value in facts.items()
             }
-            grid = self.default_grid(trunk) if shapes[image_index][0] == 1 else None
-            crop_I = crops[image_index][~structure] if shapes[image_index][0] > 1 else None
+            grid, several = self.default_grid(trunk), shapes[image_index][0] > 1
             images.append(
                 ImageSpan(
                     len(mark),
                     structure,
-                    grid,
+                    None if several else grid,
                     Encoder(**encoder) if encoder else None,
-                    crop_I=crop_I,
+                    crop_I=crops[image_index][~structure] if several else None,
+                    crop_grids=_crop_grids(structure, crops[image_index], grid) if several else (),
                 )
             )
         return images
@@ -239,6 +242,24 @@ def _crops(shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor
     marks = [torch.eye(most)[: shape[0], None].repeat(1, shape[1], 1) for shape in shapes]
     packed, _ = assemble(marks, image_newline=torch.zeros(most))
     return [share_NC.argmax(1) for share_NC in packed]
+
+
+def _crop_grids(structure: Tensor, crop_N: Tensor, thumbnail: Grid) -> tuple[Grid | None, ...]:
+    """Rows and columns of the patches of every crop, of which parts may have been cut off.
+
+    Args:
+        structure: bool, the ends of rows.
+        crop_N: the crop of every token, the thumbnail first, which has no ends of rows.
+        thumbnail: its rows and columns.
+    """
+    row_N = structure.long().cumsum(0)
+    grids: list[Grid | None] = []
+    for crop in range(int(crop_N.max()) + 1):
+        row_I = row_N[(crop_N == crop) & ~structure]
+        rows = len(row_I.unique()) if crop else thumbnail[0]
+        grid = (rows, len(row_I) // max(rows, 1))
+        grids.append(grid if grid[0] * grid[1] == len(row_I) else None)
+    return tuple(grids)
 
 
 def _assembled(

@@ -52,6 +52,12 @@ class DecoderParts(Adapter):
         `tower_attention`."""
         return None
 
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        """The attention of the layers of the vision tower that see the whole image, by the layer's
+        number from 1."""
+        layers = tower_layers(self.vision(model))
+        return {index + 1: named(layer, ATTENTION) for index, layer in enumerate(layers)}
+
     def has_class_token(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""
         return False

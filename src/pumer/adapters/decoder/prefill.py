@@ -85,7 +85,8 @@ def begin_prefill(
         num_features: image features in all, one for each placeholder.
 
     Raises:
-        ValueError: for placeholders that do not match the images.
+        ValueError: for placeholders that do not match the images, and for prompts of which nothing
+            would be left.
     """
     batch, state.length = image_BS.shape
     device, inputs = image_BS.device, state.inputs
@@ -131,6 +132,15 @@ def begin_prefill(
             num_hidden, num_placeholders, num_patches, strict=True
         )
     ]
+    reducer = state.hooks.patch.reducer
+    for sample, (patches, text, hidden) in enumerate(
+        zip(num_patches, num_text, state.num_hidden, strict=True)
+    ):
+        if reducer.traits.drops_image and patches and not text + hidden:
+            raise ValueError(
+                f"prompt {sample} is only an image, of which {reducer.name} leaves no token: add "
+                "words to the same call, or choose another reducer"
+            )
     patch_BS = patch_mask(image_BS, state.images)
     state.layout = TokenLayout(
         index_BK=torch.arange(state.length, device=device).expand(batch, state.length),
@@ -254,7 +264,14 @@ def group_crops(
         encoder = join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1))
         lengths = torch.tensor([part.length for part in parts])
         crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        images.append(ImageSpan(int(lengths.sum()), encoder=encoder, crop_I=crop_I))
+        images.append(
+            ImageSpan(
+                int(lengths.sum()),
+                encoder=encoder,
+                crop_I=crop_I,
+                crop_grids=tuple(part.grid for part in parts),
+            )
+        )
     return images, [sample_index[group[0]] for group in groups]
 
 

@@ -32,6 +32,8 @@ class ImageSpan:
         merged: the plan by which patches were merged in the vision tower or before the projector,
             of one row; None if they were not.
         crop_I: of several crops that of every patch, int64 on the host; None if there is one.
+        crop_grids: of several crops rows and columns of each, None for one whose patches in raster
+            order are no grid.
     """
 
     length: int
@@ -40,6 +42,7 @@ class ImageSpan:
     encoder: Encoder | None = None
     merged: Plan | None = None
     crop_I: Tensor | None = None
+    crop_grids: tuple[Grid | None, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -248,6 +251,8 @@ class ForwardState:
         plans: from the layout before to that of every layer; None where nothing was reduced there.
         widths: tokens that the states of these layers really have.
         embeddings_BSD: states before layer 0, where the reducer reads them.
+        layer_input_BKD: what the layer was given after which the reducer acts next, where it reads
+            that.
         attention: of the layers after which the reducer acts, until it has acted.
         memo: what `memoize` has computed, with what it was computed from.
         entry: (text, image, grid) before anything was reduced.
@@ -273,6 +278,7 @@ class ForwardState:
     plans: list[Plan | None] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     embeddings_BSD: Tensor | None = None
+    layer_input_BKD: Tensor | None = None
     attention: dict[int, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     entry: tuple[int, int, Grid | None] | None = None

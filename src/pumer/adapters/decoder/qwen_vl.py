@@ -44,8 +44,13 @@ class QwenVLAdapter(AnySizeAdapter):
 
     def tower_attention(self, model: nn.Module) -> Any:
         # The last block; in Qwen2.5-VL the last one that sees the whole image.
+        attentions = self.tower_attentions(model)
+        return attentions[max(attentions)]
+
+    def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
+        attentions = super().tower_attentions(model)
         full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
-        return self.vision(model).blocks[max(full) if full else -1].attn
+        return {index + 1: attentions[index + 1] for index in sorted(full)} if full else attentions
 
     def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
         tower = self.vision(trunk)

@@ -102,7 +102,8 @@ def image_rows(
         for crop in image.crop_I.unique().tolist():
             patch_I = (image.crop_I == crop).nonzero()[:, 0]
             encoder = None if image.encoder is None else image.encoder.at(patch_I)
-            result.append(Row(sample, first + patch_I, None, encoder))
+            grid = image.crop_grids[crop] if image.crop_grids else None
+            result.append(Row(sample, first + patch_I, grid, encoder))
     return result
 
 
@@ -154,7 +155,8 @@ def view_images(
 def view_samples(
     state: ForwardState, layout: TokenLayout, layer: int, states_BKD: Tensor, causal: bool
 ) -> View:
-    """What a reducer sees after a layer: every sample, and the attention of that layer.
+    """What a reducer sees after a layer: every sample, and the attention of that layer where it
+    reads it.
 
     Args:
         state: of the call.
@@ -173,7 +175,14 @@ def view_samples(
     )
     tokens = _tokens(state, layout, layer, states_BKD, causal, None, index_BN, valid_BN, grids)
 
-    attention = state.attention.pop(layer)
+    if state.layer_input_BKD is not None:
+        input_BKD, state.layer_input_BKD = state.layer_input_BKD, None
+        input_BND = tokens_at(input_BKD.to(index_BN.device), index_BN)
+        tokens = replace(tokens, input_BND=input_BND)
+    attention = state.attention.pop(layer, None)
+    if attention is None:  # the reducer reads neither queries nor keys
+        embeddings = _embeddings(state, layout, index_BN[:, :text])
+        return View(replace(tokens, embeddings=embeddings), index_BN, valid_BN)
     queries_BHKC = attention.queries_BHKC
     keys_BhKC = attention.keys_BhLC[:, :, -layout.index_BK.shape[1] :]  # without the cached ones
     repeats = queries_BHKC.shape[1] // keys_BhKC.shape[1]

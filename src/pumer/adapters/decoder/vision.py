@@ -22,12 +22,14 @@ from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
+from pumer.reducers.base import Traits
 from pumer.reducers.tokens import Encoder
 
 CLASS_ATTENTION = "class_attention_BN"
 LAST_CLASS_ATTENTION, LAST_KEYS = "last_class_attention_BN", "last_keys_BNC"
 OF_LAST_LAYER = frozenset({LAST_CLASS_ATTENTION, LAST_KEYS})
 RECEIVED, GIVEN = "received_BN", "given_BN"
+MIDDLE_RECEIVED = "middle_received_BN"
 AT_ONCE = 256
 """Queries whose attention to all patches is there at one time."""
 
@@ -36,10 +38,10 @@ _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=Non
 
 
 class VisionCapture:
-    """Captures queries and keys of one layer of a vision tower, and the input of the projector."""
+    """Captures queries and keys of layers of a vision tower, and the input of the projector."""
 
-    def __init__(self, needs: frozenset[str]) -> None:
-        self.needs = needs
+    def __init__(self, traits: Traits) -> None:
+        self.needs, self.middle_layer = traits.needs_encoder, traits.middle_layer
 
     def install(self, patch: Patch, spec: DecoderSpec, model: nn.Module) -> None:
         """Hook in, if a reducer needs anything."""
@@ -56,6 +58,10 @@ class VisionCapture:
             watched = {"heads": attention}
             if self.needs & OF_LAST_LAYER and spec.last_attention(model) not in (None, attention):
                 watched["last_heads"] = spec.last_attention(model)
+            if MIDDLE_RECEIVED in self.needs and self.middle_layer is not None:
+                middle = spec.tower_attentions(model)[self.middle_layer]
+                if middle is not attention:
+                    watched["middle_heads"] = middle
             for name, module in watched.items():
                 decoder_attention.capture_qk(
                     patch, module, partial(self._on_qk, name), "vision_config"
@@ -129,6 +135,7 @@ def vision_features(
     facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
     if captured.heads:
         facts |= attention_of(needs, *captured.heads[-1], tower)
+        facts |= received_in_middle(needs, *(captured.middle_heads or captured.heads)[-1], tower)
     if captured.last_heads:
         facts |= all_heads_as_one(needs, *captured.last_heads[-1], tower)
     return {name: facts[name] for name in needs}
@@ -164,6 +171,16 @@ def attention_of(
         ]
         facts[GIVEN] = torch.cat(paid, 1)[:, int(first) :]
     return facts
+
+
+def received_in_middle(
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+) -> dict[str, Tensor]:
+    """What `Encoder` says of the layer that a reducer names; arguments as for `attention_of`."""
+    if MIDDLE_RECEIVED not in needs:
+        return {}
+    facts = attention_of(frozenset({RECEIVED}), queries_RHPC, keys_RHPC, first)
+    return {MIDDLE_RECEIVED: facts[RECEIVED]}
 
 
 def all_heads_as_one(

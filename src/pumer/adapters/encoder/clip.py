@@ -57,7 +57,7 @@ class Encoded:
 def encode(vision: Any, pixel_values: Tensor, patch: Patch) -> Encoded:
     """The normed tokens of a `CLIPVisionModel` after its last layer, reduced by the tower's
     reducer."""
-    reducer = patch.reducer.traits.vision_reducer
+    reducer = patch.traits.vision_reducer
     grid = tuple(side // vision.config.patch_size for side in pixel_values.shape[-2:])
     if reducer is None:
         states = vision(pixel_values, interpolate_pos_encoding=True).last_hidden_state
@@ -81,7 +81,7 @@ def layers(
         patch: of the model.
         grid: rows and columns of patches.
     """
-    reducer = patch.reducer.traits.vision_reducer
+    reducer = patch.traits.vision_reducer
     assert reducer is not None
     states = vision.pre_layrnorm(embedded_BID)
     ones = torch.ones(states.shape[:2], device=states.device)

@@ -36,10 +36,10 @@ def _block(
     attended, image_keys, layout, queries, attention = _attend_to(
         layer, patch, layer_index, "text_cross", attended, image, layout
     )
-    if not patch.reducer.traits.post_layer:
+    if not patch.traits.post_layer:
         before = layout.text
         keys = torch.cat([text_keys, image_keys], dim=2)
-        shown = attention if patch.reducer.traits.needs_attention else None
+        shown = attention if patch.traits.needs_attention else None
         attended, image, layout, plan = _reduce(
             patch, layer_index, attended, image, layout, queries, keys, shown
         )
@@ -54,7 +54,7 @@ def _block(
         layer, patch, layer_index, "image_cross", image, other_text, layout
     )[:3]
     text, image = new_text, _feed_forward(layer.image, image)
-    if patch.reducer.traits.post_layer:
+    if patch.traits.post_layer:
         text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
     return text, image, layout
 

@@ -84,7 +84,7 @@ def joint_layout(
     sizes_BN = torch.ones_like(mask_BN, dtype=torch.float32)
     if sizes_BI is not None:
         sizes_BN = torch.cat([sizes_BN[:, : mask_BT.shape[1]], sizes_BI], dim=1)
-    if patch.reducer.traits.official:  # the published code works with fractional masks
+    if patch.traits.official:  # the published code works with fractional masks
         mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
     return EncoderLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
 
@@ -116,10 +116,10 @@ def attend(
         is_self_attention: whether the keys are the queries' own tokens.
         padded: whether there may be padding among the keys although nothing was reduced.
         dropout: of the probabilities.
-        probabilities: whether somebody wants them; a reducer that needs them gets them anyway.
+        probabilities: whether to compute them, even if the reducer does not need them.
         head_mask: 1 or 0 for every head, [B,H]; None for all heads.
     """
-    traits, mask = patch.reducer.traits, layout.mask_BN[:, keys_at]
+    traits, mask = patch.traits, layout.mask_BN[:, keys_at]
     attention: Tensor | None
     if layout.gate_BN is not None:
         context, attention = kernels.attend_gated(

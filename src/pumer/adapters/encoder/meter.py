@@ -14,16 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import (
-    Adapter,
-    Patch,
-    ReductionStep,
-    attention_and_mlp_lengths,
-    config_of,
-    head_macs,
-    is_a,
-    register,
-)
+from pumer.adapters.base import Adapter, Patch, ReductionStep, config_of, is_a, register
 from pumer.adapters.encoder import clip as tower
 from pumer.adapters.encoder import joint
 from pumer.adapters.encoder import reduce as encoder
@@ -32,6 +23,7 @@ from pumer.adapters.encoder.co_attention import run_layer
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import max_length
+from pumer.adapters.macs import attention_and_mlp_lengths, head_macs
 from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
@@ -144,7 +136,7 @@ def _encode_text(
     its mask, which is not cut."""
     text = TextInputs(*args, **kwargs)
     given_mask = attention_mask = text.mask
-    official = patch.reducer.traits.official  # the published code counts padded text
+    official = patch.traits.official  # the published code counts padded text
     if patch.trim and pooled and not official and not torch.compiler.is_compiling():
         length = int(max_length(attention_mask))
         text, attention_mask = text.trimmed(length), attention_mask[:, :length]
@@ -192,6 +184,7 @@ def _fuse(
     encoded: Encoded = repeat_images(
         image if isinstance(image, Encoded) else Encoded(image), text_BTD, texts_per_image
     )
+    # The joint layout of the trimmed text and the image, as the tower has reduced it.
     encoded, given_text, trimmed = encoded.to(text_BTD.device), mask_BT.shape[1], text_BTD.shape[1]
     mask_BT = mask_BT.to(text_BTD.device)[:, :trimmed]
     layout = _layout(patch, mask_BT, encoded)
@@ -215,6 +208,7 @@ def _fuse(
             full_length = _expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
+    # For `report`, `kept` and the budget loss.
     patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
     # Without any image token, zeros are pooled.

@@ -122,10 +122,11 @@ def reduce(
         queries_BHNC, keys_BHNC, attention_BHNN, cross: as in `Tokens`.
         tower: whether the vision tower's reducer acts.
     """
-    reducer = patch.reducer.traits.vision_reducer if tower else patch.reducer
+    reducer = patch.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
     if patch.bypassed or not reducer.reduces_at(layer):
         return states_BND, layout, None
+    # What the reducer sees. The grid of patches is complete only before the first reduction.
     traits, unreduced = reducer.traits, layout.plan is None
     tokens = Tokens(
         mask_BN=layout.mask_BN,
@@ -144,6 +145,7 @@ def reduce(
         gate_BN=layout.gate_BN,
         progress=patch.progress,
     )
+    # In training a learned reducer only records its decisions.
     learned: Learned | None = traits.learned
     if learned is not None and tokens.part is not None and tokens.part.training:
         decision = learned.gate(tokens)
@@ -158,6 +160,7 @@ def reduce(
             plan, text = plan.cut(text, lengths), lengths[0]
     if patch.steps is not None and not tower:
         patch.steps.append(ReductionStep(layer, layout.text, plan, layout.grid, layout.patch_BS))
+    # The layout of the tokens that are left.
     entered_BI = layout.entered_BI
     if entered_BI is None and layer != EMBEDDINGS:
         entered_BI = tokens.valid_BN[:, layout.text + tokens.num_prefix_tokens :]
@@ -214,7 +217,7 @@ def head_mask(
         queries_BQD, keys_BKD: states that queries and keys are computed from.
         queries_at, keys_at: where these are on the token axis.
     """
-    learned: Learned | None = patch.reducer.traits.learned
+    learned: Learned | None = patch.traits.learned
     if patch.bypassed or learned is None or not (learned.trims_heads and learned.reduces_at(layer)):
         return None, layout
     weight_BN = layout.mask_BN.float() if layout.gate_BN is None else layout.gate_BN

@@ -15,21 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pumer.adapters.base import (
-    Adapter,
-    Patch,
-    attention_and_mlp_lengths,
-    config_of,
-    head_macs,
-    is_a,
-    register,
-)
+from pumer.adapters.base import Adapter, Patch, config_of, is_a, register
 from pumer.adapters.encoder import inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.patches import embed_patches
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one, max_length, run_block
+from pumer.adapters.macs import attention_and_mlp_lengths, head_macs
 from pumer.reducers import EMBEDDINGS
 
 POOLED = (
@@ -60,7 +53,7 @@ class ViltAdapter(Adapter):
         vilt = _vilt(model)
         patch.replace(vilt, "forward", _forward, patch, is_a(model, POOLED))
         patch.wrap(vilt.embeddings, "forward", _embed)
-        official = patch.reducer.traits.official
+        official = patch.traits.official
         for layer_index, layer in enumerate(vilt.encoder.layer):
             patch.replace(layer, "forward", _layer, patch, layer_index)
             patch.replace(layer.intermediate, "forward", _intermediate)
@@ -243,7 +236,7 @@ def _embed_trimmed(
         ).tolist()
         image_embeds, image_mask = image_embeds[:, :image_length], image_mask[:, :image_length]
         patch_BI = None if patch_BI is None else patch_BI[:, :image_length]
-        if pooled and not patch.reducer.traits.official:  # the published code counts padded text
+        if pooled and not patch.traits.official:  # the published code counts padded text
             text, text_mask = text.trimmed(text_length), text_mask[:, :text_length]
     text_embeds = embeddings.text_embeddings(**text.embedded)
     # Both with the embedding of their modality, text first: [B,T+I,D].
@@ -269,6 +262,7 @@ def _encode(
 
     `text`: text tokens of the input, before trimming.
     """
+    # Before the first layer.
     entry = (*start[1].lengths, start[1].grid)
     states, layout, _ = encoder.reduce(patch, EMBEDDINGS, *start)
     del start
@@ -277,6 +271,7 @@ def _encode(
         [],
         [layout.lengths],
     )
+    # Every layer returns fewer tokens, or as many, with their layout.
     for layer in vilt.encoder.layer:
         states, layout, attention = layer(states, layout, attentions)
         lengths.append(layout.lengths)
@@ -284,6 +279,7 @@ def _encode(
             all_states.append(layout.expand(states))
         if attentions:
             all_attentions.append(attention)
+    # For `report`, `kept` and the budget loss.
     patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(entry[0], text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
     return (
@@ -320,7 +316,7 @@ def _block(
         layer, patch, layer_index, states, layout, attentions
     )
     states = layer.output(layer.intermediate(layer.layernorm_after(states)), states)
-    if patch.reducer.traits.post_layer:
+    if patch.traits.post_layer:
         states, layout, _ = encoder.reduce(patch, layer_index, states, layout)
     return states, layout, attention
 
@@ -341,8 +337,8 @@ def _attend_and_reduce(
     )
     states, queries, keys, attention = _attend(layer, patch, states, layout, attentions, head_mask)
     # Without `needs_attention` reducers score by queries and keys: the kernel makes no difference.
-    shown = attention if patch.reducer.traits.needs_attention else None
-    if not patch.reducer.traits.post_layer:
+    shown = attention if patch.traits.needs_attention else None
+    if not patch.traits.post_layer:
         states, layout, _ = encoder.reduce(patch, layer_index, states, layout, queries, keys, shown)
     return states, layout, attention if attentions else None
 

@@ -61,7 +61,7 @@ def work(planned: Report) -> dict[str, float]:
     forwards_per_example, parts = planned.forwards_per_example, planned.parts
     counts, tower = [sum(pair) for pair in planned.lengths], planned.tower[:-1]
     return {
-        "forward": 1.0,  # and whatever else no reducer changes
+        "forward": 1.0,  # and everything else that no reducer changes
         "towers": sum(parts.get(part, 0) for part in TOWERS),
         "tower tokens": forwards_per_example * sum(tower),
         "tower pairs": forwards_per_example * sum(n * n for n in tower),

@@ -133,7 +133,7 @@ class Answer:
             layer.keys.nbytes + layer.values.nbytes for layer in kv_cache.find(output).layers
         )
         while len(generated) < self.tokens:
-            # The prompts are of one length, so that nothing is to be masked.
+            # The prompts have one length, so no mask is needed.
             output = self.net(
                 input_ids=generated[-1],
                 use_cache=True,

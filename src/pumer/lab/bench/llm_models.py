@@ -73,7 +73,7 @@ def _qwen(layers: int = 28, tower_layers: int = 32) -> Qwen2_5_VLConfig:
         "out_hidden_size": 3584,
         "intermediate_size": 3420,
         "num_heads": 16,
-        # Every eighth block sees the whole image, the others windows of it.
+        # Every eighth block attends to the whole image, the others to windows.
         "fullatt_block_indexes": list(range(7, tower_layers, 8)) or [tower_layers - 1],
     }
     text = _QWEN | {"vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope}
@@ -220,7 +220,7 @@ def inputs(
         raise ValueError(
             f"no prompts are known for {config.model_type}; there are shapes {', '.join(SHAPES)}"
         )
-    # Ids that mean something lie next to that of the placeholder.
+    # Special tokens have ids next to the placeholder's.
     words = torch.randint(3, image - 16, (batch, text + sum(around)), generator=generator)
     first = text // 2 + around[0]
     ids = torch.cat(

@@ -68,7 +68,7 @@ class _LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = _storage(tensor)
-                # What shares memory with an argument is a view of it or was written in place.
+                # Memory shared with an argument: a view of it, or an in-place result.
                 if storage._cdata not in input_storages:
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))

@@ -82,7 +82,7 @@ def bench(
             for name, variant in nets.items()
         }
         timings = alternate(calls, settings.runs, max(warmup, 1), device, progress)
-        # At once: the forwards below, which are watched, may have other lengths.
+        # Now: the watched forwards below may have other lengths.
         macs = _macs(nets, data)
         watched = calls if memory and not (settings.compiled and device == "cpu") else {}
         peaks = {name: peak_activations(call, device) for name, call in watched.items()}
@@ -190,8 +190,7 @@ def _macs(nets: dict[str, nn.Module], data: dict[str, Tensor]) -> dict[str, int]
     patch = active(nets[FUSED])
     assert patch is not None
     assert patch.entry is not None
-    # Stock ViLT cuts padded images to the longest of the batch too, but no stock model ever cuts
-    # the text.
+    # Stock ViLT also trims padded images to the longest of the batch, but never the text.
     stock = report(nets[STOCK], data["input_ids"].shape[1], patch.entry[1]).macs
     return {
         STOCK: stock,

@@ -165,7 +165,9 @@ def bench_training(
     with using_threads(settings.threads):
         net = models.build(model).to(device)
         if find(net).tower_depth(net):
-            net.set_attn_implementation(attention)  # of the towers, which the adapter leaves alone
+            net.set_attn_implementation(
+                attention
+            )  # of the towers, which the adapter does not change
         size = models.image_size(model)
         data = models.inputs(net, settings.batch, size, settings.text, REAL_TEXT)
         target = torch.rand(settings.batch, net.config.num_labels, device=device)
@@ -174,7 +176,7 @@ def bench_training(
         macs: dict[str, int] = {}
         for name, reducer in named.items():
             student = apply(copy.deepcopy(net), reducer, attention=attention).train()
-            optimizer = torch.optim.AdamW(student.parameters(), fused=True)  # as the Trainer has it
+            optimizer = torch.optim.AdamW(student.parameters(), fused=True)  # as in the Trainer
             for has_teacher in teachers:
                 calls[name, has_teacher] = _step(
                     student, teacher if has_teacher else None, optimizer, data, target
@@ -241,7 +243,7 @@ def _step(
         optimizer.step()
         optimizer.zero_grad(
             set_to_none=False
-        )  # allocated once, so that they are no part of a step's peak
+        )  # allocated once, so that they do not count in a step's peak
 
     return call
 
@@ -254,4 +256,4 @@ def _macs(student: nn.Module, base: int | None) -> int:
     learned = patch.reducer.traits.learned
     if learned is None or base is None:
         return (1 + _BACKWARD) * last_forward_macs(student)
-    return (2 if learned.self_distils else 1) * base  # trained parts are trained on all tokens
+    return (2 if learned.self_distils else 1) * base  # learned reducers train on all tokens

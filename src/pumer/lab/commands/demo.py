@@ -202,7 +202,7 @@ def _score_cells(rows: dict[str, dict[str, Any]], questions: int) -> Cells:
                 " ".join(str(image) for _, image in report.lengths[1:]),
             )
         )
-    title = f"Shipped ViLT, {questions} questions about unseen pictures"
+    title = f"Shipped ViLT, {questions} questions about unseen images"
     return Cells(title, columns, tuple(cells))
 
 

@@ -44,5 +44,5 @@ def study_(
         keep_models=keep_models,
         only=only,
         device=pick_device(device),
-        say=lambda text: screen.print(text, markup=False, highlight=False, soft_wrap=True),
+        log=lambda text: screen.print(text, markup=False, highlight=False, soft_wrap=True),
     )

@@ -106,7 +106,7 @@ def tune_(
         seed=seed,
         resume=resume,
         settings={"model": model, "weights": _weights(model), "task": task, "split": split},
-        progress=lambda line: screen.print(
+        log=lambda line: screen.print(
             line, style="dim", markup=False, highlight=False, soft_wrap=True
         ),
     )

@@ -57,9 +57,9 @@ def viz_(
         chosen = Example(0, question, (open_image(image),), None, 0)
     else:
         chosen = Scenes(questions=example + 1, seed=7).examples("test")[example]
-    ((shown, picture, title),) = shown_images(net, collator, chosen)
+    ((shown, drawn_on, title),) = shown_images(net, collator, chosen)
     with replacing(out, "wb") as file:
-        draw(shown, picture, title).save(file, format)
+        draw(shown, drawn_on, title).save(file, format)
     with replacing(Path(out).with_suffix(".json")) as file:
         file.write(shown.to_json())
     print(f"{visible(title)}\n{out} and {Path(out).with_suffix('.json')}")

@@ -215,7 +215,7 @@ def _environment(path: Path) -> Any:
         raise ValueError(
             f"{path} cannot be read as an LMDB file: {error}; make it again."
         ) from error
-    # It is mapped into memory: to touch a page that the file lacks would end the process.
+    # Memory-mapped: touching a page beyond the end of a truncated file would kill the process.
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if path.stat().st_size < needed:
         environment.close()

@@ -80,7 +80,7 @@ def _stream(source: bytes | str | Path) -> io.BytesIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     path = Path(source)
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may never end
         raise OSError("it is no regular file")
     return io.BytesIO(path.read_bytes())  # whole, so that no file stays open behind the image
 
@@ -101,7 +101,7 @@ def _no_half_images() -> Iterator[None]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:  # directly, Pillow warns
+    if image.mode == "P" and "transparency" in image.info:  # a direct conversion warns
         image = image.convert("RGBA")
     return image.convert("RGB")
 

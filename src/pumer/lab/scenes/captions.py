@@ -1,8 +1,8 @@
 """Captions of images: true, and specific enough to fit few other images.
 
-A caption names two or three objects, most by size, colour and shape, and says where some of them
-are. As it is kept as facts, whether it fits any other image can be told too; so can captions be
-made that are wrong in one thing.
+A caption names two or three objects, most of them by size, colour and shape, and where some of them
+are. It is stored as facts, so it can be tested on any other image, and changed to be wrong in one
+fact.
 """
 
 import random
@@ -34,8 +34,8 @@ _OPENINGS = ("", "", "the picture has ")
 
 @dataclass(frozen=True)
 class Fact:
-    """There is `what`; or exactly `number` of it if that is above one; in the half `way`, or that
-    way of `other`."""
+    """There is `what`, or exactly `number` of it if above one; in the half `way` of the image, or
+    in that direction from `other`."""
 
     what: Description
     number: int = 1
@@ -44,13 +44,14 @@ class Fact:
 
     @property
     def text(self) -> str:
+        """The fact in words."""
         said = one(self.what) if self.number == 1 else counted(self.number, self.what)
         if self.other is not None:
             return f"{said} {_BESIDE[str(self.way)]} {one(self.other)}"
         return said if self.way is None else f"{said} in the {HALVES[self.way]} half"
 
     def fits(self, view: SceneView) -> bool:
-        """Whether it can be said of an image; in the doubt it can."""
+        """Whether it may be said of an image; borderline cases count as fitting."""
         places = view.fits.get(self.what, ())
         if self.number > 1 or self.way is None:
             return len(places) == self.number if self.number > 1 else bool(places)
@@ -62,7 +63,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class SceneCaption:
-    """A caption: what it says, after an opening; `kind` is a key of KINDS."""
+    """A caption: facts after an opening; `kind` is a key of KINDS."""
 
     kind: str
     facts: tuple[Fact, ...]
@@ -70,11 +71,12 @@ class SceneCaption:
 
     @property
     def text(self) -> str:
+        """The caption in words."""
         return self.opening + ", and ".join(fact.text for fact in self.facts)
 
     def fits(self, view: SceneView) -> bool:
-        """Whether it can be said of an image; in the doubt, as of objects hardly left of each
-        other, it can."""
+        """Whether it may be said of an image; borderline cases, such as an object hardly left of
+        another, count as fitting."""
         return all(fact.fits(view) for fact in self.facts)
 
 
@@ -88,7 +90,7 @@ def describe(view: SceneView, dice: random.Random, number: int = 5) -> list[Scen
 
 
 def mistake(caption: SceneCaption, view: SceneView, dice: random.Random) -> SceneCaption:
-    """The caption with one thing changed, so that it does not fit the image any more."""
+    """The caption with one fact changed, so that it no longer fits the image."""
     while True:
         facts = list(caption.facts)
         fact_index = int(dice.random() * len(facts))
@@ -148,7 +150,7 @@ def _halves(view: SceneView, dice: random.Random, order: Sequence[int]) -> list[
 def _related(
     view: SceneView, dice: random.Random, order: Sequence[int], caption_kind: str
 ) -> list[Fact]:
-    """One object beside another and, but for the kind "pair", something else before or after."""
+    """One object beside another and, except for the kind "pair", another fact before or after."""
     what, other = order[:2]
     ways = [way for way in WAYS if view.towards[way][what] - view.towards[way][other] >= APART]
     said = "zcs" if caption_kind == "pair" else pick(dice, ("zcs", "cs"))

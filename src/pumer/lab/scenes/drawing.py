@@ -1,10 +1,10 @@
 """Images of coloured, textured, partly overlapping shapes, drawn in batches.
 
-Image `i` of seed `s` is always the same, whatever batch, device or order it is drawn in: every
-random number is a splitmix64 hash of (s, i, slot), and everything that depends on the image is
-integer arithmetic, but for the distances used to place objects. To be fast, shapes are drawn once
-from their signed distances into an atlas of stamps (shape x radius x angle x texture); an image is
-ten stamps laid on a canvas, later ones on top.
+Image `i` of seed `s` is always the same, in any batch, order and on any device: every random number
+is a splitmix64 hash of (s, i, slot), and everything that depends on the image is integer
+arithmetic, except the distances used to place objects. For speed, shapes are drawn once from their
+signed distances into an atlas of stamps (shape x radius x angle x texture); an image is up to ten
+stamps on a canvas, later ones on top.
 
 Shape suffixes: B images, K objects (10), C candidate places, S side in pixels, W stamp side, N
 patches.
@@ -33,13 +33,13 @@ _REACH = 1.25  # the farthest any shape extends from its centre, in radii
 _CANDIDATES = 8
 _COVER_LIMIT = 0.33  # estimated share of an object that later ones may cover
 _MIN_VISIBLE = 0.5
-_CHUNK = 32  # images a step on CPU, so that a step's arrays stay in the cache
+_CHUNK = 32  # images a step on CPU, so that its arrays stay in the cache
 _MIN_COVER = 0.25  # share of a patch that objects must cover for it not to be background
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of images and what is in them.
+    """A batch of images and the objects in them.
 
     `images` uint8 [B, 3, S, S]. `colour`, `shape`, `size`, `texture` (indices into COLOURS, SHAPES,
     SIZES, TEXTURES), `x`, `y` (centre, pixels from the left and from the top): int64 [B, 10].
@@ -65,11 +65,15 @@ def draw_scenes(
     image_size: int = 96,
     device: torch.device | str = "cpu",
 ) -> Scenes:
-    """Draw images number `index` of `seed`.
+    """Draw the images `index` of `seed`.
 
-    Each holds 4 to 10 objects. Every object is wholly inside the image and at least half visible:
-    one that later objects would cover further is left out of the image (in about one image in
-    fifty). Raises ValueError when `image_size` is below 32.
+    Each holds 4 to 10 objects. Every object is entirely inside the image and at least half visible:
+    one that later objects would cover further is omitted (in about one image in fifty). Raises
+    ValueError when `image_size` is below 32.
+
+    >>> scenes = draw_scenes(7, [0, 1], image_size=64)
+    >>> scenes.images.shape
+    torch.Size([2, 3, 64, 64])
     """
     if image_size < 32:
         raise ValueError(
@@ -100,11 +104,10 @@ def patch_targets(scenes: Scenes, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
-    """Way from each patch's middle to the middle of the object that covers most of it: int64 [B, N,
-    2], in pixels.
+    """Offset from each patch's centre to that of the object covering most of it: int64 [B, N, 2].
 
-    Across, then down; 0 on background.
-    Raises ValueError when `patch_size` does not divide the image.
+    In pixels, across and down; 0 on background. Raises ValueError when `patch_size` does not divide
+    the image.
     """
     pixels_BNK = patch_pixels(scenes, patch_size)
     main_BN = pixels_BNK.argmax(-1)
@@ -117,7 +120,7 @@ def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
 
 
 def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
-    """How many pixels of each patch each object holds: int64 [B, N, 10], patches in raster order.
+    """Visible pixels of each object in each patch: int64 [B, N, 10], patches in raster order.
 
     Raises ValueError when `patch_size` does not divide the image.
     """

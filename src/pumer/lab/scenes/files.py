@@ -1,5 +1,4 @@
-"""The built-in images and questions as a VQAv2 data set on disk, for anything that reads the
-official files."""
+"""Write generated images and questions as a VQAv2 data set in the official files."""
 
 import json
 import os
@@ -30,10 +29,10 @@ def write_vqav2(
     image_size: int = 96,
     progress: bool = True,
 ) -> Path:
-    """Write images 0 .. `pictures` - 1 of `seed` under the folder `out` as VQAv2's official
-    files; returns it.
+    """Write images 0 .. `pictures` - 1 of `seed` to the folder `out` in VQAv2's official files;
+    returns it.
 
-    `out` is new, or has other splits that were written so.
+    `out` is new, or holds other splits written by this function.
 
     `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the
     images `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG. Image number i is image
@@ -73,7 +72,7 @@ def write_vqav2(
 
 
 def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:
-    """The numbers some at a time; `progress` shows a bar if stderr is a terminal."""
+    """The numbers in batches; `progress` shows a bar if stderr is a terminal."""
     parts = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
     return track(
         parts, what, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())
@@ -81,8 +80,7 @@ def batches(numbers: range, what: str, progress: bool) -> Iterable[range]:
 
 
 def save(image: Tensor, path: Path) -> None:
-    """Write an image, uint8 [3, S, S], as PNG: unlike JPEG it keeps it as drawn; readers must take
-    either."""
+    """Write an image, uint8 [3, S, S], as PNG, which unlike JPEG is lossless."""
     # The noise hardly compresses, so that higher levels cost time and save nothing.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
 
@@ -119,7 +117,7 @@ def _write(
 
 
 def _annotation(question: SceneQuestion) -> dict[str, object]:
-    """What the annotations file says of a question, but for its ids."""
+    """A question's entry in the annotations file, without its ids."""
     answer = question.answer
     answer_type = "number" if answer.isdigit() else _ANSWER_TYPES.get(answer, "other")
     answer_row = {"answer": answer, "answer_confidence": "yes"}

@@ -1,17 +1,15 @@
-"""Hypotheses about one image, which it entails, contradicts or leaves open, as in visual
+"""Hypotheses about an image, which entails, contradicts or leaves them open, as in visual
 entailment (SNLI-VE).
 
-An image shows all there is, so that only a hypothesis about something that is not there is open:
-of an image without a star, "the star is red" is neither true nor false (Strawson, "On Referring",
-1950). A hypothesis is neutral where the image has no such thing, or not the number that the
-hypothesis speaks of; a contradiction where it has it, but other than said. Nothing is said of "the
-star" where there are several. There are no hypotheses that presuppose nothing ("there are two
-stars"), as none could be neutral.
+An image shows everything there is, so only a hypothesis about something absent is open: of an image
+without a star, "the star is red" is neither true nor false (Strawson, "On Referring", 1950). A
+hypothesis is neutral where the image lacks the object, or the number of objects, that it mentions;
+a contradiction where the object is there but differs. "The star" is used only where there is one.
+Hypotheses without such a presupposition ("there are two stars") are not used: none could be
+neutral.
 
-Three hypotheses go with three images, each image entailing one, contradicting one and leaving
-one open, each
-hypothesis being entailed by one image, contradicted by one and left open by one: neither words
-alone nor an image alone say anything about the label.
+Three hypotheses go with three images. Each image entails one, contradicts one and leaves one open,
+and the same holds for each hypothesis, so neither text nor image alone predicts the label.
 """
 
 import random
@@ -48,8 +46,8 @@ LABELS = ("contradiction", "neutral", "entailment")
 
 @dataclass(frozen=True)
 class SceneHypothesis:
-    """A sentence and what each of three images says of it, as places in LABELS; `kind` is a key
-    of KINDS."""
+    """A sentence and its label for each of three images, as indices of LABELS; `kind` is a key of
+    KINDS."""
 
     sentence: str
     labels: tuple[int, ...]
@@ -61,8 +59,7 @@ def suppose(
 ) -> tuple[SceneHypothesis, ...] | None:
     """Three hypotheses about three images, each of a kind drawn by weight.
 
-    Of another kind where the images allow none of that kind, and None where they allow none at
-    all.
+    Another kind is drawn where the images allow none of the first; None if they allow none at all.
     """
     one_way = pick(dice, (1, 2))
     for turn in (
@@ -130,7 +127,7 @@ _Case = tuple[str, dict[str, str]]
 def _subjects(
     no: SceneView, yes: SceneView, levels: Sequence[str]
 ) -> Iterator[tuple[Description, int, int]]:
-    """What both images have exactly one of, with its place in each."""
+    """Descriptions of exactly one object in both images, with its index in each."""
     for description, places in yes.fits.items():
         if len(places) == 1 == no.count(description) and level(description) in levels:
             yield description, no.fits[description][0], places[0]
@@ -138,6 +135,7 @@ def _subjects(
 
 def _trait(trait: str) -> Callable[[SceneView, SceneView, SceneView], Iterator[_Case]]:
     def cases(no: SceneView, open_: SceneView, yes: SceneView) -> Iterator[_Case]:
+        """Objects whose trait differs between the two images and that the third lacks."""
         for description, _, _ in _subjects(no, yes, _LEVELS[trait]):
             value = yes.values(description, trait)
             if value != no.values(description, trait) and not open_.count(description):

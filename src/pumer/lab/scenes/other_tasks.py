@@ -1,6 +1,6 @@
 """NLVR2, visual entailment and retrieval on generated images, made on the fly.
 
-The same images and sentences as official files come from `pumer data scenes`; the metrics are the
+`pumer data scenes` writes the same images and sentences in official files; the metrics are the
 official tasks'.
 """
 
@@ -33,12 +33,12 @@ from pumer.lab.tasks.retrieval import Pool, Retrieval
 from pumer.lab.tasks.snli_ve import SNLIVE
 
 _OTHERS = 8  # images that lend each other their captions
-_OTHER_SIZE = 32  # side of images of which only the captions are wanted
+_OTHER_SIZE = 32  # side of images drawn for their captions alone
 
 
 @dataclass(frozen=True)
 class SceneTask(Task):
-    """What the tasks share; examples are deterministic by seed and number.
+    """Base of the tasks; examples are deterministic by seed and index.
 
     Args:
         questions: examples in a split.
@@ -47,7 +47,7 @@ class SceneTask(Task):
     """
 
     official: ClassVar[Task]
-    """The task whose metric and files these are."""
+    """The task whose metric and prediction files are used."""
     questions: int = 5000
     image_size: int = 96
     seed: int = 0
@@ -58,13 +58,15 @@ class SceneTask(Task):
 
     @property
     def labels(self) -> Sequence[str]:
+        """Those of the official task."""
         return self.official.labels
 
     @abstractmethod
     def make(self, split: str, indices: list[int]) -> list[Example]:
-        """The examples with these numbers, their images drawn together."""
+        """The examples with these indices, drawn in one batch."""
 
     def examples(self, split: str) -> Sequence[Example]:
+        """The examples of a split, made when asked for."""
         self._seed(split)
         return MadeExamples(partial(self.make, split), self.questions)
 
@@ -100,8 +102,8 @@ class SceneTask(Task):
 class ScenesNLVR2(SceneTask):
     """Scenes-NLVR2: is a sentence true of two images? See `pumer.lab.scenes.statements`.
 
-    Four examples in turn share a sentence and four images, which are drawn anew for each if
-    examples are asked for in a random order.
+    Every four examples share a sentence and four images, which are drawn again for each example in
+    random access.
 
     Args:
         kinds: weight of every kind of sentence; the benchmark's own if not given.

@@ -1,9 +1,9 @@
-"""Template questions about the images of `scenes`, each about one or a few objects: most of the
-image does not matter to the answer, as in visual question answering and unlike in captioning.
+"""Template questions about generated images.
 
-A question never is ambiguous: "the small star" is said only where there is one. Where an answer
-could be guessed from the wording or from how often things occur, the answer is drawn first and a
-question for it looked for second.
+Each is about one or a few objects: most of the image is irrelevant to the answer, as in visual
+question answering and unlike in captioning. No question is ambiguous: "the small star" is used only
+where there is one. Where wording or frequencies could give the answer away, the answer is drawn
+first and then a question for it.
 """
 
 import random
@@ -66,14 +66,14 @@ _WORDINGS = {
     "x": ("is {the} on the left or right?", "which half is {the} in, left or right?"),
     "y": ("is {the} at the top or bottom?", "which half is {the} in, top or bottom?"),
 }
-# How much rarer than zero a count is among the images' possible count questions, roughly.
+# Roughly how much rarer each count is than zero among the possible count questions.
 _COUNT_WEIGHTS = (0.75, 0.75, 0.85, 1.3, 2.6, 6.0, 14.0)
-_TRIES = 4  # at a question that the image has not had yet
+_TRIES = 4  # at a question that the image does not have yet
 
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """A question, its answer and what it is about.
+    """A question, its answer and the objects it is about.
 
     `image_index` is the row in the batch of `Scenes`, `referents` are columns of its object table:
     the objects asked about, none where the answer is that there is none. `kind` is a key of KINDS.
@@ -97,8 +97,12 @@ def ask(
     """Ask `per_picture` questions about every image; `seed` and `index` as given to `draw_scenes`.
 
     Question j of an image depends on the seed, the image's index and j, not on the batch or on
-    `per_picture`. Questions of one image differ, but for very rare repeats. `kinds` gives every
-    kind its weight. Raises ValueError when `index` does not fit `scenes`.
+    `per_picture`. Questions of one image differ, with very rare exceptions. `kinds` are the weights
+    of the kinds. Raises ValueError when `index` does not fit `scenes`.
+
+    >>> from pumer.lab.scenes.drawing import draw_scenes
+    >>> len(ask(draw_scenes(7, [0, 1]), 7, [0, 1], per_picture=3))
+    6
     """
     numbers = torch.as_tensor(index).tolist()
     if len(numbers) != len(scenes.images):
@@ -122,8 +126,7 @@ def ask(
 
 
 def referent_targets(scenes: Scenes, questions: Sequence[SceneQuestion], patch_size: int) -> Tensor:
-    """Patches at least a quarter covered by what a question is about: bool [Q, N], patches in
-    raster order.
+    """Patches at least a quarter covered by a question's referents: bool [Q, N], in raster order.
 
     The patch that holds most of a referent always counts, so that none is lost between patches.
     Raises ValueError when `patch_size` does not divide the image.

@@ -1,12 +1,11 @@
 """Generated images as data sets on disk in the official files of NLVR2, SNLI-VE and Karpathy's
 retrieval splits.
 
-Every writer takes how many images each split gets and writes all splits; no image is in two of
-them. Splits take their numbers of the seed in turn, so that another first split moves the others.
+Every writer takes the number of images per split and writes all splits, which share no image.
+Splits use consecutive indices of the seed, so another size of the first split moves the others.
 `out` appears only when everything is written. `progress` shows a bar if stderr is a terminal.
-Images are PNG, whatever the official ones are. All writers return `out` and raise ValueError when
-it exists and is not empty, for splits that the data set does not have and for splits without a
-image.
+Images are PNG, whatever the official format. All writers return `out` and raise ValueError when it
+exists and is not empty, for unknown splits and for splits without images.
 """
 
 import itertools
@@ -33,7 +32,7 @@ SPLITS = {
     "coco": ("train", "restval", "val", "test"),
 }
 _PER_DIRECTORY = 100  # sets of NLVR2's training images
-_SIX = 16  # one image in so many has six captions in COCO's flavour, as some of COCO's have
+_SIX = 16  # one image in so many has six captions in COCO's flavour, as in COCO
 
 
 def write_nlvr2(
@@ -46,7 +45,7 @@ def write_nlvr2(
     """Write `{split}.json`, JSON objects by line, and `images/train/<directory>/`, `dev/`,
     `test1/`, `test2/`.
 
-    Four images make a set, begun ones are made whole: four pairs and one sentence.
+    Four images make a set, with four pairs and one sentence; incomplete sets are filled up.
     """
     with new_folder(out) as folder:
         for split, sets in _numbers("nlvr2", splits, 4):
@@ -107,7 +106,7 @@ def write_snli_ve(
 ) -> Path:
     """Write `snli_ve_{split}.jsonl` and `flickr30k_images/`.
 
-    Three images make a set, begun ones are made whole: three hypotheses for each, of all three
+    Three images make a set; incomplete sets are filled up: three hypotheses for each, of all three
     labels.
     """
     with new_folder(out) as folder:

@@ -1,4 +1,4 @@
-"""Sets of images of `scenes` that belong together because of what is said of them."""
+"""Sets of generated images that share sentences."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SceneSet(Generic[T]):
-    """What is `said` of the images in `rows` of a batch."""
+    """What is `said` of the images in `rows` of a batch: statements or hypotheses."""
 
     rows: range
     said: T
@@ -30,11 +30,11 @@ def draw_sets(
     *,
     image_size: int = 96,
 ) -> tuple[Scenes, dict[int, SceneSet[T]]]:
-    """Draw the sets number `index` of `seed`, of `size` images each, and say something of each.
+    """Draw sets of `size` images each, with sentences by `say`.
 
-    Where `say` finds nothing to say of a set's images, others are drawn for it. A set depends on
-    the seed and its number, not on the batch. Returns the images, in no particular order, and the
-    sets by number. Raises ValueError as `draw_scenes` does.
+    Where `say` returns None for a set's images, others are drawn. A set depends on the seed and its
+    index, not on the batch. Returns the images, in no particular order, and the sets by index.
+    Raises ValueError as `draw_scenes` does.
     """
     batches, sets, done = [], {}, 0
     missing = list(dict.fromkeys(index))

@@ -1,12 +1,11 @@
 """Sentences about two images, true or false of them, as in NLVR2.
 
-A sentence goes with four pairs made of four images and is true of exactly two of them, so that no
-words, alone or together, say anything about the label. In forms where that can be ("exactly one of
-the pictures has ...", sums, equal numbers, common traits) each image is once in a pair the
-sentence is true of and once in one it is false of: one image and the sentence say nothing either.
-With "both", "only the left", "more than" they must say something, as a left image without a star
-decides against a star in both; over all kinds, one image and the sentence are good for 65 % at
-most. One image, or both, without the sentence say next to nothing.
+A sentence goes with four pairs made of four images and is true of exactly two of them, so the text
+alone does not predict the label. In some forms ("exactly one of the pictures has ...", sums, equal
+numbers, common traits) each image is in one pair of either label, so one image with the sentence
+does not predict it either. With "both", "only the left" or "more than" it must: a left image
+without a star rules out a star in both. Over all kinds, one image with the sentence reaches 65 % at
+most. Images without the sentence reach little more than chance.
 """
 
 import functools
@@ -52,8 +51,7 @@ def state(
 ) -> SceneStatement | None:
     """A sentence that is true of two of the PAIRS of four images, of a kind drawn by weight.
 
-    Of another kind where the images allow none of that kind, and None where they allow none at
-    all.
+    Another kind is drawn where the images allow none of the first; None if they allow none at all.
     """
     untried = dict(kinds)
     while untried:
@@ -103,7 +101,7 @@ _FORMS = {
 _OWNERS = {"colour": ("s", "s", "zs"), "shape": ("c", "c", "zc"), "size": ("s", "c", "cs")}
 _SPELLED = {"colour": "color", "shape": "shape", "size": "size"}
 _EVEN = {"one", "sum", "equal", "same"}
-"""Forms that a single image need not tell anything about."""
+"""Forms in which a single image does not predict the label."""
 _RULES: dict[str, Callable[[int, int], bool]] = {
     "both": lambda on_left, on_right: bool(on_left and on_right),
     "one": lambda on_left, on_right: on_left != on_right,
@@ -122,7 +120,7 @@ _Said = tuple[str, list[bool]]  # the sentence and its labels
 def _say(
     statement_kind: str, form: str, scene_views: Sequence[SceneView], dice: random.Random
 ) -> _Said | None:
-    """Fill in a form at random; None where the images make no clear case of it."""
+    """Fill in a form at random; None where the images are no clear case."""
     wording = pick(dice, _WORDINGS[form])
     if form == "same":
         return _same(statement_kind, wording, scene_views, dice)

@@ -1,8 +1,7 @@
-"""Questions about generated images, made on the fly: the built-in benchmark, and endless training
+"""Questions about generated images, made on the fly: the built-in benchmark and unlimited training
 data.
 
-The same images as official VQAv2 files come from `pumer data scenes`; both are read with the same
-metric.
+`pumer data scenes` writes the same images in VQAv2's official files; the metric is the same.
 """
 
 from __future__ import annotations
@@ -38,8 +37,11 @@ class Scenes(Task):
         patch_size: if given, examples carry dense targets for patches of this size in
             `meta["patch_labels"]` (`dense_labels`), which only training uses.
         seed: added to the split's own seed.
-        kinds: weight of every kind of question, for training on what is hard; the benchmark's own
-            if not given.
+        kinds: weights of the kinds of questions, to train on hard ones; the benchmark's if not
+            given.
+
+    >>> Scenes(questions=4, image_size=32).examples("test")[0].images[0].size
+    (32, 32)
     """
 
     name: ClassVar[str] = "scenes"
@@ -57,15 +59,17 @@ class Scenes(Task):
 
     @property
     def labels(self) -> Sequence[str]:
+        """All possible answers."""
         return ANSWERS
 
     def examples(self, split: str) -> MadeExamples:
+        """The examples of a split, made when asked for."""
         if split not in SEEDS:
             raise ValueError(f"scenes have the splits {', '.join(SEEDS)}, not {split!r}")
         return MadeExamples(partial(self.make, SEEDS[split] + 10 * self.seed), self.questions)
 
     def make(self, seed: int, indices: list[int]) -> list[Example]:
-        """The examples of a seed with these numbers, their images drawn together."""
+        """The examples of a seed with these indices, drawn in one batch."""
         each = self.per_picture
         image_indices = sorted({index // each for index in indices})
         scenes = draw_scenes(seed, image_indices, image_size=self.image_size)
@@ -109,7 +113,7 @@ class Scenes(Task):
 
 
 class MadeExamples(Sequence[Example]):
-    """Examples made when asked for, many at a time where a loader asks for many."""
+    """Examples made on access, in batches where a loader asks for several."""
 
     def __init__(self, make: Callable[[list[int]], list[Example]], length: int) -> None:
         self._make, self._length = make, length
@@ -123,7 +127,7 @@ class MadeExamples(Sequence[Example]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Example]:
-        """The examples with these numbers, their images drawn together."""
+        """The examples with these indices, drawn in one batch."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError("example number out of range")
         return self._make(indices)
@@ -132,7 +136,7 @@ class MadeExamples(Sequence[Example]):
 def dense_labels(
     scenes: scene_data.Scenes, questions: Sequence[SceneQuestion], patch_size: int
 ) -> Tensor:
-    """What every patch shows and what that has to do with the question: int64 [Q, N, 7].
+    """Dense targets of every patch, its object and its relation to the question: int64 [Q, N, 7].
 
     Class of the colour and of the shape; whether the question is about it (1; 2 for the second
     object of a comparison); the way to the object's middle, across and down, in pixels; and for the

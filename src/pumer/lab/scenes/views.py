@@ -1,5 +1,4 @@
-"""One image of `scenes`, looked at by what can be said of its objects, and the words to say
-it."""
+"""The objects of a generated image, the descriptions that fit them, and the words for these."""
 
 import functools
 import random
@@ -10,14 +9,14 @@ import torch
 
 from pumer.lab.scenes.drawing import COLOURS, SHAPES, SIZES, Scenes
 
-MIDDLE = 0.08  # share of the side around the middle in which nothing is said to be in either half
+MIDDLE = 0.08  # share of the side around the middle where an object is in neither half
 APART = 0.10  # share of the side by which two objects must differ for a relation
 WAYS = ("left", "right", "above", "below")
 HALVES = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _PLURALS = {**{shape: shape + "s" for shape in SHAPES}, "cross": "crosses"}
 
-# A description is (size, colour, shape) with -1 for what is left unsaid.
+# A description is (size, colour, shape), -1 for each that it does not mention.
 Description = tuple[int, int, int]
 
 
@@ -42,8 +41,7 @@ class SceneView:
 
     @functools.cached_property
     def towards(self) -> dict[str, list[float]]:
-        """How far to the left, right, above and below of the middle every object is, in shares of
-        the side."""
+        """Distance of every object from the middle in each direction, in shares of the side."""
         right, below = (
             [(at - (self.side - 1) / 2) / self.side for at in places] for places in (self.x, self.y)
         )
@@ -55,7 +53,7 @@ class SceneView:
         }
 
     def count(self, description: Description) -> int:
-        """How many objects a description fits."""
+        """Number of objects that a description fits."""
         return len(self.fits.get(description, ()))
 
     def values(self, description: Description, trait: str) -> list[int]:
@@ -64,8 +62,7 @@ class SceneView:
         return [self.traits[k][column] for k in self.fits.get(description, ())]
 
     def describe(self, k: int, said: str) -> Description:
-        """Object `k` by the traits that `said` has the letters of: size (z), colour (c), shape
-        (s)."""
+        """Describe object `k` by the traits in `said`: size (z), colour (c), shape (s)."""
         colour, shape, size = self.traits[k]
         return (
             size if "z" in said else -1,
@@ -74,7 +71,7 @@ class SceneView:
         )
 
     def unique(self, k: int, *levels: Sequence[str]) -> list[Description]:
-        """Descriptions of object `k` alone, all from the first of `levels` that has any."""
+        """Unambiguous descriptions of object `k`, from the first of `levels` that has any."""
         for level in levels:
             descriptions = [d for said in level if len(self.fits[d := self.describe(k, said)]) == 1]
             if descriptions:
@@ -82,15 +79,14 @@ class SceneView:
         return []
 
     def names(self, k: int) -> list[Description]:
-        """The shortest unambiguous descriptions of object `k`; none if it has no unambiguous
-        one."""
+        """The shortest unambiguous descriptions of object `k`, if any."""
         if k not in self._names:
             self._names[k] = self.unique(k, ("s",), ("c", "cs", "zs"))
         return self._names[k]
 
 
 def views(scenes: Scenes) -> list[SceneView]:
-    """Every image of a batch."""
+    """A view of every image of a batch."""
     columns = (scenes.colour, scenes.shape, scenes.size, scenes.x, scenes.y, scenes.present)
     side = scenes.images.shape[-1]
     return [
@@ -103,12 +99,16 @@ def views(scenes: Scenes) -> list[SceneView]:
 
 
 def level(description: Description) -> str:
-    """What a description says: size (z), colour (c), shape (s)."""
+    """Letters of the traits in a description: size (z), colour (c), shape (s)."""
     return "".join(letter for letter, value in zip("zcs", description, strict=True) if value >= 0)
 
 
 def words(description: Description, noun: str = "object") -> str:
-    """The description in words, `noun` where it says no shape: "small red star", "red object"."""
+    """The description in words, `noun` where it has no shape.
+
+    >>> words((0, 0, 3)), words((-1, 0, -1))
+    ('small red star', 'red object')
+    """
     size, colour, shape = description
     said = [SIZES[size]] if size >= 0 else []
     said += [COLOURS[colour]] if colour >= 0 else []
@@ -140,18 +140,17 @@ def counted(number: int, description: Description) -> str:
 
 
 def dice_of(seed: int, number: int, j: int = 0) -> random.Random:
-    """The random numbers of thing `j` (below 2**16) that is said of image or set `number`."""
+    """Random numbers for sentence `j` (below 2**16) about image or set `number`."""
     return random.Random(((seed & (2**64 - 1)) << 80) | (number << 16) | j)
 
 
 def pick(dice: random.Random, options: Sequence[Any]) -> Any:
-    """`dice.choice`, but only `random()` is promised to stay the same in future versions of
-    Python."""
+    """`dice.choice` by `random()`, the only method that is stable across versions of Python."""
     return options[int(dice.random() * len(options))]
 
 
 def weighted(dice: random.Random, weights: Sequence[float]) -> int:
-    """A place drawn by weight."""
+    """An index drawn by weight."""
     point = dice.random() * sum(weights)
     for index, weight in enumerate(weights):
         point -= weight

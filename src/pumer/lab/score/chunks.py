@@ -94,7 +94,7 @@ class Matrix:
         self.damaged = self.file.is_file() and not self._intact()
         """Whether the file of all scores was there and had changed; it is computed again."""
         if self.damaged:
-            self.file.unlink(missing_ok=True)  # by another process, if several have started
+            self.file.unlink(missing_ok=True)  # another process may have done so
         self._tidy()
 
     def _compare(self, file: Path, manifest: dict[str, Any]) -> None:
@@ -160,9 +160,7 @@ class Matrix:
                         self.chunks.shape(chunk_index)
                     )
                 all_scores.flush()
-                with replacing(
-                    self._digest
-                ) as line:  # first, so that there are no scores without it
+                with replacing(self._digest) as line:  # first, so that scores never lack it
                     line.write(f"{file_digest(Path(file.name)).hex()}  {self.file.name}\n")
         self._tidy()
 
@@ -186,7 +184,7 @@ class Matrix:
             return False
         if scores.shape != self.shape or scores.dtype != np.dtype("<f4"):
             return False
-        if not self._digest.is_file():  # of an earlier version
+        if not self._digest.is_file():  # written by an earlier version
             return True
         return self._digest.read_text(encoding="utf-8").split()[:1] == [
             file_digest(self.file).hex()

@@ -161,7 +161,7 @@ class Scorer:
             self._images = (
                 None,
                 [],
-            )  # before the next ones are made, so that there is one block in memory
+            )  # freed first, so that only one block is in memory
             self._images = (rows, self._encode_images(rows))
         if self._texts[0] != columns:
             self._texts = (None, [])

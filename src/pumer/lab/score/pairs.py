@@ -66,10 +66,10 @@ class ViltPairs(Pairs):
     def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
         patch = active(self.model)
         if patch is not None and patch.reducer.traits.needs_grid:
-            # It goes by place, which the model is not told of patches that come embedded.
+            # Pooling needs positions, which the model does not know for embedded patches.
             return [{"pixel_values": pixels} for pixels in pixel_values_B3HW.split(1)]
         embeddings = self.model.vilt.embeddings
-        # In a call of the module, since offload hooks bring in its parameters for a call alone.
+        # Called as a module, because offload hooks load its parameters only for a call.
         rebound = rebind(embeddings, "forward", embed_patches)
         try:
             states_BID, mask_BI, _, _ = embeddings(pixel_values_B3HW, None)

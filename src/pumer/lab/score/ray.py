@@ -62,7 +62,7 @@ def spread(work: Any, numbers: Sequence[int], cluster: Cluster) -> Iterator[tupl
         )
         done = items.map_batches(
             _Worker,
-            fn_constructor_args=([ray.put(work)],),  # in a list, a reference travels as one
+            fn_constructor_args=([ray.put(work)],),  # inside a list a reference is not resolved
             compute=ray.data.ActorPoolStrategy(size=min(workers or gpus or 2, len(numbers))),
             batch_size=1,
             num_cpus=1,
@@ -147,7 +147,7 @@ def _joined(ray: Any, cluster: Cluster) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Here one processor more than there are workers, as Ray Data has work of its own.
+    # One processor more than workers, for Ray Data itself.
     local: dict[str, Any] = {"num_cpus": (cluster.workers or 2) + 1, "include_dashboard": False}
     ray.init(
         address=cluster.address,

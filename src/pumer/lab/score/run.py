@@ -25,7 +25,7 @@ from pumer.lab.score.chunks import Matrix
 from pumer.lab.score.job import Job, Scorer
 from pumer.lab.score.ray import Cluster, spread
 
-_LOOK = 0.2  # seconds between looks at what other ranks have finished
+_LOOK = 0.2  # seconds between checks of what other ranks have finished
 
 
 def score_pairs(
@@ -80,9 +80,9 @@ def stream_pairs(
     if cluster is not None and ranks > 1:
         raise ValueError("Ray distributes the work itself: start the command without torchrun")
     check_folder(out)
-    check_space(out, 2 * 4 * job.chunks.images * job.chunks.texts)  # chunks, and the whole
+    check_space(out, 2 * 4 * job.chunks.images * job.chunks.texts)  # chunks and the assembled file
     fingerprint = job.fingerprint()
-    # Ranks share a folder, of which the first one keeps other commands out.
+    # Ranks share the folder, which rank 0 locks against other commands.
     with locked(Path(out), wait=0.0) if rank == 0 else nullcontext():
         matrix = Matrix(out, job.chunks, fingerprint)
         chunks, missing = matrix.chunks, matrix.missing()
@@ -138,7 +138,7 @@ def _bar(total: int, shown: bool) -> Iterator[Progress]:
         BarColumn(),
         _Rate(),
     )
-    # A chunk may take minutes: the rate is that of a longer stretch than the usual half minute.
+    # A chunk may take minutes, so average the rate over more than the default half minute.
     with Bar(*columns, TimeRemainingColumn(), disable=not shown, speed_estimate_period=600) as bar:
         task = bar.add_task("", total=total)
         yield lambda pairs: bar.advance(task, pairs)

@@ -1,12 +1,14 @@
-"""From rows to settings and curves, and what can be said of the difference between two methods.
+"""From rows to settings and curves, and confidence intervals of the difference of two methods.
 
-Every point of a study is scored on the same examples, so that two of them are compared cluster by
-cluster (a cluster is usually an image), which tells far smaller differences than the intervals of
-either. Two things are left to chance: which examples were drawn, and which seed trained. Both are
-in every interval: the first by the cluster-robust variance of the mean (Liang and Zeger, 1986), the
-second by the variance over the seeds of a setting, pooled over those of its method: one method's
-trainings may scatter ten times as far as another's. Where methods are compared at a speed that was
-measured, so is how well the speeds are known.
+Every point of a study is scored on the same examples, so two points are compared cluster by cluster
+(a cluster is usually an image). This resolves far smaller differences than the intervals of either
+point. Every interval covers two sources of variance:
+
+* the choice of examples, by the cluster-robust variance of the mean (Liang and Zeger, 1986);
+* the training seed, by the variance over the seeds of a setting, pooled over the settings of a
+  method, since one method's trainings may scatter ten times as far as another's.
+
+Where methods are compared at a measured speed, the error of the speeds is a third one.
 """
 
 from __future__ import annotations
@@ -23,21 +25,21 @@ import numpy as np
 from pumer.lab.study.results import unpack_scores
 
 Quantity = Callable[["Setting"], float | None]
-"""A number of a setting, None where it is not known."""
+"""A quantity of a setting, None where it was not measured."""
 Variance = tuple[float, float]
-"""A variance in squared points, and the degrees of freedom it is known by."""
+"""A variance in squared points, and its degrees of freedom."""
 _MEDIAN = 0.745
-"""Standard error of the median of normal values, by their 20th to 80th percentile over the root of
-their number."""
+"""Standard error of the median of n normal values, divided by (their 80th - 20th percentile) /
+sqrt(n)."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the accuracy over trainings with other seeds.
+    """Variance of the accuracy over training seeds.
 
     Args:
         variance: in squared points, of one training.
-        freedom: degrees of freedom that this is known by.
+        freedom: its degrees of freedom.
     """
 
     variance: float
@@ -54,9 +56,9 @@ class Setting:
 
     Args:
         method: its name.
-        label: what tells it from the method's other settings.
+        label: distinguishes it from the method's other settings.
         rows: of the results.
-        speed: the row of the speeds, None if it was not timed.
+        speed: its row of the speeds, None if it was not timed.
         scores: sum of the scores of every cluster, mean over the seeds.
         counts: examples of every cluster.
     """
@@ -79,18 +81,17 @@ class Setting:
 
     @property
     def speed_up(self) -> float | None:
-        """Against unreduced, measured; None if it was not."""
+        """Measured speed-up over the unreduced model; None if it was not timed."""
         return None if self.speed is None else float(self.speed["x_unreduced"])
 
     @property
     def rounds(self) -> int:
-        """How often it was timed."""
+        """Timed rounds; 0 if it was not timed."""
         return 0 if self.speed is None else int(self.speed["runs"])
 
     @property
     def speed_up_error(self) -> float:
-        """Standard error of that median over the rounds, which are taken for normal; 0 if there are
-        none."""
+        """Standard error of the median speed-up, assuming normal rounds; 0 without rounds."""
         if self.speed is None:
             return 0.0
         return _MEDIAN * (self.speed["x_high"] - self.speed["x_low"]) / math.sqrt(self.rounds)
@@ -110,7 +111,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Which of the two is above, as far as the interval tells."""
+        """Which of the two is above, or "no telling" where the interval holds 0."""
         if abs(self.value) <= self.half_width:
             return "no telling"
         return "above" if self.value > 0 else "below"
@@ -121,11 +122,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Interpolated:
-    """A place on a curve.
+    """A point on a curve, between two settings or at one.
 
     Args:
         parts: settings and their weights, which sum to one.
-        placing: variances of its accuracy, because it is not known exactly where the settings lie.
+        placing: variances of its accuracy due to the error of the settings' position.
     """
 
     parts: tuple[tuple[Setting, float], ...]
@@ -140,7 +141,7 @@ class Interpolated:
 def settings_of(
     rows: Iterable[dict[str, Any]], speeds: Iterable[dict[str, Any]] = ()
 ) -> list[Setting]:
-    """Results put together over the seeds, in the order in which they appear, with their speeds."""
+    """Group the rows of results by setting, in order of appearance, and attach the speeds."""
     speed = {row["setting"]: row for row in speeds}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -156,8 +157,11 @@ def settings_of(
 
 
 def seed_spreads(settings: Iterable[Setting]) -> dict[str, Spread]:
-    """Of every method, over all its settings; methods of one setting are taken together, and so is
-    all there is where a method has one seed alone. Nothing where all have."""
+    """The spread over the seeds of every method, pooled over its settings.
+
+    Methods of a single setting are pooled; a method with a single seed gets the spread of all.
+    Empty where every setting has a single seed.
+    """
     methods: dict[str, list[Setting]] = {}
     for setting in settings:
         methods.setdefault(setting.method, []).append(setting)
@@ -176,7 +180,7 @@ def half_width(setting: Setting, spreads: Spreads) -> float:
 
 
 def difference(one: Interpolated, other: Interpolated, spreads: Spreads) -> Difference:
-    """Accuracy of one place on a curve less that of another, in points."""
+    """Accuracy at one point of a curve minus that at another, in points."""
     counts = one.parts[0][0].counts
     score_gap = one.scores - other.scores
     variances = [*_trained((*one.parts, *other.parts), spreads), *one.placing, *other.placing]
@@ -186,15 +190,14 @@ def difference(one: Interpolated, other: Interpolated, spreads: Spreads) -> Diff
 
 
 def on_curve(setting: Setting) -> Interpolated:
-    """A setting as a place on a curve."""
+    """A setting as a point on its curve."""
     return Interpolated(((setting, 1.0),))
 
 
 def interpolate(
     curve: Sequence[Setting], axis: Quantity, where: float, error: Quantity | None = None
 ) -> Interpolated | None:
-    """The place on a curve where `axis` has a value, between the two settings next to it; None
-    beyond its ends.
+    """The point on a curve where `axis` has a value, by linear interpolation; None beyond its ends.
 
     `error` is the standard error of a setting's value.
     """
@@ -207,7 +210,7 @@ def interpolate(
             parts = ((lower, 1 - share), (upper, share))
             if error is None:
                 return Interpolated(parts)
-            # Percentiles of a few rounds tell a spread about half as well as its variance would.
+            # Percentiles of a few rounds estimate a spread with half the degrees of freedom.
             placing = (
                 ((slope * part * (error(end) or 0.0)) ** 2, (end.rounds - 1) / 2)
                 for end, part in parts
@@ -217,8 +220,11 @@ def interpolate(
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Numbers of the points (cost, accuracy) for which no other costs no more and is as accurate or
-    more, by cost."""
+    """Indices of the Pareto-optimal points (cost, accuracy), by cost.
+
+    >>> pareto([(1.0, 70.0), (2.0, 60.0), (3.0, 80.0)])
+    [0, 2]
+    """
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
         if not front or points[index][1] > points[front[-1]][1]:
@@ -237,8 +243,7 @@ def _spread(settings: Iterable[Setting]) -> Spread | None:
 
 
 def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[Variance]:
-    """Variances of a weighted sum of accuracies, from the seeds: one for each spread that they are
-    estimated by."""
+    """Variances of a weighted sum of accuracies due to the seeds, one for each spread."""
     shares: dict[Spread, float] = {}
     for setting, weight in parts:
         spread = spreads.get(setting.method)
@@ -248,12 +253,12 @@ def _trained(parts: Iterable[tuple[Setting, float]], spreads: Spreads) -> list[V
 
 
 def _half_width(scores: np.ndarray, counts: np.ndarray, others: Iterable[Variance]) -> float:
-    """Of the 95 % interval of a mean score, in points.
+    """Half of the 95 % interval of a mean score, in points.
 
     Args:
         scores: sum of every cluster.
         counts: examples of every cluster.
-        others: variances besides that of the clusters drawn.
+        others: variances besides that of the choice of clusters.
     """
     from scipy.special import stdtrit  # the quantile of Student's t
 

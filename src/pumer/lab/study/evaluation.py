@@ -1,4 +1,4 @@
-"""What one model with one reducer is worth and costs: accuracy, speed, FLOPs, memory, tokens.
+"""Evaluate a model with one reducer: accuracy, speed, FLOPs, memory, tokens.
 
 Shape suffixes: B batch, N tokens, K slots.
 """
@@ -39,10 +39,10 @@ from pumer.reducers import EMBEDDINGS, from_dict
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model that is measured.
+    """A model to evaluate.
 
     Args:
-        model: with a reducer active, `Unreduced` for none.
+        model: with an active reducer, `Unreduced` for none.
         collator: the task's, with the model's transforms.
         batches: inputs that it is timed on.
     """
@@ -53,23 +53,23 @@ class EvalModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     def on(self, examples: Sequence[Example], batch_size: int) -> EvalModel:
-        """The same, timed on these examples."""
+        """A copy that is timed on these examples."""
         batches = []
         for start in range(0, len(examples), batch_size):
             batch = self.collator(examples[start : start + batch_size])
             inputs = paired(
                 self.model, model_inputs(batch, self.device), batch.get("texts_per_image", 1)
             )
-            # Of a model that writes the way to the first token of the answer is measured.
+            # For generative models the prefill is measured, up to the first token of the answer.
             batches.append(inputs | {"logits_to_keep": 1} if is_generative(self.model) else inputs)
         return replace(self, batches=tuple(batches))
 
     def run(self) -> None:
-        """A forward of every batch."""
+        """One forward of every batch."""
         with torch.inference_mode():
             for batch in self.batches:
                 self.model(**batch)
@@ -82,7 +82,7 @@ def load_eval_model(
     image_size: int | None = None,
     device: str | torch.device = "cpu",
 ) -> EvalModel:
-    """A saved model and what it needs for a task.
+    """Load a saved model with its collator for a task.
 
     Args:
         folder: of the model, or a shipped one's name.
@@ -90,7 +90,7 @@ def load_eval_model(
         reducer: name and settings; the one that the model was saved with if not given.
         image_size: side of the images in pixels; the one that the model was saved with if not
             given.
-        device: for the model, which is in float32 on any.
+        device: for the model, which is in float32.
 
     Raises:
         ValueError: for a reducer that does not fit the model.
@@ -107,7 +107,7 @@ def load_eval_model(
 
 
 def sized(collator: Collator, image_size: int | None) -> Collator:
-    """The collator for images with sides of so many pixels; the same where that is None.
+    """The collator with another image size; unchanged for None.
 
     Raises ValueError for the collator of a processor, and for a size that its image transform
     cannot have.
@@ -124,7 +124,7 @@ def sized(collator: Collator, image_size: int | None) -> Collator:
 
 
 def score(one: EvalModel, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
-    """The columns on accuracy."""
+    """Columns on accuracy."""
     result = evaluate(one.model, examples, one.collator, batch_size=batch_size)
     metric = {
         name: result.metric.pop(name) for name in ("accuracy", "accuracy_low", "accuracy_high")
@@ -140,8 +140,8 @@ def score(one: EvalModel, examples: Sequence[Example], batch_size: int) -> dict[
 
 
 def cost(one: EvalModel, base: EvalModel, count: int) -> dict[str, Any]:
-    """The columns on FLOPs, memory and tokens, next to the unreduced model; `count` examples are in
-    the batches."""
+    """Columns on FLOPs, memory and tokens, also of the unreduced model; the batches hold `count`
+    examples."""
     total_macs, towers = macs(one, count)
     mean, spread = _tokens(one)
     text, image = mean[1:].mean(0)
@@ -160,7 +160,7 @@ def cost(one: EvalModel, base: EvalModel, count: int) -> dict[str, Any]:
 
 
 def speed(one: EvalModel, base: EvalModel, count: int, runs: int) -> dict[str, Any]:
-    """The columns on speed; the unreduced model takes turns with this one.
+    """Columns on speed; runs alternate with the unreduced model.
 
     Args:
         one: what is timed.
@@ -187,8 +187,7 @@ def speed(one: EvalModel, base: EvalModel, count: int, runs: int) -> dict[str, A
 
 
 def _overhead(eval_model: EvalModel) -> float:
-    """Share of the time that choosing and reducing takes, in the layers of encoders and around
-    those of decoders."""
+    """Share of the time spent on choosing and reducing tokens."""
     share = overhead_share(eval_model.model, eval_model.run, eval_model.device, runs=3)
     return (
         share + prefill_shares(eval_model.model, eval_model.run, eval_model.device).selection
@@ -198,7 +197,7 @@ def _overhead(eval_model: EvalModel) -> float:
 
 
 def _peak(eval_model: EvalModel) -> int:
-    """Bytes of the activations of the first batch at their peak."""
+    """Peak activation bytes of the first batch."""
 
     def call() -> Any:
         with torch.inference_mode():
@@ -208,8 +207,7 @@ def _peak(eval_model: EvalModel) -> int:
 
 
 def macs(one: EvalModel, count: int) -> tuple[int, int]:
-    """Mean multiply-accumulates per example, padding that is run included, and those of the towers
-    among them."""
+    """Mean multiply-accumulates per example, padding included, and the towers' part of them."""
     total_macs = towers = 0
     for batch in one.batches:
         with torch.inference_mode():
@@ -228,10 +226,9 @@ def macs(one: EvalModel, count: int) -> tuple[int, int]:
 
 
 def _tokens(eval_model: EvalModel) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the rows of their (text, image) tokens, padding not counted:
-    [layers + 1, 2].
+    """Mean and standard deviation of (text, image) tokens over the rows: [layers + 1, 2] each.
 
-    Before the first layer and after every one.
+    Before the first layer and after every one, without padding.
     """
     counts: defaultdict[int, list[Tensor]] = defaultdict(list)
     depth = 0

@@ -1,4 +1,4 @@
-"""A study as its file describes it, and the points it consists of."""
+"""A study as read from its file, and the points it consists of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pumer.presets import read_reducer
 from pumer.reducers import ModelShape, Unreduced, from_dict, to_dict
 
 BASELINE = "unreduced"
-"""What the unreduced model is called, which every study has, trained like the others."""
+"""Name of the unreduced model, which every study includes and trains like the others."""
 _HABITS = (
     "logging_steps",
     "save_steps",
@@ -41,13 +41,13 @@ class Point:
 
     Args:
         method: the name of its method.
-        label: what tells the setting from the method's others.
+        label: distinguishes the setting from the method's others.
         reducer: name and all settings, as `reducers.to_dict` gives them.
         image_size: side of the images in pixels; the model's own if None.
         recipe: settings of `train` without its output; None where nothing is trained.
         seed: of the training.
-        setting: digest of all that determines the result but the seed.
-        id: digest of all that determines the result.
+        setting: digest of everything that determines the result except the seed.
+        id: digest of everything that determines the result.
     """
 
     method: str
@@ -64,7 +64,7 @@ class Point:
 
 
 class Method(TypedDict):
-    """What a study's file says of a method; see `Study`."""
+    """A method in a study's file; see `Study`."""
 
     name: str
     reducer: str | dict[str, Any]
@@ -74,14 +74,14 @@ class Method(TypedDict):
 
 
 class Baseline(TypedDict, total=False):
-    """What a study's file says of the unreduced model."""
+    """The unreduced model in a study's file."""
 
     train: dict[str, Any] | bool
 
 
 @dataclass(frozen=True)
 class Study:
-    """Which methods are compared, on what.
+    """Which methods are compared, and on what.
 
     Args:
         name: of the study and of the files it writes.
@@ -165,11 +165,10 @@ class Study:
             raise ValueError(f"{', '.join(too_small) or 'seeds'}: give at least 1")
 
     def candidates(self) -> tuple[list[Point], list[str]]:
-        """All points, seed by seed, and what is wrong with those that cannot be made.
+        """All points, seed by seed, and the reasons why others are impossible.
 
         Raises:
-            ValueError: for a model, recipe or setting of the training that there is not, and points
-                that are the same.
+            ValueError: for an unknown model, recipe or training setting, and for equal points.
         """
         points: list[Point] = []
         reasons: list[str] = []
@@ -196,7 +195,7 @@ class Study:
         return sorted(points, key=lambda point: self.seeds.index(point.seed)), reasons
 
     def order(self) -> list[tuple[str, str]]:
-        """Methods and labels of all settings as they stand in the study."""
+        """(method, label) of all settings, in the study's order."""
         return [
             (method["name"], _label(change))
             for method in self._every_method()
@@ -207,7 +206,7 @@ class Study:
         return ({"name": BASELINE, "reducer": to_dict(Unreduced()), **self.baseline}, *self.methods)
 
     def _recipe(self, changes: Mapping[str, Any] | bool) -> dict[str, Any] | None:
-        """Settings of the training of a method, reducer and seed left out."""
+        """Training settings of a method, without reducer and seed."""
         if self.train is None or changes is False:
             return None
         wanted = _merged(self.train, changes if isinstance(changes, Mapping) else {})
@@ -287,8 +286,7 @@ class Study:
 
 
 def read_study(file: str | Path) -> Study:
-    """The study that a YAML file describes; raises ValueError for what is missing, unknown or does
-    not fit."""
+    """Read a study from YAML; raises ValueError for missing, unknown or invalid settings."""
     settings = read_settings(Path(file))
     field_names = {field.name for field in fields(Study)}
     missing = sorted(
@@ -333,7 +331,7 @@ def _check_once(points: Iterable[Point]) -> None:
 
 
 def _changes(method: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each point of a method changes of its settings."""
+    """The settings that each point of a method changes."""
     if "grid" in method:
         return [
             dict(zip(method["grid"], values, strict=True))
@@ -343,14 +341,14 @@ def _changes(method: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _label(change: Mapping[str, Any]) -> str:
-    """What tells a setting from the method's other settings."""
+    """Text that distinguishes a setting from the method's other settings."""
     return ", ".join(f"{name} {_short(value)}" for name, value in change.items())
 
 
 def _reducer(
     method: Mapping[str, Any], change: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int | None]:
-    """All settings of a point's reducer, as JSON has them, and the side of its images."""
+    """All settings of a point's reducer as plain JSON values, and its image size."""
     reducer_spec = method["reducer"]
     settings = _merged(
         reducer_spec if isinstance(reducer_spec, Mapping) else to_dict(read_reducer(reducer_spec)),
@@ -364,17 +362,15 @@ def _reducer(
 
 
 def _identity(reducer: dict[str, Any]) -> dict[str, Any]:
-    """Settings for a digest: those that are left to the model have the numbers that they once were
-    by default.
+    """Settings for a digest, with unset ones at the values that were once their defaults.
 
-    A point so keeps its id, and what was measured before these were fitted to models is found
-    again.
+    So points keep their ids, and results from before defaults depended on the model stay valid.
     """
     return to_dict(from_dict(reducer).resolve(_ONCE))
 
 
 def _resized(image: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
-    """A recipe's image transform for images of another size."""
+    """A recipe's image transform at another image size."""
     if not image:
         raise ValueError(
             "image_size changes the image transform, and the training has none: give train.image"
@@ -383,7 +379,7 @@ def _resized(image: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes, which go into what is nested setting by setting."""
+    """Settings with changes, merged recursively."""
     merged = dict(settings)
     for name, value in changes.items():
         before = merged.get(name)

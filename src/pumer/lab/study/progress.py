@@ -13,8 +13,7 @@ from pumer.lab.study.points import Point
 
 
 def tracked(points: Sequence[Point], seconds: dict[str, float]) -> Iterator[Point]:
-    """The points, with a bar that tells which it is, of how many, and how long the rest will
-    take."""
+    """Iterate over points with a progress bar and an estimate of the remaining time."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -24,7 +23,7 @@ def tracked(points: Sequence[Point], seconds: dict[str, float]) -> Iterator[Poin
     with progress_bars(*columns) as progress:
         bar = progress.add_task("", total=len(points), left="")
         for index, point in enumerate(points):
-            # As far as it was off so far, the expectation will be off again.
+            # Correct the estimate by how far it has been off so far.
             ratio = (time.perf_counter() - start) / expected if expected else 1.0
             seconds_left = ratio * sum(seconds[other.id] for other in points[index:])
             progress.update(
@@ -36,12 +35,16 @@ def tracked(points: Sequence[Point], seconds: dict[str, float]) -> Iterator[Poin
 
 
 def progress_bars(*columns: ProgressColumn) -> Progress:
-    """Bars that go when they are done; a log gets none of them."""
+    """Transient progress bars, disabled outside of terminals."""
     return Progress(*columns, transient=True, disable=not Console().is_terminal)
 
 
 def in_words(seconds: float) -> str:
-    """A duration in words."""
+    """A duration in words.
+
+    >>> in_words(42.0), in_words(600.0), in_words(7500.0)
+    ('42 s', '10 min', '2 h 5 min')
+    """
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""The results of a study: a CSV file with one row per point, which only ever grows."""
+"""The results of a study: an append-only CSV file with one row per point."""
 
 from __future__ import annotations
 
@@ -102,8 +102,7 @@ def row(
     measured: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The row of a point for `append_rows`, with the machine; `measured` are the columns not known
-    beforehand."""
+    """The row of a point for `append_rows`, with the machine and the `measured` columns."""
     all_values = {
         "id": point.id,
         "setting": point.setting,
@@ -127,12 +126,12 @@ def row(
 def read_rows(
     path: str | Path, study: str, points: Iterable[Point] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a results file, numbers as numbers; none if there is no file yet.
+    """Read a results file, with figures as floats; empty if there is no file yet.
 
-    A last row that is not finished is left out: it is being written, or a kill cut it off. Of a
-    point that was measured again on a later day, because a method was corrected, the later row
-    counts; the earlier one stays in the file as a record. So does that of a point whose method has
-    got other defaults since, which has another id.
+    An incomplete last row is skipped: it is being written, or was cut off by a kill. Where a point
+    was measured again on a later day, because a method was corrected, the later row counts and the
+    earlier one stays in the file as a record. So do rows of a method's older defaults, which have
+    other ids.
 
     Args:
         path: of the file.
@@ -159,8 +158,7 @@ def read_speeds(
 def check_machine(
     path: Path, rows: Iterable[dict[str, Any]], device: torch.device, parts: Sequence[str]
 ) -> None:
-    """Raise ValueError if rows come from another machine than this device's, as far as `parts` of
-    it matter."""
+    """Raise ValueError for rows of another machine, compared by the columns in `parts`."""
     here = environment(device)
     for record in rows:
         other = [
@@ -181,8 +179,7 @@ def _read(
     figures: Sequence[str],
     names: Mapping[str, tuple[str, str]] | None,
 ) -> list[dict[str, Any]]:
-    """Rows that are known by their first column; `names` are methods and labels by what may stand
-    there."""
+    """Read rows keyed by their first column; `names` maps valid keys to (method, label)."""
     if not path.is_file():
         return []
     lines = list(csv.reader(finished_rows(path.read_text(encoding="utf-8")).splitlines()))
@@ -230,13 +227,16 @@ def _read(
 
 
 def _of_point(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row is of, as the study has it: the same for older defaults of a method."""
+    """Key of a row that does not change with a method's defaults."""
     return record["method"], record["label"], str(record.get("seed", ""))
 
 
 def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
-    """Scores per cluster as text, so that methods can be compared image by image: see
-    `unpack_scores`."""
+    """Scores per cluster as compact text, for paired comparisons of methods; see `unpack_scores`.
+
+    >>> unpack_scores(pack_scores([1.0, 0.0, 0.5], ["a.jpg", "a.jpg", "b.jpg"])).tolist()
+    [[1.0, 0.5], [2.0, 1.0]]
+    """
     names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     index = [names[name] for name in clusters]
     hundredths = np.rint(100 * np.bincount(index, weights=np.asarray(scores, dtype=float)))
@@ -245,15 +245,13 @@ def pack_scores(scores: Sequence[float], clusters: Sequence[Any]) -> str:
 
 
 def unpack_scores(text: str) -> np.ndarray:
-    """Sum of the scores (0 to 1) and number of the examples of every cluster, float64 [2,
-    clusters]."""
+    """Sum of the scores (0 to 1) and number of examples of every cluster: float64 [2, clusters]."""
     table = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<u4").reshape(2, -1)
     return table / np.array([[100.0], [1.0]])
 
 
 def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader of the row wants to know of a training; the rest is in the study's file and its
-    recipe."""
+    """The main settings of a training; the others are in the study's file and its recipe."""
     trainer = recipe.get("trainer", {})
     return {
         "task": recipe["task"],

@@ -1,4 +1,4 @@
-"""A study from its file to its tables and plots: every point once, whatever happens in between."""
+"""Run a study: train, score and time every point once, then write tables and plots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -20,6 +20,7 @@ from pumer._rows import append_rows, mend_rows
 from pumer.costs.result import align
 from pumer.lab.bench.timing import alternate
 from pumer.lab.evaluate import take
+from pumer.lab.progress import Log
 from pumer.lab.study.curves import settings_of
 from pumer.lab.study.evaluation import EvalModel, cost, load_eval_model, macs, score, sized, speed
 from pumer.lab.study.plots import plot
@@ -40,9 +41,7 @@ from pumer.lab.train.validate import uncached
 from pumer.reducers import Unreduced, from_dict, to_dict
 
 Only = Literal["plan", "scores", "plots"] | None
-"""Part of the work: only say what there is to do, only train and score, or only draw what there
-is."""
-Say = Callable[[str], None]
+"""Part of the work: print the plan, train and score, or redraw tables and plots."""
 _POLL = 2.0  # seconds between looks at what other processes have left
 _TRIED = 2  # examples that every setting is tried on before anything is trained
 
@@ -56,27 +55,26 @@ def run(
     keep_models: bool = False,
     only: Only = None,
     device: str = "cpu",
-    say: Say = print,
+    log: Log = print,
 ) -> None:
-    """Train and score the points of a study that have no row yet, time its settings, write tables,
-    draw plots.
+    """Train and score the points of a study that have no row yet, time its settings, write tables
+    and plots.
 
-    It may be killed at any moment: started again, it goes on with the training it was at. Started
-    several times, the processes share the points. Speeds are taken after all trainings, in one
-    process, or later, on a quieter machine: `only` "scores" leaves them out; to take some anew,
-    take their rows out.
+    It can be killed at any time and resumes the training it was at. Several processes share the
+    points. Speeds are measured after all trainings, in one process, or later on a quieter machine:
+    `only` "scores" skips them. To measure some again, delete their rows.
 
     Args:
         study: what is compared.
         out: folder for NAME.csv, NAME-speed.csv, NAME.md and the plots.
         scratch: folder for `study-NAME`, where trainings lie until their points are finished.
-        skip_impossible: leave settings out that the model cannot have, instead of refusing the
+        skip_impossible: skip settings that the model does not support, instead of refusing the
             study.
         keep_models: keep the models of finished points.
         only: see `Only`.
-        device: that points are scored and timed on, in float32; a training takes a CUDA device if
-            there is one.
-        say: is told what happens.
+        device: to score and time points on, in float32; trainings use a CUDA device if there is
+            one.
+        log: called with progress messages.
 
     Raises:
         ValueError: for impossible settings, foreign rows, and trainings that fail, the first two
@@ -93,10 +91,10 @@ def run(
             Path(scratch) / f"study-{study.name}",
             skip_impossible,
             device,
-            say,
+            log,
         )
         if only == "plan":
-            say(work.plan())
+            log(work.plan())
             return
         work.score(keep_models)
         if only != "scores":
@@ -114,12 +112,16 @@ def run(
     )
     plots = plot(settings_of(rows, times), out, study.name)
     with replacing(out / f"{study.name}.md") as text:
-        text.write(markdown(rows, times, study.reference, [path.name for path in plots]))
-    say(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
+        text.write(
+            markdown(
+                rows, times, study.reference, [path.with_suffix(".svg").name for path in plots]
+            )
+        )
+    log(f"{out / study.name}.md, with {', '.join(path.name for path in plots)}")
 
 
 class _Work:
-    """What a study still has to do; all that can be wrong with it shows when it is made."""
+    """The remaining work of a study; its constructor raises all errors of the settings."""
 
     def __init__(
         self,
@@ -129,10 +131,10 @@ class _Work:
         folder: Path,
         skip_impossible: bool,
         device: str,
-        say: Say,
+        log: Log,
     ) -> None:
         self.study, self.results, self.speeds, self.folder = study, results, speeds, folder
-        self.device, self.say = torch.device(device), say
+        self.device, self.log = torch.device(device), log
         points, reasons = study.candidates()
         base = load_eval_model(study.model, study.task, to_dict(Unreduced()), device=device)
         self.examples = _examples(study, base.collator.task)
@@ -143,16 +145,16 @@ class _Work:
         self.macs = _try(study, points, self.examples[:_TRIED], reasons, self.device)
         _refuse([] if skip_impossible else reasons)
         for reason in reasons:
-            say(f"left out: {reason}")
+            log(f"left out: {reason}")
         self.points = [point for point in points if point.setting in self.macs]
         self.expected = self._expected(self.look())
-        say(
+        log(
             f"{study.name}: {len(self.points)} points, {len(self.points) - len(self.left)} of them "
             f"done; about {in_words(sum(self.expected.values()))} to go"
         )
 
     def look(self) -> list[dict[str, Any]]:
-        """See in the files what is left; returns the results there are."""
+        """Update the remaining work from the files; returns the existing results."""
         rows = read_rows(self.results, self.study.name, self.points)
         check_machine(self.results, rows, self.device, ("gpu",))
         done = {record["id"] for record in rows}
@@ -173,7 +175,7 @@ class _Work:
         return rows
 
     def plan(self) -> str:
-        """Every setting, with how many times fewer FLOPs it has than the unreduced model."""
+        """A table of every setting and its FLOPs ratio to the unreduced model."""
         settings = {point.setting: point for point in self.points}
         full_macs = self.macs[self.points[0].setting]
         table = [("method", "setting", "x fewer FLOPs", "seeds")]
@@ -185,8 +187,7 @@ class _Work:
         return "\n".join(align(table, left=2))
 
     def score(self, keep_models: bool) -> None:
-        """Train and score what is left, a row for each; other processes may do the same, each at
-        points of its own."""
+        """Train and score the remaining points; other processes may work on other points."""
         announced = False
         while self.left:
             for point in tracked(self.left, self.expected):
@@ -197,12 +198,12 @@ class _Work:
             self.look()
             if self.left:
                 if not announced:
-                    self.say(f"other processes are at the last {len(self.left)} points")
+                    self.log(f"other processes are at the last {len(self.left)} points")
                     announced = True
                 time.sleep(_POLL)
 
     def _score(self, point: Point, lock: IO[str], keep_models: bool) -> None:
-        """Train and score a point that is locked for it."""
+        """Train and score a locked point."""
         study = self.study
         start = time.perf_counter()
         if point.recipe is not None:
@@ -226,7 +227,7 @@ class _Work:
         measured["seconds"] = round(time.perf_counter() - start, 1)
         with locked(self.folder, wait=math.inf):
             append_rows(self.results, [row(study, point, COLUMNS, measured, self.device)])
-        self.say(f"{point}: {measured['accuracy']:.1f} %, in {in_words(measured['seconds'])}")
+        self.log(f"{point}: {measured['accuracy']:.1f} %, in {in_words(measured['seconds'])}")
         if keep_models or (point in self.untimed and _by_weights(point)):
             for checkpoint in self._model(point).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -234,8 +235,7 @@ class _Work:
             shutil.rmtree(self.folder / point.id, ignore_errors=True)
 
     def time(self, keep_models: bool) -> None:
-        """Time every setting that has no speed yet, next to the unreduced model, in this one
-        process."""
+        """Time every setting without a speed, alternating with the unreduced model."""
         study = self.study
         with locked(self.folder, wait=math.inf), progress_bars() as progress:
             for file in (self.results, self.speeds):
@@ -264,14 +264,14 @@ class _Work:
                 for name in ("teacher", *(point.id for point in self.points)):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.gone:
-                self.say(
+                self.log(
                     f"not timed: {'; '.join(map(str, self.gone))}. Their speeds are those of their "
                     "weights, which are gone. To train them again take their lines out of "
                     f"{self.results}; keep_models keeps the weights"
                 )
 
     def _sharing(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The recipe, with one place for all points where the teacher's logits can be kept."""
+        """The recipe with a cache of the teacher's logits that all points share, where possible."""
         alone = uncached(
             self.base.model, self.base.collator.task, recipe.get("augment"), recipe.get("grounding")
         )
@@ -283,9 +283,9 @@ class _Work:
         return self.folder / point.id / "training" / "model"
 
     def _expected(self, done: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """About how many seconds what is left takes, by point, and by setting to time.
+        """Estimated seconds of the remaining work, by point id and by setting to time.
 
-        From the points that are done, or from one step and one run.
+        From finished points, or from one training step and one run.
         """
         once = alternate({"base": self.base.run}, runs=2, warmup=1, device=self.device)[
             "base"
@@ -312,13 +312,13 @@ class _Work:
 
 
 def _by_weights(point: Point) -> bool:
-    """Whether the speed depends on what was trained, because the data decide how many tokens
-    stay."""
+    """Whether the speed depends on the trained weights, because these decide how many tokens are
+    kept."""
     return point.recipe is not None and from_dict(point.reducer).traits.dynamic_length
 
 
 def _examples(study: Study, task: Task) -> list[Example]:
-    """What is scored, in memory but for images that lie in files."""
+    """The examples to score, in memory except for images in files."""
     every = task.examples(study.split)
     count = len(every) if study.examples is None else study.examples
     if not 0 < count <= len(every):
@@ -327,7 +327,7 @@ def _examples(study: Study, task: Task) -> list[Example]:
 
 
 def _refuse(reasons: Sequence[str]) -> None:
-    """Raise ValueError for impossible settings, if there are any."""
+    """Raise ValueError if there are impossible settings."""
     if reasons:
         raise ValueError(
             "\n".join(
@@ -339,11 +339,8 @@ def _refuse(reasons: Sequence[str]) -> None:
 def _fitting(
     base: EvalModel, points: Sequence[Point], examples: Sequence[Example], reasons: list[str]
 ) -> list[Point]:
-    """The points whose reducer and image size fit the model; what is wrong with the others goes
-    into `wrong`.
-
-    No forward is needed for that.
-    """
+    """The points whose reducer and image size fit the model, without a forward; appends the others
+    to `reasons`."""
     impossible: dict[str, str] = {}
     patch = getattr(base.model.config, "patch_size", 0)
     for point in {point.setting: point for point in points}.values():
@@ -365,8 +362,7 @@ def _try(
     reasons: list[str],
     device: torch.device,
 ) -> dict[str, int]:
-    """Multiply-accumulates of every setting that fits the model; what is wrong with the others goes
-    into `wrong`."""
+    """MACs of every setting that fits the model; appends the others to `reasons`."""
     costs: dict[str, int] = {}
     for point in {point.setting: point for point in points}.values():
         try:

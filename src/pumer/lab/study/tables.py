@@ -1,4 +1,4 @@
-"""The results of a study in words and tables, as Markdown."""
+"""The results of a study as Markdown tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pumer.lab.study.curves import (
 from pumer.lab.study.points import BASELINE
 
 MATCHED_FROM, MATCHED_STEP = 1.3, 0.1
-_FEWEST_ROUNDS = 3  # of which it can be told how well a speed is known
+_FEWEST_ROUNDS = 3  # from which the error of a speed can be estimated
 _NOTES = """\
 * Accuracy: in percent, mean over the seeds, with its 95 % interval. Δ: in points, of the same
   examples, which makes its interval narrower than those of the two accuracies. Intervals cover
@@ -49,7 +49,7 @@ def markdown(
         rows: of the results, at least one.
         speeds: rows of the speeds.
         references: the methods that the others are compared with.
-        plots: file names of the images to show.
+        plots: file names of plots to embed.
     """
     settings = settings_of(rows, speeds)
     first = rows[0]
@@ -80,11 +80,10 @@ def matched(
     axis: Quantity,
     error: Quantity | None = None,
 ) -> list[str]:
-    """Accuracy of the reference less that of every other method where `axis` is the same for both,
-    as lines.
+    """Lines of a table: accuracy of the reference minus that of every other method at equal `axis`.
 
-    `error` is the standard error of a setting's value. Between two settings of a method a curve is
-    straight; beyond its ends there is none. Nothing where there are no two curves.
+    Curves are interpolated linearly and end at their last setting. `error` is the standard error of
+    a setting's value. Empty with fewer than two curves.
     """
     curves: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -140,10 +139,10 @@ def matched(
 
 
 def _points(settings: Sequence[Setting], references: Sequence[str]) -> list[str]:
-    """One line per setting."""
+    """Lines of the table of all settings."""
     spreads = seed_spreads(settings)
     methods = [setting.method for setting in settings]
-    # Of a curve no setting stands for the method.
+    # A method with several settings is no single reference.
     compared = [
         candidate
         for candidate in settings
@@ -196,7 +195,7 @@ def _speeds(speed: dict[str, Any] | None) -> tuple[str, str, str]:
 
 
 def _training(rows: Sequence[dict[str, Any]]) -> str:
-    """What was trained."""
+    """Which methods were trained."""
     without = dict.fromkeys(row["method"] for row in rows if not row["training"])
     if all(row["training"] for row in rows):
         return "trained"
@@ -208,7 +207,7 @@ def _training(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _machines(rows: Sequence[dict[str, Any]]) -> str:
-    """What rows were obtained with, and when."""
+    """The machines and dates of rows."""
     names = ("cpu", "cores", "threads", "gpu", "torch", "transformers")
     descriptions = {
         ", ".join(f"{name} {row[name]}" for name in names if row[name] != "") for row in rows

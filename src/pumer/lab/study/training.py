@@ -1,4 +1,4 @@
-"""The training of one point: a process of its own, resumed where it was stopped."""
+"""The training of one point, in a separate process that resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pumer.lab.train.precision import in_bfloat16
 
 
 def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[str]) -> Path:
-    """Train a point, or go on where its training was stopped; returns the folder of the model.
+    """Train a point, or resume its training; returns the folder of the model.
 
     Args:
         recipe: settings of `train` without its output.
-        folder: for all that the training writes.
+        folder: for the training's output.
         processes: that train together.
         lock: a locked file, which stays locked until the training has ended, even if this process
             is killed.
 
     Raises:
-        ValueError: if the training fails, with the end of what it said.
+        ValueError: if the training fails, with the end of its output.
     """
     config = folder / "recipe.yaml"
     with replacing(config) as file:
@@ -45,7 +45,7 @@ def train_point(recipe: dict[str, Any], folder: Path, processes: int, lock: IO[s
 def expected_seconds(
     point: Point, base: EvalModel, examples: Sequence[Example], processes: int
 ) -> float:
-    """About how long the training of a point takes on this machine, from one step of the unreduced
+    """Estimated duration of a point's training on this machine, from one step of the unreduced
     model."""
     recipe: dict[str, Any] = point.recipe or {}
     trainer = recipe.get("trainer", {})

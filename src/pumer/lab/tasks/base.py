@@ -24,10 +24,10 @@ from pumer.lab.data.images import (
 from pumer.lab.data.text import TextTransform
 
 Blind = Literal["text", "image"] | None
-"""Which of the two alone a model is shown; both if None. See `Collator`."""
+"""The only input a model is shown; both if None. See `Collator`."""
 _NO_IMAGE = Image.new("RGB", (32, 32), (127, 127, 127))
 NO_TEXT = "a picture"
-"""What a text says that must not be read."""
+"""Replaces a hidden text."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Task(ABC):
 
         `predictions` are by example id; `examples` may be part of a split.
         """
-        # Read once, as examples may be made on the fly, and without the images, which no score
-        # needs.
+        # Read once, because examples may be generated, and without images, which no score needs.
         examples = [replace(example, images=()) for example in examples]
         check_ids(predictions, examples)
         scores = [self.score(predictions[example.id], example) for example in examples]
@@ -299,6 +298,7 @@ def count_of(ids: Sequence[Any], total: int, what: str) -> str:
 
 
 _RESAMPLES = 1000
+_DRAWS = 2**20
 
 
 def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
@@ -316,9 +316,12 @@ def bootstrap_interval(scores: Sequence[float], clusters: Sequence[Any]) -> tupl
     index = np.array([names[name] for name in clusters])
     sums, counts = np.bincount(index, weights=np.asarray(scores, dtype=float)), np.bincount(index)
     generator = np.random.default_rng(0)
-    means = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        drawn = generator.integers(len(names), size=len(names))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = []
+    remaining = _RESAMPLES
+    while remaining:  # as many resamples at a time as fit into a few megabytes
+        rows = min(remaining, max(1, _DRAWS // len(names)))
+        drawn = generator.integers(len(names), size=(rows, len(names)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+        remaining -= rows
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)

@@ -161,7 +161,7 @@ def usable(task: FileTask, rows: Sequence[Any], store: ImageStore) -> Sequence[A
     if bad and task.skip == "none":
         raise ValueError(
             f"{count_of(bad, len(keys), 'images')} are not in {store}; set images to their "
-            'folder, or skip to "missing" to do without.'
+            'folder, or skip to "missing" to skip their examples.'
         )
     if task.skip == "broken":
         bad = absent + list(undecodable(store, present(keys, absent)))
@@ -237,7 +237,7 @@ def read_rows(items: Iterable[tuple[str, Any]], parse: Callable[[Any], R]) -> li
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         total = len(rows) + len(problems)
         raise ValueError(
-            f"{len(problems)} of {total} rows are broken; mend or remove them. "
+            f"{len(problems)} of {total} rows are broken; fix or remove them. "
             f"{'; '.join(problems[:5])}{more}"
         )
     return rows

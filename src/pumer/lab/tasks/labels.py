@@ -61,7 +61,7 @@ def label_order(config: Any, task: Task) -> tuple[int, ...] | None:
         return None
     if same_names(names, labels):
         position = {name: index for index, name in enumerate(names)}
-        if not set(labels) <= set(position):  # the same words in another case
+        if not set(labels) <= set(position):  # same words in another case
             position = {name.casefold(): index for name, index in position.items()}
             labels = [label.casefold() for label in labels]
         order = tuple(position[label] for label in labels)
@@ -106,7 +106,7 @@ def check_fit(model: Any, task: Task) -> None:
     if suits and class_name.endswith(_CLASSIFIERS[2]):
         suits = model.config.num_images == task.image_count
     if not suits:
-        # A pair of images is what the classifier of images and text is for.
+        # Only the classifier of images and text takes a pair of images.
         offered = heads if task.image_count > 1 or len(heads) == 1 else heads[:2]
         classes = " or ".join(f"Vilt{head}" for head in offered)
         raise ValueError(

@@ -91,7 +91,7 @@ class NLVR2(FileTask):
             text=row.sentence,
             images=images,
             target=row.target,
-            # The pairs of a set are cut from the same eight photographs.
+            # The pairs of a set share the same eight photographs.
             cluster=f"{split}-{images_set}",
             meta={"group": (split, images_set, sentence)},
         )

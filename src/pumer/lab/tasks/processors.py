@@ -22,7 +22,7 @@ Conversation = Sequence[Mapping[str, Any]]
 """Messages of one chat: `role`, and `content` of parts with `type` "image", or "text" and the
 `text`."""
 SHORT = "Answer the question using a single word or phrase."
-"""What LLaVA 1.5 was trained, and is evaluated, to be told behind a question."""
+"""The instruction after a question in LLaVA 1.5's training and evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +165,9 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Ima
         images=[list(prompt_images) for prompt_images in images] if any(images) else None,
         padding=True,
         return_tensors="pt",
-        **(
-            {"add_special_tokens": False} if begun else {}
-        ),  # some templates begin the text themselves
+        **({"add_special_tokens": False} if begun else {}),  # some templates add the first token
     )
-    batch.pop("labels", None)  # PaliGemma's processor always gives some
+    batch.pop("labels", None)  # PaliGemma's processor always returns some
     return batch
 
 

@@ -21,7 +21,7 @@ from pumer.lab.tasks.labels import check_fit, label_names, label_order
 from pumer.lab.tasks.vqa_answers import normalize
 
 IGNORED = -100
-"""Label of tokens that are not learned."""
+"""Label of tokens without a loss."""
 MAX_ANSWER = 10
 """Longest answer in tokens."""
 
@@ -44,7 +44,7 @@ class GenerativeCollator(Collator):
         super().__post_init__()
         if self.task.loss_kind not in ("soft", "none"):
             raise ValueError(
-                f"{self.task.name} is no task for a model that answers questions in words: take "
+                f"{self.task.name} has no answers in words, which generative models give: use "
                 "vqav2 or scenes"
             )
 
@@ -127,7 +127,7 @@ class PromptCollator(GenerativeCollator):
         )
         begun = tokenizer.bos_token is not None and text.startswith(
             tokenizer.bos_token
-        )  # some templates see to that
+        )  # some templates add it
         ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
         if ids.count(self.image_token) != 1:
             raise ValueError(
@@ -147,7 +147,7 @@ class PromptCollator(GenerativeCollator):
 def best_answer(task: Task, example: Example) -> str:
     """The answer with the highest score; raises ValueError if there is none."""
     if not example.target:
-        raise ValueError(f"question {example.id} has no answer that could be learned: leave it out")
+        raise ValueError(f"question {example.id} has no answer to learn from: leave it out")
     best = max(example.target, key=example.target.get)
     return best if isinstance(best, str) else task.labels[best]
 

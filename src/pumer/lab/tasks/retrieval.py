@@ -63,7 +63,7 @@ class _Captions:
         start, stop = self.starts[image], self.starts[image + 1]
         caption = generator.integers(start, stop)
         others = generator.choice(len(self.texts) - (stop - start), size=negatives, replace=False)
-        others[others >= start] += stop - start  # over the image's own
+        others[others >= start] += stop - start  # skips the image's own captions
         return self.texts[caption], tuple(self.texts[other] for other in others)
 
 

@@ -36,7 +36,7 @@ from pumer.lab.tasks.vqa_files import (
 )
 
 OFFICIAL = ("train2014", "val2014")
-"""Splits that the published vocabulary of 3129 answers is counted in."""
+"""Splits in which the published vocabulary of 3129 answers is counted."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -136,8 +136,7 @@ class VQAv2(FileTask):
         """The score of every annotator's answer: by index, or by word without a vocabulary."""
         if not self.labels:
             return scores_in_words(answers)
-        # Published models were taught raw strings; a new list holds normalised ones, however the
-        # data writes them.
+        # Published models were trained on raw strings; a new list holds normalized answers.
         return soft_targets(
             map(normalize, answers) if self.answers == "data" else answers, self._index
         )

@@ -21,10 +21,10 @@ _BEST = {
     "metric_for_best_model": "accuracy",
     "restore_callback_states_from_checkpoint": True,
 }
-"""What early stopping asks of the Trainer, unless a recipe says otherwise."""
+"""Defaults of early stopping, which a recipe may override."""
 
 _OURS = {"output_dir", "seed", "remove_unused_columns", "label_names"}
-"""Settings of TrainingArguments that follow from those of `train`."""
+"""Settings of TrainingArguments that `train` sets itself."""
 _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "save_total_limit"),
@@ -45,14 +45,14 @@ _LEAST = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(
 def trainer_settings(trainer: Mapping[str, Any], early_stopping: bool) -> dict[str, Any]:
     """Settings checked against TrainingArguments; raises ValueError for unknown ones and wrong
     types."""
-    # YAML takes the word no, by which the Trainer means never, for false.
+    # YAML parses the Trainer's strategy "no" as false.
     settings = {
         name: "no" if name.endswith("_strategy") and x is False else x
         for name, x in trainer.items()
     }
     if early_stopping:
         often = settings.setdefault("eval_strategy", "epoch")
-        settings = {**_BEST, "save_strategy": often, **settings}  # of every model that is judged
+        settings = {**_BEST, "save_strategy": often, **settings}  # of every evaluated model
         if "eval_steps" in settings:
             settings.setdefault("save_steps", settings["eval_steps"])
     setting_names = {field.name for field in fields(TrainingArguments) if field.init} - _OURS
@@ -87,7 +87,7 @@ def trainer_arguments(
         ValueError: for arguments that transformers rejects.
     """
     settings: dict[str, Any] = {"use_cpu": not torch.cuda.is_available(), **trainer}
-    if learned:  # every part has its say in every step, some of it twice
+    if learned:  # every parameter is used in every step
         settings.setdefault("ddp_find_unused_parameters", False)
     if settings.get("bf16") and not in_bfloat16(settings):
         _LOG.warning(

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-_NAME = re.compile(r"checkpoint-(\d+)")  # as the Trainer names its own; others are the user's
+_NAME = re.compile(r"checkpoint-(\d+)")  # the Trainer's; others are the user's
 _STATES = {
     "optimizer": ("optimizer*", "global_step*"),  # torch's, FSDP's and DeepSpeed's
     "scheduler": ("scheduler.pt", "global_step*"),
@@ -38,9 +38,9 @@ def check_last_checkpoint(output: Path) -> None:
     ]
     if lacking:
         raise ValueError(
-            f"{checkpoint} lacks the state of its {' and '.join(lacking)}, without which a "
-            "training does not go on as it began (trainer.save_only_model leaves it out): delete "
-            "this checkpoint to go on from one before it, or start anew with another --output"
+            f"{checkpoint} lacks the state of its {' and '.join(lacking)}, which a training needs "
+            "to resume (trainer.save_only_model omits it): delete this checkpoint to resume from "
+            "an earlier one, or start again with another --output"
         )
 
 

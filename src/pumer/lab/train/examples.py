@@ -86,7 +86,7 @@ def count_without_target(examples: Sequence[Example], task: Task, split: str) ->
     targets = getattr(examples, "targets", None)
     if (
         targets is None or task.loss_kind == "rank"
-    ):  # made on the fly, each with its target; a text of an image's own
+    ):  # generated examples always have a target, and so do ranked texts
         return 0
     without = unlabelled = 0
     for target in targets():

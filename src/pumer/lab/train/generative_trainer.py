@@ -67,8 +67,8 @@ class GenerativeTrainer(TaskTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        # The Trainer gathers only what comes with labels; prompts of every batch have another
-        # length.
+        # The Trainer only gathers outputs that come with labels, and prompts of different batches
+        # have different lengths.
         return loss.detach(), outputs["right"], torch.ones_like(outputs["right"])
 
     @staticmethod

@@ -74,7 +74,7 @@ class Grounded(nn.Module):
     def _of_encoder(self, hidden: Tensor, patch_labels: Tensor) -> Tensor:
         """Image tokens that have attended to the question: [B,P,D]."""
         states = hidden[:, -patch_labels.shape[1] :]
-        if hasattr(self.model.base_model, "layernorm"):  # METER's layers end with their norms
+        if hasattr(self.model.base_model, "layernorm"):  # METER's layers include their norms
             states = self.model.base_model.layernorm(states)
         return states
 

@@ -30,7 +30,7 @@ def train_once(folder: Path, words: list[str], processes: int, lock: IO[str]) ->
         ValueError: if the training fails, with the end of its log.
     """
     output = folder / "training"
-    if not (output / "log.json").is_file():  # which training writes last
+    if not (output / "log.json").is_file():  # written last
         resume = usable_checkpoints(output)
         if not resume:
             shutil.rmtree(output, ignore_errors=True)

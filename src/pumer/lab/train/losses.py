@@ -65,7 +65,9 @@ def grounding_loss(parts: Sequence[Tensor], labels_BP7: Tensor) -> Tensor:
     """
     *logits, middle = (part.float() for part in parts)
     colour, shape, asked, across, down, beside, above = labels_BP7.unbind(-1)
-    rare = torch.tensor([1.0, 4.0, 4.0], device=middle.device)  # few patches are asked about
+    rare = torch.tensor(
+        [1.0, 4.0, 4.0], device=middle.device
+    )  # few patches are asked about: weigh them higher
     loss = functional.smooth_l1_loss(
         middle * (colour > 0)[..., None], torch.stack([across, down], -1) / 8
     )

@@ -89,7 +89,7 @@ def prepare(
         check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
     if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
-        raise ValueError(  # RoBERTa counts its positions by it
+        raise ValueError(  # RoBERTa derives positions from it
             f"the tokenizer pads with {tokenizer.pad_token_id}, METER's text encoder takes "
             f"{padding} for padding: give model.config.text_config.pad_token_id "
             f"{tokenizer.pad_token_id}"
@@ -121,22 +121,22 @@ def _trained(
     settings: ModelSettings, task: dict[str, Any], train_split: str
 ) -> tuple[PreTrainedModel, Task]:
     """A pretrained model, with a new head where needed, and the task."""
-    # Ranking starts as the matching of a published checkpoint, for which its class of pretraining
-    # has no place.
+    # Ranking starts from the matching head of a published checkpoint, which the class of its
+    # pretraining lacks.
     ranks = get(str(task.get("name"))).loss_kind == "rank"
     start = read_model(str(settings.path), settings.image_size, settings.kind if ranks else None)
     net_class = model_class(settings.kind) if settings.kind else type(start)
     if is_generative(start):
         if net_class is not type(start) or settings.config:
             raise ValueError(
-                f"a {type(start).__name__} is trained on as it is: leave model.kind and "
-                "model.config out"
+                f"a {type(start).__name__} keeps its class and configuration: leave model.kind "
+                "and model.config out"
             )
         return start, build(task)
     if net_class.config_class is not type(start.config):
         raise ValueError(
-            f"model.kind {net_class.__name__} cannot start from a {type(start).__name__}: take one "
-            "family"
+            f"model.kind {net_class.__name__} cannot start from a {type(start).__name__}: use a "
+            "class of its family"
         )
     config = check_config(net_class.config_class, settings.config)
     labels = vocabulary(start)
@@ -252,8 +252,8 @@ def rebuild(
     kept_weights = {name: value for name, value in old.items() if _head(name) not in reset_heads}
     net.load_state_dict(kept_weights, strict=False)
     if not changes:
-        # The published dropout of text embeddings is on the module, as no setting of the
-        # configuration can say it.
+        # The published dropout of text embeddings is set on the module; the configuration has no
+        # setting for it.
         before = dict(start.named_modules())
         for name, module in net.named_modules():
             if isinstance(module, nn.Dropout) and name in before:

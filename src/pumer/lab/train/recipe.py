@@ -33,10 +33,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-# --- the recipe of a training, beside what came of it ---
+# --- the recipe in a training's output folder ---
 
 WRITTEN = "recipe.yaml"
-"""Its name in the folder of a training."""
+"""Its file name."""
 _MAY_CHANGE = tuple(
     f"trainer.{name}"
     for name in (
@@ -68,8 +68,7 @@ _MAY_CHANGE = tuple(
         ),
     )
 )
-"""Settings of how long a training goes, and what is said and kept of it; none changes what a step
-does."""
+"""Settings of duration, logging and saving, which may change on resume: none affects a step."""
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -85,8 +84,8 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     if not (folder / WRITTEN).is_file():
         if any(folder.glob("checkpoint-*")):
             raise ValueError(
-                f"{folder} has checkpoints and no {WRITTEN}, so that nobody knows with which "
-                "settings they began: put that of their training there, or give another --output"
+                f"{folder} has checkpoints but no {WRITTEN}, so their settings are unknown: "
+                "restore that file, or give another --output"
             )
         return
     before, now = dict(_flat(read_settings(folder / WRITTEN))), dict(_flat(_plain(recipe)))
@@ -99,8 +98,8 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         )
         more = f"; and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
         raise ValueError(
-            f"the training in {folder} began with other settings ({changes}{more}): go on with "
-            f"those in its {WRITTEN}, or give another --output"
+            f"the training in {folder} began with other settings ({changes}{more}): resume "
+            f"with those in its {WRITTEN}, or give another --output"
         )
 
 

@@ -235,7 +235,7 @@ def _can_resume(settings: TrainSettings, runner: TaskTrainer) -> bool:
         resumable = settings.resume and usable_checkpoints(output)
     if settings.resume and not resumable and (output / "model").exists():
         raise ValueError(
-            f"{output} holds a finished model and no checkpoint to go on from: give another "
+            f"{output} holds a finished model and no checkpoint to resume from: give another "
             "--output"
         )
     if resumable:

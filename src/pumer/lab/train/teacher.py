@@ -53,7 +53,7 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
             image transform, and for a folder without a tokenizer.
     """
     folder = model_path(path)
-    if not (folder / "pumer.json").is_file():  # a published checkpoint, with which neither came
+    if not (folder / "pumer.json").is_file():  # a published checkpoint has neither
         text, image = student.text, student.image
     else:
         tokenizer, image = load_tokenizer(folder), load_transform(folder)
@@ -67,7 +67,7 @@ def teachers_collator(teacher: PreTrainedModel, path: str, student: Collator) ->
         if different:
             raise ValueError(
                 f"the teacher {path} has another {' and another '.join(different)} than the "
-                "student: a model that writes is taught on its own tokens, so take a teacher that "
+                "student: generative models are distilled token by token, so use a teacher that "
                 "was trained with the same"
             )
         return student
@@ -87,9 +87,9 @@ _ASKING = {
     "dataloader_drop_last": False,
     "prediction_loss_only": False,
     "batch_eval_metrics": False,
-    "eval_accumulation_steps": 16,  # on the host; there is no place for all on a GPU
+    "eval_accumulation_steps": 16,  # to the host; they do not all fit on a GPU
 }
-"""Settings of the Trainer that asks the teacher, whatever they are for the training."""
+"""Settings of the Trainer that computes the teacher's logits."""
 
 
 def cached_teacher_logits(
@@ -122,7 +122,7 @@ def cached_teacher_logits(
         **({} if collator.order is None else {"order": collator.order}),
     }
     path = Path(folder) / f"{digest(wanted)}.safetensors"
-    # Asked once for all processes: another training may just be writing it.
+    # Checked once for all processes, because another training may be writing it.
     (is_cached,) = broadcast_object_list([path.is_file()])
     if not is_cached:
         asked = copy.copy(arguments)

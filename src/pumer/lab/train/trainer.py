@@ -61,8 +61,7 @@ class TaskTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # Losses are means of a batch: of several that are accumulated the Trainer has to take the
-        # mean.
+        # Losses are means over a batch, so the Trainer has to average accumulated ones.
         self.model_accepts_loss_kwargs = False
         self.task, self.distillation = task, distillation
         self.grounding_weight, self.itm_weight = grounding_weight, itm_weight
@@ -112,8 +111,8 @@ class TaskTrainer(Trainer):
                 teacher_logits = self._teacher_logits(
                     inputs if teacher_inputs is None else teacher_inputs, labels, texts
                 )
-            # Of ranked texts over all of an image's, where the published code has the softmax of a
-            # single score: 0.
+            # For ranking over all texts of an image; the published code takes the softmax of one
+            # score, which gives 0.
             parts["distill"] = self.distillation.weight * distillation_loss(
                 logits, teacher_logits, self.distillation.temperature
             )
@@ -140,7 +139,7 @@ class TaskTrainer(Trainer):
     @staticmethod
     def _logits(outputs: Any, labels: Tensor, collator: Any) -> Tensor:
         """One row per example, in the order of the task's labels or of the texts to rank."""
-        logits = outputs.logits.reshape(len(labels), -1)  # texts to rank have one each
+        logits = outputs.logits.reshape(len(labels), -1)  # one logit per text when ranking
         return collator.in_task_order(logits) if isinstance(collator, Collator) else logits
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

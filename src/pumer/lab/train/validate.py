@@ -36,8 +36,8 @@ def validate(settings: TrainSettings) -> tuple[TrainSettings, dict[str, Any]]:
     output = Path(settings.output)
     if not is_empty(output) and not settings.resume:
         raise ValueError(
-            f"{output} is not empty: give another --output, or --resume true to go on from its "
-            "last checkpoint"
+            f"{output} is not empty: give another --output, or --resume true to resume "
+            "from its last checkpoint"
         )
     trainer = trainer_settings(settings.trainer or {}, settings.early_stopping is not None)
     _check_evaluation(trainer, settings.eval_split, settings.early_stopping)
@@ -107,7 +107,7 @@ def _check_learned_reducer(reducer: Reducer, trainer: Mapping[str, Any]) -> None
 
 
 METRICS = ("accuracy", "loss")
-"""What an evaluation during training gives."""
+"""Metrics of an evaluation during training."""
 
 
 def _check_evaluation(
@@ -136,8 +136,8 @@ def _check_teacher(net: PreTrainedModel, task: Task, teacher: PreTrainedModel) -
     """Raise ValueError for a teacher with other outputs than the student."""
     if is_generative(net) != is_generative(teacher):
         raise ValueError(
-            f"a {type(teacher).__name__} cannot teach a {type(net).__name__}: take a model of one "
-            "kind"
+            f"a {type(teacher).__name__} cannot teach a {type(net).__name__}: use two generative "
+            "models, or two that classify"
         )
     if is_generative(net):
         return

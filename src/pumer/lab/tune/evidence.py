@@ -1,4 +1,4 @@
-"""What a search leaves behind: a row for every point, or why nothing was accepted."""
+"""The evidence of a search: a row for every point, and why nothing was accepted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pumer.reducers import to_dict
 
 
 def nearest_point(search: Search) -> str:
-    """Why nothing was accepted, and what comes nearest."""
+    """Error text: why nothing was accepted, and the nearest point."""
     bounds = search.bounds
     judged = [candidate for candidate in search.planned if candidate.point.name in search.judged]
     if not judged:
@@ -49,7 +49,7 @@ def nearest_point(search: Search) -> str:
     nearest = min(judged, key=lambda candidate: verdict_on(candidate).high)
     verdict = verdict_on(nearest)
     return (
-        f"of no setting of the grid it is certain that it loses at most {bounds.drop:g} points; "
+        f"no setting of the grid provably loses at most {bounds.drop:g} points; "
         f"the nearest is {nearest.point.name}, {nearest.speedup:.2f} times as fast by prediction, "
         f"which loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
         f"{verdict.examples} examples. --max_drop {math.ceil(100 * verdict.high) / 100:.2f} may "
@@ -60,7 +60,7 @@ def nearest_point(search: Search) -> str:
 def evidence_rows(
     search: Search, study: optuna.Study, best: Planned | None
 ) -> list[dict[str, Any]]:
-    """One row for each point, best first, then by predicted speed."""
+    """One row per point, the best first, then by predicted speed."""
     excluded, attributes, rows = search.excluded(), study.user_attrs, []
     where = records.environment(next(search.model.parameters()).device)
     for candidate in search.planned:
@@ -95,6 +95,7 @@ def _drops(prefix: str, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the evidence as a CSV file."""
     with replacing(path) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

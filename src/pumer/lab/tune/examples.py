@@ -1,5 +1,4 @@
-"""The examples that candidates are judged on, the unreduced model's scores on them, and a
-candidate's."""
+"""The examples that candidates are judged on, and the scores of a model on them."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ class _Batch:
 
 
 class ExamplePool:
-    """Independent examples in batches, in an order drawn by lot: of each cluster, such as a
-    image, at most one.
+    """Batches of independent examples in random order: at most one of each cluster, such as an
+    image.
 
     Args:
         examples: of a labelled split.
@@ -58,19 +57,18 @@ class ExamplePool:
 
     @property
     def available(self) -> int:
-        """Examples in all."""
+        """Number of examples in total."""
         self._draw(self.limit)
         return len(self._drawn)
 
     def size(self, count: int) -> int:
-        """How many examples the first `count` batches have; fewer than asked for where the split
-        ends."""
+        """Number of examples in the first `count` batches; fewer where the split ends."""
         while len(self._batches) < count and self._make():
             pass
         return sum(len(batch.numbers) for batch in self._batches[:count])
 
     def inputs(self, number: int) -> dict[str, Any]:
-        """What the model takes of a batch."""
+        """Collated inputs of a batch."""
         batch = self._batches[number]
         return (
             self._collate(take(self._source, batch.numbers))
@@ -79,8 +77,7 @@ class ExamplePool:
         )
 
     def scores(self, model: nn.Module, batches: Iterable[int]) -> Iterator[list[float]]:
-        """How right a model, reduced or not, is on every example of each of these batches, from 0
-        to 1."""
+        """A model's score, from 0 to 1, on every example of each of these batches."""
         device = next(model.parameters()).device
         for batch_index in batches:
             if self.size(batch_index + 1) == self.size(batch_index):  # the split is at its end
@@ -95,7 +92,7 @@ class ExamplePool:
             ]
 
     def _make(self) -> bool:
-        """Make the next batch; False where the split or the limit is at its end."""
+        """Make the next batch; returns False at the end of the split or the limit."""
         start = sum(len(batch.numbers) for batch in self._batches)
         self._draw(start + self.batch_size)
         numbers = self._drawn[start : start + self.batch_size]
@@ -111,7 +108,7 @@ class ExamplePool:
         return True
 
     def _draw(self, count: int) -> None:
-        """Draw examples until there are `count`, or as many as there are."""
+        """Draw examples until there are `count`, or all."""
         count = min(count, self.limit)
         while len(self._drawn) < count and self._order:
             numbers = self._order[: count - len(self._drawn)]

@@ -1,4 +1,4 @@
-"""Distillation at the point that was found, and what it is worth."""
+"""Distillation at the setting that was found."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from pumer.reducers import Reducer, to_dict
 def finetune(
     recipe: str, base: str | Path, reducer: Reducer, out: str | Path, processes: int = 1
 ) -> Path:
-    """Train a model with a reducer on, taught by the same model unreduced, and give back the folder
-    it is in.
+    """Fine-tune a model with a reducer, taught by the same model unreduced; returns its folder.
 
-    A training that was stopped goes on from its last checkpoint; one that is finished is left
-    alone.
+    A stopped training resumes from its last checkpoint; a finished one is kept.
 
     Args:
         recipe: of `pumer train`, a file or a shipped one's name; its model, teacher and reducer are
             replaced.
         base: folder of the model, which is the teacher too.
         reducer: to train with.
-        out: folder of the run, which also gets training.txt, all that it says.
+        out: folder of the run, which also gets training.txt, its log.
         processes: that train together.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What is known of a point before any example is predicted: tokens, FLOPs, time and memory."""
+"""Predictions for a point before any example is run: tokens, FLOPs, time and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,11 @@ _MEMORY_ROWS = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the setting has to keep to.
+    """Bounds that the setting must keep.
+
+    >>> Bounds(drop=1.0).drop
+    1.0
+
 
     Args:
         drop: most points of accuracy to lose against the unreduced model.
@@ -51,7 +55,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Planned:
-    """A point and what the models of this machine say of it.
+    """A point with the predictions of this machine's latency and memory models.
 
     Args:
         point: the settings.
@@ -66,10 +70,9 @@ class Planned:
     memory: int | None = None
 
     def violated_bound(self, bounds: Bounds, corrections: Mapping[str, float] | None = None) -> str:
-        """Which bound the models say it breaks, in a word for a table; "" for none.
+        """The bound that it is predicted to violate, as a word for a table; "" for none.
 
-        `corrections` are factors of the predicted "speedup" and "memory", from points that were
-        measured.
+        `corrections` are factors of the predicted "speedup" and "memory", from measured points.
         """
         by = {"speedup": 1.0, "memory": 1.0} | dict(corrections or {})
         if bounds.speedup is not None and self.speedup * by["speedup"] < bounds.speedup:
@@ -90,9 +93,8 @@ def plan(
     base: Report,
     inputs: Mapping[str, Tensor],
     memory: bool,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Planned]:
-    """FLOPs, predicted speed-up and, if asked for, memory of every point, fastest first.
+    """Predict FLOPs, speed-up and, on request, memory of every point, fastest first.
 
     Args:
         model: unreduced.
@@ -101,7 +103,6 @@ def plan(
         base: report of the unreduced model for the lengths to plan for.
         inputs: a batch of the size to plan for.
         memory: follow a forward of a few examples of each point and scale its peak to the batch.
-        progress: called after every point.
     """
     text, image = base.entry
     usual = report(model).entry[1]
@@ -119,12 +120,11 @@ def plan(
         planned_points.append(
             Planned(point, planned.ratio, unreduced / latency.seconds(planned), size)
         )
-        progress()
     return sorted(planned_points, key=lambda candidate: (-candidate.speedup, candidate.point.name))
 
 
 def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Bytes of activations at the peak of one forward."""
+    """Peak activation bytes of one forward."""
     call, device = forward(model, dict(inputs)), next(model.parameters()).device
     if device.type == "cuda":
         call()  # libraries set memory aside at their first use
@@ -132,7 +132,7 @@ def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 def check_reachable(planned: Sequence[Planned], bounds: Bounds) -> None:
-    """Raise ValueError, naming the nearest point, if by the models no point keeps to speed and
+    """Raise ValueError, naming the nearest point, if no point is predicted to keep the speed and
     memory bounds."""
     if any(not candidate.violated_bound(bounds) for candidate in planned):
         return

@@ -1,10 +1,10 @@
-"""One tuning: a model, a task's examples and a bound in; a preset, the evidence and a plot out."""
+"""Tune a reducer: from a model, examples and a bound to a preset, the evidence and a plot."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pumer.lab.bench.latency import LatencyModel, calibrate, measure, planned
 from pumer.lab.bench.memory import weight_bytes
 from pumer.lab.bench.run import FUSED
 from pumer.lab.evaluate import model_inputs
+from pumer.lab.progress import Log, no_log
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.prompts import is_generative
 from pumer.lab.tune.evidence import evidence_rows, nearest_point, write_rows
@@ -42,17 +43,17 @@ _RUNS = 7  # timed forwards of the point that is accepted
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found.
+    """The result of `tune`.
 
     Args:
-        point: the settings, with what was predicted of them.
-        judged: how it did on the examples that it was chosen on.
-        checked: how it did on fresh ones.
+        point: the settings with their predictions.
+        judged: verdict on the examples it was chosen on.
+        checked: verdict on fresh examples.
         speedup: measured.
-        memory: bytes of weights and of activations at the peak of a forward, measured.
-        points: points of the grid.
-        predictions: examples that were predicted for all of this, the unreduced model's included.
-        rows: the evidence: every point, what was found out about it or why it was not judged.
+        memory: measured bytes of weights and peak activations of a forward.
+        points: number of points in the grid.
+        predictions: number of examples predicted, including those of the unreduced model.
+        rows: the evidence: a verdict on every point, or why it was not judged.
     """
 
     point: Planned
@@ -82,37 +83,36 @@ def tune(
     seed: int = 0,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    log: Log = no_log,
 ) -> Tuned:
-    """Search the setting of PuMer or ToMe that is fastest, or lose least, within a bound, and write
-    them to a folder.
+    """Search the best setting of PuMer or ToMe within bounds, and write it to a folder.
 
-    With a bound on the drop it is the fastest point that keeps to it; otherwise the one that loses
-    least.
+    With a bound on the drop, the best is the fastest point that keeps it; otherwise the one that
+    loses least.
 
     Args:
         model: unreduced, on its device.
         examples: of a labelled split.
         collator: the task's, with the model's transforms.
-        bounds: what to keep to.
+        bounds: that the setting must keep.
         out: folder for the preset, the evidence, the plot and the study; new or empty unless
             `resume`.
         grid: values of each setting.
-        skip_impossible: leave out settings that do not fit the model, instead of refusing them.
+        skip_impossible: skip settings that the model does not support, instead of refusing them.
         batch_size: examples at a time: what speed and memory are for.
-        choose: examples to choose on; where there are fewer, so that both shares shrink alike.
-        check: fresh examples to check what was chosen on.
+        choose: examples to choose on; with fewer examples both shares shrink alike.
+        check: fresh examples to check the choice on.
         alpha: probability of accepting a point that loses more than the bound.
         trials: points to judge at most.
         seed: of the order of the examples and of the search.
         resume: go on with the study in `out`.
-        settings: where model and examples come from, to know a study again by.
-        progress: called with a line whenever something was decided.
+        settings: origin of model and examples, to recognise a study by.
+        log: called with a line at every decision.
 
     Raises:
         ValueError: for impossible settings, too few examples, a folder that is not empty or of
-            another study, and for a bound that nothing keeps to, naming the nearest point; the
-            evidence is then written all the same.
+            another study, and for a bound that no point keeps, naming the nearest one; the
+            evidence is still written.
     """
     folder = Path(out)
     check_folder(folder)
@@ -154,13 +154,13 @@ def tune(
             study = _open(journal, described)
         pool.size(1)
         inputs = _timed_inputs(model, pool.inputs(0))
-        progress("timing a few forwards")
+        log("timing a few forwards")
         costs = study.user_attrs.get("latency") if study else None
         latency = LatencyModel(costs) if costs else calibrate(model, inputs)
         with pumer.reduced(model, pumer.Unreduced()), torch.inference_mode():
             model(**inputs)
             base = planned(model, model)
-        progress(f"planning {len(points.points)} points")
+        log(f"planning {len(points.points)} points")
         predicted = plan(model, points.points, latency, base, inputs, bounds.memory is not None)
         check_reachable(predicted, bounds)
         if study is None:  # nothing is written before it is known that there is something to search
@@ -179,9 +179,9 @@ def tune(
             alpha,
             trials,
             seed,
-            progress,
+            log,
         )
-        best, speedup, memory = _settle(search, inputs, progress)
+        best, speedup, memory = _settle(search, inputs, log)
         rows = evidence_rows(search, study, best)
         write_rows(folder / EVIDENCE, rows)
         plot(rows, bounds.drop, folder / "tune")
@@ -215,8 +215,7 @@ def lost(
     alpha: float,
     seed: int,
 ) -> PairedDrop:
-    """What another model loses against the unreduced one on the examples that `tune` checks on; as
-    there."""
+    """Loss of another model against the unreduced one on the examples that `tune` checks on."""
     pool = ExamplePool(examples, collator, batch_size, choose + check, seed)
     race, total = _shares(pool.available, choose, check, batch_size)
     batches = range(race, total)
@@ -229,7 +228,7 @@ def lost(
 
 
 def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[int, int]:
-    """Batches to choose on, and in all; raises ValueError for too few."""
+    """Number of batches to choose on, and in total; raises ValueError for too few."""
     total = min(choose + check, examples) // batch_size
     if total < _FEWEST or min(choose, check) < 1:
         raise ValueError(
@@ -241,7 +240,7 @@ def _shares(examples: int, choose: int, check: int, batch_size: int) -> tuple[in
 
 
 def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
-    """The study in a file, new if there is none; raises ValueError for one of other settings."""
+    """Open or create the study in a file; raises ValueError for one of other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for left_over in journal.parent.glob(f"{journal.name}.lock*"):
         left_over.unlink()  # optuna's lock, for which it would wait; the folder is locked already
@@ -271,9 +270,9 @@ def _open(journal: Path, described: dict[str, Any]) -> optuna.Study:
 
 
 def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
-    """A batch for the measurements: of texts that are ranked, each with its image.
+    """A batch for the measurements; ranked texts are each paired with their image.
 
-    Of a model that writes, the way to the first token of the answer is measured.
+    For generative models the prefill is measured, up to the first token of the answer.
     """
     inputs, texts = (
         model_inputs(collated, next(model.parameters()).device),
@@ -289,14 +288,14 @@ def _timed_inputs(model: nn.Module, collated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settle(
-    search: Search, inputs: Mapping[str, Any], progress: Callable[[str], None]
+    search: Search, inputs: Mapping[str, Any], log: Log
 ) -> tuple[Planned | None, float, int]:
-    """The best point that holds on fresh examples and keeps to its bounds when measured, its
-    speed-up and memory."""
+    """The best point that passes its check and keeps its bounds when measured, with its speed-up
+    and memory."""
     while (best := search.run()) is not None:
         name, model, bounds = best.point.name, search.model, search.bounds
         verdict = search.verify(best)
-        progress(
+        log(
             f"checked {name}: loses {verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) "
             f"on {verdict.examples} fresh examples, {verdict.status}"
         )
@@ -310,7 +309,7 @@ def _settle(
             measured = [seconds[FUSED] / seconds[name], memory]
             search.study.set_user_attr(f"measured/{name}", measured)
         speedup, memory = measured
-        progress(f"measured {name}: {speedup:.2f}x, {memory / 1e6:.0f} MB")
+        log(f"measured {name}: {speedup:.2f}x, {memory / 1e6:.0f} MB")
         if (bounds.speedup is None or speedup >= bounds.speedup) and (
             bounds.memory is None or memory <= bounds.memory
         ):

@@ -17,7 +17,7 @@ bound with probability alpha at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ import optuna
 from torch import nn
 
 import pumer
+from pumer.lab.progress import Log, no_log
 from pumer.lab.tune.examples import ExamplePool
 from pumer.lab.tune.points import Bounds, Planned
 from pumer.lab.tune.sequential import PairedDrop
@@ -40,13 +41,13 @@ _OUT = ("over", "hopeless", "doubtful", "worse", "failed")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found out about a point; drops are in points of accuracy.
+    """The result of judging a point; drops are in points of accuracy.
 
     Args:
-        status: "over" the bound for certain; "hopeless", "doubtful" or "promising" as to being
-            accepted; "worse" than another point for certain, or "judged" to the end; after its
-            check "accepted" or "failed", and "unfit" if measured it then breaks a bound.
-        examples: that it was judged on.
+        status: "over" the bound or "worse" than another point, both significantly; "hopeless",
+            "doubtful" or "promising" as to being accepted; "judged" to the end; after the check
+            "accepted" or "failed"; "unfit" if it breaks a bound when measured.
+        examples: number of examples.
         drop: mean loss against the unreduced model on them.
         low: lower bound of that loss.
         high: upper bound.
@@ -60,21 +61,20 @@ class Verdict:
 
 
 class Search:
-    """One search, kept in an Optuna study: made anew over the same study it goes on where that
-    stopped.
+    """A search whose state is an Optuna study: created again over the same study, it resumes.
 
     Args:
         model: unreduced, on its device.
         space: the grid.
-        planned: its points and what is predicted of them.
+        planned: its points with their predictions.
         bounds: what to keep to.
         pool: examples; the first `race` batches are for choosing, the next `check` ones for
             checking.
-        study: that remembers everything.
+        study: stores the state.
         alpha: probability of accepting a point that loses more than the bound.
         trials: points to judge at most.
         seed: of the proposals.
-        progress: called with a line whenever something was decided.
+        log: called with a line at every decision.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Search:
         alpha: float = 0.1,
         trials: int = 80,
         seed: int = 0,
-        progress: Callable[[str], None] = lambda line: None,
+        log: Log = no_log,
     ) -> None:
         self.model, self.space, self.bounds, self.pool, self.study = (
             model,
@@ -100,7 +100,7 @@ class Search:
             study,
         )
         self.race, self.check = range(race), range(race, race + check)
-        self.alpha, self.trials, self.seed, self.progress = alpha, trials, seed, progress
+        self.alpha, self.trials, self.seed, self.log = alpha, trials, seed, log
         self.planned = list(planned)
         self._dominates = dominates([candidate.point for candidate in self.planned])
         self.judged: dict[str, Verdict] = {}
@@ -131,8 +131,8 @@ class Search:
     # --- the choice ---
 
     def best(self) -> Planned | None:
-        """The point to check next: the fastest promising one, or without a bound on the drop that
-        which loses least."""
+        """The point to check next: the fastest promising one, or, without a bound on the drop, the
+        one that loses least."""
         wanted = (
             ("promising", "accepted") if self.bounds.drop is not None else ("judged", "accepted")
         )
@@ -149,7 +149,7 @@ class Search:
         )
 
     def excluded(self) -> dict[str, str]:
-        """Points that are not judged and need not be (any more), by name, and why."""
+        """Points that need not be judged, by name, with the reason."""
         best = self.best()
         out = np.array([self.status(candidate) in _OUT for candidate in self.planned])
         lacking = [
@@ -182,12 +182,12 @@ class Search:
         return why
 
     def open_points(self) -> list[Planned]:
-        """Points that still could be better than the best one."""
+        """Points that may still be better than the best one."""
         done = self.excluded().keys() | self.judged.keys()
         return [candidate for candidate in self.planned if candidate.point.name not in done]
 
     def status(self, one: Planned) -> str:
-        """What is known of a point by now, "" for nothing."""
+        """Current status of a point, "" if it was not judged."""
         verdict = self.checked.get(one.point.name) or self.judged.get(one.point.name)
         return (
             "" if verdict is None else "unfit" if one.point.name in self._unfit else verdict.status
@@ -195,15 +195,15 @@ class Search:
 
     @property
     def predictions(self) -> int:
-        """Examples predicted so far, the unreduced model's included."""
+        """Examples predicted so far, including those of the unreduced model."""
         verdicts = (*self.judged.values(), *self.checked.values())
         return sum(map(len, self._base.values())) + sum(verdict.examples for verdict in verdicts)
 
     # --- the search ---
 
     def run(self) -> Planned | None:
-        """Judge points until none is open or `trials` are spent; the best one, or None where none
-        is promising."""
+        """Judge points until none is open or `trials` are used up; returns the best one, None if
+        none is promising."""
         while len(self.judged) < self.trials:
             candidates = self.open_points()
             if not candidates:
@@ -216,7 +216,7 @@ class Search:
             trial.set_user_attr("judged", vars(verdict))
             self.study.tell(trial, self._value(candidate, verdict))
             self.judged[name], self._scores[name] = verdict, scores
-            self.progress(
+            self.log(
                 f"{len(self.judged)}: {name}: {candidate.speedup:.2f}x predicted, loses "
                 f"{verdict.drop:.2f} ({verdict.low:.2f} to {verdict.high:.2f}) on "
                 f"{verdict.examples} examples, {verdict.status}; {len(self.open_points())} points "
@@ -225,7 +225,7 @@ class Search:
         return self.best()
 
     def verify(self, one: Planned) -> Verdict:
-        """Check a point on fresh examples, and remember how it went: "accepted" or "failed"."""
+        """Check a point on fresh examples and store the verdict, "accepted" or "failed"."""
         name, bound = one.point.name, self.bounds.drop
         if name not in self.checked:
             alpha = self._next_alpha
@@ -249,8 +249,7 @@ class Search:
         return self.checked[name]
 
     def correct(self, one: Planned, speedup: float, memory: int | None) -> None:
-        """Give up a point that measured breaks a bound, and take that as a lesson for all
-        predictions."""
+        """Reject a point that breaks a bound when measured, and correct all predictions by it."""
         self._unfit = [*self._unfit, one.point.name]
         self.study.set_user_attr("unfit", self._unfit)
         self.corrections = {"speedup": speedup / one.speedup}
@@ -259,7 +258,7 @@ class Search:
         self.study.set_user_attr("corrections", self.corrections)
 
     def base(self, batches: range) -> list[float]:
-        """The unreduced model's scores on these batches, predicted once."""
+        """Scores of the unreduced model on these batches, predicted once."""
         missing = [batch_index for batch_index in batches if batch_index not in self._base]
         if missing:
             with pumer.reduced(self.model, pumer.Unreduced()):
@@ -272,11 +271,11 @@ class Search:
     # --- inside ---
 
     def _propose(self, candidates: Sequence[Planned]) -> tuple[optuna.Trial, Planned]:
-        """A trial for an open point: one of the first, the sampler's proposal, or the open point
-        nearest to that."""
+        """A trial for an open point: a startup point, or the one nearest to the sampler's
+        proposal."""
         if len(self.judged) < STARTUP:
             return self._trial_of(self._halving(candidates))
-        # A sampler of its own for each proposal, so that a resumed search makes the same ones.
+        # A new sampler for each proposal, so that a resumed search makes the same ones.
         seed = self.seed + 1000 * len(self.judged)
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
         trial = self._ask()
@@ -297,7 +296,7 @@ class Search:
         return self._ask(), candidate
 
     def _halving(self, candidates: Sequence[Planned]) -> Planned:
-        """Of each method in turn the open point of median speed: good or bad, it rules out about
+        """The open point of median speed, of each method in turn: either verdict rules out about
         half of the others."""
         tomes = sorted({candidate.point.tome > 0 for candidate in candidates})
         tome = tomes[len(self.judged) % len(tomes)]
@@ -321,8 +320,7 @@ class Search:
         )
 
     def _value(self, candidate: Planned, verdict: Verdict) -> float:
-        """What the sampler is to make as large as it can: speed where the bound is kept, else the
-        least drop."""
+        """The sampler's objective: speed-up where the bound is kept, else minus the excess drop."""
         if self.bounds.drop is None:
             return -verdict.drop
         return (
@@ -367,7 +365,7 @@ class Search:
             return [score for batch in self.pool.scores(self.model, batches) for score in batch]
 
     def _verdict(self, test: PairedDrop, rival: PairedDrop, last: bool) -> str:
-        """What the examples so far say of a point, "" where that takes more of them."""
+        """Status of a point after the examples so far, "" where more are needed."""
         if self.bounds.drop is None:
             return "worse" if rival.number and rival.lower > 0 else "judged" if last else ""
         bound, total = self.bounds.drop / 100, len(self.check) * self.pool.batch_size
@@ -382,7 +380,7 @@ class Search:
 
 
 def _looks(batches: range) -> Iterator[range]:
-    """The batches in groups, after each of which the test is looked at."""
+    """The batches in groups of `LOOK`; the test is evaluated after each."""
     for start in range(batches.start, batches.stop, LOOK):
         yield range(start, min(start + LOOK, batches.stop))
 

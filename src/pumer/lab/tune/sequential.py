@@ -1,20 +1,23 @@
-"""How much a candidate loses, with an interval that holds however often one looks.
+"""Sequential test of a candidate's loss, with intervals that stay valid under continuous looks.
 
 Candidate and reference predict the same examples, and each example gives the difference of their
-scores, from -1 to 1. Most differences are 0, so their mean is known far sooner than either score.
+scores, from -1 to 1. Most differences are 0, so their mean is estimated far more precisely than
+either score.
 
-Looking after every batch and stopping when the answer pleases breaks ordinary intervals. Those here
-are a confidence
-sequence: with probability 1 - alpha the bound on a side is right at all looks at once. It comes
-from betting (Waudby-Smith, Ramdas, "Estimating means of bounded random variables by betting", JRSS
-B 86, 2024). To refute that the mean drop is `bound` or more, somebody starts with 1 and before each
-example stakes a share of what they have on its being less: were the mean `bound` or more, their
-wealth could not be expected to grow, and would ever reach 1 / alpha with probability alpha at most
-(Ville's inequality). We bet constant stakes, several at once, and average their wealth: the paper's
-diversified Kelly bettor. Wealth then depends on how often each difference was seen, not on their
-order. Stakes chosen before the first example keep all of this true, so where the spread of the
-differences is known from other examples, `stakes_for` takes those that tell most after a given
-number.
+Ordinary intervals are invalid when one looks after every batch and stops at will. Those here form a
+confidence sequence: with probability 1 - alpha, the bound on a side holds at all looks at once. It
+is constructed by betting (Waudby-Smith, Ramdas, "Estimating means of bounded random variables by
+betting", JRSS B 86, 2024):
+
+* To refute that the mean drop is at least `bound`, a bettor starts with wealth 1 and before each
+  example stakes a share of it on the drop being smaller.
+* Were the mean drop at least `bound`, the expected wealth would not grow, and it would ever reach
+  1 / alpha with probability at most alpha (Ville's inequality).
+* We bet several constant stakes and average their wealth: the paper's diversified Kelly bettor.
+  Wealth then depends on the counts of the differences, not on their order.
+
+All of this holds for any stakes that are chosen before the first example. Where the variance of the
+differences is known from other examples, `stakes_for` chooses the best ones for a given number.
 """
 
 from __future__ import annotations
@@ -37,13 +40,19 @@ _PARTS, _ROUNDS = (
 
 @dataclass
 class PairedDrop:
-    """Mean of (reference score - candidate score) over examples, with a lower and an upper bound
-    for it.
+    """Mean of (reference score - candidate score) over examples, with lower and upper bounds.
 
-    The examples have to be independent of each other: one of an image.
+    The examples must be independent: at most one per image.
+
+    >>> test = PairedDrop(alpha=0.05)
+    >>> test.update([0.0] * 1990 + [1.0] * 10)
+    >>> test.number, test.mean
+    (2000, 0.005)
+    >>> test.lower < test.mean < test.upper < 0.02
+    True
 
     Args:
-        alpha: probability that a side is ever wrong, of each.
+        alpha: error probability of each side, over all looks.
         stakes: shares of the wealth to bet, between 0 and 1/2.
     """
 
@@ -58,7 +67,7 @@ class PairedDrop:
             raise ValueError(f"alpha is a probability between 0 and 1, not {self.alpha}")
 
     def update(self, differences: Iterable[float]) -> None:
-        """Look at more examples; raises ValueError for differences outside [-1, 1]."""
+        """Add examples; raises ValueError for differences outside [-1, 1]."""
         for difference in differences:
             if not -1 <= difference <= 1:
                 raise ValueError(
@@ -72,17 +81,17 @@ class PairedDrop:
 
     @property
     def number(self) -> int:
-        """Examples seen."""
+        """Number of examples."""
         return sum(self.counts.values())
 
     @property
     def mean(self) -> float:
-        """Mean drop of those, 0 before the first."""
+        """Mean drop, 0 without examples."""
         return sum(value * count for value, count in self.counts.items()) / max(self.number, 1)
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, 1 before the second example."""
+        """Standard error of the mean, 1 with fewer than two examples."""
         num_examples, mean = self.number, self.mean
         if num_examples < 2:
             return 1.0
@@ -97,14 +106,12 @@ class PairedDrop:
         return np.minimum(best * np.array([0.7, 1.0, 1.4]), _MOST)
 
     def reachable(self, bound: float, total: int, errors: float, alpha: float) -> bool:
-        """Whether a test of `total` examples would show that the drop is at most `bound`, were they
-        like those seen.
+        """Whether a test of `total` similar examples would show that the drop is at most `bound`.
 
         Args:
             bound: in the units of the differences.
             total: examples in all.
-            errors: suppose a true drop this many standard errors above the mean seen so far; below
-                it if negative.
+            errors: assume a true drop this many standard errors above the current mean.
             alpha: of that test.
         """
         shift = errors * self.standard_error
@@ -119,12 +126,11 @@ class PairedDrop:
         )
 
     def _end(self, below: bool) -> float:
-        """The bound that is just refuted: the least that the mean is shown to lie below, or the
-        most, above."""
+        """The tightest bound that is refuted: the end of the interval above or below the mean."""
         values, weights = self._histogram()
         possible, refuted = self.mean, 1.0 if below else -1.0
         stakes = np.sign(refuted) * self.stakes[:, None, None]
-        for _ in range(_ROUNDS):  # each narrows it down to a part of what the one before left
+        for _ in range(_ROUNDS):  # each narrows the end down to one of _PARTS
             bounds = np.linspace(possible, refuted, _PARTS + 1)
             won = _log_mean(np.log1p(stakes * (bounds[:, None] - values)) @ weights) >= -math.log(
                 self.alpha

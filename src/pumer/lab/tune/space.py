@@ -45,8 +45,11 @@ class SearchGrid:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One point of the grid: the settings of PuMer or of ToMe, and what ToMe merges in every layer
-    of the tower."""
+    """One point of the grid: settings of PuMer or ToMe, and of ToMe in the vision tower.
+
+    >>> GridPoint(prune=0.2, merge=0.3, merge_text=0.0, layers=(1, 3)).name
+    'prune 0.2 merge 0.3 text 0 layers 1-3'
+    """
 
     prune: float
     merge: float
@@ -68,7 +71,7 @@ class GridPoint:
 
     @property
     def name(self) -> str:
-        """The settings in a line."""
+        """The settings in one line."""
         layers = "-".join(map(str, self.layers))
         tower = f" tower {self.tower}" if self.tower else ""
         if self.tome:
@@ -94,7 +97,7 @@ class Space:
     impossible: dict[str, str]
 
     def indices(self, point: GridPoint) -> dict[str, int]:
-        """Place of a point on each axis."""
+        """Index of a point on each axis."""
         pumers = (*_RATIOS, "layers") if point.tome else ()  # which have no place there
         return {
             name: 0 if name in pumers else values.index(getattr(point, name))
@@ -107,12 +110,11 @@ def space(grid: SearchGrid, model: nn.Module, skip_impossible: bool = False) -> 
 
     Args:
         grid: values of each setting.
-        model: the model to reduce, which nothing reduces yet and nothing does afterwards.
-        skip_impossible: leave out settings that do not fit the model, instead of refusing them.
+        model: the model to reduce, unpatched before and after.
+        skip_impossible: skip settings that the model does not support, instead of refusing them.
 
     Raises:
-        ValueError: for settings that do not fit the model, naming them, and where nothing is left
-            to search.
+        ValueError: for unsupported settings, naming them, and for an empty search space.
     """
     adapter = find(model)
     decoder = isinstance(
@@ -167,8 +169,7 @@ def space(grid: SearchGrid, model: nn.Module, skip_impossible: bool = False) -> 
 
 
 def _combinations(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """The settings of every point that reduces something, each once: PuMer's, the tower's alone,
-    ToMe's."""
+    """The settings of every point that reduces something, each once."""
     first = axes["layers"][0]
     for values in itertools.product(*axes.values()):
         combination = dict(zip(axes, values, strict=True))
@@ -182,11 +183,16 @@ def _combinations(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def dominates(points: Sequence[GridPoint]) -> np.ndarray:
-    """[N, N], true where the point of the row reduces nowhere more than that of the column, and is
-    another one.
+    """Which points reduce no more than others: bool [N, N], row against column, False on the
+    diagonal.
 
-    No ratio of it is higher, and at no depth has it reduced more often. Of two points neither may
-    be the milder one.
+    True where no ratio of the row's point is higher and it has reduced no more often at any depth.
+    This is a partial order: of two points, neither may dominate.
+
+    >>> mild = GridPoint(prune=0.1, merge=0.0, merge_text=0.0, layers=(2,))
+    >>> harsh = GridPoint(prune=0.2, merge=0.0, merge_text=0.0, layers=(1, 2))
+    >>> dominates([mild, harsh]).tolist()
+    [[False, True], [False, False]]
     """
     last = max(layer for point in points for layer in point.layers)
     columns = [[getattr(p, name) for p in points] for name in (*_RATIOS, "tower", "tome")]
@@ -200,8 +206,12 @@ def dominates(points: Sequence[GridPoint]) -> np.ndarray:
 
 
 def schedules(depth: int) -> list[tuple[int, ...]]:
-    """One, two and three reducing layers, a sixth of the depth apart, from every such layer on; and
-    all of these."""
+    """Schedules of one, two and three reducing layers a sixth of the depth apart, and of all of
+    them.
+
+    >>> schedules(6)[:4]
+    [(0,), (0, 1), (0, 1, 2), (1,)]
+    """
     step = max(1, round(depth / 6))
     starts = range(step - 1 if step > 1 else 0, depth - 1, step)
     few = [
@@ -214,7 +224,7 @@ def schedules(depth: int) -> list[tuple[int, ...]]:
 
 
 def _tome_steps(model: nn.Module, depth: int) -> list[int]:
-    """None, and what leaves 70, 50, 35, 20 and 10 % of the patches after all layers."""
+    """0, and the `r` that keep 70, 50, 35, 20 and 10 % of the patches after all layers."""
     rows, columns = find(model).default_grid(model)
     return sorted(
         {

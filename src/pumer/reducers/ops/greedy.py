@@ -3,7 +3,7 @@
 All samples of a batch step together, as often as the largest budget needs; rows that are complete
 ignore further steps. There is no host-device sync.
 
-Shape suffixes: B batch, I candidates, D channels, K steps.
+Shape suffixes: B batch, I candidates, R what they cover, D channels, K steps.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def farthest_first(cosine_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, mos
     Returns:
         Which tokens are chosen, bool [B,I].
     """
+    # The first token is the one farthest from its nearest neighbour.
     distance = 1 - cosine_BII
     itself = torch.eye(valid_BI.shape[1], dtype=torch.bool, device=valid_BI.device)
     nearest = distance.masked_fill(itself | ~valid_BI[:, None], torch.inf).amin(2)
@@ -58,6 +59,7 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
     for step in range(most):
         pick_B1 = _best(left_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
+        # One step of a Cholesky factorization, with the chosen token as pivot.
         before = factor_BKI[:, :step]
         picked = before.gather(2, pick_B1[:, None].expand(-1, step, -1))
         explained = (picked * before).sum(1)
@@ -69,37 +71,39 @@ def determinantal(kernel_BII: Tensor, valid_BI: Tensor, num_keep_B: Tensor, most
 
 
 def coverage(
-    cosine_BII: Tensor,
+    cover_BIR: Tensor,
     weight_BI: Tensor,
     bonus_BI: Tensor,
     valid_BI: Tensor,
     num_keep_B: Tensor,
     most: int,
+    decimals: int = 9,
 ) -> Tensor:
     """Greedy maximum coverage: gain in coverage times weight, plus bonus.
 
-    Coverage is the sum over all tokens of the cosine with the most similar selected one, at least
-    0.
+    Coverage is the sum, over everything to be covered, of the largest cover by a selected token, at
+    least 0.
 
     Args:
-        cosine_BII: of all pairs.
+        cover_BIR: how much each token covers of each thing, such as the cosines of all pairs.
         weight_BI: of every token.
         bonus_BI: of every token.
         valid_BI: bool, false at padding.
         num_keep_B: how many tokens of each row are chosen.
         most: the largest of these.
+        decimals: to which gains are rounded.
 
     Returns:
         Which tokens are chosen, bool [B,I].
     """
     chosen = torch.zeros_like(valid_BI)
-    covered_BI = cosine_BII.new_zeros(valid_BI.shape)
+    covered_BR = cover_BIR.new_zeros(len(cover_BIR), cover_BIR.shape[2])
     for step in range(most):
         # Rounded, so that two tokens that cover only each other have the same gain.
-        gain_BI = (cosine_BII - covered_BI[:, None]).clamp_min(0).sum(2).round(decimals=9)
+        gain_BI = (cover_BIR - covered_BR[:, None]).clamp_min(0).sum(2).round(decimals=decimals)
         pick_B1 = _best(gain_BI * weight_BI + bonus_BI, valid_BI & ~chosen)
         chosen = _with(chosen, pick_B1, step < num_keep_B)
-        covered_BI = torch.maximum(covered_BI, _row(cosine_BII, pick_B1))
+        covered_BR = torch.maximum(covered_BR, _row(cover_BIR, pick_B1))
     return chosen
 
 

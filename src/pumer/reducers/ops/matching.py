@@ -31,10 +31,12 @@ def rank_in_groups(score_BN: Tensor, group_BN: Tensor, groups: int) -> tuple[Ten
     Returns:
         The rank in the row, and the rank in the group.
     """
+    # Sort by score, then stably by group.
     order = score_BN.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group_BN.gather(1, order).argsort(dim=1, stable=True))
     places = torch.arange(score_BN.shape[1], device=score_BN.device).expand(score_BN.shape)
     place_BN = torch.empty_like(order).scatter(1, order, places)
+    # The rank in the group is that in the row, less the sizes of the groups before.
     size_BG = torch.zeros(len(score_BN), groups, dtype=torch.int64, device=score_BN.device)
     size_BG = size_BG.scatter_add(1, group_BN, torch.ones_like(group_BN))
     return place_BN, place_BN - (size_BG.cumsum(1) - size_BG).gather(1, group_BN)
@@ -79,6 +81,7 @@ def partners(
         similarity [B,S] (-inf without a partner), and the partner's index among the destinations
         [B,S].
     """
+    # Unit vectors of sources [B,S,D] and destinations [B,E,D].
     sources, destinations = split(keys_BND.shape[1], num_prefix_tokens)
     unit_BND = unit_vectors(keys_BND)
     from_BSD, to_BED = unit_BND[:, sources], unit_BND[:, destinations]
@@ -152,6 +155,7 @@ def absorb(
     """
     sources, destinations = split(valid_BN.shape[1], num_prefix_tokens)
     sizes_BN = torch.ones_like(valid_BN, dtype=torch.float32) if sizes_BN is None else sizes_BN
+    # Tokens that stay get the slots in order; merged sources get the slot of their partner.
     gone_BN = torch.zeros_like(valid_BN)
     gone_BN[:, sources] = merges_BS
     stays_BN = valid_BN & ~gone_BN

@@ -137,6 +137,7 @@ class TextAttention:
         if context is not None and context.softcap is not None:
             logits_BHRJ = context.softcap * (logits_BHRJ / context.softcap).tanh()
 
+        # Which keys each row sees: real ones, not later than the row, and inside the window.
         seen_BRJ = self.valid_BJ[:, None, :num_keys]
         if place_BR is not None and self.place_BJ is not None:
             key_B1J, row_BR1 = self.place_BJ[:, None, :num_keys], place_BR[..., None]
