@@ -104,7 +104,7 @@ class AnySizeAdapter(DecoderAdapter):
                 facts |= attention_of(captured.needs, queries, keys, first=False)
                 queries, keys = (part[row, :, first : first + length * group] for part in middle)
                 facts |= received_in_middle(captured.needs, queries, keys, first=False)
-            known = {}
+            token_facts = {}
             for name in captured.needs:
                 value = facts[name]
                 if value.shape[1] != length:
@@ -112,8 +112,8 @@ class AnySizeAdapter(DecoderAdapter):
                     if order is not None:
                         index = order[start : start + length] - start
                         value = value[:, index.to(value.device)]
-                known[name] = value
-            encoders.append(Encoder(**known))
+                token_facts[name] = value
+            encoders.append(Encoder(**token_facts))
         return encoders
 
     def _per_token(self, value: Tensor, grid: Grid, group: int) -> Tensor:

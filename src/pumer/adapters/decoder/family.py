@@ -73,8 +73,8 @@ class DecoderAdapter(DecoderCosts):
         """What the vision tower knows of the image tokens of every crop [R,I,...]: fields of
         `Encoder`."""
         rows, columns = self.default_grid(trunk)
-        known = vision_features(captured, self.has_class_token(trunk))
-        return pool_squares(known, rows * columns)
+        facts = vision_features(captured, self.has_class_token(trunk))
+        return pool_squares(facts, rows * columns)
 
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         """Every image that went through `get_image_features`, whose output is given."""

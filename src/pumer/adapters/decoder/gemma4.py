@@ -41,10 +41,13 @@ class Gemma4Adapter(AnySizeAdapter):
 
     def key_layers(self, model: nn.Module) -> list[int]:
         config = config_of(model).get_text_config()
-        kinds = config.layer_types
+        layer_types = config.layer_types
         shared = config.num_hidden_layers - config.num_kv_shared_layers
-        of_kind = {kind: index for index, kind in enumerate(kinds[:shared])}
-        return [index if index < shared else of_kind[kind] for index, kind in enumerate(kinds)]
+        last_of_type = {name: index for index, name in enumerate(layer_types[:shared])}
+        return [
+            index if index < shared else last_of_type[name]
+            for index, name in enumerate(layer_types)
+        ]
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         super().install(patch, model, capture)

@@ -28,6 +28,6 @@ class HunYuanVLAdapter(AnySizeAdapter):
 
     def structure(self, grid: Grid) -> Tensor:
         rows, columns = grid
-        place = torch.arange(rows * (columns + 1) + 2) - 1
-        last = len(place) - 2
-        return (place < 0) | (place % (columns + 1) == columns) | (place == last)
+        index = torch.arange(rows * (columns + 1) + 2) - 1
+        last = len(index) - 2
+        return (index < 0) | (index % (columns + 1) == columns) | (index == last)
