@@ -43,7 +43,7 @@ LAYERS = [
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FRONT = ("lab", "cli", "__main__", "lmms_eval")
 """The laboratory, and the doors into it."""
-MAX_LINES = 500
+MAX_LINES = 400
 SYNCS = {"item", "tolist", "nonzero"}  # each makes the host wait for the device
 
 
