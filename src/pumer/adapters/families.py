@@ -13,6 +13,8 @@ from pumer.adapters.decoder import refused
 
 MERGES_IMAGES = ("ColQwen2ForRetrieval",)
 """Classes that contain a supported model, and merge image features into its `inputs_embeds`."""
+EXAMPLES = ("ViLT", "METER", "LLaVA 1.5", "Qwen-VL", "InternVL", "GLM-V", "Mistral 3", "Gemma 4")
+"""Families that an error names, out of more than a line holds."""
 WRAPPED = ("base_model", "module", "_orig_mod")
 """Attributes in which PEFT, (Distributed)DataParallel and torch.compile hold the wrapped model."""
 
@@ -30,9 +32,8 @@ def find(model: nn.Module) -> Adapter:
     name = type(model).__name__
     raise ValueError(
         f"{name} cannot be reduced.{_hint(model, name)}\n"
-        f"Supported families: {', '.join(adapter.family for adapter in adapters())}\n"
-        "Their classes: `pumer list`, docs/models.md; a family of your own: "
-        "docs/add-a-model.md"
+        f"Supported are {len(adapters())} families, such as {', '.join(EXAMPLES)}.\n"
+        "All of them: `pumer list`, docs/models.md; a family of your own: docs/add-a-model.md"
     )
 
 
