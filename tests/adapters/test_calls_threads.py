@@ -33,9 +33,11 @@ def test_four_threads(family, place):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_threads_on_every_family(family, place):
+    """Two hundred calls where the machinery differs, fifty in families that share it."""
     model = pumer.apply(calls.model(family), PLACES[place])
-    counts = calls.in_threads(model, users(family), 200)
-    assert counts == {"right": USERS * 200}
+    rounds = 200 if family in ("ViLT", "METER", "llava", "qwen2_vl") else 50
+    counts = calls.in_threads(model, users(family), rounds)
+    assert counts == {"right": USERS * rounds}
 
 
 @pytest.mark.parametrize("place", PLACES)

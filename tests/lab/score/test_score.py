@@ -296,7 +296,7 @@ STREAM = """
 import sys, torch
 torch.set_num_threads(1)
 torch.manual_seed(0)
-from pumer.lab.score.measure import MODELS, _pool
+from pumer.lab.score.bench import MODELS, _pool
 from pumer.lab.score import stream_pairs
 from dataclasses import replace
 job = replace(_pool(MODELS["vilt-tiny"]().eval(), 12, 60, 4), chunk_images=1, chunk_texts=6)
