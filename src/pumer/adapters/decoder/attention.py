@@ -263,32 +263,15 @@ class LogSumExp(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         self.normalizer_BHQ = None
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
         if (
             kernel is None
             or query.device.type != "cpu"
-            or torch._fused_sdp_choice(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-            != _FLASH
+            or torch._fused_sdp_choice(*arguments, **options) != _FLASH
         ):
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            return F.scaled_dot_product_attention(*arguments, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # As torch itself does it before this kernel.
             bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)

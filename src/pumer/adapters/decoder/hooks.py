@@ -188,7 +188,7 @@ class DecoderHooks:
             state.embeddings_BSD = states_BKD.detach()
         plan, layer = None, layer_index - 1
         if layer in self.acts_after or (
-            layer == EMBEDDINGS and any(image.merged for image in state.images)
+            layer == EMBEDDINGS and decoder_reduce.has_merged_images(state)
         ):
             states_BKD, plan = decoder_reduce.reduce(
                 self.patch, state, layer, states_BKD, self.spec.causal

@@ -91,20 +91,10 @@ def layers(
     patch.tower = lengths  # of this call alone
     yield states, layout
     for layer_index, layer in enumerate(vision.encoder.layers):
-        states, layout = _layer(layer, patch, reducer, layer_index, states, layout)
+        block = partial(_block, layer, patch, reducer, layer_index)
+        states, layout = run_block(layer, block, states, layout)
         lengths.append(states.shape[1])
         yield states, layout
-
-
-def _layer(
-    layer: Any,
-    patch: Patch,
-    reducer: Reducer,
-    layer_index: int,
-    states: Tensor,
-    layout: EncoderLayout,
-) -> tuple[Tensor, EncoderLayout]:
-    return run_block(layer, partial(_block, layer, patch, reducer, layer_index), states, layout)
 
 
 def _block(
