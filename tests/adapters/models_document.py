@@ -23,10 +23,10 @@ NOTES = {
 YES, NO = "yes", "–"
 
 
-def reduced_classes() -> dict[str, tuple[str, str, str]]:
-    """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
-    tower, and what can be read of the tower's attention."""
-    result = {}
+def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
+    """Of every class that has a tiny model: its families, whether tokens are merged inside the
+    vision tower, and what can be read of the tower's attention."""
+    result: dict[str, list[tuple[str, str, str]]] = {}
     for name in tiny_llm.FAMILIES:
         model = tiny_llm.model(name)
         adapter = find(model)
@@ -36,7 +36,8 @@ def reduced_classes() -> dict[str, tuple[str, str, str]]:
             attention = NO
         elif adapter.has_class_token(model):
             attention = "received, [CLS]"
-        result[type(model).__name__] = adapter.family, tower, attention
+        rows = result.setdefault(type(model).__name__, [])
+        rows += [row] if (row := (adapter.family, tower, attention)) not in rows else []
     return result
 
 
@@ -63,8 +64,7 @@ def table() -> str:
         "|---|---|---|---|",
     ]
     for name in CLASSES:
-        if name in reduced:
-            lines.append(f"| {name} | " + " | ".join(reduced[name]) + " |")
+        lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
         "",

@@ -88,6 +88,17 @@ def test_a_reducer_sees_every_patch_and_no_structure(model, family):
     assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
 
 
+def test_structure_is_no_text(model, family):
+    """Ids from 50 on mark images, their rows and their crops; a sample without images counts
+    none."""
+    inputs = tiny_llm.batch(family, LAYOUT)
+    with pumer.reduced(model, Random(prune=0.5)):
+        logits(model, inputs)
+        text, _, _ = pumer.active(model).entry
+    ids = inputs["input_ids"][:2]
+    assert text == int(((ids != tiny_llm.PAD) & (ids < 50)).sum(1).max())
+
+
 @pytest.mark.parametrize("reducer", [pumer.FoPru(keep=0.5), pumer.HiPrune(keep=0.5)])
 def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, reducer):
     if not find(model).reads_tower:
@@ -119,6 +130,18 @@ def test_llama_4_scales_queries_by_the_positions_of_the_prompt():
         marks, reduced = oracle_llm.kept(model, inputs), logits(model, inputs)
     with oracle_llm.masked(model, marks):
         near(reduced[:, -1], logits(model, inputs)[:, -1])
+
+
+def test_facts_of_patches_are_in_the_order_of_the_prompt():
+    """Where the tower has them by windows: as with one window for all."""
+    model, inputs = tiny_llm.model("muse_glimmer"), tiny_llm.batch("muse_glimmer", LAYOUT)
+    kept = []
+    for window_size in (model.model.vision_tower.window_size, 1000):
+        model.model.vision_tower.window_size = window_size
+        with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+            logits(model, inputs)
+        kept.append(steps[0].prompt.slot_BS)
+    assert torch.equal(*kept)
 
 
 def test_layers_that_keep_a_state_are_refused():

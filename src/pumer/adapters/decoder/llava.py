@@ -17,6 +17,7 @@ from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, one_span_each
 from pumer.adapters.decoder.parts import feature_depth, tower_layers
+from pumer.adapters.decoder.pixtral import PIXTRAL
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
@@ -30,15 +31,14 @@ Assemble = Callable[..., tuple[list[Tensor], Any]]
 @register
 class LlavaAdapter(DecoderAdapter):
     """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP
-    one, which has none.
-
-    Pixtral's, which takes images of any size and marks the ends of their rows in the prompt, is not
-    supported.
-    """
+    one, which has none; with Pixtral's it is another family (`pixtral`)."""
 
     family = "LLaVA 1.5"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
     projects_tokens = True
+
+    def fits(self, model: nn.Module) -> bool:
+        return not is_a(self.vision(model), (PIXTRAL,))
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vision = self.vision(model)

@@ -20,14 +20,8 @@ BLOCKS = "It writes by diffusion, whole blocks at a time."
 STREAMS = "Its layers pass on several streams of states at once (AltUp)."
 ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
-TWO_VIEWS = (
-    "Its images are put together of views with separators among the placeholders, which are not "
-    "told apart yet."
-)
-VOCABULARY = "Its images are words of a tokenizer of images, which is not covered yet."
+APART = "Its cache keeps the prompt apart from a window of what it writes."
 PLANES = "It adds features of its own to several layers, which are not covered yet."
-WINDOWS = "The order of patches in its tower is not covered yet."
-POOLS = "Its adapter pools patches by indices that come with the image: not covered yet."
 
 _CLASSES = {
     STATES: (
@@ -78,15 +72,8 @@ _CLASSES = {
     STREAMS: ("Gemma3nForConditionalGeneration",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
-    TWO_VIEWS: (
-        "DeepseekOcr2ForConditionalGeneration",
-        "Step3p7ForConditionalGeneration",
-        "UnlimitedOcrForConditionalGeneration",
-    ),
-    VOCABULARY: ("Apertus1p5ForConditionalGeneration", "Emu3ForConditionalGeneration"),
-    PLANES: ("Granite4VisionForConditionalGeneration", "GraniteDoclingForConditionalGeneration"),
-    WINDOWS: ("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration"),
-    POOLS: ("Molmo2ForConditionalGeneration",),
+    APART: ("UnlimitedOcrForConditionalGeneration",),
+    PLANES: ("Granite4VisionForConditionalGeneration",),
 }
 REFUSED = {name: reason for reason, names in _CLASSES.items() for name in names}
 """The reason for every class."""

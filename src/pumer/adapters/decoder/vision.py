@@ -86,7 +86,7 @@ class VisionCapture:
 
     def _on_projector(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.current is not None:
-            self.current.features_RPD = next(iter((*args, *kwargs.values()))).detach()
+            self.current.features.append(next(iter((*args, *kwargs.values()))).detach())
 
     def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
