@@ -9,6 +9,7 @@ import tiny_any_size  # noqa: F401  # each registers its families
 import tiny_decoders
 import tiny_families  # noqa: F401
 import tiny_more  # noqa: F401
+import tiny_streams  # noqa: F401
 import tiny_views  # noqa: F401
 import torch
 from tiny_parts import (  # noqa: F401  # what other tests take from here

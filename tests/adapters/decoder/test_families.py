@@ -112,6 +112,15 @@ def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, 
             near(together[row : row + 1, -alone.shape[1] :], alone)
 
 
+def test_hidden_states_come_in_the_length_of_the_prompt(model, family):
+    inputs = tiny_llm.batch(family, ((4, "i", 6),))
+    with torch.no_grad():
+        stock = model(**inputs, output_hidden_states=True).hidden_states
+        with pumer.reduced(model, PRUNING["random"]):
+            reduced = model(**inputs, output_hidden_states=True).hidden_states
+    assert [states.shape for states in reduced] == [states.shape for states in stock]
+
+
 def test_the_report_counts_what_is_saved(model, family):
     with pumer.reduced(model, Random(prune=0.5)):
         logits(model, tiny_llm.batch(family, ((4, "i", 6),)))
@@ -142,6 +151,21 @@ def test_facts_of_patches_are_in_the_order_of_the_prompt():
             logits(model, inputs)
         kept.append(steps[0].prompt.slot_BS)
     assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "granite4_vision"])
+def test_layers_that_are_computed_again_get_what_they_had(name):
+    """Streams side by side, and features that are added between layers."""
+    model, inputs = tiny_llm.model(name).train(), tiny_llm.batch(name, LAYOUT)
+    gradients = []
+    with pumer.reduced(model, PRUNING["random"]):
+        for again in (False, True):
+            if again:
+                model.activation_checkpointing_enable()
+            model.zero_grad()
+            model(**inputs, use_cache=False).logits.square().mean().backward()
+            gradients.append(find(model).language(model).layers[0].mlp.up_proj.weight.grad)
+    near(*gradients)
 
 
 def test_layers_that_keep_a_state_are_refused():

@@ -145,7 +145,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -153,7 +153,14 @@ class DecoderHooks:
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
-        states_BKD = args[0] if args else kwargs["hidden_states"]
+        along_tokens = self.spec.along_tokens
+        if len(args) > 1:  # by name, as the others
+            names = [*inspect.signature(module.forward).parameters][1 : len(args)]
+            kwargs |= dict(zip(names, args[1:], strict=True))
+            along_tokens = (*along_tokens, *(name for name in names if name not in ALONG_TOKENS))
+        states_BKD = states = args[0] if args else kwargs["hidden_states"]
+        if states.ndim == 4:  # a token's streams side by side
+            states_BKD = states.permute(1, 2, 0, 3).flatten(2)
         if layer_index == 0:
             state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
             state.past = kv_cache.length(state.cache)
@@ -164,9 +171,9 @@ class DecoderHooks:
         key_layer = self.key_layers[layer_index]
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
-            return args, kwargs
+            return args[:1], kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
-        more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
+        more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
         kwargs |= state.memoize((*along.values(), layout, cached), select)
         if layout is not None:
@@ -174,10 +181,9 @@ class DecoderHooks:
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
             )
             kwargs |= {name: gather(value) for name, value in more.items()}
-            args = (*args[:1], *map(gather, args[1:]))
-        if not args:
-            return (), kwargs | {"hidden_states": states_BKD}
-        return (states_BKD, *args[1:]), kwargs
+        if states.ndim == 4:
+            states_BKD = states_BKD.unflatten(2, (len(states), -1)).permute(2, 0, 1, 3)
+        return ((states_BKD,), kwargs) if args else ((), kwargs | {"hidden_states": states_BKD})
 
     def _reduced(self, state: ForwardState, layer_index: int, states_BKD: Tensor) -> Tensor:
         """The states that a layer runs on."""

@@ -42,10 +42,12 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
 
 
 def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tensor:
-    """States of every token of the prompt: a dropped one has those of the last kept one before
-    it."""
+    """States of every token of the prompt, in one stream or several: a dropped one has those of the
+    last kept one before it."""
     if layout.unreduced:
         return states_BKD
+    if states_BKD.ndim == 4:
+        return torch.stack([expand_states(stream_BKD, layout, length) for stream_BKD in states_BKD])
     at_BS = layout.index_of_survivor(length).to(states_BKD.device)
     return states_BKD.gather(1, at_BS[..., None].expand(-1, -1, states_BKD.shape[2]))
 

@@ -301,6 +301,7 @@ class ForwardState:
         embeddings_BSD: states before layer 0, where the reducer reads them.
         layer_input_BKD: what the layer was given after which the reducer acts next, where it reads
             that.
+        planes: placeholders [B,S,1], and features that are added to them before layers.
         attention: of the layers after which the reducer acts, until it has acted.
         memo: what `memoize` has computed, with what it was computed from.
         entry: (text, image, grid) before anything was reduced.
@@ -327,6 +328,7 @@ class ForwardState:
     widths: list[int] = field(default_factory=list)
     embeddings_BSD: Tensor | None = None
     layer_input_BKD: Tensor | None = None
+    planes: tuple[Tensor, dict[int, Tensor]] | None = None
     attention: dict[int, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     entry: tuple[int, int, Grid | None] | None = None

@@ -253,9 +253,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The features, and what the tower gives besides."""
     if isinstance(output, tuple):  # not what `mm_encoder_outputs` takes
         return
-    for value in (output.pooler_output, *output.values()):
-        yield from (
-            item
-            for item in ([value] if isinstance(value, Tensor) else value or ())
-            if isinstance(item, Tensor)
-        )
+    values = [output.get("pooler_output"), *output.values()]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            values += value
