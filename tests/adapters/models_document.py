@@ -21,6 +21,27 @@ NOTES = {
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
+STRUCTURE = (
+    (
+        "[CLS]",
+        "placeholders, where all features of the tower are handed on",
+        "LLaVA 1.5 with `full` features",
+    ),
+    (
+        "ends of rows",
+        "placeholders",
+        "LLaVA-NeXT, LLaVA-OneVision, Granite 4 Vision, Hunyuan-VL, Emu3",
+    ),
+    ("ends of rows", "tokens of the prompt", "Pixtral, Mistral 3, Fuyu, Apertus 1.5, Molmo 2"),
+    ("separator behind the views", "a placeholder", "DeepSeek-OCR 2"),
+    (
+        "labels, borders and line breaks between crops",
+        "tokens of the prompt",
+        "SmolVLM, Idefics3, Granite Docling, Aya Vision, Llama 4, Ovis 2, Step 3.7",
+    ),
+    ("begin and end of an image", "tokens of the prompt", "most"),
+)
+"""What marks an image, as what it comes in the prompt, and where."""
 
 
 def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
@@ -67,6 +88,24 @@ def table() -> str:
         lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
+        "",
+        "## Structure tokens",
+        "",
+        "What marks an image, its rows, views and crops is never a candidate: it is not pruned, "
+        "not merged and no text of the",
+        "question, and the text goes on attending to it.",
+        "",
+        "| structure | in the prompt | families |",
+        "|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in STRUCTURE),
+        "",
+        "Whatever stands between two placeholders of one image is structure in every family. "
+        "Thumbnails and crops are patches,",
+        "and candidates: an image has one budget for all of them, unless the method is published "
+        "with a budget for each crop. A",
+        "size that the prompt gives in words (Emu3, Apertus 1.5) is text.",
+        "",
+        "## Not reduced",
         "",
         "The others are refused by `pumer.apply`, with the reason:",
         "",

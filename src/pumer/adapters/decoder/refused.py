@@ -17,11 +17,9 @@ CROSS = "Its text looks at images by cross-attention; they are not among the wor
 ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
 PREFIX = "Its image tokens have no placeholders in the prompt."
 BLOCKS = "It writes by diffusion, whole blocks at a time."
-STREAMS = "Its layers pass on several streams of states at once (AltUp)."
 ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
 APART = "Its cache keeps the prompt apart from a window of what it writes."
-PLANES = "It adds features of its own to several layers, which are not covered yet."
 
 _CLASSES = {
     STATES: (
@@ -69,11 +67,9 @@ _CLASSES = {
     ),
     PREFIX: ("GitForCausalLM",),
     BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
-    STREAMS: ("Gemma3nForConditionalGeneration",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
     APART: ("UnlimitedOcrForConditionalGeneration",),
-    PLANES: ("Granite4VisionForConditionalGeneration",),
 }
 REFUSED = {name: reason for reason, names in _CLASSES.items() for name in names}
 """The reason for every class."""

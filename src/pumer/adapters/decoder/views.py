@@ -28,7 +28,7 @@ class ViewsAdapter(DecoderAdapter):
         num_crops = self.num_crops(captured)
         length = output.last_hidden_state.shape[1]
         structure = torch.arange(length + self.separators) >= length
-        wholes = self._view(trunk, captured, 0, [structure] * len(num_crops))
+        overviews = self._view(trunk, captured, 0, [structure] * len(num_crops))
         others = [len(features) - len(structure) for features in output.pooler_output]
         crops = [
             torch.zeros(others[image] // count, dtype=torch.bool)
@@ -37,15 +37,16 @@ class ViewsAdapter(DecoderAdapter):
         ]
         crop_spans = iter(self._view(trunk, captured, 1, crops))
         return [
-            join_spans([*(next(crop_spans) for _ in range(count)), whole])
-            for whole, count in zip(wholes, num_crops, strict=True)
+            join_spans([*(next(crop_spans) for _ in range(count)), overview])
+            for overview, count in zip(overviews, num_crops, strict=True)
         ]
 
     def num_crops(self, captured: Captured) -> list[int]:
         """How many crops every image has besides the whole."""
-        given = captured.inputs.get("num_local_patches")
-        wholes = [0] * len(captured.inputs["pixel_values"])
-        return wholes if given is None else [int(count) for count in given]
+        counts = captured.inputs.get("num_local_patches")
+        if counts is None:
+            return [0] * len(captured.inputs["pixel_values"])
+        return [int(count) for count in counts]
 
     def _view(
         self, trunk: Any, captured: Captured, index: int, structures: list[Tensor]
