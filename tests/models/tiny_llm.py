@@ -125,7 +125,11 @@ def alone(family: str, layout: Sequence[Sequence[int | str]], row: int, seed: in
     inputs = batch(family, layout, seed=seed)
     real = inputs["attention_mask"][row].bool()
     shape = inputs["input_ids"].shape
-    own = {name: x[row : row + 1, real] for name, x in inputs.items() if x.shape == shape}
+    own = {
+        name: x[row : row + 1, real]
+        for name, x in inputs.items()
+        if getattr(x, "shape", None) == shape
+    }
     first = sum(part == "i" for sample in layout[:row] for part in sample)
     count = sum(part == "i" for part in layout[row])
     chosen = images(family, first + count, seed)[first:]

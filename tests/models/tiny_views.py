@@ -327,3 +327,32 @@ def granite_docling() -> nn.Module:
         tie_word_embeddings=False,
     )
     return transformers.GraniteDoclingForConditionalGeneration(config)
+
+
+def grids_with_ends(index: int, generator: Generator) -> Image:
+    """Images of no, two or three crops in a grid, each of 2 x 2 tokens, and a whole of 4 x 4; a
+    placeholder ends every row, and one the image."""
+    columns, rows = ((0, 0), (2, 1), (1, 3))[index % 3]
+    inputs, _ = whole_and_crops((0, 0), 64)(index, generator)
+    inputs["patches_grid"] = torch.tensor([[columns, rows]])
+    crops = 2 * rows * (2 * columns + 1) if rows else 0
+    return inputs, [IMAGE] * (crops + 4 * 5 + 1)
+
+
+def joined_in_lists(images: Sequence[Inputs], owner: Sequence[int], samples: int) -> Inputs:
+    """The inputs of all images, whose counts are lists."""
+    inputs = joined_views(images, owner, samples)
+    lists = ("num_local_patches", "patches_grid")
+    return {name: x.tolist() if name in lists else x for name, x in inputs.items()}
+
+
+@family(grids_with_ends, join=joined_in_lists, newlines=(5, 7, 11))
+def unlimited_ocr() -> nn.Module:
+    """With a window of three written tokens."""
+    encoder = WIDTHS | {"image_size": 16, "patch_size": 4}
+    config = transformers.UnlimitedOcrConfig(
+        vision_config={"sam_config": OCR_SAM, "encoder_config": encoder},
+        text_config=OCR_TEXT | {"sliding_window": 3},
+        image_token_id=IMAGE,
+    )
+    return transformers.UnlimitedOcrForConditionalGeneration(config)

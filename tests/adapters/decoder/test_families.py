@@ -1,15 +1,19 @@
 """What holds for every family of decoders, in one matrix: the families that the other files do not
 go through."""
 
+from functools import partial
+
 import oracle_llm
 import pytest
 import tiny_llm
 import torch
+import transformers
 from tiny_llm import answer, logits, near
 
 import pumer
 from pumer import PuMer, Random, Uniform
 from pumer.adapters import find
+from pumer.adapters.decoder import kv_cache
 from pumer.reducers import FastV
 
 FAMILIES = [family for family in tiny_llm.FAMILIES if family not in tiny_llm.BUILDERS]
@@ -166,6 +170,25 @@ def test_layers_that_are_computed_again_get_what_they_had(name):
             model(**inputs, use_cache=False).logits.square().mean().backward()
             gradients.append(find(model).language(model).layers[0].mlp.up_proj.weight.grad)
     near(*gradients)
+
+
+def test_a_cache_that_keeps_the_prompt_apart_is_for_one_prompt():
+    """Unlimited-OCR's, whose layers are found by their type when a cache is made."""
+    model, inputs = tiny_llm.model("unlimited_ocr"), tiny_llm.batch("unlimited_ocr", LAYOUT[:1])
+    make = partial(transformers.DynamicCache, config=model.config)
+    stock = type(make().layers[0])
+    with pumer.reduced(model, PRUNING["random"]), torch.no_grad():
+        cache = kv_cache.find(model(**inputs, use_cache=True))
+        assert type(make().layers[0]) is stock
+        beams = {**tiny_llm.GREEDY, "num_beams": 2}
+        assert model.generate(**inputs, **beams).shape[1] == inputs["input_ids"].shape[1] + 6
+        again = {**inputs, "attention_mask": torch.cat([inputs["attention_mask"]] * 2, 1)}
+        with pytest.raises(ValueError, match="a cache of its own"):
+            model(**again, **{tiny_llm.CACHE: cache})
+        with pytest.raises(ValueError, match="cannot go back"):
+            cache.layers[1].crop(-1)
+        cache.layers[1].reset()
+    assert type(cache.layers[1]) is stock
 
 
 def test_layers_that_keep_a_state_are_refused():

@@ -28,6 +28,7 @@ from pumer.adapters.decoder import (  # noqa: F401  # each registers its familie
     pixtral,
     qwen_vl,
     smolvlm,
+    unlimited_ocr,
     video_llama3,
     views,
     vipllava,

@@ -17,7 +17,7 @@ from pumer.adapters.decoder.hooks import STATE
 from pumer.adapters.decoder.llava import PackedAdapter
 from pumer.adapters.decoder.media import of_kept
 from pumer.adapters.decoder.parts import ATTENTION, feature_depth, named, tower_layers
-from pumer.adapters.decoder.prompt import current_state
+from pumer.adapters.decoder.prompt import ForwardState, current_state
 from pumer.adapters.decoder.vision import VisionCapture
 
 
@@ -83,10 +83,9 @@ def _keep_planes(
 
 def _add_plane(layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Before a layer, and before what it is given is reduced: add its features."""
-    state = kwargs.get(STATE) or current_state()
-    mask, planes = (None, {}) if state is None or state.planes is None else state.planes
-    if layer_index not in planes:
+    state: ForwardState | None = kwargs.get(STATE) or current_state()
+    if state is None or state.planes is None or layer_index not in state.planes[1]:
         return None
-    states, *others = args
+    (mask, planes), (states, *others) = state.planes, args
     add = partial(of_kept, state, states, mask, planes[layer_index])
     return (states + state.memoize((planes[layer_index],), add), *others), kwargs

@@ -230,9 +230,13 @@ class DecoderHooks:
         if state.past:
             layer = state.cache.layers[layer_index]
             _, offset = layer.get_mask_sizes(state.length)
+            prompt, num_cached = kv_cache.prompt_slots(layer), kv_cache.num_held(layer)
             position_BL, filled_BL = kv_cache.with_cached(
-                cached, state.past, layer.keys.shape[-2], position_BL, filled_BL
+                cached, state.past, num_cached, position_BL, filled_BL, prompt
             )
+            if prompt:  # the mask has columns for all of it, and only behind it for a window
+                in_window_BL = position_BL >= layer.prefill_length
+                position_BL, offset = position_BL - offset * in_window_BL, 0
         selected = dict(along)
         selected["attention_mask"] = decoder_attention.slice_attention_mask(
             along["attention_mask"],

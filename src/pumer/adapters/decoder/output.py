@@ -64,9 +64,11 @@ def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: 
         positions_BL, filled_BL = kv_cache.with_cached(
             cached, state.past, None, positions_BL, filled_BL
         )
-    positions_BL = positions_BL[:, -keys:]
+    prompt = kv_cache.prompt_slots(cache.layers[layer_index]) if state.past else 0
+    positions_BL = kv_cache.last_held(positions_BL, keys, prompt)
     if filled_BL is not None:
-        map_BHKL = map_BHKL * filled_BL[:, None, None, -keys:]
+        filled_BL = kv_cache.last_held(filled_BL, keys, prompt)
+        map_BHKL = map_BHKL * filled_BL[:, None, None]
     total = state.past + state.length
     columns = positions_BL[:, None, None].expand_as(map_BHKL)
     full = map_BHKL.new_zeros(*map_BHKL.shape[:3], total).scatter_add(3, columns, map_BHKL)

@@ -15,11 +15,16 @@ SELECTS = (
 RESAMPLES = "A Q-former or resampler leaves the language model a few dozen tokens of an image."
 CROSS = "Its text looks at images by cross-attention; they are not among the words."
 ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
-PREFIX = "Its image tokens have no placeholders in the prompt."
-BLOCKS = "It writes by diffusion, whole blocks at a time."
+PREFIX = (
+    "Its image tokens have no placeholders in the prompt, and its attention goes through no "
+    "interface at which queries and keys could be read."
+)
+BLOCKS = (
+    "It writes blocks by diffusion: a second decoder takes the prompt's keys out of the cache "
+    "itself, with masks for all of them."
+)
 ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
-APART = "Its cache keeps the prompt apart from a window of what it writes."
 
 _CLASSES = {
     STATES: (
@@ -69,7 +74,6 @@ _CLASSES = {
     BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
-    APART: ("UnlimitedOcrForConditionalGeneration",),
 }
 REFUSED = {name: reason for reason, names in _CLASSES.items() for name in names}
 """The reason for every class."""
