@@ -6,9 +6,11 @@ to the truth.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_llm
+import tiny_streams
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
@@ -21,6 +23,8 @@ NOTES = {
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
+OTHERS = (tiny_streams.diffusion_gemma,)
+"""Builders of models that do not go through the matrix, but tests of their own."""
 STRUCTURE = (
     (
         "[CLS]",
@@ -48,8 +52,9 @@ def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
     """Of every class that has a tiny model: its families, whether tokens are merged inside the
     vision tower, and what can be read of the tower's attention."""
     result: dict[str, list[tuple[str, str, str]]] = {}
-    for name in tiny_llm.FAMILIES:
-        model = tiny_llm.model(name)
+    builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
+    for build in builders:
+        model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
         attention = "received"

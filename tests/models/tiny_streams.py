@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from tiny_any_size import GEMMA4_VISION
 from tiny_decoders import packed
 from tiny_more import Convolution
 from tiny_parts import CLIP, IMAGE, PINPOINTS, TEXT, Image, family, squares
@@ -81,3 +82,24 @@ def gemma3n() -> nn.Module:
     model = transformers.Gemma3nForConditionalGeneration(config)
     model.model.vision_tower = Convolution(3, CLIP["hidden_size"], 8, stride=8)
     return model
+
+
+def diffusion_gemma() -> nn.Module:
+    """Its prompts are those of Gemma 4; it writes blocks of five tokens."""
+    text = TEXT | {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "use_bidirectional_attention": "vision",
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 8,
+    }
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text,
+        vision_config=GEMMA4_VISION | {"model_type": "gemma4_vision"},
+        image_token_id=IMAGE,
+        canvas_length=5,
+    )
+    return transformers.DiffusionGemmaForBlockDiffusion(config)

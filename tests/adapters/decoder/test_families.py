@@ -172,6 +172,27 @@ def test_layers_that_are_computed_again_get_what_they_had(name):
     near(*gradients)
 
 
+def test_crops_may_become_four_times_as_many_tokens():
+    """Where Granite Docling is asked for the fine way."""
+    model, inputs = tiny_llm.model("granite_docling"), tiny_llm.batch("granite_docling", LAYOUT[:1])
+    ids, fine = inputs["input_ids"][0].tolist(), torch.ones_like(inputs["pixel_attention_mask"])
+    ids = [token for each in ids for token in [each] * (4 if each == tiny_llm.IMAGE else 1)]
+    more = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+    inputs |= more | {"tile_fine_mask": fine}
+    with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+        logits(model, inputs)
+    assert steps[0].prompt.images == ((0, 16, (4, 4)),)
+
+
+def test_sizes_are_those_of_the_pixels_where_nothing_else_is_said():
+    """To Pixtral's tower under LLaVA."""
+    model, inputs = tiny_llm.model("pixtral"), tiny_llm.batch("pixtral", LAYOUT[:1])
+    del inputs["image_sizes"]
+    with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+        logits(model, inputs)
+    assert steps[0].prompt.images == ((0, 6, (2, 3)),)
+
+
 def test_a_cache_that_keeps_the_prompt_apart_is_for_one_prompt():
     """Unlimited-OCR's, whose layers are found by their type when a cache is made."""
     model, inputs = tiny_llm.model("unlimited_ocr"), tiny_llm.batch("unlimited_ocr", LAYOUT[:1])

@@ -5,6 +5,7 @@ from pumer.adapters.decoder import (  # noqa: F401  # each registers its familie
     aya,
     cosmos3_edge,
     deepseek_vl,
+    diffusion_gemma,
     emu3,
     ernie_vl,
     fuyu,

@@ -113,6 +113,7 @@ class DecoderHooks:
         Raises:
             ValueError: for inputs that cannot be reduced, before anything is computed.
         """
+        inputs["attention_mask"] = prefill.padding_mask(inputs.get("attention_mask"))
         state.trunk_entered, state.inputs = True, inputs
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
@@ -155,7 +156,7 @@ class DecoderHooks:
             return args, kwargs
         along_tokens = self.spec.along_tokens
         if len(args) > 1:  # by name, as the others
-            names = [*inspect.signature(module.forward).parameters][1 : len(args)]
+            names = [*inspect.signature(type(module).forward).parameters][2 : len(args) + 1]
             kwargs |= dict(zip(names, args[1:], strict=True))
             along_tokens = (*along_tokens, *(name for name in names if name not in ALONG_TOKENS))
         states_BKD = states = args[0] if args else kwargs["hidden_states"]

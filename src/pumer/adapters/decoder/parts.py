@@ -89,7 +89,7 @@ class DecoderParts(Adapter):
     def layer_attention_shape(self, model: nn.Module, layer_index: int) -> tuple[int, int]:
         """(heads, channels of a head) of a layer, where they are not the same in all."""
         config = config_of(model).get_text_config()
-        if hasattr(config, "per_layer_config"):
+        if getattr(config, "is_heterogeneous", False):
             config = config.per_layer_config[layer_index]
         heads = config.num_attention_heads
         channels = head_channels(self.layers(model)[layer_index])

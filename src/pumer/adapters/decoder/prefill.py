@@ -47,6 +47,18 @@ def check_inputs(inputs: dict[str, Any]) -> None:
         )
 
 
+def padding_mask(mask: Any) -> Any:
+    """Which tokens are real, where masks for every type of layer are given: what the last token
+    sees."""
+    if not isinstance(mask, dict) or "full_attention" not in mask:
+        return mask
+    mask = mask["full_attention"]
+    if mask is None or mask.ndim == 2:
+        return mask
+    last_BL = mask[:, 0, -1]
+    return last_BL if last_BL.dtype == torch.bool else last_BL == 0
+
+
 def _restarts(position_ids: Tensor | None, mask: Tensor | None) -> bool:
     """Whether positions begin again behind a real token, as those of a packed row do; the host
     waits to know."""

@@ -19,10 +19,6 @@ PREFIX = (
     "Its image tokens have no placeholders in the prompt, and its attention goes through no "
     "interface at which queries and keys could be read."
 )
-BLOCKS = (
-    "It writes blocks by diffusion: a second decoder takes the prompt's keys out of the cache "
-    "itself, with masks for all of them."
-)
 ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
 
@@ -71,7 +67,6 @@ _CLASSES = {
         "VisionEncoderDecoderModel",
     ),
     PREFIX: ("GitForCausalLM",),
-    BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
 }
