@@ -13,7 +13,7 @@ from tiny_llm import answer, logits, near
 import pumer
 from pumer import PuMer, Random, Uniform
 from pumer.adapters import find
-from pumer.adapters.decoder import kv_cache
+from pumer.adapters.decoder import kv_cache, prefill
 from pumer.reducers import FastV
 
 FAMILIES = [family for family in tiny_llm.FAMILIES if family not in tiny_llm.BUILDERS]
@@ -170,6 +170,23 @@ def test_layers_that_are_computed_again_get_what_they_had(name):
             model(**inputs, use_cache=False).logits.square().mean().backward()
             gradients.append(find(model).language(model).layers[0].mlp.up_proj.weight.grad)
     near(*gradients)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "granite_docling", "molmo2", "step3p7"])
+def test_beams_are_given_what_their_sample_is(name, monkeypatch):
+    model, inputs = tiny_llm.model(name), tiny_llm.batch(name, LAYOUT[:2])
+    begin, counts = prefill.begin_prefill, []
+
+    def begin_and_note(spec, trunk, state, *arguments):
+        begin(spec, trunk, state, *arguments)
+        counts.append(state.layout.counts)
+
+    monkeypatch.setattr(prefill, "begin_prefill", begin_and_note)
+    with pumer.reduced(model, PRUNING["random"]):
+        logits(model, inputs)
+        model.generate(**inputs, **(tiny_llm.GREEDY | {"num_beams": 2}))
+    alone, beams = counts
+    assert beams == (alone[0], alone[0], alone[1], alone[1])
 
 
 def test_crops_may_become_four_times_as_many_tokens():

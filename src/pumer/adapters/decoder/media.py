@@ -98,6 +98,11 @@ def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> 
             hooks.trunk, state.inputs.get("input_ids"), embeddings
         )
         num_features = sum(span.length for span in state.tower_images)
+        encoded = (state.inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:  # beams bring the features of their images again
+            features = encoded.pooler_output
+            parts = [features] if isinstance(features, Tensor) else features
+            num_features = sum(part.numel() // part.shape[-1] for part in parts)
         prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
 
 

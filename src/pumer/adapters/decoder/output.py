@@ -64,7 +64,8 @@ def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: 
         positions_BL, filled_BL = kv_cache.with_cached(
             cached, state.past, None, positions_BL, filled_BL
         )
-    prompt = kv_cache.prompt_slots(cache.layers[layer_index]) if state.past else 0
+    held = cache.layers if state.past else ()
+    prompt = kv_cache.prompt_slots(held[layer_index]) if layer_index < len(held) else 0
     positions_BL = kv_cache.last_held(positions_BL, keys, prompt)
     if filled_BL is not None:
         filled_BL = kv_cache.last_held(filled_BL, keys, prompt)
