@@ -133,7 +133,8 @@ def main(kind: str = "vilt-b32", batch: int = 32, rounds: int = 3) -> None:
             outputs[name] = nets[name](**data).logits
 
     seconds = least({name: lambda name=name: call(name) for name in nets}, rounds)
-    print(f"\n{kind}, batch {batch}, {torch.get_num_threads()} threads, least of {rounds} rounds")
+    threads = torch.get_num_threads()
+    print(f"\n{kind}, batch {batch}, {threads} threads, least of {rounds} rounds")
     print(
         f"{'':20}{'GMACs':>7}{'saved':>7}{'process s':>11}{'saved':>7}{'of FLOPs':>10}{'clock s':>9}"
     )
