@@ -135,9 +135,9 @@ def main(kind: str = "vilt-b32", batch: int = 32, rounds: int = 3) -> None:
     seconds = least({name: lambda name=name: call(name) for name in nets}, rounds)
     threads = torch.get_num_threads()
     print(f"\n{kind}, batch {batch}, {threads} threads, least of {rounds} rounds")
-    print(
-        f"{'':20}{'GMACs':>7}{'saved':>7}{'process s':>11}{'saved':>7}{'of FLOPs':>10}{'clock s':>9}"
-    )
+    titles = ("GMACs", "saved", "process s", "saved", "of FLOPs", "clock s")
+    widths = (7, 7, 11, 7, 10, 9)
+    print(" " * 20 + "".join(map(str.rjust, titles, widths)))
     base, base_seconds = last_forward_macs(nets["unreduced"]), seconds["unreduced"][0]
     for name, (process, clock) in seconds.items():
         macs = last_forward_macs(nets[name])

@@ -17,6 +17,7 @@ from pumer.reducers.base import ModelShape, Reducer, Traits, check_layers, check
 from pumer.reducers.ops.budget import (
     Count,
     halves,
+    merged_of,
     portion,
     prune_then_merge,
     smaller,
@@ -29,7 +30,7 @@ from pumer.reducers.registry import register
 from pumer.reducers.tokens import Tokens, TokenShape
 
 SMALLEST = 1e-6
-"""Least weight of a merged token, below which the text does not look at it at all."""
+"""Least weight in an average, for tokens that the text hardly looks at."""
 
 
 def _shares(ratios: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -243,15 +244,19 @@ class PuMer(Reducer):
             if self.prune_below:
                 total_B1 = saliency_BI.sum(1, keepdim=True)
                 mean_B1 = total_B1 / valid_BI.sum(1, keepdim=True).clamp_min(1)
-                keep_BI |= saliency_BI >= self.prune_below * mean_B1
+                keep_BI = valid_BI & (keep_BI | (saliency_BI >= self.prune_below * mean_B1))
                 most_kept = valid_BI.shape[1]
+                merged_B = merged_of(keep_BI.sum(1), valid_BI.sum(1), prune, merge)
             reduction = Plan.keep(valid_BI & keep_BI, most_kept)
 
         # Modality-aware merging: the remaining image tokens with each other, then the text.
         if merge:
             sizes_BI = tokens.sizes_BN[:, image]
             if self.weighted:
-                sizes_BI = sizes_BI * saliency_BI.clamp_min(SMALLEST)
+                # Shares of the text's attention to the image; other scores may be negative.
+                attended_BI = saliency_BI.clamp_min(0)
+                share_BI = (attended_BI / attended_BI.sum(1, keepdim=True)).nan_to_num(0)
+                sizes_BI = sizes_BI * share_BI.clamp_min(SMALLEST)
             protected_BI = None
             if self.protect:
                 remaining_BI = reduction.reduce(saliency_BI).masked_fill(
