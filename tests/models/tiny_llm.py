@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import tiny_any_size  # noqa: F401  # each registers its families
 import tiny_decoders
 import tiny_families  # noqa: F401
+import tiny_hybrids  # noqa: F401
 import tiny_more  # noqa: F401
 import torch
 from tiny_parts import (  # noqa: F401  # what other tests take from here
@@ -128,6 +129,16 @@ def alone(family: str, layout: Sequence[Sequence[int | str]], row: int, seed: in
     chosen = images(family, first + count, seed)[first:]
     pixels = [pixel for pixel, _ in chosen]
     return own | FAMILIES[family].join(pixels, [0] * len(pixels), 1)
+
+
+def continued(family: str, inputs: Inputs, logits: Tensor) -> Inputs:
+    """The inputs of one sample with the likeliest word behind them, as `GREEDY` chooses it."""
+    word = logits[:, : GREEDY["suppress_tokens"][0]].argmax(-1, keepdim=True)
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], word], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(word)], 1),
+    }
+    return inputs | longer | FAMILIES[family].extras(longer)
 
 
 def candidates(family: str, inputs: Inputs) -> Tensor:

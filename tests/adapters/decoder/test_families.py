@@ -8,7 +8,7 @@ import torch
 from tiny_llm import answer, logits, near
 
 import pumer
-from pumer import PuMer, Random, Uniform
+from pumer import DivPrune, PuMer, Random, Uniform
 from pumer.adapters import find
 from pumer.reducers import FastV
 
@@ -19,6 +19,8 @@ PRUNING = {
     "fastv": FastV(keep=0.5, layer=1),
 }
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
+BEFORE = DivPrune(keep=0.5)
+"""For families whose tokens leave before the language model alone."""
 ROWS_DIFFER = ("hunyuan_vl",)
 """Whose stock model gives a sample with two images other logits in a batch than alone."""
 LOGITS = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
@@ -34,18 +36,28 @@ def model(family):
     return tiny_llm.model(family)
 
 
-def test_reducing_nothing_changes_nothing(model, family):
+@pytest.fixture(scope="module")
+def before_only(model):
+    return find(model).before_only(model)
+
+
+def test_reducing_nothing_changes_nothing(model, family, before_only):
     inputs = tiny_llm.batch(family, LAYOUT)
     stock, said = logits(model, inputs), answer(model, inputs, max_new_tokens=16)
-    with pumer.reduced(model, Uniform(prune=0, layers=(-1, 1))):
+    with pumer.reduced(model, Uniform(prune=0, layers=(-1,) if before_only else (-1, 1))):
         near(logits(model, inputs), stock)
         assert answer(model, inputs, max_new_tokens=16) == said
     assert torch.equal(logits(model, inputs), stock)  # and nothing is left behind
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_dropping_is_masking(model, family, name):
+def test_dropping_is_masking(model, family, name, before_only):
     inputs = tiny_llm.batch(family, LAYOUT)
+    if before_only:
+        with pytest.raises(ValueError, match="Take a reducer that acts before it") as error:
+            pumer.apply(model, PRUNING[name])
+        assert before_only in str(error.value)
+        return
     with pumer.reduced(model, PRUNING[name]):
         marks = oracle_llm.kept(model, inputs, generating=True)
         reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS))
@@ -62,14 +74,40 @@ def test_dropping_is_masking(model, family, name):
     assert not (gone & ~is_image).any()
 
 
+def test_dropping_before_is_a_shorter_prompt(model, family, before_only):
+    """Of which the stock model, without a cache, says the same."""
+    if not before_only:
+        pytest.skip("dropping is masking")
+    inputs = tiny_llm.batch(family, LAYOUT)
+    with pumer.reduced(model, BEFORE):
+        marks = oracle_llm.kept(model, inputs, generating=True)[0]
+        reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS | {"max_new_tokens": 16}))
+        assert pumer.report(model).active
+    assert not (~marks & (inputs["input_ids"] != tiny_llm.IMAGE)).any()
+    for row in rows(family):
+        alone = tiny_llm.alone(family, LAYOUT, row)
+        length = alone["input_ids"].shape[1]
+        stock = logits(model, alone)[:, -1]
+        with oracle_llm.shortened(model, marks[row, -length:]):
+            for got in reduced.logits:
+                wanted = logits(model, alone, use_cache=False)[:, -1]
+                near(got[row : row + 1], wanted)
+                alone = tiny_llm.continued(family, alone, got[row : row + 1])
+        said = alone["input_ids"][0, length:]
+        assert said.tolist() == reduced.sequences[row, -16:].tolist()
+        if (alone["input_ids"] == tiny_llm.IMAGE).any():
+            changed = (reduced.logits[0][row] - stock).abs().max()
+            assert changed > 1e-2, "the tokens dropped do not matter"
+
+
 def rows(family):
     """Samples of `LAYOUT` that the stock model answers as if they were alone."""
     return [0, 2] if family in ROWS_DIFFER else [0, 1, 2]
 
 
-def test_a_row_of_a_batch_is_the_sample_alone(model, family):
+def test_a_row_of_a_batch_is_the_sample_alone(model, family, before_only):
     inputs = tiny_llm.batch(family, LAYOUT)
-    with pumer.reduced(model, MERGING):
+    with pumer.reduced(model, BEFORE if before_only else MERGING):
         together, said = logits(model, inputs), answer(model, inputs, max_new_tokens=3)
         for row in rows(family):
             alone = tiny_llm.alone(family, LAYOUT, row)

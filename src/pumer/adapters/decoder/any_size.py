@@ -108,7 +108,7 @@ class AnySizeAdapter(DecoderAdapter):
             for name in captured.needs:
                 value = facts[name]
                 if value.shape[1] != length:
-                    value = self._per_token(value, grid, group)
+                    value = self._per_token(value, grid, value.shape[1] // length)
                     if order is not None:
                         index = order[start : start + length] - start
                         value = value[:, index.to(value.device)]

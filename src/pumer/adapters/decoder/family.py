@@ -15,9 +15,8 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
-from pumer.adapters.decoder.parts import has_attention
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
-from pumer.adapters.decoder.refused import STATES
+from pumer.adapters.decoder.shorten import BEFORE, STATES
 from pumer.adapters.decoder.vision import (
     CLASS_ATTENTION,
     LAST_CLASS_ATTENTION,
@@ -65,6 +64,17 @@ class DecoderAdapter(DecoderCosts):
     are whole images."""
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
+
+    leaves_before: ClassVar[str | None] = None
+    """Why tokens can leave before the language model alone; None where its layers say so."""
+
+    def before_only(self, model: nn.Module) -> str | None:
+        """Why tokens can leave before the language model alone; None where they can leave between
+        its layers, too."""
+        if self.leaves_before is not None:
+            return self.leaves_before
+        attends = [self.layer_attention(layer) is not None for layer in self.layers(model)]
+        return None if all(attends) else STATES
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         return super().tower_attentions(model) if self.reads_tower else {}
@@ -191,13 +201,12 @@ class DecoderAdapter(DecoderCosts):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
             )
-        without = [
-            index for index, layer in enumerate(self.layers(model)) if not has_attention(layer)
-        ]
-        if without:
+        reason = self.before_only(model)
+        if reason is not None and any(map(reducer.reduces_at, range(depth))):
             raise ValueError(
-                f"layer {without[0]} of the language model of this {type(model).__name__} has no "
-                f"attention. {STATES}"
+                f"{reducer.name} would drop tokens behind layers of the language model of "
+                f"{type(model).__name__}. {reason}\n"
+                f"Take a reducer that acts before it: {BEFORE}"
             )
         shared = {key for layer, key in enumerate(self.key_layers(model)) if key != layer}
         if any(reducer.reduces_at(layer) for layer in range(min(shared, default=depth), depth)):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import attention as decoder_attention
-from pumer.adapters.decoder import kv_cache, media, positions, prefill
+from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.prompt import (
@@ -62,6 +62,7 @@ class DecoderHooks:
         self.capture = VisionCapture(patch.reducer.traits)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
+        self.shortens = spec.before_only(model) is not None
         self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
         self.traits = reducer.traits
         self._install(model)
@@ -75,7 +76,7 @@ class DecoderHooks:
         parameters = inspect.signature(trunk.forward)
         patch.wrap(trunk, "forward", _trunk_forward, self, parameters, adds=(QUESTION_MASK,))
         patch.wrap(language, "forward", _language_forward, self)
-        for layer_index, layer in enumerate(language.layers):
+        for layer_index, layer in enumerate(() if self.shortens else language.layers):
             before_layer = partial(self._before_layer, layer_index)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if layer_index in self.acts_after and self.traits.needs_qk:
@@ -119,6 +120,7 @@ class DecoderHooks:
             state.tower_images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
+            (short_cache if self.shortens else kv_cache).check(kv_cache.find(inputs))
             prefill.check_inputs(inputs)
         elif prefill.may_be_merged(inputs):
             warnings.warn(
@@ -308,7 +310,10 @@ def _language_forward(
             state.inputs = dict(kwargs)
         if state.tower_images and hooks.spec.placeholder_hook is None:
             media.find_placeholders(hooks, state, kwargs["inputs_embeds"])
-        output = stock(*args, **kwargs, **{STATE: state})
+        if hooks.shortens:
+            output = shorten.run(hooks, state, stock, args, kwargs)
+        else:
+            output = stock(*args, **kwargs, **{STATE: state})
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pumer.adapters.base import Adapter, config_of
+from pumer.adapters.decoder.recurrent import step_macs
 from pumer.reducers.tokens import Grid
 
 LANGUAGE = ("language_model", "text_model")
@@ -65,6 +66,12 @@ class DecoderParts(Adapter):
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return list(self.language(model).layers)
 
+    def layer_attention(self, layer: nn.Module) -> Any:
+        """The attention of a layer of the language model; None where it keeps a state in place of
+        keys, or has neither."""
+        module = next((getattr(layer, name) for name in ATTENTION if hasattr(layer, name)), None)
+        return None if step_macs(module) else module
+
     def key_layers(self, model: nn.Module) -> list[int]:
         """The layer whose keys every layer reads: its own, where they are not shared."""
         return list(range(self.depth(model)))
@@ -86,18 +93,22 @@ class DecoderParts(Adapter):
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
         config = config_of(model).get_text_config()
         heads = config.num_attention_heads
-        channels = head_channels(self.layers(model)[0])
+        attentions = filter(None, map(self.layer_attention, self.layers(model)))
+        channels = head_channels(next(attentions))
         return heads, channels or getattr(config, "head_dim", None) or config.hidden_size // heads
 
     def cache_channels(self, model: nn.Module) -> list[int]:
-        """Numbers that the cache of every layer holds of one token."""
+        """Numbers that the cache of every layer holds of one token; a state has none of them."""
         heads, channels = self.attention_shape(model)
         result = []
         for layer_index, key_layer in enumerate(self.key_layers(model)):
             layer = self.layers(model)[layer_index]
-            groups = getattr(named(layer, ATTENTION), "num_key_value_groups", 1)
-            held = 2 * (heads // groups) * (head_channels(layer) or channels)
-            result.append(held if key_layer == layer_index else 0)
+            attention = self.layer_attention(layer)
+            if attention is None or key_layer != layer_index:
+                result.append(0)
+                continue
+            groups = getattr(attention, "num_key_value_groups", 1)
+            result.append(2 * (heads // groups) * (head_channels(attention) or channels))
         return result
 
 
@@ -118,14 +129,9 @@ def named(module: Any, names: Sequence[str]) -> Any:
     return getattr(module, name)
 
 
-def has_attention(layer: nn.Module) -> bool:
-    """Whether a layer looks at keys, in place of a state that it keeps."""
-    return any(hasattr(layer, name) for name in ATTENTION)
-
-
-def head_channels(layer: nn.Module) -> int | None:
-    """Channels of one head of a layer's attention; None where it does not say."""
-    return getattr(named(layer, ATTENTION), "head_dim", None)
+def head_channels(attention: nn.Module) -> int | None:
+    """Channels of one head of an attention; None where it does not say."""
+    return getattr(attention, "head_dim", None)
 
 
 def side_length(size: Any) -> int:

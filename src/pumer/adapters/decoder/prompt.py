@@ -258,6 +258,7 @@ class ForwardState:
         entry: (text, image, grid) before anything was reduced.
         trunk_entered: whether the model without its head has begun.
         language_entered: whether the language model has.
+        in_language: whether it runs now, on a prompt that was made shorter before it.
     """
 
     hooks: Any
@@ -284,6 +285,7 @@ class ForwardState:
     entry: tuple[int, int, Grid | None] | None = None
     trunk_entered: bool = False
     language_entered: bool = False
+    in_language: bool = False
 
     def positions_of(
         self, layout: TokenLayout | None, batch: int, device: torch.device

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (Wang et al., 2024; Bai et al., 2025), and the thinkers of
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (Wang et al., 2024; Bai et al., 2025), and the thinkers of
 Qwen-Omni, as transformers has them.
 
 Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself:
@@ -31,6 +31,10 @@ class QwenVLAdapter(AnySizeAdapter):
         "Qwen3VLModel",
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3VLMoeModel",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Model",
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeModel",
         "Cosmos3OmniForConditionalGeneration",
         "Cosmos3OmniModel",
         "CohereCompassForConditionalGeneration",
