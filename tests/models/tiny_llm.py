@@ -10,6 +10,7 @@ import tiny_decoders
 import tiny_families  # noqa: F401
 import tiny_hybrids  # noqa: F401
 import tiny_more  # noqa: F401
+import tiny_selecting  # noqa: F401
 import torch
 from tiny_parts import (  # noqa: F401  # what other tests take from here
     CACHE,
@@ -49,7 +50,8 @@ def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
                 wide = "embed" in name or "lm_head" in name
                 parameter.normal_(std=1.0 if wide else 0.25, generator=generator)
     made.generation_config.eos_token_id = None
-    made.set_attn_implementation(attention)
+    if attention != "sdpa" or made._supports_sdpa:  # some know only eager attention
+        made.set_attn_implementation(attention)
     return made.eval()
 
 

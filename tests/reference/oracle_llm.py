@@ -99,11 +99,17 @@ def shortened(model: nn.Module, keep_S: Tensor) -> Iterator[nn.Module]:
         output.last_hidden_state = full
         return output
 
-    language.forward = forward
-    try:
+    def count_anew(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"position_ids": torch.arange(args[0].shape[1])[None]}
+
+    with ExitStack() as stack:
+        if not find(model).keeps_positions:
+            for layer in layers(model):
+                handle = layer.register_forward_pre_hook(count_anew, with_kwargs=True)
+                stack.callback(handle.remove)
+        language.forward = forward
+        stack.callback(delattr, language, "forward")
         yield model
-    finally:
-        del language.forward
 
 
 @contextmanager

@@ -116,10 +116,11 @@ def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> Decod
     """Extend a report by the costs of decoding."""
     head = adapter.head_macs(model)
     top_k = experts_per_token(config_of(model).get_text_config())
+    layers = list(zip(adapter.layers(model), adapter.passes(model), strict=True))
     linear = sum(
-        linear_weights(layer) + expert_weights(layer, top_k) for layer in adapter.layers(model)
+        times * (linear_weights(layer) + expert_weights(layer, top_k)) for layer, times in layers
     )
-    states = sum(map(state_macs, adapter.layers(model)))
+    states = sum(times * state_macs(layer) for layer, times in layers)
     reduced, stock = report.lengths, (report.entry,) * len(report.lengths)
     return DecoderReport(
         **vars(report),
@@ -157,6 +158,12 @@ def _further(
 ) -> int:
     """Multiply-accumulates of the next token's attention."""
     heads, channels = adapter.attention_shape(model)
-    counts = zip(adapter.layers(model), _cached(model, adapter, lengths), strict=True)
-    attended = sum(count + 1 for layer, count in counts if adapter.layer_attention(layer) is not None)
+    counts = zip(
+        adapter.layers(model), adapter.passes(model), _cached(model, adapter, lengths), strict=True
+    )
+    attended = sum(
+        times * (count + 1)
+        for layer, times, count in counts
+        if adapter.layer_attention(layer) is not None
+    )
     return 2 * heads * channels * attended

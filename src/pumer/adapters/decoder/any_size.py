@@ -54,6 +54,10 @@ class AnySizeAdapter(DecoderAdapter):
         """Index of every token among those of the tower, where it has them in another order."""
         return None
 
+    def tower_prefix(self, model: nn.Module) -> int:
+        """Tokens before the patches of every image in the tower, where images lie in one row."""
+        return 0
+
     def structure(self, grid: Grid) -> Tensor | None:
         """Which of the placeholders of an image are no patches, bool [N]; None where all are."""
         return None
@@ -84,9 +88,9 @@ class AnySizeAdapter(DecoderAdapter):
             [torch.cat(part, 2) for part in zip(*captures, strict=True)]
             for captures in (heads, middle_heads)
         )
-        group = self.patches_per_token(trunk)
+        group, prefix = self.patches_per_token(trunk), self.tower_prefix(trunk)
         if heads and not self.padded:
-            group = wide[0].shape[2] // sum(lengths)
+            group = (wide[0].shape[2] - prefix * len(lengths)) // sum(lengths)
         encoders: list[Encoder | None] = []
         for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
             start = sum(lengths[:image_index])
@@ -99,11 +103,12 @@ class AnySizeAdapter(DecoderAdapter):
                 facts["features_BND"] = features.flatten(0, -2)[None, stretch]
             if heads:
                 row = slice(image_index, image_index + 1) if self.padded else slice(None)
-                first = 0 if self.padded else start * group
-                queries, keys = (part[row, :, first : first + length * group] for part in wide)
-                facts |= attention_of(captured.needs, queries, keys, first=False)
-                queries, keys = (part[row, :, first : first + length * group] for part in middle)
-                facts |= received_in_middle(captured.needs, queries, keys, first=False)
+                first = 0 if self.padded else start * group + image_index * prefix
+                behind = first + prefix + length * group
+                queries, keys = (part[row, :, first:behind] for part in wide)
+                facts |= attention_of(captured.needs, queries, keys, prefix)
+                queries, keys = (part[row, :, first:behind] for part in middle)
+                facts |= received_in_middle(captured.needs, queries, keys, prefix)
             token_facts = {}
             for name in captured.needs:
                 value = facts[name]

@@ -45,7 +45,8 @@ class DecoderCosts(DecoderParts):
                 projections, pairs = sum(map(linear_weights, mixers)), 0
             others = linear_weights(layer) - projections + expert_weights(layer, top_k)
             result.append((count * (projections + state_macs(layer)) + pairs, count * others))
-        return result
+        passes = zip(result, self.passes(model), strict=True)
+        return [(times * attention, times * mlp) for (attention, mlp), times in passes]
 
     def head_macs(self, model: nn.Module) -> int:
         """Multiply-accumulates of one token's way to the vocabulary."""
@@ -151,7 +152,9 @@ def expert_weights(layer: nn.Module, top_k: int) -> int:
     tensor, whose first axis counts them."""
     return sum(
         min(top_k, len(weight)) * weight[0].numel()
-        for weight in layer.parameters()
+        for part in layer.modules()
+        if not isinstance(part, nn.Conv1d)
+        for weight in part.parameters(recurse=False)
         if weight.ndim == 3
     )
 

@@ -16,7 +16,8 @@ from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
-from pumer.adapters.decoder.shorten import BEFORE, STATES
+from pumer.adapters.decoder.recurrent import state_macs
+from pumer.adapters.decoder.shorten import BEFORE, SELECTS, STATES
 from pumer.adapters.decoder.vision import (
     CLASS_ATTENTION,
     LAST_CLASS_ATTENTION,
@@ -59,22 +60,24 @@ class DecoderAdapter(DecoderCosts):
     images."""
     along_tokens: ClassVar[tuple[str, ...]] = ()
     """Arguments of a layer that have an entry for every token, besides masks and positions."""
+    keeps_positions: ClassVar[bool] = True
+    """Whether layers may be told positions with gaps between them; otherwise they count what is
+    left, besides what is rotated by its position."""
     crop_gap: ClassVar[int | None] = None
     """Tokens that the prompt has at most between two crops of one image; None where `image_spans`
     are whole images."""
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
 
-    leaves_before: ClassVar[str | None] = None
-    """Why tokens can leave before the language model alone; None where its layers say so."""
-
     def before_only(self, model: nn.Module) -> str | None:
         """Why tokens can leave before the language model alone; None where they can leave between
         its layers, too."""
-        if self.leaves_before is not None:
-            return self.leaves_before
-        attends = [self.layer_attention(layer) is not None for layer in self.layers(model)]
-        return None if all(attends) else STATES
+        layers = self.layers(model)
+        attentions = [self.layer_attention(layer) for layer in layers]
+        if None in attentions or any(map(state_macs, layers)):
+            return STATES
+        indexers = [getattr(attention, "indexer", None) for attention in attentions]
+        return SELECTS if any(indexer is not None for indexer in indexers) else None
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         return super().tower_attentions(model) if self.reads_tower else {}

@@ -1,5 +1,5 @@
-"""GLM-4V, GLM-4.6V, their mixtures of experts and GLM-OCR (GLM-V Team, 2025) as transformers has
-them."""
+"""GLM-4V, GLM-4.6V, their mixtures of experts, GLM-OCR and GLM-5.3-Flash (GLM-V Team, 2025) as
+transformers has them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Glm4vAdapter(AnySizeAdapter):
         "Glm4vMoeModel",
         "GlmOcrForConditionalGeneration",
         "GlmOcrModel",
+        "Glm5NextForConditionalGeneration",
+        "Glm5NextModel",
     )
     renumbers = False  # an image token has three positions: time, row and column
     image_delimiters = (1, 1)

@@ -36,15 +36,13 @@ from pumer.adapters.decoder.prompt import (
     current_state,
     enter_state,
 )
+from pumer.adapters.decoder.shorten import STATE
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
-STATE = "pumer_state"
-"""Keyword argument by which a call's state reaches the layers, and with them their
-recomputation."""
 ALONG_TOKENS = ("attention_mask", "position_embeddings", "position_ids")
 """Arguments of a layer that have an entry for every token."""
 
@@ -76,8 +74,10 @@ class DecoderHooks:
         parameters = inspect.signature(trunk.forward)
         patch.wrap(trunk, "forward", _trunk_forward, self, parameters, adds=(QUESTION_MASK,))
         patch.wrap(language, "forward", _language_forward, self)
-        for layer_index, layer in enumerate(() if self.shortens else language.layers):
+        for layer_index, layer in enumerate(language.layers):
             before_layer = partial(self._before_layer, layer_index)
+            if self.shortens:
+                before_layer = partial(shorten.before_layer, self)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if layer_index in self.acts_after and self.traits.needs_qk:
                 # The log-sum-exp serves causal attention alone: where all tokens see each other it

@@ -1,4 +1,4 @@
-"""Hunyuan-VL (Tencent, 2025) as transformers has it."""
+"""Hunyuan-VL and HY 4 (Tencent, 2025 and 2026) as transformers has them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,17 @@ class HunYuanVLAdapter(AnySizeAdapter):
         index = torch.arange(rows * (columns + 1) + 2) - 1
         last = len(index) - 2
         return (index < 0) | (index % (columns + 1) == columns) | (index == last)
+
+
+@register
+class HYV4VLAdapter(HunYuanVLAdapter):
+    """HY 4 (Tencent, 2026): of these the rows' ends alone."""
+
+    family = "HY 4 VL"
+    classes: ClassVar[tuple[str, ...]] = ("HYV4VLForConditionalGeneration", "HYV4VLModel")
+    image_delimiters = (1, 1)
+    other_tokens = ("video_token_id",)
+
+    def structure(self, grid: Grid) -> Tensor:
+        rows, columns = grid
+        return torch.arange(rows * (columns + 1)) % (columns + 1) == columns

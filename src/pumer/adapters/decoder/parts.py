@@ -72,6 +72,10 @@ class DecoderParts(Adapter):
         module = next((getattr(layer, name) for name in ATTENTION if hasattr(layer, name)), None)
         return None if step_macs(module) else module
 
+    def passes(self, model: nn.Module) -> list[int]:
+        """How often a token goes through every layer."""
+        return [1] * self.depth(model)
+
     def key_layers(self, model: nn.Module) -> list[int]:
         """The layer whose keys every layer reads: its own, where they are not shared."""
         return list(range(self.depth(model)))
@@ -109,7 +113,7 @@ class DecoderParts(Adapter):
                 continue
             groups = getattr(attention, "num_key_value_groups", 1)
             result.append(2 * (heads // groups) * (head_channels(attention) or channels))
-        return result
+        return [held * times for held, times in zip(result, self.passes(model), strict=True)]
 
 
 class SquareMerge(DecoderParts):

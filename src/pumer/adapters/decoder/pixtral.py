@@ -1,4 +1,4 @@
-"""Mistral 3 and LightOnOCR, whose tower is Pixtral (Agrawal et al., 2024), as
+"""Mistral 3, Mistral Large 4 and LightOnOCR, whose tower is Pixtral (Agrawal et al., 2024), as
 transformers has them."""
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class PixtralAdapter(AnySizeAdapter):
         "Mistral3Model",
         "LightOnOcrForConditionalGeneration",
         "LightOnOcrModel",
+        "MistralLarge4ForConditionalGeneration",
+        "MistralLarge4Model",
     )
     image_delimiters = (0, 1)
     on_host = ("image_sizes",)

@@ -258,7 +258,9 @@ class ForwardState:
         entry: (text, image, grid) before anything was reduced.
         trunk_entered: whether the model without its head has begun.
         language_entered: whether the language model has.
-        in_language: whether it runs now, on a prompt that was made shorter before it.
+        in_language: whether it runs now, on a prompt that may have been made shorter before it.
+        shortened: whether that prompt, or one in the cache, was.
+        counted_BK: positions of its tokens, counted anew, where layers cannot be told others.
     """
 
     hooks: Any
@@ -286,6 +288,8 @@ class ForwardState:
     trunk_entered: bool = False
     language_entered: bool = False
     in_language: bool = False
+    shortened: bool = False
+    counted_BK: Tensor | None = None
 
     def positions_of(
         self, layout: TokenLayout | None, batch: int, device: torch.device

@@ -35,6 +35,8 @@ class QwenVLAdapter(AnySizeAdapter):
         "Qwen3_5Model",
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen3_5MoeModel",
+        "Qwen4ExpForConditionalGeneration",
+        "Qwen4ExpModel",
         "Cosmos3OmniForConditionalGeneration",
         "Cosmos3OmniModel",
         "CohereCompassForConditionalGeneration",
@@ -42,6 +44,7 @@ class QwenVLAdapter(AnySizeAdapter):
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)
+    along_tokens = ("ple_input_ids",)  # of Qwen4's layers, which look up n-grams
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.vision(model).merger

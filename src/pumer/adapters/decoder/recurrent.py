@@ -14,14 +14,16 @@ WRITE_AND_READ = 2
 
 
 def step_macs(module: Any) -> int:
-    """Multiply-accumulates by which a token goes through the state of a mixer, step by step; 0 for
-    other modules. Kernels that take tokens by the chunk spend more."""
+    """Multiply-accumulates by which a token goes through the state of a module, step by step; 0 for
+    modules without. Kernels that take tokens by the chunk spend more."""
     if hasattr(module, "head_k_dim"):  # gated delta rule
         return DELTA_RULE * int(module.num_v_heads * module.head_k_dim * module.head_v_dim)
     if hasattr(module, "forget_gate"):  # Kimi's delta attention
         return DELTA_RULE * int(module.num_heads * module.head_dim**2)
     if hasattr(module, "ssm_state_size"):  # Mamba 2
         return WRITE_AND_READ * int(module.num_heads * module.head_dim * module.ssm_state_size)
+    if hasattr(module, "static_weight"):  # a convolution whose weights depend on the token
+        return int(module.static_weight.numel())
     return 0
 
 

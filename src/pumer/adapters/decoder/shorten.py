@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumer.adapters.base import timed
 from pumer.adapters.decoder import kv_cache, positions
@@ -23,6 +23,9 @@ from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 from pumer.reducers import EMBEDDINGS
 
 Hooks = Any
+STATE = "pumer_state"
+"""Keyword argument by which a call's state reaches the layers, and with them their
+recomputation."""
 STATES = (
     "Some layers of its language model keep a state in place of keys (linear attention, state "
     "spaces or short convolutions), from which no token can be taken out."
@@ -41,7 +44,7 @@ def run(
     kwargs = _arguments(hooks, state, kwargs)
     state.in_language = True
     try:
-        return stock(*args, **kwargs)
+        return stock(*args, **kwargs, **{STATE: state})
     finally:
         state.in_language = False
 
@@ -61,6 +64,7 @@ def _arguments(hooks: Hooks, state: ForwardState, kwargs: dict[str, Any]) -> dic
     cached = kv_cache.layout(state.cache, 0) if state.past else None
     if layout is None and cached is None:
         return kwargs
+    state.shortened = True
     along = {name: kwargs[name] for name in hooks.spec.along_tokens if name in kwargs}
     along["position_ids"] = kwargs.get("position_ids")
     if along["position_ids"] is None:
@@ -71,10 +75,24 @@ def _arguments(hooks: Hooks, state: ForwardState, kwargs: dict[str, Any]) -> dic
             name: gather_tokens(value, layout.index_BK, state.length)
             for name, value in along.items()
         }
+    if hooks.patch.renumber or not hooks.spec.keeps_positions:
+        state.counted_BK = positions.numbered(state, layout, cached, along["position_ids"])
     if hooks.patch.renumber:
-        along["position_ids"] = positions.numbered(state, layout, cached, along["position_ids"])
+        along["position_ids"] = state.counted_BK
     mask = _mask(state, layout, cached, batch, states.device)
     return kwargs | along | {"attention_mask": mask}
+
+
+def before_layer(hooks: Hooks, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before a layer: flash attention takes gaps between positions for the ends of packed samples,
+    and some indices of keys take positions for places among the keys."""
+    state: ForwardState | None = kwargs.pop(STATE, None)
+    if state is not None and state.shortened:
+        if hooks.language.config._attn_implementation.startswith("flash"):
+            kwargs["position_ids"] = None
+        elif not hooks.spec.keeps_positions:
+            kwargs["position_ids"] = state.counted_BK
+    return args, kwargs
 
 
 def _reduced(hooks: Hooks, state: ForwardState, states_BSD: Tensor) -> Tensor:
