@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from pumer.adapters import find
 from pumer.adapters.decoder.refused import REFUSED
+from pumer.adapters.decoder.shorten import SELECTS, STATES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()), key=str.lower)
@@ -23,9 +24,12 @@ NOTES = {
 YES, NO = "yes", "–"
 
 
-def reduced_classes() -> dict[str, tuple[str, str, str]]:
-    """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
-    tower, and what can be read of the tower's attention."""
+REASONS = {STATES: "states", SELECTS: "index"}
+
+
+def reduced_classes() -> dict[str, tuple[str, str, str, str]]:
+    """Of every class that has a tiny model: its family, where it is reduced, whether tokens are
+    merged inside the vision tower, and what can be read of the tower's attention."""
     result = {}
     for name in tiny_llm.FAMILIES:
         model = tiny_llm.model(name)
@@ -36,7 +40,9 @@ def reduced_classes() -> dict[str, tuple[str, str, str]]:
             attention = NO
         elif adapter.has_class_token(model):
             attention = "received, [CLS]"
-        result[type(model).__name__] = adapter.family, tower, attention
+        reason = adapter.before_only(model)
+        where = "before, inside" if reason is None else f"before ({REASONS[reason]})"
+        result[type(model).__name__] = adapter.family, where, tower, attention
     return result
 
 
@@ -51,7 +57,7 @@ def table() -> str:
         "",
         f"Of the {len(CLASSES)} image-text-to-text classes of transformers, "
         f"{sum(name in reduced for name in CLASSES)} are reduced: before the language model "
-        "(before layer 0) and inside it",
+        "(before layer 0) and, nearly all, inside it",
         "(after any layer but the last). `tower`: tokens are also merged inside the vision tower. "
         "`attention`: what reducers",
         'can read of the tower: what patches receive (`saliency="received"`), and what [CLS] '
@@ -59,13 +65,32 @@ def table() -> str:
         "on which family: [compatibility.md](compatibility.md). Videos and audio are left as they "
         "are.",
         "",
-        "| class | family | tower | attention |",
-        "|---|---|---|---|",
+        "| class | family | reduced | tower | attention |",
+        "|---|---|---|---|---|",
     ]
     for name in CLASSES:
         if name in reduced:
             lines.append(f"| {name} | " + " | ".join(reduced[name]) + " |")
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
+    lines += [
+        "",
+        "`before` alone: the prompt gets shorter before the language model, which then runs as it "
+        "is. Kept tokens keep",
+        "their positions; sliding windows, indices of keys and Inkling's distances count the "
+        "tokens that are left. The cache",
+        "holds these, and reports the length of the whole prompt. Reducers inside are refused with "
+        "the reason:",
+        "",
+        *(f"* {word}: {reason}" for reason, word in REASONS.items()),
+        "",
+        "FLOPs: of experts those that a token goes through; states (linear attention, Mamba) step "
+        "by step, so that what",
+        "kernels spend on chunks of tokens is not in them, nor hyper-connections; short "
+        "convolutions as they are; attention",
+        "over all pairs of tokens, also where an index chooses among them. The cache is that of "
+        "keys and values: states have",
+        "one size, whatever the prompt.",
+    ]
     lines += [
         "",
         "The others are refused by `pumer.apply`, with the reason:",

@@ -165,3 +165,53 @@ def fine_strip(index: int, generator: Generator) -> Image:
 def minicpm_ocr() -> nn.Module:
     config = transformers.MiniCPMOcrConfig(**MINICPM)
     return transformers.MiniCPMOcrForConditionalGeneration(config)
+
+
+def patches_and_grid(index: int, generator: Generator) -> Image:
+    """Patches of 4 x 4 in rows, four of them to a token."""
+    rows, columns = SIZES[index % 3]
+    patches = torch.randn(rows * columns, 48, generator=generator)
+    ids = [51, *[IMAGE] * (rows * columns // 4), 52]
+    return {"pixel_values": patches, "image_grid_hw": torch.tensor([[rows, columns]])}, ids
+
+
+@family(patches_and_grid)
+def nemotron_omni() -> nn.Module:
+    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
+    config = transformers.NemotronH_Omni_Reasoning_V3_Config(
+        text_config=text
+        | {
+            "model_type": "nemotron_h",
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+            "head_dim": 8,
+            "ssm_state_size": 6,
+            "time_step_min": 1e-6,  # only a prompt is held to it, in transformers 5.24
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        vision_config={
+            "model_type": "radio",
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "patch_size": 4,
+            "image_size": 32,
+            "max_img_size": 64,
+            "num_cls_tokens": 1,
+            "num_registers": 1,
+            "summary_idxs": [0],
+            "video_temporal_patch_size": 2,
+        },
+        vision_hidden_size=24,
+        projector_hidden_size=24,
+        image_token_id=IMAGE,
+        video_token_id=58,
+        audio_token_id=59,
+    )
+    return transformers.NemotronH_Omni_Reasoning_V3(config)

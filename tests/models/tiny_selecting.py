@@ -3,8 +3,6 @@ attention has short convolutions around it: tokens leave before the language mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import transformers
 from tiny_any_size import GLM_IDS, PIXTRAL, VISION, any_size, made_up, rows_that_end
@@ -15,7 +13,6 @@ from tiny_parts import (
     QWEN_IDS,
     TEXT,
     Image,
-    Inputs,
     family,
     image_types,
     patches_of_any_size,
@@ -199,3 +196,88 @@ def mistral_large4() -> nn.Module:
         image_token_index=IMAGE,
     )
     return transformers.MistralLarge4ForConditionalGeneration(config)
+
+
+def patches_alone(index: int, generator: Generator) -> Image:
+    """Patches of 4 x 4 one by one, each a token."""
+    rows, columns = ((3, 4), (2, 5), (4, 4))[index % 3]
+    pixels = torch.randn(rows * columns, 2, 4, 4, 3, generator=generator)
+    return {"pixel_values": pixels}, [51, *[IMAGE] * (rows * columns)]
+
+
+INKLING_TEXT = TEXT | {
+    "head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 16,
+    "d_rel": 4,
+    "rel_extent": 64,
+    "conv_kernel_size": 3,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@family(patches_alone)
+def inkling() -> nn.Module:
+    config = transformers.InklingConfig(
+        text_config=INKLING_TEXT
+        | {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_shared_experts": 1},
+        vision_config={
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+        },
+        audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+        image_token_id=IMAGE,
+        audio_token_id=59,
+    )
+    return transformers.InklingForConditionalGeneration(config)
+
+
+def blocks_of_patches(index: int, generator: Generator) -> Image:
+    """Blocks of 2 x 2 patches of 4 x 4, each a token."""
+    rows, columns = ((2, 3), (4, 2), (3, 5))[index % 3]
+    pixels = torch.randn(rows * columns, 8, 8, 3, generator=generator)
+    grid = torch.tensor([[1, rows, columns]])
+    ids = [51, *[IMAGE] * (rows * columns)]
+    return {"pixel_values": pixels, "image_grid_thw": grid}, ids
+
+
+INKLING2_TEXT = INKLING_TEXT | {"unpadded_vocab_size": 60, "n_layers_per_attn_res_block": 2}
+INKLING2_VISION = WIDTHS | {
+    "patch_size": 4,
+    "posemb_grid_size": 4,
+    "projection_hidden_dim": 24,
+    "text_hidden_size": 32,
+}
+
+
+@family(blocks_of_patches)
+def inkling2() -> nn.Module:
+    config = transformers.Inkling2Config(
+        text_config=INKLING2_TEXT, vision_config=INKLING2_VISION, image_token_id=IMAGE
+    )
+    return transformers.Inkling2ForConditionalGeneration(config)
+
+
+@family(blocks_of_patches)
+def inkling2_loop() -> nn.Module:
+    config = transformers.Inkling2LoopConfig(
+        text_config=INKLING2_TEXT
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": ["hybrid_sliding", "hybrid"] * 3,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4,
+            "loop_num_passes": 2,
+            "loop_gate_rank": 4,
+        },
+        vision_config=INKLING2_VISION | {"model_type": "inkling2_vision"},
+        image_token_id=IMAGE,
+    )
+    return transformers.Inkling2LoopForConditionalGeneration(config)

@@ -74,9 +74,14 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
 
 
 @contextmanager
-def shortened(model: nn.Module, keep_S: Tensor) -> Iterator[nn.Module]:
+def shortened(
+    model: nn.Module, keep_S: Tensor, renumber: bool = False
+) -> Iterator[nn.Module]:
     """Give the language model of a stock model only these places of a prompt, bool [S], and all
-    that comes behind it. Of one sample without padding, and without a cache."""
+    that comes behind it. Of one sample without padding, and without a cache.
+
+    `renumber`: let positions count nothing else.
+    """
     language = decoder(model)
     stock = language.forward
 
@@ -92,6 +97,8 @@ def shortened(model: nn.Module, keep_S: Tensor) -> Iterator[nn.Module]:
             if name != "attention_mask" and isinstance(value, Tensor):
                 value = value[..., index] if value.dtype == torch.int64 else value[:, index]
                 kwargs[name] = value
+        if renumber:
+            kwargs["position_ids"] = torch.arange(len(index))[None]
         output = stock(**kwargs)
         states = output.last_hidden_state
         full = states.new_zeros(1, length, *states.shape[2:])

@@ -94,6 +94,11 @@ class DecoderAdapter(DecoderCosts):
         facts = self.vision_facts(trunk, captured)
         return one_span_each(output.pooler_output, self.default_grid(trunk), facts)
 
+    def spans_in_prompt(self, images: list[ImageSpan], image_BS: Tensor) -> list[ImageSpan]:
+        """The same images where only the prompt says where one ends; asked for if there is no
+        `placeholder_hook`."""
+        return images
+
     def placeholder_mask(
         self, trunk: Any, input_ids: Tensor | None, embeddings: Tensor
     ) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ class HunYuanVLAdapter(AnySizeAdapter):
     family = "Hunyuan-VL"
     classes: ClassVar[tuple[str, ...]] = ("HunYuanVLForConditionalGeneration", "HunYuanVLModel")
     renumbers = False  # an image token has several positions
-    other_tokens = ()
+    other_tokens: ClassVar[tuple[str, ...]] = ()
     grouped = False
 
     def projector(self, model: nn.Module) -> nn.Module:

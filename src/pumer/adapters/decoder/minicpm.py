@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
 from pumer.reducers.tokens import Grid
 
 FINE = "4x"

@@ -1,5 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (Wang et al., 2024; Bai et al., 2025), and the thinkers of
-Qwen-Omni, as transformers has them.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen4 (Wang et al., 2024; Bai et al., 2025), and the
+thinkers of Qwen-Omni, as transformers has them.
 
 Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself:
 neither changes, as the model goes on counting every token.

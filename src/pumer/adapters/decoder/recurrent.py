@@ -30,6 +30,4 @@ def step_macs(module: Any) -> int:
 def state_macs(layer: nn.Module) -> int:
     """Multiply-accumulates of a token in all states and short convolutions of a layer."""
     convolutions = (part for part in layer.modules() if isinstance(part, nn.Conv1d))
-    return sum(map(step_macs, layer.modules())) + sum(
-        part.weight.numel() for part in convolutions
-    )
+    return sum(map(step_macs, layer.modules())) + sum(part.weight.numel() for part in convolutions)

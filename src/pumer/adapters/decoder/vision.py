@@ -151,8 +151,8 @@ def attention_of(
     """
     facts = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
     facts |= {
-        "keys_BNC": keys_RHPC.mean(1)[:, first :],
-        "queries_BNC": queries_RHPC.mean(1)[:, first :],
+        "keys_BNC": keys_RHPC.mean(1)[:, first:],
+        "queries_BNC": queries_RHPC.mean(1)[:, first:],
     }
     # Scaled before they are multiplied: in half precision the products alone may be too large.
     queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
@@ -165,11 +165,11 @@ def attention_of(
         for part in queries_RHPC.split(AT_ONCE, 2):
             attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
             received.append(attention.sum((1, 2)))
-            paid.append(attention[..., first :].mean((1, 3)))
+            paid.append(attention[..., first:].mean((1, 3)))
         facts[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
-            :, first :
+            :, first:
         ]
-        facts[GIVEN] = torch.cat(paid, 1)[:, first :]
+        facts[GIVEN] = torch.cat(paid, 1)[:, first:]
     return facts
 
 
@@ -190,7 +190,7 @@ def all_heads_as_one(
     if not OF_LAST_LAYER & needs:
         return {}
     keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
-    facts = {LAST_KEYS: keys_RPC[:, first :]}
+    facts = {LAST_KEYS: keys_RPC[:, first:]}
     if LAST_CLASS_ATTENTION in needs:
         query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
         logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
