@@ -42,7 +42,14 @@ BUILDERS = tuple(
 def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
     """A model in eval mode whose weights are large enough for every token to matter."""
     torch.manual_seed(0)
-    made = FAMILIES[family].build()
+    made = strengthened(FAMILIES[family].build())
+    if attention != "sdpa" or made._supports_sdpa:  # some know only eager attention
+        made.set_attn_implementation(attention)
+    return made
+
+
+def strengthened(made: nn.Module) -> nn.Module:
+    """The model in eval mode with weights that are large enough for every token to matter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -50,8 +57,6 @@ def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
                 wide = "embed" in name or "lm_head" in name
                 parameter.normal_(std=1.0 if wide else 0.25, generator=generator)
     made.generation_config.eos_token_id = None
-    if attention != "sdpa" or made._supports_sdpa:  # some know only eager attention
-        made.set_attn_implementation(attention)
     return made.eval()
 
 

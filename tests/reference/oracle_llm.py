@@ -74,9 +74,7 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
 
 
 @contextmanager
-def shortened(
-    model: nn.Module, keep_S: Tensor, renumber: bool = False
-) -> Iterator[nn.Module]:
+def shortened(model: nn.Module, keep_S: Tensor, renumber: bool = False) -> Iterator[nn.Module]:
     """Give the language model of a stock model only these places of a prompt, bool [S], and all
     that comes behind it. Of one sample without padding, and without a cache.
 

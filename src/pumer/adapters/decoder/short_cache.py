@@ -28,10 +28,17 @@ class ShortCache(DynamicCache):
         return num_held + self._hidden() if num_held else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if current_state() is None:
-            raise ValueError(kv_cache.NEEDS_REDUCER)
+        _check_reducer()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         return length + self._hidden(), offset
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        _check_reducer()
+        return super().get_conv_state(*args, **kwargs)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        _check_reducer()
+        return super().update(*args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many tokens as the model counts them: those of them that are here."""
@@ -55,6 +62,12 @@ class ShortCache(DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._pumer_layout = self._pumer_layout.select(indices)
+
+
+def _check_reducer() -> None:
+    """Raise ValueError where a model without a reducer asks."""
+    if current_state() is None:
+        raise ValueError(kv_cache.NEEDS_REDUCER)
 
 
 def check(cache: Any) -> None:
