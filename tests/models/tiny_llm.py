@@ -138,12 +138,16 @@ def alone(family: str, layout: Sequence[Sequence[int | str]], row: int, seed: in
     return own | FAMILIES[family].join(pixels, [0] * len(pixels), 1)
 
 
-def continued(family: str, inputs: Inputs, logits: Tensor) -> Inputs:
-    """The inputs of one sample with the likeliest word behind them, as `GREEDY` chooses it."""
-    word = logits[:, : GREEDY["suppress_tokens"][0]].argmax(-1, keepdim=True)
+def likeliest(logits: Tensor) -> Tensor:
+    """The words that `GREEDY` chooses."""
+    return logits[..., : GREEDY["suppress_tokens"][0]].argmax(-1)
+
+
+def continued(family: str, inputs: Inputs, words: Tensor) -> Inputs:
+    """The inputs of one sample with words behind them, int64 [1,N]."""
     longer = {
-        "input_ids": torch.cat([inputs["input_ids"], word], 1),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(word)], 1),
+        "input_ids": torch.cat([inputs["input_ids"], words], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1),
     }
     return inputs | longer | FAMILIES[family].extras(longer)
 

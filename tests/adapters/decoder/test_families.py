@@ -99,17 +99,16 @@ def test_dropping_before_is_a_shorter_prompt(model, family, layout, rows, before
         reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS | {"max_new_tokens": 16}))
         assert pumer.report(model).active
     assert not (~marks & (inputs["input_ids"] != tiny_llm.IMAGE)).any()
+    said = reduced.sequences[:, -16:]
     for row in rows:
         alone = tiny_llm.alone(family, layout, row)
         length = alone["input_ids"].shape[1]
-        stock = logits(model, alone)[:, -1]
+        stock = logits(model, alone)[0, -1]
+        answered = tiny_llm.continued(family, alone, said[row : row + 1, :-1])
         with oracle_llm.shortened(model, marks[row, -length:]):
-            for got in reduced.logits:
-                wanted = logits(model, alone, use_cache=False)[:, -1]
-                near(got[row : row + 1], wanted)
-                alone = tiny_llm.continued(family, alone, got[row : row + 1])
-        said = alone["input_ids"][0, length:]
-        assert said.tolist() == reduced.sequences[row, -16:].tolist()
+            wanted = logits(model, answered, use_cache=False)[0, length - 1 :]
+        near(torch.stack(reduced.logits)[:, row], wanted)
+        assert torch.equal(tiny_llm.likeliest(wanted), said[row])
         if (alone["input_ids"] == tiny_llm.IMAGE).any():
             changed = (reduced.logits[0][row] - stock).abs().max()
             assert changed > 1e-2, "the tokens dropped do not matter"
