@@ -66,6 +66,36 @@ def test_weights_and_convolutions_are_those_that_torch_counts(family):
     )
 
 
+TOWERS = [
+    "qwen3_5",
+    "lfm3_vl",
+    "minicpm_v4_6",
+    "minicpm_ocr",
+    "dots3_note",
+    "inkling",
+    "inkling2",
+    "nemotron_omni",
+    "minimax_m3",
+    "hy_v4_vl",
+    "mistral_large4",
+    "glm5_next",
+    "glm4v",
+]
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_cost_what_torch_counts(family):
+    """But for routers, and tokens that are no patches."""
+    model = tiny_llm.model(family, "eager")
+    if family == "dots3_note":
+        model.set_experts_implementation("eager")
+    adapter, (inputs, _) = find(model), tiny_llm.images(family, 1)[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        adapter.trunk(model).get_image_features(**inputs)
+    macs = sum(adapter.vision_macs(model, tiny_llm.patches(family, 1)[0]))
+    assert macs == pytest.approx(counter.get_total_flops() // 2, rel=5e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "macs"),
     [

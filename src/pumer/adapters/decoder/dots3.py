@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
 
-from pumer.adapters.base import register
+from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
+from pumer.adapters.decoder.costs import expert_weights
 
 
 @register
@@ -22,3 +24,11 @@ class Dots3NoteAdapter(AnySizeAdapter):
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.vision(model).merger
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        vision, projection = super().vision_macs(model, image, tower)
+        top_k = config_of(model).vision_config.num_experts_per_tok
+        experts = sum(expert_weights(block, top_k) for block in self.vision(model).blocks)
+        return vision + image * self.patches_per_token(model) * experts, projection

@@ -3,6 +3,7 @@ transformers has them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -30,6 +31,14 @@ class Glm4vAdapter(AnySizeAdapter):
     )
     renumbers = False  # an image token has three positions: time, row and column
     image_delimiters = (1, 1)
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """The convolution takes four patches at once."""
+        vision, projection = super().vision_macs(model, image, tower)
+        spared = image * (self.patches_per_token(model) - 1)
+        return vision - spared * self.vision(model).downsample.weight.numel(), projection
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.vision(model).merger

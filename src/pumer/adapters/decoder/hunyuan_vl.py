@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,3 +46,12 @@ class HYV4VLAdapter(HunYuanVLAdapter):
     def structure(self, grid: Grid) -> Tensor:
         rows, columns = grid
         return torch.arange(rows * (columns + 1)) % (columns + 1) == columns
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """The projector is made of convolutions."""
+        vision, _ = super().vision_macs(model, image, tower)
+        projector: Any = self.projector(model)
+        weights = projector.proj_conv.weight.numel() + projector.proj_out.weight.numel()
+        return vision, image * weights

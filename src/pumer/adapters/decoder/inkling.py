@@ -48,7 +48,8 @@ class InklingAdapter(AnySizeAdapter):
         vision = self.vision(model)
         pixels = vision.scales[:, :3].prod(1).tolist()
         folded = zip(vision.encoder_layers, pixels[1:], strict=True)
-        return image * sum(linear_weights(layer) * pixels[-1] // size for layer, size in folded), 0
+        macs = sum(int(linear_weights(layer)) * pixels[-1] // size for layer, size in folded)
+        return image * macs, 0
 
 
 @register

@@ -40,6 +40,10 @@ class Lfm3VlAdapter(AnySizeAdapter):
     classes: ClassVar[tuple[str, ...]] = ("Lfm3VlForConditionalGeneration", "Lfm3VlModel")
     image_delimiters = (1, 1)
 
+    def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        _, width, heads = super().tower_shape(model)
+        return len(self.tower_attentions(model)), width, heads
+
     def tower_attention(self, model: nn.Module) -> Any:
         attentions = self.tower_attentions(model)
         return attentions[max(attentions)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
+from pumer.adapters.decoder.costs import linear_weights
 from pumer.reducers.tokens import Grid
 
 FINE = "4x"
@@ -43,6 +45,25 @@ class MiniCPMAdapter(AnySizeAdapter):
     def _projected(self, model: nn.Module) -> int:
         config = config_of(model)
         return int(math.prod(config.merge_kernel_size) ** config.merger_times)
+
+    def vision_macs(
+        self, model: nn.Module, image: int, tower: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """Behind the layer that merges patches a quarter of them goes on."""
+        config, vision = config_of(model), self.vision(model)
+        crops, patches = self.tower_entry(model, image)
+        _, width, _ = self.tower_shape(model)
+        merges = config.downsample_mode != FINE
+        macs = patches * vision.embeddings.patch_embedding.weight.numel()
+        for layer_index, layer in enumerate(vision.encoder.layers):
+            merged = merges and layer_index > config.insert_layer_id
+            count = patches // 4 if merged else patches
+            macs += count * linear_weights(layer) + 2 * count**2 * width
+        if merges:
+            attention = linear_weights(vision.vit_merger.self_attn)
+            macs += patches * (attention + 2 * 4 * width)
+            macs += patches // 4 * (linear_weights(vision.vit_merger) - attention)
+        return crops * macs, image * linear_weights(self.projector(model))
 
     def token_grids(self, trunk: Any, captured: Captured) -> list[Grid]:
         mode = captured.inputs.get("downsample_mode") or config_of(trunk).downsample_mode
