@@ -8,7 +8,7 @@ import torch
 from tiny_llm import answer, logits, near
 
 import pumer
-from pumer import DivPrune, PuMer, Random, Uniform
+from pumer import DivPrune, FoPru, HiPrune, PuMer, Random, SVDPrune, Uniform
 from pumer.adapters import find
 from pumer.reducers import FastV
 
@@ -19,6 +19,8 @@ PRUNING = {
     "fastv": FastV(keep=0.5, layer=1),
 }
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
+TOWER = (FoPru(keep=0.5), HiPrune(keep=0.5), SVDPrune(keep=0.5))
+"""Those that read attention, that of the middle and the last layer, and features."""
 BEFORE = DivPrune(keep=0.5)
 """For families whose tokens leave before the language model alone."""
 ROWS = {"hunyuan_vl": [0, 2]}
@@ -136,7 +138,7 @@ def test_a_reducer_sees_every_patch_and_no_structure(model, family, layout):
     assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
 
 
-@pytest.mark.parametrize("reducer", [pumer.FoPru(keep=0.5), pumer.HiPrune(keep=0.5)])
+@pytest.mark.parametrize("reducer", TOWER, ids=lambda reducer: reducer.name)
 def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(
     model, family, layout, rows, reducer
 ):

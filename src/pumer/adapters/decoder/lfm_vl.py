@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
+from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.reducers.tokens import Grid
 
 
@@ -30,6 +32,15 @@ class Lfm2VlAdapter(AnySizeAdapter):
         side = config_of(trunk).downsample_factor
         shapes = captured.inputs["spatial_shapes"].tolist()
         return [(rows // side, columns // side) for rows, columns in shapes]
+
+    def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
+        if captured.features_RPD is not None:
+            # The projector gets squares of patches side by side, as many for every image.
+            side, images = config_of(trunk).downsample_factor, output.pooler_output
+            squares = captured.features_RPD[0].unflatten(1, (len(images), -1, side)).mean((0, 3))
+            tokens = [square[: len(image)] for square, image in zip(squares, images, strict=True)]
+            captured.features_RPD = torch.cat(tokens)[None]
+        return super().image_spans(trunk, output, captured)
 
 
 @register

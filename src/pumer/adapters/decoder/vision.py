@@ -85,8 +85,13 @@ class VisionCapture:
             _current.reset(token)
 
     def _on_projector(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.current is not None:
-            self.current.features_RPD = next(iter((*args, *kwargs.values()))).detach()
+        captured = self.current
+        if captured is None:
+            return
+        features = next(iter((*args, *kwargs.values()))).detach()
+        if captured.features_RPD is not None:  # images go through the projector one by one
+            features = torch.cat([captured.features_RPD, features], -2)
+        captured.features_RPD = features
 
     def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
