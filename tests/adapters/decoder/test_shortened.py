@@ -208,7 +208,7 @@ def test_a_family_with_a_hybrid_language_model():
         image_token_id=IMAGE,
         image_seq_length=9,
     )
-    model = tiny_llm.strengthened(transformers.InternVLForConditionalGeneration(config))
+    model = tiny_llm.with_large_weights(transformers.InternVLForConditionalGeneration(config))
     with pytest.raises(ValueError, match="keep a state in place of keys"):
         pumer.apply(model, FastV(keep=0.5, layer=1))
     assert pumer.active(model) is None

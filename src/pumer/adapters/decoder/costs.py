@@ -12,7 +12,6 @@ from torch import nn
 from pumer.adapters.base import config_of
 from pumer.adapters.decoder.parts import (
     DecoderParts,
-    head_channels,
     tower_layers,
 )
 from pumer.adapters.decoder.recurrent import state_macs
@@ -32,14 +31,13 @@ class DecoderCosts(DecoderParts):
         """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
         pairs of tokens, states and short convolutions token by token, and of the experts of a layer
         those that one token goes through."""
-        heads, channels = self.attention_shape(model)
         top_k = experts_per_token(config_of(model).get_text_config())
         result = []
-        for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
+        for index, (layer, pair) in enumerate(zip(self.layers(model), lengths[:-1], strict=True)):
             count, attention = sum(pair), self.layer_attention(layer)
             if attention is not None:
-                projections = linear_weights(attention)
-                pairs = 2 * count**2 * heads * (head_channels(attention) or channels)
+                heads, channels = self.layer_attention_shape(model, index)
+                projections, pairs = linear_weights(attention), 2 * count**2 * heads * channels
             else:
                 mixers = [part for part in layer.children() if state_macs(part)]
                 projections, pairs = sum(map(linear_weights, mixers)), 0

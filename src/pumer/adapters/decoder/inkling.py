@@ -38,8 +38,9 @@ class InklingAdapter(AnySizeAdapter):
         return [ImageSpan(len(output.pooler_output))]
 
     def spans_in_prompt(self, images: list[ImageSpan], image_BS: Tensor) -> list[ImageSpan]:
-        starts = (image_BS & ~shift(image_BS, 1))[image_BS].nonzero()[:, 0].tolist()
-        ends = [*starts[1:], sum(image.length for image in images)]
+        begins = (image_BS & ~shift(image_BS, 1))[image_BS]
+        starts = begins.nonzero()[:, 0].tolist()
+        ends = [*starts[1:], len(begins)]
         return [ImageSpan(end - start) for start, end in zip(starts, ends, strict=True)]
 
     def vision_macs(

@@ -39,7 +39,7 @@ class Lfm2VlAdapter(AnySizeAdapter):
             side, images = config_of(trunk).downsample_factor, output.pooler_output
             squares = captured.features_RPD[0].unflatten(1, (len(images), -1, side)).mean((0, 3))
             tokens = [square[: len(image)] for square, image in zip(squares, images, strict=True)]
-            captured.features_RPD = torch.cat(tokens)[None]
+            captured.features = [torch.cat(tokens)[None]]
         return super().image_spans(trunk, output, captured)
 
 

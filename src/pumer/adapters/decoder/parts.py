@@ -95,24 +95,27 @@ class DecoderParts(Adapter):
         return side, side
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        return self.layer_attention_shape(model, 0)
+
+    def layer_attention_shape(self, model: nn.Module, layer_index: int) -> tuple[int, int]:
+        """(heads, channels of a head) of a layer, where they are not the same in all."""
         config = config_of(model).get_text_config()
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[layer_index]
         heads = config.num_attention_heads
-        attentions = filter(None, map(self.layer_attention, self.layers(model)))
-        channels = head_channels(next(attentions))
+        channels = head_channels(self.layer_attention(self.layers(model)[layer_index]))
         return heads, channels or getattr(config, "head_dim", None) or config.hidden_size // heads
 
     def cache_channels(self, model: nn.Module) -> list[int]:
         """Numbers that the cache of every layer holds of one token; a state has none of them."""
-        heads, channels = self.attention_shape(model)
         result = []
         for layer_index, key_layer in enumerate(self.key_layers(model)):
-            layer = self.layers(model)[layer_index]
-            attention = self.layer_attention(layer)
+            attention = self.layer_attention(self.layers(model)[layer_index])
             if attention is None or key_layer != layer_index:
                 result.append(0)
                 continue
-            groups = getattr(attention, "num_key_value_groups", 1)
-            result.append(2 * (heads // groups) * (head_channels(attention) or channels))
+            heads, channels = self.layer_attention_shape(model, layer_index)
+            result.append(2 * (heads // getattr(attention, "num_key_value_groups", 1)) * channels)
         return [held * times for held, times in zip(result, self.passes(model), strict=True)]
 
 
@@ -133,8 +136,8 @@ def named(module: Any, names: Sequence[str]) -> Any:
     return getattr(module, name)
 
 
-def head_channels(attention: nn.Module) -> int | None:
-    """Channels of one head of an attention; None where it does not say."""
+def head_channels(attention: nn.Module | None) -> int | None:
+    """Channels of one head of an attention; None where it does not say, or there is none."""
     return getattr(attention, "head_dim", None)
 
 
