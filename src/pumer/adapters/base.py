@@ -239,6 +239,10 @@ class Adapter:
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes that run the layers once per image of an example."""
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether a model of one of `classes` is of this family, where its parts say which."""
+        return True
+
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers that a reducer can act in."""
         raise NotImplementedError
@@ -376,7 +380,9 @@ def adapter_of(model: Any) -> Adapter | None:
     Plugins are loaded only if no built-in adapter lists the class itself.
     """
     name = type(model).__name__
-    exact = next((adapter for adapter in _ADAPTERS if name in adapter.classes), None)
+    exact = next(
+        (adapter for adapter in _ADAPTERS if name in adapter.classes and adapter.fits(model)), None
+    )
     if exact is not None:
         return exact
     return next(
@@ -384,7 +390,7 @@ def adapter_of(model: Any) -> Adapter | None:
             adapter
             for parent in type(model).__mro__
             for adapter in adapters()
-            if parent.__name__ in adapter.classes
+            if parent.__name__ in adapter.classes and adapter.fits(model)
         ),
         None,
     )
