@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from pumer.reducers import Learned, Plan, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
-P = ParamSpec("P")
-R = TypeVar("R")
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
@@ -200,24 +197,6 @@ class Patch:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
-
-
-def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose first argument is a patch, or has one: its calls are timed if
-    the patch has a timer."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            patch: Any = getattr(args[0], "patch", args[0])
-            if patch.timer is None:
-                return function(*args, **kwargs)
-            with patch.timing(part):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 class Adapter:
