@@ -5,5 +5,6 @@ from pumer.adapters import decoder  # noqa: F401
 from pumer.adapters.base import Adapter, Patch, ReductionStep
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped
+from pumer.adapters.tower import alone  # noqa: F401
 
 __all__ = ["Adapter", "Patch", "ReductionStep", "find", "is_supported", "supported", "unwrapped"]

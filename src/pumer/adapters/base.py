@@ -91,6 +91,12 @@ class Patch:
     kept: Tensor | None = None
     """Positions [B,K] of the tokens left after the last layer of the last forward, -1 for empty
     slots."""
+    sizes: Tensor | None = None
+    """Of a vision tower alone: how many patches each token of the last forward's output stands for
+    [B,K]."""
+    slots: Tensor | None = None
+    """Of a vision tower alone: the place in that output of every token that entered [B,N], -1 for
+    dropped ones and padding; None if nothing was reduced."""
     tower: list[int] = field(default_factory=list)
     """Image tokens of the last forward, before the vision tower's first layer and after every
     layer."""

@@ -44,10 +44,13 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     # The grid of an image of another size is unknown.
     grid = adapter.default_grid(model) if image in (None, default_image) else None
     entry = (default_text if text is None else text, default_image if image is None else image)
-    if min(entry) < 1:
+    # A vision tower alone has no text.
+    if entry[0] < min(1, default_text) or entry[1] < 1:
         raise ValueError(
             f"a text and an image have at least 1 token each, not {entry[0]} and {entry[1]}"
         )
+    if entry[0] and not default_text:
+        raise ValueError(f"{type(model).__name__} has no text among its images: leave text out")
     depth, forwards_per_example = adapter.depth(model), adapter.forwards_per_example(model)
     reducer = Unreduced() if patch is None else patch.reducer
     tower, lengths, reducer_costs = _plan(reducer, adapter, model, *entry, grid)

@@ -17,7 +17,7 @@ from pumer.adapters.decoder.parts import (
     named,
     tower_layers,
 )
-from pumer.adapters.macs import head_macs
+from pumer.adapters.macs import head_macs, linear_weights
 from pumer.reducers.tokens import Encoder
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -135,15 +135,6 @@ class DecoderCosts(DecoderParts):
         return Encoder(
             **{name: torch.ones(shapes.get(name, (1, image)), device=device) for name in needs}
         )
-
-
-def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers."""
-    return sum(
-        part.in_features * part.out_features
-        for part in module.modules()
-        if isinstance(part, nn.Linear)
-    )
 
 
 def expert_weights(layer: nn.Module, top_k: int) -> int:

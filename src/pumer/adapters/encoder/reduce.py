@@ -34,6 +34,8 @@ class EncoderLayout:
         gate_BN: in the training of a learned reducer, 1 for tokens that it keeps so far; None
             before its first decision.
         keep_ratios, heads: its decisions so far, for the budget loss.
+        num_prefix_tokens: structure tokens at the head of each modality.
+        padded: whether some tokens may be padding although nothing was reduced.
     """
 
     text: int
@@ -46,6 +48,8 @@ class EncoderLayout:
     gate_BN: Tensor | None = None
     keep_ratios: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+    num_prefix_tokens: int = 1
+    padded: bool = False
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -69,23 +73,26 @@ class EncoderLayout:
     def places(self, trimmed: int, text: int) -> Tensor:
         """The position of every token in the input, int64 [B,N]; -1 for padding and empty slots.
 
-        Text comes first, then [CLS] and the patches in raster order. A merged token has the
+        Text comes first, then [CLS], where there is one, and the patches in raster order. A merged
+        token has the
         position of its first member.
 
         Args:
             trimmed: text tokens before the first reduction.
             text: text tokens of the input, trimmed padding included.
         """
-        first_BN = _first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
+        first_BN = first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
         if self.patch_BS is None:
             place_BN = torch.where(first_BN < trimmed, first_BN, first_BN + (text - trimmed))
         else:
             patch_BN = self.patch_BS.gather(1, first_BN.clamp_max(self.patch_BS.shape[1] - 1))
-            place_BN = torch.where(first_BN < trimmed, first_BN, text + 1 + patch_BN)
+            place_BN = torch.where(
+                first_BN < trimmed, first_BN, text + self.num_prefix_tokens + patch_BN
+            )
         return place_BN.masked_fill(~(self.mask_BN > 0), -1)
 
 
-def _first_sources(plan: Plan) -> Tensor:
+def first_sources(plan: Plan) -> Tensor:
     """The first source token of every slot [B,K]; undefined for empty slots."""
     if plan.index_BK is not None:
         return plan.index_BK
@@ -107,12 +114,31 @@ def reduce(
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
     cross: bool = False,
-    tower: bool = False,
 ) -> tuple[Tensor, EncoderLayout, Plan | None]:
     """States and layout after the reducer acted in this layer, and its plan, None without a
     reduction.
 
     In the training of a learned reducer no token leaves: the layout records its decisions.
+    Arguments as for `choose`.
+    """
+    layout, plan = choose(
+        patch, layer, states_BND, layout, queries_BHNC, keys_BHNC, attention_BHNN, cross
+    )
+    return (states_BND if plan is None else plan.reduce(states_BND)), layout, plan
+
+
+def choose(
+    patch: Patch,
+    layer: int,
+    states_BND: Tensor,
+    layout: EncoderLayout,
+    queries_BHNC: Tensor | None = None,
+    keys_BHNC: Tensor | None = None,
+    attention_BHNN: Tensor | None = None,
+    cross: bool = False,
+    tower: bool = False,
+) -> tuple[EncoderLayout, Plan | None]:
+    """The layout after the reducer acted in this layer, and its plan, None without a reduction.
 
     Args:
         patch: of the model.
@@ -125,7 +151,7 @@ def reduce(
     reducer = patch.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
     if patch.bypassed or not reducer.reduces_at(layer):
-        return states_BND, layout, None
+        return layout, None
     # What the reducer sees. The grid of patches is complete only before the first reduction.
     traits, unreduced = reducer.traits, layout.plan is None
     tokens = Tokens(
@@ -133,6 +159,7 @@ def reduce(
         text=layout.text,
         sizes_BN=layout.sizes_BN,
         layer=layer,
+        num_prefix_tokens=layout.num_prefix_tokens,
         grid=layout.grid if unreduced else None,
         patch_BN=layout.patch_BS if unreduced else None,
         states_BND=states_BND,
@@ -150,7 +177,7 @@ def reduce(
     if learned is not None and tokens.part is not None and tokens.part.training:
         decision = learned.gate(tokens)
         keep_ratios = (*layout.keep_ratios, decision.keep_ratio)
-        return states_BND, replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None
+        return replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None
     # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
@@ -172,7 +199,7 @@ def reduce(
         plan=plan if layout.plan is None else layout.plan.then(plan),
         entered_BI=entered_BI,
     )
-    return plan.reduce(states_BND), reduced, plan
+    return reduced, plan
 
 
 def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
