@@ -243,9 +243,18 @@ class Adapter:
         """Number of layers of the vision tower; 0 without one."""
         return 0
 
+    def tower_prefix(self, model: nn.Module) -> int:
+        """Structure tokens before the patches in the vision tower."""
+        return 1
+
+    def tower_reason(self, model: nn.Module) -> str | None:
+        """Why the vision tower cannot be reduced, in half a sentence; None where it can, or there
+        is none."""
+        return None
+
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """(number of images, tokens of each in the vision tower), if `image` tokens come out of it
-        unreduced."""
+        """(number of images, tokens of each that a reducer sees in the vision tower), if `image`
+        tokens come out of it unreduced."""
         return 1, image
 
     def tower_exit(self, model: nn.Module, image: int, left: int) -> int:

@@ -171,7 +171,13 @@ def _plan(
         num_images, _ = adapter.tower_entry(model, image)
         reducer_cost = num_images * sum(
             count_reducer_costs(
-                reducer.traits.vision_reducer, shape, inside[0], inside, grid, device
+                reducer.traits.vision_reducer,
+                shape,
+                inside[0],
+                inside,
+                grid,
+                device,
+                num_prefix_tokens=adapter.tower_prefix(model),
             ).values(),
             NO_COST,
         )
@@ -209,7 +215,9 @@ def _planned_tower(
         return (entered,) * (depth + 1) if depth else ()
     return tuple(
         length
-        for _, length in planned_lengths(reducer.traits.vision_reducer, depth, 0, entered, grid)
+        for _, length in planned_lengths(
+            reducer.traits.vision_reducer, depth, 0, entered, grid, adapter.tower_prefix(model)
+        )
     )
 
 

@@ -23,6 +23,7 @@ from pumer.adapters.decoder.prompt import (
     to_device,
 )
 from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.reducers import Plan
 
 IGNORED = -100
 """Label of tokens that are not trained on."""
@@ -262,12 +263,14 @@ def group_crops(
             images += parts
             continue
         encoder = join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1))
+        merged = [part.merged for part in parts if part.merged is not None]
         lengths = torch.tensor([part.length for part in parts])
         crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
         images.append(
             ImageSpan(
                 int(lengths.sum()),
                 encoder=encoder,
+                merged=Plan.side_by_side(merged) if merged else None,
                 crop_I=crop_I,
                 crop_grids=tuple(part.grid for part in parts),
             )

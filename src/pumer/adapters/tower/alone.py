@@ -204,6 +204,7 @@ def _begin(
     mask: str,
     embeddings_BND: Tensor,
     inputs: dict[str, Any],
+    masked: bool,
 ) -> tuple[Rows, EncoderLayout]:
     """The axis of the images of a forward."""
     axis = Rows(num_prefix_tokens)
@@ -211,7 +212,7 @@ def _begin(
     if pixels is not None and pixels.ndim == 4:
         size = inputs["self"].config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-    layout = axis.layout(embeddings_BND, grid, inputs.get(mask))
+    layout = axis.layout(embeddings_BND, grid, inputs.get(mask) if masked else None)
     patch.entry = (0, embeddings_BND.shape[1], grid)
     return axis, layout
 

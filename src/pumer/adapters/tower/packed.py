@@ -132,7 +132,9 @@ class Packed:
             bias = None if bias_S is None else bias_S.view(len(lengths), 1, 1, -1)
             context, _ = kernels.attend(rows[0], rows[1], rows[2], bias, backend, dropout)
             return context.transpose(1, 2).flatten(0, 1).flatten(1), None
-        biases = [None] * len(lengths) if bias_S is None else bias_S.split(lengths)
+        biases: Sequence[Tensor | None] = [None] * len(lengths)
+        if bias_S is not None:
+            biases = bias_S[None].split(lengths, 1)
         parts = []
         for *pieces, bias in zip(*(x.split(lengths, 2) for x in tensors), biases, strict=True):
             context, _ = kernels.attend(*pieces, bias, backend, dropout)
@@ -164,6 +166,7 @@ class Packed:
             layout, order_BK, windows = self._by_window(layout)
             rows, axis = tokens_at(rows, order_BK), replace(axis, windows=windows)
         lengths = tuple(layout.mask_BN.sum(1).tolist())
+        layout = _cut(layout, max(lengths))
         states_SD = _flat(rows, lengths).reshape(-1, states_SD.shape[1])
         return states_SD, layout, replace(axis, lengths=lengths)
 
@@ -184,6 +187,17 @@ class Packed:
         window_BK = window_BK.masked_fill(first_BK == count, num_windows)
         counts = window_BK.flatten().bincount(minlength=num_windows + 1).tolist()[:-1]
         return layout, order_BK, tuple(filter(None, counts))
+
+
+def _cut(layout: EncoderLayout, slots: int) -> EncoderLayout:
+    """The layout with fewer slots, where the others are empty."""
+    assert layout.plan is not None
+    return replace(
+        layout,
+        mask_BN=layout.mask_BN[:, :slots],
+        sizes_BN=layout.sizes_BN[:, :slots],
+        plan=layout.plan.cut(0, (0, slots)),
+    )
 
 
 def _rows(x_UD: Tensor, lengths: Sequence[int]) -> Tensor:

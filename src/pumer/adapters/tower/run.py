@@ -37,11 +37,14 @@ class TowerSpec:
         acts: the layers that a reducer can act in; its own numbers are those in this tuple.
         depth: how many layers are run; features come from the last of them.
         alone: whether the patch's reducer is the tower's; otherwise it is the `vision_reducer`.
+        own_kernel: whether attention is the model's own kind, fused or eager; otherwise it is the
+            patch's.
     """
 
     acts: tuple[int, ...]
     depth: int
     alone: bool = False
+    own_kernel: bool = False
 
     def reducer(self, patch: Patch) -> Reducer:
         """The reducer that acts in the tower."""
@@ -49,9 +52,16 @@ class TowerSpec:
         assert reducer is not None
         return reducer
 
+    def kernel(self, patch: Patch, attention: Any) -> str:
+        """The kernel of an attention module, "sdpa" or "eager"."""
+        if not self.own_kernel:
+            return patch.attention
+        return "eager" if attention.config._attn_implementation == "eager" else "sdpa"
 
-Begin = Callable[[Tensor, dict[str, Any]], tuple[Axis, EncoderLayout]]
-"""The axis and its layout, from the embeddings and the arguments of the tower's forward."""
+
+Begin = Callable[[Tensor, dict[str, Any], bool], tuple[Axis, EncoderLayout]]
+"""The axis and its layout, from the embeddings, the arguments of the tower's forward, and whether
+its layers get an attention mask."""
 Finish = Callable[["TowerRun", Any], Any]
 
 
@@ -66,8 +76,8 @@ class TowerRun:
         inputs: arguments of the tower's forward.
         axis: of the layer that runs.
         layout: of its units.
-        plans: from the units of the embeddings to those before the first layer and after every
-            layer that has run; None where nothing was reduced until then.
+        axes: the axis before the first layer and after every layer that has run, and the plan from
+            the units of the embeddings to those there, None where nothing was reduced until then.
         lengths: units of the longest image there.
     """
 
@@ -77,7 +87,7 @@ class TowerRun:
     inputs: dict[str, Any]
     axis: Axis | None = None
     layout: EncoderLayout | None = None
-    plans: list[Plan | None] = field(default_factory=list)
+    axes: list[tuple[Axis, Plan | None]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
     @property
@@ -85,13 +95,20 @@ class TowerRun:
         """From the units of the embeddings to those that are left."""
         return None if self.layout is None else self.layout.plan
 
-    def leave(self, states: Tensor, layer_index: int = -1) -> Tensor:
-        """The output of a layer, of every token that entered the tower, in the tower's order."""
-        assert self.axis is not None
-        return self.axis.leave(states, self.plans[layer_index])
+    def leave(self, states: Tensor, num_layers: int | None = None) -> Tensor:
+        """States after so many layers, or after all, of every token that entered the tower, in the
+        tower's order."""
+        last = len(self.axes) - 1
+        axis, plan = self.axes[last if num_layers is None else min(num_layers, last)]
+        if isinstance(axis, Packed) and states.ndim == 3:
+            return axis.leave(states[0], plan)[None]
+        return axis.leave(states, plan)
 
     def layer(self, layer: Any, layer_index: int, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The output of a layer, reduced where the reducer acts in it."""
+        if layer_index == 0:
+            masked = kwargs.get("attention_mask") is not None
+            self.axis, self.layout = self.begin(states, self.inputs, masked)
         packed = isinstance(self.axis, Packed) and states.ndim == 3
         states = states[0] if packed else states
         if layer_index == 0:
@@ -109,7 +126,8 @@ class TowerRun:
     def _entered(self, states: Tensor) -> Tensor:
         """Embeddings as the first layer gets them, reduced before it where the reducer acts
         there."""
-        self.axis, self.layout = self.begin(states, self.inputs)
+        assert self.layout is not None
+        assert self.axis is not None
         states = self.axis.enter(states)
         reducer = self.spec.reducer(self.patch)
         if self.spec.alone and reducer.reduces_at(EMBEDDINGS):
@@ -121,7 +139,8 @@ class TowerRun:
 
     def _note(self) -> None:
         assert self.layout is not None
-        self.plans.append(self.layout.plan)
+        assert self.axis is not None
+        self.axes.append((self.axis, self.layout.plan))
         self.lengths.append(self.layout.mask_BN.shape[1])
 
 
@@ -199,6 +218,8 @@ def _layer(
         return stock(states, *args, **kwargs)
     if layer_index >= spec.depth:  # nothing reads what comes behind the features
         return states
+    if args:  # the attention mask comes second in every family
+        kwargs = kwargs | {"attention_mask": args[0]}
     return run.layer(layer, layer_index, states, kwargs)
 
 
@@ -247,7 +268,7 @@ def _attend_and_reduce(
         keys,
         values,
         bias,
-        patch.attention,
+        spec.kernel(patch, attention),
         blocks.dropout_of(attention),
         traits.needs_attention and acts,
         number is None,
