@@ -23,6 +23,7 @@ FIRST_NORM = ("layer_norm1", "layernorm_before", "norm1", "attention_norm")
 SECOND_NORM = ("layer_norm2", "layernorm_after", "norm2", "ffn_norm")
 ATTENTION = ("self_attn", "attention", "attn")
 MLP = ("mlp", "feed_forward")
+QUERIES, KEYS, VALUES = ("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")
 OUT = ("out_proj", "o_proj", "projection_layer", "proj")
 HEADS = ("num_heads", "num_attention_heads")
 DROPOUT = ("attention_dropout", "dropout")
@@ -42,7 +43,7 @@ def is_known(layer: nn.Module) -> bool:
     if not all(any(hasattr(layer, name) for name in names) for names in groups):
         return False
     attention = part(layer, ATTENTION)
-    projects = hasattr(attention, "qkv") or hasattr(attention, "q_proj")
+    projects = any(hasattr(attention, name) for name in ("qkv", *QUERIES))
     return projects and all(
         any(hasattr(attention, name) for name in names) for names in (OUT, HEADS)
     )
@@ -57,7 +58,7 @@ def project(
     if hasattr(attention, "qkv"):
         parts = attention.qkv(normed).unflatten(-1, (3, heads, -1)).unbind(-3)
     else:
-        projected = [getattr(attention, name)(normed) for name in ("q_proj", "k_proj", "v_proj")]
+        projected = [part(attention, names)(normed) for names in (QUERIES, KEYS, VALUES)]
         for index, name in enumerate(("q_norm", "k_norm")):
             if hasattr(attention, name):
                 projected[index] = getattr(attention, name)(projected[index])

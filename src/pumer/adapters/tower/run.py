@@ -160,7 +160,7 @@ def install(
     spec: TowerSpec,
     begin: Begin,
     finish: Finish,
-    wanted: Callable[[], bool] = lambda: True,
+    wanted: Callable[[], bool] | None = None,
 ) -> None:
     """Have a tower reduce its tokens.
 
@@ -171,7 +171,7 @@ def install(
         spec: of the tower.
         begin: called before the first layer, see `TowerRun`.
         finish: called with the run and the tower's output; gives the output.
-        wanted: whether the forward that begins is to be reduced.
+        wanted: whether the forward that begins is to be reduced; None for all.
     """
     patch.wrap(vision, "forward", _forward, patch, spec, begin, finish, wanted)
     for layer_index, layer in enumerate(layers):
@@ -185,12 +185,12 @@ def _forward(
     spec: TowerSpec,
     begin: Begin,
     finish: Finish,
-    wanted: Callable[[], bool],
+    wanted: Callable[[], bool] | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """In place of a tower's forward: the same, inside a run."""
-    if patch.bypassed or not wanted():
+    if patch.bypassed or not (wanted is None or wanted()):
         return stock(*args, **kwargs)
     arguments = inspect.signature(type(vision).forward).bind_partial(vision, *args, **kwargs)
     run = TowerRun(patch, spec, begin, arguments.arguments)
