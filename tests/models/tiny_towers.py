@@ -1,4 +1,4 @@
-"""Tiny random-weight vision towers of every class that is reduced by itself, and images for them."""
+"""Tiny random-weight vision towers of every class that is reduced by itself, and their images."""
 
 from __future__ import annotations
 

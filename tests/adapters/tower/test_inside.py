@@ -1,5 +1,5 @@
-"""Vision towers in front of a language model: whole squares merge, the language model gets one token
-of each group."""
+"""Vision towers in front of a language model: whole squares merge, and the language model gets one
+token of each group."""
 
 import copy
 

@@ -85,6 +85,10 @@ class DecoderCosts(DecoderParts):
         """The layers of the vision tower in which tokens can be merged, from 0."""
         raise NotImplementedError
 
+    def tower_keys(self, model: nn.Module, layer_index: int, length: int) -> int:
+        """How many of `length` tokens each attends to in a layer of the vision tower."""
+        return length
+
     def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
         """(layers, channels, heads) of the vision tower."""
         config = config_of(model).vision_config
@@ -118,7 +122,8 @@ class DecoderCosts(DecoderParts):
         )
         depth, width, _ = self.tower_shape(model)
         crop_length, spared = patches(units), 0
-        pairs = 2 * crop_length**2 * width * depth
+        keys = [self.tower_keys(model, layer_index, crop_length) for layer_index in range(depth)]
+        pairs = 2 * crop_length * sum(keys) * width
         if len(set(tower)) > 1:
             acts, run = self.tower_acts(model), self.feature_depth(model)
             for layer_index, layer in enumerate(tower_layers(vision)):
@@ -127,8 +132,9 @@ class DecoderCosts(DecoderParts):
                 after = patches(tower[number + 1]) if layer_index in acts else before
                 # Layers behind those that the features come from are run by the stock model alone.
                 lengths = (before, after) if layer_index < run else (0, 0)
-                full = blocks.layer_macs(layer, crop_length, crop_length)
-                spared += sum(full) - (sum(blocks.layer_macs(layer, *lengths)))
+                full = blocks.layer_macs(layer, crop_length, crop_length, keys[layer_index])
+                seen = self.tower_keys(model, layer_index, lengths[0])
+                spared += sum(full) - sum(blocks.layer_macs(layer, *lengths, seen))
         return crops * (crop_length * weights + pairs - spared), image * linear_weights(projector)
 
     def encoder_facts(

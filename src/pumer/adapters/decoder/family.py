@@ -79,7 +79,9 @@ class DecoderAdapter(DecoderCosts):
             return f"what follows the vision tower of {self.family} would mix merged tokens"
         layers = tower_layers(self.vision(model))
         unknown = next((layer for layer in layers if not blocks.is_known(layer)), None)
-        return unknown and f"{type(unknown).__name__}, a layer of its vision tower, is not known"
+        if unknown is None:
+            return None
+        return f"{type(unknown).__name__}, a layer of its vision tower, is not known"
 
     def tower_depth(self, model: nn.Module) -> int:
         return 0 if self.tower_reason(model) else len(self.tower_acts(model))

@@ -50,6 +50,12 @@ class QwenVLAdapter(AnySizeAdapter):
     def tower_acts(self, model: nn.Module) -> tuple[int, ...]:
         return tuple(layer - 1 for layer in self.tower_attentions(model))
 
+    def tower_keys(self, model: nn.Module, layer_index: int, length: int) -> int:
+        vision = self.vision(model)
+        if layer_index in self.tower_acts(model):
+            return length
+        return min(length, (vision.window_size // vision.patch_size) ** 2)
+
     def tower_windows(self, trunk: Any, captured: Captured) -> list[int]:
         windows = self._windows(trunk, captured)
         unit = self.patches_per_token(trunk)

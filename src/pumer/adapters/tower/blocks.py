@@ -112,10 +112,13 @@ def _scaled(layer: Any, half: int, fresh: Tensor) -> Tensor:
     return fresh
 
 
-def layer_macs(layer: nn.Module, before: int, after: int) -> tuple[int, int]:
-    """Multiply-accumulates of a layer's attention over so many tokens, and of its MLP over those
-    that are left."""
+def layer_macs(
+    layer: nn.Module, before: int, after: int, keys: int | None = None
+) -> tuple[int, int]:
+    """Multiply-accumulates of a layer's attention over so many tokens, each of which attends to
+    all or to so many `keys`, and of its MLP over those that are left."""
     attention = part(layer, ATTENTION)
     width = part(attention, OUT).in_features
     projections = linear_weights(attention)
-    return before * projections + 2 * before**2 * width, after * linear_weights(part(layer, MLP))
+    pairs = before * (before if keys is None else keys)
+    return before * projections + 2 * pairs * width, after * linear_weights(part(layer, MLP))

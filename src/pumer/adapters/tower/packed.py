@@ -136,8 +136,9 @@ class Packed:
         if bias_S is not None:
             biases = bias_S[None].split(lengths, 1)
         parts = []
-        for *pieces, bias in zip(*(x.split(lengths, 2) for x in tensors), biases, strict=True):
-            context, _ = kernels.attend(*pieces, bias, backend, dropout)
+        pieces = (x.split(lengths, 2) for x in tensors)
+        for queries, keys, values, bias in zip(*pieces, biases, strict=True):
+            context, _ = kernels.attend(queries, keys, values, bias, backend, dropout)
             parts.append(context[0].transpose(0, 1).flatten(1))
         return torch.cat(parts), None
 

@@ -9,7 +9,7 @@ Shape suffixes: B images, N tokens, D channels, K slots.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,7 +156,7 @@ def current_run(patch: Patch) -> TowerRun | None:
 def install(
     patch: Patch,
     vision: Any,
-    layers: nn.ModuleList,
+    layers: Iterable[nn.Module],
     spec: TowerSpec,
     begin: Begin,
     finish: Finish,
