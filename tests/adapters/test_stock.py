@@ -16,21 +16,21 @@ from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.clip import modeling_clip as clip
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.internvl import modeling_internvl as internvl
 from transformers.models.llama4 import modeling_llama4 as llama4
+from transformers.models.pixtral import modeling_pixtral as pixtral
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.roberta import modeling_roberta as roberta
-from transformers.models.dinov2 import modeling_dinov2 as dinov2
-from transformers.models.internvl import modeling_internvl as internvl
-from transformers.models.pixtral import modeling_pixtral as pixtral
-from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
-from transformers.models.vit import modeling_vit as vit
 from transformers.models.vilt import modeling_vilt as vilt
+from transformers.models.vit import modeling_vit as vit
 
 PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").split()
 

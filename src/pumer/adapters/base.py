@@ -95,8 +95,8 @@ class Patch:
     """Of a vision tower alone: how many patches each token of the last forward's output stands for
     [B,K]."""
     slots: Tensor | None = None
-    """Of a vision tower alone: the place in that output of every token that entered [B,N], -1 for
-    dropped ones and padding; None if nothing was reduced."""
+    """Of a vision tower alone: where in that output every token is that entered [B,N], -1 if it is
+    dropped or padding; None if nothing was reduced."""
     tower: list[int] = field(default_factory=list)
     """Image tokens of the last forward, before the vision tower's first layer and after every
     layer."""
@@ -248,8 +248,7 @@ class Adapter:
         return 1
 
     def tower_reason(self, model: nn.Module) -> str | None:
-        """Why the vision tower cannot be reduced, in half a sentence; None where it can, or there
-        is none."""
+        """Why its vision tower cannot be reduced, if that needs a reason."""
         return None
 
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
