@@ -177,7 +177,7 @@ def measure(name: str, layers: int, batch: int, runs: int) -> dict[str, Any]:
     tower = pumer.ToMe(r=TOKENS // unit // 2 // acts)
     reducer = pumer.Compose(tower, pumer.Unreduced()) if inside else tower
     parts = ("vision tower", "projection") if inside else ("embedding", "attention", "mlp", "head")
-    call = adapter.trunk(model).get_image_features if isinstance(adapter, DecoderAdapter) else model
+    trunk = adapter.trunk(model) if isinstance(adapter, DecoderAdapter) else None
 
     def macs() -> int:
         report = pumer.report(model, image=TOKENS // unit if inside else None)
@@ -193,7 +193,8 @@ def measure(name: str, layers: int, batch: int, runs: int) -> dict[str, Any]:
                 if variant == "reduced":
                     pumer.apply(model, reducer)
                 wall, cpu = time.perf_counter(), time.process_time()
-                call(**images)
+                # Looked up in every round: a method from before `apply` is the stock one.
+                (model if trunk is None else trunk.get_image_features)(**images)
                 took = time.process_time() - cpu, time.perf_counter() - wall
                 pumer.remove(model)
                 if round_index:  # the first round warms up
