@@ -127,14 +127,14 @@ class DecoderCosts(DecoderParts):
         if len(set(tower)) > 1:
             acts, run = self.tower_acts(model), self.feature_depth(model)
             for layer_index, layer in enumerate(tower_layers(vision)):
-                number = sum(act < layer_index for act in acts)
-                before = patches(tower[number])
-                after = patches(tower[number + 1]) if layer_index in acts else before
+                act_index = sum(act < layer_index for act in acts)
+                before = patches(tower[act_index])
+                after = patches(tower[act_index + 1]) if layer_index in acts else before
                 # Layers behind those that the features come from are run by the stock model alone.
                 lengths = (before, after) if layer_index < run else (0, 0)
                 full = blocks.layer_macs(layer, crop_length, crop_length, keys[layer_index])
-                seen = self.tower_keys(model, layer_index, lengths[0])
-                spared += sum(full) - sum(blocks.layer_macs(layer, *lengths, seen))
+                num_keys = self.tower_keys(model, layer_index, lengths[0])
+                spared += sum(full) - sum(blocks.layer_macs(layer, *lengths, num_keys))
         return crops * (crop_length * weights + pairs - spared), image * linear_weights(projector)
 
     def encoder_facts(

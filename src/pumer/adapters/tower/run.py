@@ -116,9 +116,9 @@ class TowerRun:
         assert self.layout is not None
         assert self.axis is not None
         acts = self.spec.acts
-        number = acts.index(layer_index) if layer_index in acts else None
+        act_index = acts.index(layer_index) if layer_index in acts else None
         positions = self.axis.positions(kwargs.get("position_embeddings"), self.layout.plan)
-        run = partial(block, layer, self.patch, self.spec, number, positions)
+        run = partial(block, layer, self.patch, self.spec, act_index, positions)
         states, self.layout, self.axis = run_block(layer, run, states, self.layout, self.axis)
         self._note()
         return states[None] if packed else states
@@ -227,18 +227,18 @@ def block(
     layer: Any,
     patch: Patch,
     spec: TowerSpec,
-    number: int | None,
+    act_index: int | None,
     positions: blocks.Positions | None,
     states: Tensor,
     layout: EncoderLayout,
     axis: Any,
 ) -> tuple[Tensor, EncoderLayout, Any]:
-    """A layer; `number` is the reducer's own of it, None where it cannot act.
+    """A layer; `act_index` is the reducer's own of it, None where it cannot act.
 
     Replaces the forward of the layers of every family in `blocks`.
     """
     states, layout, axis = _attend_and_reduce(
-        layer, patch, spec, number, positions, states, layout, axis
+        layer, patch, spec, act_index, positions, states, layout, axis
     )
     return blocks.mlp_half(layer, states), layout, axis
 
@@ -247,7 +247,7 @@ def _attend_and_reduce(
     layer: Any,
     patch: Patch,
     spec: TowerSpec,
-    number: int | None,
+    act_index: int | None,
     positions: blocks.Positions | None,
     states: Tensor,
     layout: EncoderLayout,
@@ -256,7 +256,7 @@ def _attend_and_reduce(
     """A separate function, so that queries, keys and values are freed before the MLP."""
     attention = blocks.part(layer, blocks.ATTENTION)
     reducer = spec.reducer(patch)
-    traits, acts = reducer.traits, number is not None and reducer.reduces_at(number)
+    traits, acts = reducer.traits, act_index is not None and reducer.reduces_at(act_index)
     normed = blocks.part(layer, blocks.FIRST_NORM)(states)
     queries, keys, values = blocks.project(attention, normed, positions)
     by_size = traits.proportional_attention and layout.plan is not None
@@ -271,20 +271,20 @@ def _attend_and_reduce(
         spec.kernel(patch, attention),
         blocks.dropout_of(attention),
         traits.needs_attention and acts,
-        number is None,
+        act_index is None,
     )
     states = blocks.attention_half(layer, states, context)
     if not acts:
         return states, layout, axis
-    assert number is not None
-    return _reduce(patch, spec, number, states, layout, axis, queries, keys, probabilities)
+    assert act_index is not None
+    return _reduce(patch, spec, act_index, states, layout, axis, queries, keys, probabilities)
 
 
 @timed("encoder")
 def _reduce(
     patch: Patch,
     spec: TowerSpec,
-    number: int,
+    act_index: int,
     states: Tensor,
     layout: EncoderLayout,
     axis: Any,
@@ -296,6 +296,6 @@ def _reduce(
     means = axis.means(states)
     queries, keys = (None if x is None else axis.head_means(x) for x in (queries, keys))
     layout, plan = encoder.choose(
-        patch, number, means, layout, queries, keys, probabilities, tower=not spec.alone
+        patch, act_index, means, layout, queries, keys, probabilities, tower=not spec.alone
     )
     return (states, layout, axis) if plan is None else axis.reduced(states, plan, layout)
