@@ -147,9 +147,9 @@ def test_sizes_go_from_the_tower_into_fusion_and_none_is_lost(monkeypatch, reduc
     choose, axes = encoder.choose, []
 
     def watched(reducer, layer, states, axis, *probes, **settings):
-        after, plan = choose(reducer, layer, states, axis, *probes, **settings)
+        after, plan, counts = choose(reducer, layer, states, axis, *probes, **settings)
         axes.append((axis, after, plan))
-        return after, plan
+        return after, plan, counts
 
     monkeypatch.setattr(encoder, "choose", watched)
     model, inputs = tiny.model(ANSWERING), tiny.batch(ANSWERING, padding=0, rows=1)

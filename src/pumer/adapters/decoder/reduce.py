@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, ReductionStep
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder.inside_tower import stack_plans
 from pumer.adapters.decoder.prompt import ForwardState, PromptStep, TokenLayout, to_device
 from pumer.adapters.decoder.view import View, image_rows, view_images, view_samples
 from pumer.adapters.forward import no_autocast
+from pumer.adapters.step import ReductionStep
 from pumer.reducers import EMBEDDINGS, Plan, TokenShape
 from pumer.reducers.tokens import Grid
 

@@ -295,7 +295,7 @@ def _reduce(
     """States, layout and axis after the reducer acted."""
     means = axis.means(states)
     queries, keys = (None if x is None else axis.head_means(x) for x in (queries, keys))
-    layout, plan = encoder.choose(
+    layout, plan, _ = encoder.choose(
         patch, act_index, means, layout, queries, keys, probabilities, tower=not spec.alone
     )
     return (states, layout, axis) if plan is None else axis.reduced(states, plan, layout)
