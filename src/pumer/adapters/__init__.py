@@ -2,8 +2,10 @@
 them."""
 
 from pumer.adapters import decoder  # noqa: F401
-from pumer.adapters.base import Adapter, Patch, ReductionStep
+from pumer.adapters.base import Adapter, Patch
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped
+from pumer.adapters.step import ReductionStep
+from pumer.adapters.tower import alone  # noqa: F401
 
 __all__ = ["Adapter", "Patch", "ReductionStep", "find", "is_supported", "supported", "unwrapped"]

@@ -26,3 +26,12 @@ def attention_and_mlp_lengths(
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(text, image) tokens of every layer's attention and of its MLP."""
     return [(before, before if after_layer else after) for before, after in pairwise(lengths)]
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers."""
+    return sum(
+        part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, nn.Linear)
+    )

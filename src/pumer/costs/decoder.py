@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from pumer.adapters.base import config_of
-from pumer.adapters.decoder.costs import expert_weights, experts_per_token, linear_weights
+from pumer.adapters.decoder.costs import expert_weights, experts_per_token
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.recurrent import state_macs
+from pumer.adapters.macs import linear_weights
 from pumer.costs.result import GIGA, Report
 
 MEGA = 1e6

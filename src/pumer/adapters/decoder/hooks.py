@@ -30,6 +30,7 @@ from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
+from pumer.adapters.decoder.inside_tower import install_tower
 from pumer.adapters.decoder.prompt import (
     ForwardState,
     TokenLayout,
@@ -98,6 +99,7 @@ class DecoderHooks:
             find_placeholders = media.placeholder_mask if in_place else media.inputs_merger
             patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
         spec.install(patch, model, self.capture)
+        install_tower(patch, spec, model, self.capture)
         if hasattr(language, "_deepstack_process"):
             patch.wrap(language, "_deepstack_process", media.deepstack, self)
 

@@ -35,6 +35,7 @@ AT_ONCE = 256
 
 
 _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=None)
+_of_video: ContextVar[bool] = ContextVar("pumer_of_video", default=False)
 
 
 class VisionCapture:
@@ -74,6 +75,19 @@ class VisionCapture:
         captured = _current.get()
         return captured if captured is not None and captured.capture is self else None
 
+    def is_image(self) -> bool:
+        """Whether the tower runs on images of `get_image_features`, and not on a video's frames."""
+        return self.current is not None and not _of_video.get()
+
+    @contextmanager
+    def of_video(self) -> Iterator[None]:
+        """One call of `get_video_features`, which may ask `get_image_features` for its frames."""
+        token = _of_video.set(True)
+        try:
+            yield
+        finally:
+            _of_video.reset(token)
+
     @contextmanager
     def call(self, inputs: dict[str, Any]) -> Iterator[Captured]:
         """One call of `get_image_features`: what hooks see inside the with block is its own."""
@@ -107,7 +121,8 @@ class VisionCapture:
         )
         with torch.no_grad(), no_autocast(patch.reducer, features_RPD.device):
             captured.plan = patch.reducer.plan(tokens)
-        captured.merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
+        merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
+        captured.merged = [merged.rows([row]) for row in range(len(features_RPD))]
         return (captured.plan.reduce(features_RPD), *args[1:])
 
     def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Adapter, Patch, ReductionStep, config_of, is_a, register
+from pumer.adapters.base import Adapter, Patch, config_of, is_a, register
 from pumer.adapters.encoder import clip as tower
 from pumer.adapters.encoder import joint
 from pumer.adapters.encoder import reduce as encoder
@@ -24,6 +24,7 @@ from pumer.adapters.encoder.joint import TextInputs
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import max_length
 from pumer.adapters.macs import attention_and_mlp_lengths, head_macs
+from pumer.adapters.step import ReductionStep
 from pumer.reducers import EMBEDDINGS, Plan
 
 POOLED = (
