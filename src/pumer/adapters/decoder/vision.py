@@ -19,7 +19,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.decoder.spec import DecoderSpec, TowerSpec
 from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Traits
@@ -53,6 +53,10 @@ class VisionCapture:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
             patch.hook(projector.register_forward_hook(self._expand))
+        self.watch(patch, spec, model)
+
+    def watch(self, patch: Patch, spec: TowerSpec, model: nn.Module) -> None:
+        """Capture queries and keys of the layers of the tower that a reducer reads."""
         if self.needs - {"features_BND"}:
             attention = spec.tower_attention(model)
             watched = {"heads": attention}

@@ -1,0 +1,7 @@
+"""Models that read images by cross-attention: Q-formers, resamplers, and writers with an encoder.
+
+No prompt holds their image tokens, so what `decoder` hooks into is not there: here a module that
+reads an encoder's output is wrapped. Importing it registers the families.
+"""
+
+from pumer.adapters.cross import mllama  # noqa: F401

@@ -1,0 +1,163 @@
+"""What holds for every family that reads images by cross-attention, in one matrix."""
+
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import tiny_cross
+import torch
+from tiny_cross import generate, logits
+from tiny_llm import near
+
+import pumer
+from pumer import Random, Uniform
+from pumer.adapters import find
+from pumer.adapters.rebind import METHODS
+from pumer.reducers import DivPrune, Energy, FastV
+
+PRUNING = {"random": Random(prune=0.5), "divprune": DivPrune(keep=0.4), "three": DivPrune(keep=3)}
+OF_TOWER = [pumer.FasterVLM(keep=0.5, saliency="received"), pumer.HiPrune(keep=0.5, alpha=0.5)]
+
+
+@pytest.fixture(scope="module", params=tiny_cross.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return tiny_cross.model(family)
+
+
+@contextmanager
+def masked(model, kept_BK):
+    """A stock model whose readers are told by their masks that other tokens are not there."""
+    assert pumer.active(model) is None
+    spec = find(model)
+
+    def hide(reader, args, kwargs):
+        assert not args
+        states = kwargs.get(spec.memory)
+        mask = kwargs.get(spec.mask)
+        if states is None and mask is None:
+            return None
+        rows = len(mask if states is None else states)
+        length = mask.shape[-1] if states is None else states.numel() // states.shape[-1] // rows
+        if spec.wide_mask and mask is not None:  # the memory may not be in rows of samples yet
+            rows, length = mask.shape[0], mask.shape[-1]
+        keep = torch.zeros(len(kept_BK), length + 1, dtype=torch.bool)
+        keep = keep.scatter(1, kept_BK.where(kept_BK >= 0, length), True)[:, :length]
+        keep = keep.repeat_interleave(rows // len(keep), 0)  # beams
+        if mask is None and spec.wide_mask:
+            mask = torch.ones(rows, 1, 1, length, dtype=torch.bool)
+        elif mask is None:
+            mask = torch.ones(rows, length, dtype=torch.long)
+        gone = ~keep[:, None, None] if spec.wide_mask else ~keep
+        nothing = 0
+        if mask.is_floating_point() and spec.wide_mask:
+            nothing = torch.finfo(mask.dtype).min
+        return args, kwargs | {spec.mask: mask.masked_fill(gone, nothing)}
+
+    with ExitStack() as stack:
+        for reader in spec.readers(model):
+            stack.callback(reader.register_forward_pre_hook(hide, with_kwargs=True).remove)
+        yield
+
+
+def changed(model):
+    """Modules whose methods or hooks are not the stock ones."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if METHODS in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+def test_reducing_nothing_changes_nothing(model, family):
+    inputs, before = tiny_cross.batch(family), changed(model)
+    stock = logits(model, inputs)
+    with pumer.reduced(model, Uniform(prune=0)):
+        near(logits(model, inputs), stock)
+        assert pumer.report(model).active
+    with pumer.reduced(model, Random(prune=0.5)):
+        assert (logits(model, inputs) - stock).abs().max() > 1e-2, "the tokens do not matter"
+    assert torch.equal(logits(model, inputs), stock)  # and nothing is left behind
+    assert changed(model) == before
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_dropping_is_masking(model, family, name):
+    inputs = tiny_cross.batch(family)
+    with pumer.reduced(model, PRUNING[name]):
+        reduced = generate(model, inputs)
+        kept = pumer.kept(model)
+        assert pumer.report(model).active
+    with masked(model, kept):
+        expected = generate(model, inputs)
+    assert reduced.sequences.tolist() == expected.sequences.tolist()
+    for got, wanted in zip(reduced.logits, expected.logits, strict=True):
+        near(got, wanted)
+
+
+def test_beams_and_a_number_of_tokens_that_images_choose(model, family):
+    if find(model).mask is None:
+        with pytest.raises(ValueError, match="takes no mask"):
+            pumer.apply(model, Energy())
+        return
+    inputs = tiny_cross.batch(family)
+    with pumer.reduced(model, Energy(tau=0.9, least=0.2, most=0.8)):
+        reduced = generate(model, inputs, num_beams=2)
+        logits(model, inputs)
+        kept = pumer.kept(model)
+    with masked(model, kept):
+        expected = generate(model, inputs, num_beams=2)
+    assert reduced.sequences.tolist() == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize("reducer", [*PRUNING.values(), *OF_TOWER], ids=lambda one: one.name)
+def test_a_row_of_a_batch_is_the_sample_alone(model, family, reducer):
+    if reducer in OF_TOWER and not find(model).reads_tower:
+        with pytest.raises(ValueError, match="cannot be read"):
+            pumer.apply(model, reducer)
+        return
+    with pumer.reduced(model, reducer):
+        together = logits(model, tiny_cross.batch(family))
+        for row, sample in enumerate(tiny_cross.FAMILIES[family].layout):
+            if "i" in sample:
+                alone = logits(model, tiny_cross.batch(family, [row]))
+                near(together[row : row + 1, -alone.shape[1] :], alone)
+
+
+def test_generate_is_a_loop_without_a_cache(model, family):
+    inputs = tiny_cross.batch(family, [0])
+    with pumer.reduced(model, Random(prune=0.5)):
+        cached = generate(model, inputs, max_new_tokens=16).sequences
+        assert cached.tolist() == generate(
+            model, inputs, max_new_tokens=16, use_cache=False
+        ).sequences.tolist()
+
+
+def test_the_report_counts_what_is_saved(model, family):
+    with pumer.reduced(model, Random(prune=0.5)):
+        logits(model, tiny_cross.batch(family, [0]))
+        report = pumer.report(model)
+    assert report.active
+    assert 0 < report.macs < report.base_macs
+
+
+@pytest.mark.parametrize(
+    ("reducer", "reason"),
+    [
+        (FastV(), "before the first layer"),
+        (pumer.PuMer(), "before the first layer"),
+        (pumer.CDPruner(), "guided by the words"),
+        (pumer.MMTok(), "guided by the words"),
+        (pumer.NoVision(), "keep some tokens"),
+        (pumer.Compose(pumer.ToMe(), DivPrune()), "no vision tower that can be reduced"),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_what_cannot_act_is_refused(model, reducer, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        pumer.apply(model, reducer)
+    assert pumer.active(model) is None
+    assert len(str(error.value).splitlines()) <= 5
