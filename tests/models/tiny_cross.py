@@ -83,13 +83,18 @@ def batch(name: str, rows: Sequence[int] | None = None, layout=None) -> Inputs:
     return described.collate(samples)
 
 
-def words(samples: list[Sample]) -> Inputs:
-    """Ids and mask, padded on the left."""
+def words(samples: list[Sample], side: str = "left") -> Inputs:
+    """Ids and mask, padded on a side."""
     longest = max(len(ids) for ids, _ in samples)
-    padding = [longest - len(ids) for ids, _ in samples]
-    ids = [[PAD] * count + ids for count, (ids, _) in zip(padding, samples, strict=True)]
-    mask = [[0] * count + [1] * (longest - count) for count in padding]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def padded(row: list[int]) -> list[int]:
+        padding = [PAD] * (longest - len(row))
+        return padding + row if side == "left" else row + padding
+
+    return {
+        "input_ids": torch.tensor([padded(ids) for ids, _ in samples]),
+        "attention_mask": torch.tensor([padded([1] * len(ids)) for ids, _ in samples]),
+    }
 
 
 def logits(model: nn.Module, inputs: Inputs, **more) -> Tensor:

@@ -1,9 +1,11 @@
 """What holds for every family that reads images by cross-attention, in one matrix."""
 
+import inspect
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import tiny_cross
+import tiny_resamplers  # noqa: F401
 import torch
 from tiny_cross import generate, logits
 from tiny_llm import near
@@ -11,6 +13,7 @@ from tiny_llm import near
 import pumer
 from pumer import Random, Uniform
 from pumer.adapters import find
+from pumer.adapters.cross.reader import bind
 from pumer.adapters.rebind import METHODS
 from pumer.reducers import DivPrune, Energy, FastV
 
@@ -35,11 +38,11 @@ def masked(model, kept_BK):
     spec = find(model)
 
     def hide(reader, args, kwargs):
-        assert not args
+        kwargs = bind(inspect.signature(reader.forward), args, kwargs)
         states = kwargs.get(spec.memory)
         mask = kwargs.get(spec.mask)
         if states is None and mask is None:
-            return None
+            return (), kwargs
         rows = len(mask if states is None else states)
         length = mask.shape[-1] if states is None else states.numel() // states.shape[-1] // rows
         if spec.wide_mask and mask is not None:  # the memory may not be in rows of samples yet
@@ -55,7 +58,7 @@ def masked(model, kept_BK):
         nothing = 0
         if mask.is_floating_point() and spec.wide_mask:
             nothing = torch.finfo(mask.dtype).min
-        return args, kwargs | {spec.mask: mask.masked_fill(gone, nothing)}
+        return (), kwargs | {spec.mask: mask.masked_fill(gone, nothing)}
 
     with ExitStack() as stack:
         for reader in spec.readers(model):

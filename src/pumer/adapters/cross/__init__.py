@@ -4,4 +4,4 @@ No prompt holds their image tokens, so what `decoder` hooks into is not there: h
 reads an encoder's output is wrapped. Importing it registers the families.
 """
 
-from pumer.adapters.cross import mllama  # noqa: F401
+from pumer.adapters.cross import idefics2, kosmos, mllama, qformer  # noqa: F401

@@ -28,6 +28,10 @@ OF_MEMORY = ("k_proj", "v_proj", "key", "value", "k", "v")
 class CrossCosts(DecoderCosts):
     """Multiply-accumulates of every part, for one image and one text."""
 
+    crossing: ClassVar[tuple[str, ...]] = CROSS
+    """How layers call the attention by which they read a memory; empty where they are it."""
+    queries_are_keys: ClassVar[bool] = False
+    """Whether that attention also looks at the reader's own tokens."""
     projects_remaining: ClassVar[bool] = False
     """Whether the projector takes the tokens that are left, in place of all of them."""
 
@@ -43,9 +47,9 @@ class CrossCosts(DecoderCosts):
         keys and values are those of the memory in layers with cross-attention."""
         result = []
         for layer, (text, image) in zip(self.layers(model), lengths[:-1], strict=True):
-            length = self.memory_length(model, image)
-            crossing = _parts(layer, CROSS)
-            own = [] if crossing and self.reads_alone else _parts(layer, SELF)
+            length = self.memory_length(model, image) + text * int(self.queries_are_keys)
+            crossing = _parts(layer, self.crossing) if self.crossing else [layer]
+            own = [part for part in _parts(layer, SELF) if part not in crossing]
             attention = text * sum(map(linear_weights, own))
             attention += sum(2 * text**2 * _width(module) for module in own)
             for module in crossing:
@@ -59,9 +63,6 @@ class CrossCosts(DecoderCosts):
             rest = linear_weights(layer) - sum(map(linear_weights, (*own, *crossing)))
             result.append((attention, text * rest))
         return result
-
-    reads_alone: ClassVar[bool] = False
-    """Whether a layer with cross-attention has no other one."""
 
     def writer(self, model: nn.Module) -> Any:
         """The language model behind the readers; None where it is the reader itself."""

@@ -41,8 +41,6 @@ class CrossAdapter(CrossCosts):
     """Whether that mask is [B,1,Q,L], in place of [B,L]."""
     padded: ClassVar[bool] = False
     """Whether the memory has padding, of which the mask tells."""
-    behind: ClassVar[int] = 0
-    """Tokens at the end of a memory that are no image's."""
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
 
@@ -56,6 +54,19 @@ class CrossAdapter(CrossCosts):
 
     def projector(self, model: nn.Module) -> nn.Module:
         return nn.Identity()
+
+    def behind(self, model: nn.Module) -> int:
+        """Tokens at the end of a memory that are no image's."""
+        return 0
+
+    def real(self, memory_BLD: Tensor, mask: Any, inputs: Inputs) -> Tensor | None:
+        """Which tokens of a memory are no padding, bool [B,L]; None for all.
+
+        Args:
+            mask: of the reader.
+            inputs: of the scope.
+        """
+        return mask.bool() if self.padded and mask is not None else None
 
     def memory_width(self, model: nn.Module) -> int:
         """Channels of the encoder's output."""
@@ -75,24 +86,26 @@ class CrossAdapter(CrossCosts):
         tokens = next((value for value in given if value is not None), None)
         return self.default_lengths(model)[0] if tokens is None else tokens.shape[1]
 
-    def grid_of(self, model: nn.Module, row: int, count: int, inputs: Inputs) -> Grid | None:
-        """Rows and columns of the patches of a row's image, if they are those of one grid.
+    def grid_of(self, model: nn.Module, index_I: Tensor, inputs: Inputs) -> Grid | None:
+        """Rows and columns of the patches of an image, if they are those of one grid.
 
         Args:
+            index_I: which of its row's patches are real, on the host.
             inputs: of the scope.
         """
         rows, columns = self.default_grid(model)
-        return (rows, columns) if rows * columns == count else None
+        return (rows, columns) if rows * columns == len(index_I) else None
 
     def images(
         self, readers: Readers, memory_BLD: Tensor, mask: Any, inputs: Inputs
     ) -> MemoryImages:
         """The images in a memory: one in every row, behind any [CLS]."""
         (batch, length), model = memory_BLD.shape[:2], readers.model
-        before, end = int(self.has_class_token(model)), length - self.behind
+        before, behind = int(self.has_class_token(model)), self.behind(model)
+        end = length - behind
         place_L = torch.arange(length, device=memory_BLD.device)
         patch_BL = ((place_L >= before) & (place_L < end)).expand(batch, -1)
-        real_BL = mask.bool() if self.padded and mask is not None else None
+        real_BL = self.real(memory_BLD, mask, readers.inputs)
         token_rows = [torch.arange(end)] * batch
         if real_BL is not None:
             patch_BL = patch_BL & real_BL
@@ -100,10 +113,9 @@ class CrossAdapter(CrossCosts):
         spans = []
         for row, index_P in enumerate(token_rows):
             encoder = self.encoder(readers, memory_BLD, row, index_P)
-            count = len(index_P) - before
-            grid = self.grid_of(model, row, count, readers.inputs)
-            spans.append(ImageSpan(count, grid=grid, encoder=encoder))
-        structure = [before + self.behind] * batch
+            grid = self.grid_of(model, index_P[before:], readers.inputs)
+            spans.append(ImageSpan(len(index_P) - before, grid=grid, encoder=encoder))
+        structure = [before + behind] * batch
         return MemoryImages(spans, list(range(batch)), patch_BL, structure, real_BL)
 
     def encoder(

@@ -32,7 +32,6 @@ class MllamaAdapter(CrossAdapter):
     memory = "cross_attention_states"
     mask = "cross_attention_mask"
     wide_mask = True
-    reads_alone = True
 
     def readers(self, model: nn.Module) -> list[nn.Module]:
         return [self.language(model)]
