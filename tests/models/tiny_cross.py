@@ -48,7 +48,7 @@ def family(collate: Callable[[list[Sample]], Inputs], **more):
     return register
 
 
-def model(name: str, attention: str = "sdpa") -> nn.Module:
+def model(name: str) -> nn.Module:
     """A model in eval mode whose weights are large enough for every token to matter."""
     torch.manual_seed(0)
     made = FAMILIES[name].build()
@@ -61,7 +61,6 @@ def model(name: str, attention: str = "sdpa") -> nn.Module:
             elif "gate" in parameter_name:
                 parameter.fill_(1.0)
     made.generation_config.eos_token_id = None
-    made.set_attn_implementation(attention)
     return made.eval()
 
 

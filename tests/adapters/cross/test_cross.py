@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import tiny_cross
-import tiny_resamplers  # noqa: F401
+import tiny_resamplers  # noqa: F401  # each registers its families
+import tiny_writers  # noqa: F401
 import torch
 from tiny_cross import generate, logits
 from tiny_llm import near
@@ -16,6 +17,7 @@ from pumer.adapters import find
 from pumer.adapters.cross.reader import bind
 from pumer.adapters.rebind import METHODS
 from pumer.reducers import DivPrune, Energy, FastV
+from pumer.reducers.plan import tokens_at
 
 PRUNING = {"random": Random(prune=0.5), "divprune": DivPrune(keep=0.4), "three": DivPrune(keep=3)}
 OF_TOWER = [pumer.FasterVLM(keep=0.5, saliency="received"), pumer.HiPrune(keep=0.5, alpha=0.5)]
@@ -40,6 +42,9 @@ def masked(model, kept_BK):
     def hide(reader, args, kwargs):
         kwargs = bind(inspect.signature(reader.forward), args, kwargs)
         states = kwargs.get(spec.memory)
+        if not spec.heeds_mask:  # nothing can be hidden: it gets the others alone
+            kwargs.pop(spec.mask, None)
+            return (), kwargs | {spec.memory: tokens_at(states, kept_BK)}
         mask = kwargs.get(spec.mask)
         if states is None and mask is None:
             return (), kwargs
@@ -102,8 +107,8 @@ def test_dropping_is_masking(model, family, name):
 
 
 def test_beams_and_a_number_of_tokens_that_images_choose(model, family):
-    if find(model).mask is None:
-        with pytest.raises(ValueError, match="takes no mask"):
+    if not find(model).heeds_mask:
+        with pytest.raises(ValueError, match="heeds no mask"):
             pumer.apply(model, Energy())
         return
     inputs = tiny_cross.batch(family)

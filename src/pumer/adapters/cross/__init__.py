@@ -4,4 +4,14 @@ No prompt holds their image tokens, so what `decoder` hooks into is not there: h
 reads an encoder's output is wrapped. Importing it registers the families.
 """
 
-from pumer.adapters.cross import idefics2, kosmos, mllama, qformer  # noqa: F401
+from pumer.adapters.cross import (  # noqa: F401
+    blip,
+    idefics,
+    idefics2,
+    kosmos,
+    mllama,
+    pix2struct,
+    pp_formulanet,
+    qformer,
+    vision_encoder_decoder,
+)

@@ -35,10 +35,14 @@ class CrossCosts(DecoderCosts):
     projects_remaining: ClassVar[bool] = False
     """Whether the projector takes the tokens that are left, in place of all of them."""
 
+    def before(self, model: nn.Module) -> int:
+        """Tokens at the head of a memory that are no image's, such as [CLS]."""
+        return int(self.has_class_token(model))
+
     def memory_length(self, model: nn.Module, image: int) -> int:
         """Tokens of a memory with that many image tokens: [CLS] and the like are among them."""
         crops, _ = self.tower_entry(model, image)
-        return image + crops * int(self.has_class_token(model))
+        return image + crops * self.before(model)
 
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False

@@ -37,6 +37,8 @@ class CrossAdapter(CrossCosts):
     """The argument by which a reader takes the encoder's output, [B,L,D]."""
     mask: ClassVar[str | None] = "encoder_attention_mask"
     """And its mask; None where it takes none."""
+    heeds_mask: ClassVar[bool] = True
+    """Whether readers leave out what the mask hides."""
     wide_mask: ClassVar[bool] = False
     """Whether that mask is [B,1,Q,L], in place of [B,L]."""
     padded: ClassVar[bool] = False
@@ -86,22 +88,26 @@ class CrossAdapter(CrossCosts):
         tokens = next((value for value in given if value is not None), None)
         return self.default_lengths(model)[0] if tokens is None else tokens.shape[1]
 
-    def grid_of(self, model: nn.Module, index_I: Tensor, inputs: Inputs) -> Grid | None:
-        """Rows and columns of the patches of an image, if they are those of one grid.
+    def grids(
+        self, model: nn.Module, token_rows: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Grid | None]:
+        """Rows and columns of the patches of every row's image, None where they are no grid.
 
         Args:
-            index_I: which of its row's patches are real, on the host.
+            token_rows: which patches of each are real, on the host.
             inputs: of the scope.
         """
         rows, columns = self.default_grid(model)
-        return (rows, columns) if rows * columns == len(index_I) else None
+        return [
+            (rows, columns) if rows * columns == len(index_I) else None for index_I in token_rows
+        ]
 
     def images(
         self, readers: Readers, memory_BLD: Tensor, mask: Any, inputs: Inputs
     ) -> MemoryImages:
         """The images in a memory: one in every row, behind any [CLS]."""
         (batch, length), model = memory_BLD.shape[:2], readers.model
-        before, behind = int(self.has_class_token(model)), self.behind(model)
+        before, behind = self.before(model), self.behind(model)
         end = length - behind
         place_L = torch.arange(length, device=memory_BLD.device)
         patch_BL = ((place_L >= before) & (place_L < end)).expand(batch, -1)
@@ -110,11 +116,16 @@ class CrossAdapter(CrossCosts):
         if real_BL is not None:
             patch_BL = patch_BL & real_BL
             token_rows = [real_L.nonzero()[:, 0] for real_L in real_BL[:, :end].cpu()]
-        spans = []
-        for row, index_P in enumerate(token_rows):
-            encoder = self.encoder(readers, memory_BLD, row, index_P)
-            grid = self.grid_of(model, index_P[before:], readers.inputs)
-            spans.append(ImageSpan(len(index_P) - before, grid=grid, encoder=encoder))
+        patch_rows = [index_P[before:] for index_P in token_rows]
+        grids = self.grids(model, patch_rows, readers.inputs)
+        spans = [
+            ImageSpan(
+                len(index_I),
+                grid=grid,
+                encoder=self.encoder(readers, memory_BLD, row, token_rows[row]),
+            )
+            for row, (index_I, grid) in enumerate(zip(patch_rows, grids, strict=True))
+        ]
         structure = [before + behind] * batch
         return MemoryImages(spans, list(range(batch)), patch_BL, structure, real_BL)
 
@@ -131,7 +142,7 @@ class CrossAdapter(CrossCosts):
         features = memory_BLD[row : row + 1].index_select(1, index_P)
         own = at_tokens(captured, row // copies, index_P, features)
         first = self.has_class_token(readers.model)
-        return Encoder(**vision_features(own, first, first))
+        return Encoder(**vision_features(own, first, self.before(readers.model)))
 
     def read(self, readers: Readers, reader: Any, stock: Reading, inputs: Inputs) -> Any:
         """A reader's call with the reducer active."""
@@ -171,10 +182,10 @@ class CrossAdapter(CrossCosts):
                 f"{reducer.name} asks what the vision tower knows of patches, which cannot be read "
                 f"in {self.family}: take a method that compares features, such as DivPrune"
             )
-        if traits.dynamic_length and self.mask is None:
+        if traits.dynamic_length and not self.heeds_mask:
             raise ValueError(
                 f"{reducer.name} keeps more of one image than of another, and what reads them in "
-                f"{self.family} takes no mask: take a method with a fixed number, such as DivPrune"
+                f"{self.family} heeds no mask: take a method with a fixed number, such as DivPrune"
             )
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
@@ -186,6 +197,21 @@ class CrossAdapter(CrossCosts):
                 'saliency="received" do without'
             )
         Readers(patch, self, model)
+
+
+def grids_of_flattened(token_rows: Sequence[Tensor], inputs: Inputs) -> list[Grid | None]:
+    """Grids of patches that come with their row and column, counted from 1; arguments as for
+    `CrossAdapter.grids`."""
+    patches = inputs.get("flattened_patches")
+    if patches is None:
+        return [None] * len(token_rows)
+    largest = patches[..., :2].amax(1).long().tolist()
+    copies = len(token_rows) // len(largest)
+    grids = [(rows, columns) for rows, columns in largest for _ in range(copies)]
+    return [
+        grid if grid[0] * grid[1] == len(index_I) else None
+        for grid, index_I in zip(grids, token_rows, strict=True)
+    ]
 
 
 def captured_for(readers: Readers) -> Captured | None:

@@ -49,8 +49,16 @@ class Idefics2Adapter(CrossAdapter):
     def text_length(self, model: nn.Module, inputs: Inputs) -> int:
         return self.default_lengths(model)[0]
 
-    def grid_of(self, model: nn.Module, index_I: Tensor, inputs: Inputs) -> Grid | None:
-        """Padding is on two sides of an image, so that the others are a rectangle."""
+    def grids(
+        self, model: nn.Module, token_rows: Sequence[Tensor], inputs: Inputs
+    ) -> list[Grid | None]:
+        """Padding is on two sides of an image, so that its patches are a rectangle."""
         width = inputs["pixel_values"].shape[-1] // config_of(model).vision_config.patch_size
-        rows, columns = len((index_I // width).unique()), len((index_I % width).unique())
-        return (rows, columns) if rows * columns == len(index_I) else None
+        grids = [
+            (len((index_I // width).unique()), len((index_I % width).unique()))
+            for index_I in token_rows
+        ]
+        return [
+            grid if grid[0] * grid[1] == len(index_I) else None
+            for grid, index_I in zip(grids, token_rows, strict=True)
+        ]

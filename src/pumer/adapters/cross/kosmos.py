@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
-from pumer.adapters.cross.family import CrossAdapter
+from pumer.adapters.cross.family import CrossAdapter, grids_of_flattened
 from pumer.adapters.cross.reader import Inputs
 from pumer.reducers.tokens import Grid
 
@@ -78,3 +79,8 @@ class Kosmos25Adapter(Kosmos2Adapter):
         real_BI = inputs["flattened_patches"].sum(-1) != 0
         queries = memory_BLD.shape[1] - real_BI.shape[1]
         return nn.functional.pad(real_BI, (0, queries), value=True)
+
+    def grids(
+        self, model: nn.Module, token_rows: Sequence[Tensor], inputs: Inputs
+    ) -> list[Grid | None]:
+        return grids_of_flattened(token_rows, inputs)

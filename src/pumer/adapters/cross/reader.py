@@ -71,13 +71,13 @@ class Readers:
         with ExitStack() as stack:
             if self.capture.current is None:
                 stack.enter_context(self.capture.call(inputs))
-            token = _scope.set((self, inputs))
+            token = _scope.set((self, self.inputs | inputs))
             stack.callback(_scope.reset, token)
             yield
 
     @property
     def inputs(self) -> Inputs:
-        """Arguments of the scope that is running; none outside of one."""
+        """Arguments of the scopes that are running, the inner ones first; none outside of one."""
         current = _scope.get()
         return current[1] if current is not None and current[0] is self else {}
 

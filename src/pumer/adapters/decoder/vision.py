@@ -126,17 +126,17 @@ class VisionCapture:
 
 
 def vision_features(
-    captured: Captured, tower: bool = False, projected: bool = False
+    captured: Captured, tower: bool = False, projected: int = 0
 ) -> dict[str, Tensor]:
     """Facts about the patches of every crop [R,P,...], from the layer that the features come from.
 
     Args:
         captured: of the tower.
         tower: whether its tokens begin with one that is no patch of the image.
-        projected: whether what goes into the projector does.
+        projected: how many such tokens what goes into the projector begins with.
     """
     features, needs = captured.features_RPD, captured.needs
-    facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    facts = {} if features is None else {"features_BND": features[:, projected:]}
     if captured.heads:
         facts |= attention_of(needs, *captured.heads[-1], tower)
         facts |= received_in_middle(needs, *(captured.middle_heads or captured.heads)[-1], tower)
