@@ -10,6 +10,8 @@ import transformers
 from tiny_parts import CLIP, GREEDY, IMAGE, LAYERS, PAD, SIDES, TEXT, VOCABULARY, Inputs
 from torch import Tensor, nn
 
+from pumer.adapters.rebind import METHODS
+
 Sample = tuple[list[int], list[Tensor]]
 """Ids of a prompt, and its images."""
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,))
@@ -48,10 +50,10 @@ def family(collate: Callable[[list[Sample]], Inputs], **more):
     return register
 
 
-def model(name: str) -> nn.Module:
+def model(name: str, families: dict[str, Cross] | None = None) -> nn.Module:
     """A model in eval mode whose weights are large enough for every token to matter."""
     torch.manual_seed(0)
-    made = FAMILIES[name].build()
+    made = (families or FAMILIES)[name].build()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, parameter in made.named_parameters():
@@ -64,11 +66,10 @@ def model(name: str) -> nn.Module:
     return made.eval()
 
 
-def batch(name: str, rows: Sequence[int] | None = None, layout=None) -> Inputs:
+def batch(name: str, rows: Sequence[int] | None = None, families=None) -> Inputs:
     """Inputs for some samples of a family's layout, for all by default."""
-    described = FAMILIES[name]
-    layout = described.layout if layout is None else layout
-    samples = []
+    described = (families or FAMILIES)[name]
+    layout, samples = described.layout, []
     for row in range(len(layout)) if rows is None else rows:
         generator = torch.Generator().manual_seed(10 + row)
         ids, images = [1], []
@@ -106,6 +107,15 @@ def generate(model: nn.Module, inputs: Inputs, **more):
     """What it writes after the prompts, and the logits of every token."""
     settings = GREEDY | {"return_dict_in_generate": True, "output_logits": True} | more
     return model.generate(**inputs, **settings)
+
+
+def changed(model: nn.Module) -> list[str]:
+    """Modules whose methods or hooks are not the stock ones."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if METHODS in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    ]
 
 
 TILES = 2

@@ -8,14 +8,13 @@ import tiny_cross
 import tiny_resamplers  # noqa: F401  # each registers its families
 import tiny_writers  # noqa: F401
 import torch
-from tiny_cross import generate, logits
+from tiny_cross import changed, generate, logits
 from tiny_llm import near
 
 import pumer
 from pumer import Random, Uniform
 from pumer.adapters import find
 from pumer.adapters.cross.reader import bind
-from pumer.adapters.rebind import METHODS
 from pumer.reducers import DivPrune, Energy, FastV
 from pumer.reducers.plan import tokens_at
 
@@ -69,15 +68,6 @@ def masked(model, kept_BK):
         for reader in spec.readers(model):
             stack.callback(reader.register_forward_pre_hook(hide, with_kwargs=True).remove)
         yield
-
-
-def changed(model):
-    """Modules whose methods or hooks are not the stock ones."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if METHODS in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    ]
 
 
 def test_reducing_nothing_changes_nothing(model, family):

@@ -6,6 +6,7 @@ reads an encoder's output is wrapped. Importing it registers the families.
 
 from pumer.adapters.cross import (  # noqa: F401
     blip,
+    florence2,
     idefics,
     idefics2,
     kosmos,
@@ -13,5 +14,6 @@ from pumer.adapters.cross import (  # noqa: F401
     pix2struct,
     pp_formulanet,
     qformer,
+    t5gemma2,
     vision_encoder_decoder,
 )

@@ -145,7 +145,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, layer_index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -153,6 +153,8 @@ class DecoderHooks:
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
+        if len(args) > 1:
+            args, kwargs = _masks_by_name(layer, args, kwargs)
         states_BKD = args[0] if args else kwargs["hidden_states"]
         if layer_index == 0:
             state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
@@ -168,7 +170,10 @@ class DecoderHooks:
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
-        kwargs |= state.memoize((*along.values(), layout, cached), select)
+        selected = state.memoize((*along.values(), layout, cached), select)
+        kwargs |= {
+            name: value for name, value in selected.items() if name in kwargs or value is not None
+        }
         if layout is not None:
             gather = partial(
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
@@ -238,6 +243,7 @@ class DecoderHooks:
             state.length,
             implementation,
             states_BKD.dtype,
+            self.spec.causal,
         )
         if layout is not None:
             for name in ("position_embeddings", "position_ids"):
@@ -252,6 +258,17 @@ class DecoderHooks:
             # It would take gaps between positions for the ends of packed sequences.
             selected["position_ids"] = None
         return selected
+
+
+def _masks_by_name(
+    layer: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a layer, where its mask is among those by position: all but the states by
+    name."""
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    if "attention_mask" not in names[: len(args)]:
+        return args, kwargs
+    return args[:1], kwargs | dict(zip(names[1:], args[1:], strict=False))
 
 
 def _bind(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

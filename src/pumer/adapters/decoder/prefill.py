@@ -97,7 +97,10 @@ def begin_prefill(
         real_BS = state.mask_BL[:, -state.length :]
     crops = spec.crop_groups(trunk, image_BS, num_features, inputs)
     word_BS = real_BS & ~spec.non_text_mask(trunk, image_BS, crops, inputs)
-    text_BS, question_BS = _question(state.call_kwargs, word_BS, image_BS)
+    call_kwargs = state.call_kwargs
+    if not spec.answers_in_prompt:
+        call_kwargs = {"question_mask": call_kwargs.get("question_mask")}
+    text_BS, question_BS = _question(call_kwargs, word_BS, image_BS)
     # Real tokens that no reducer sees, but the text does. Where all tokens see each other, nothing
     # may look at the answer.
     hidden_BS = real_BS & ~image_BS & ~text_BS
