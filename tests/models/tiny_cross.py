@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from tiny_parts import CLIP, GREEDY, IMAGE, LAYERS, PAD, SIDES, TEXT, VOCABULARY, Inputs
+from tiny_parts import GREEDY, IMAGE, LAYERS, PAD, TEXT, Inputs
 from torch import Tensor, nn
 
 from pumer.adapters.rebind import METHODS

@@ -59,9 +59,7 @@ def pair(encoder, decoder) -> nn.Module:
 
 @family(started, placeholders=0, layout=SAME_LENGTH)
 def trocr() -> nn.Module:
-    return pair(
-        transformers.DeiTConfig(**VISION), transformers.TrOCRConfig(**DECODER)
-    )
+    return pair(transformers.DeiTConfig(**VISION), transformers.TrOCRConfig(**DECODER))
 
 
 @family(started, placeholders=0, layout=SAME_LENGTH, side=64)

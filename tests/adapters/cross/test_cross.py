@@ -129,9 +129,10 @@ def test_generate_is_a_loop_without_a_cache(model, family):
     inputs = tiny_cross.batch(family, [0])
     with pumer.reduced(model, Random(prune=0.5)):
         cached = generate(model, inputs, max_new_tokens=16).sequences
-        assert cached.tolist() == generate(
-            model, inputs, max_new_tokens=16, use_cache=False
-        ).sequences.tolist()
+        assert (
+            cached.tolist()
+            == generate(model, inputs, max_new_tokens=16, use_cache=False).sequences.tolist()
+        )
 
 
 def test_the_report_counts_what_is_saved(model, family):

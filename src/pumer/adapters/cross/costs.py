@@ -1,4 +1,4 @@
-"""What models cost whose readers look at a memory by cross-attention, counted from their modules."""
+"""What models cost whose readers look at a memory by cross-attention."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class CrossCosts(DecoderCosts):
             "attention": sum(attention for attention, _ in layers),
             "mlp": sum(mlp for _, mlp in layers),
         }
-        writer, head = self.writer(model), model.get_output_embeddings()
+        output: Any = getattr(model, "get_output_embeddings", None)
+        writer, head = self.writer(model), None if output is None else output()
         if writer is not None:
             # It gets the queries of the readers, and the words.
             count, of_head = text + DEFAULT_TEXT, set() if head is None else set(head.modules())

@@ -76,7 +76,7 @@ class EncoderDecoderAdapter(DecoderAdapter):
 def _reads_memory(name: str) -> bool:
     """Whether a projection is that of a cross-attention, or of one for both."""
     parts = name.split(".")
-    return parts[-2] in CROSS or "encoder_attn" not in parts and "self_attn" in parts
+    return parts[-2] in CROSS or ("encoder_attn" not in parts and "self_attn" in parts)
 
 
 class Encoded:
@@ -98,7 +98,8 @@ class Encoded:
         if remaining is not None or not generating:
             return remaining
         (*_, last) = generating
-        assert last.index_BK is not None and last.states_BKD is not None
+        assert last.index_BK is not None
+        assert last.states_BKD is not None
         copies, rest = divmod(len(output_BSD), len(last.index_BK))
         if rest:
             return None

@@ -14,7 +14,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.cross import reader as cross
 from pumer.adapters.cross.costs import CrossCosts
 from pumer.adapters.cross.memory import MemoryImages
-from pumer.adapters.cross.reader import Inputs, Reading, Readers
+from pumer.adapters.cross.reader import Inputs, Readers, Reading
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import (

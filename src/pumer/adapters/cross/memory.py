@@ -6,7 +6,6 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,22 +69,11 @@ class Remaining:
         """
         if self.index_BK is None:
             return mask
-        if mask is None:
-            if self.filled_BK is None or not wide:
-                return self.filled_BK
-            return _as_bias(self.filled_BK[:, None, None], backend, dtype)
+        if mask is None and not wide:
+            return self.filled_BK
         return slice_attention_mask(
-            mask, None, self.index_BK, self.filled_BK, 0, 0, 0, backend, dtype
+            mask, None, self.index_BK, self.filled_BK, 0, 0, 0, backend, dtype, causal=False
         )
-
-
-def _as_bias(visible: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
-    if backend != "eager":
-        return visible
-    nothing = torch.finfo(dtype).min
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-        ~visible, nothing
-    )
 
 
 @timed("decoder")
@@ -155,10 +143,11 @@ def _changing_rows(patch: Patch, images: MemoryImages, batch: int) -> list[bool]
     return changes
 
 
-def positions(remaining: Remaining, rows: int, length: int, device: torch.device) -> Tensor:
+def positions(remaining: Remaining, memory_BLD: Tensor) -> Tensor:
     """Positions in the memory of the tokens left, in order, -1 behind them [B,K]."""
     if remaining.index_BK is None:
-        return torch.arange(length, device=device).expand(rows, length)
+        rows, length = memory_BLD.shape[:2]
+        return torch.arange(length, device=memory_BLD.device).expand(rows, length)
     if remaining.filled_BK is None:
         return remaining.index_BK
     order_BK = (~remaining.filled_BK).to(torch.uint8).argsort(dim=1, stable=True)
@@ -186,4 +175,3 @@ class Memories:
     def put(self, memory: Tensor, remaining: Remaining) -> None:
         """Note what is left of it."""
         self._remaining[memory] = remaining
-

@@ -15,7 +15,7 @@ from pumer.adapters.base import config_of, register
 from pumer.adapters.cross import reader as cross
 from pumer.adapters.cross.family import CrossAdapter, at_tokens, captured_for
 from pumer.adapters.cross.memory import MemoryImages, Remaining
-from pumer.adapters.cross.reader import Inputs, Reading, Readers
+from pumer.adapters.cross.reader import Inputs, Readers, Reading
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder.prompt import ImageSpan, join_encoders
 from pumer.adapters.decoder.vision import vision_features
@@ -78,9 +78,7 @@ class MllamaAdapter(CrossAdapter):
             if len(tiles) > 1:
                 crop_I = torch.arange(len(tiles)).repeat_interleave(tokens - 1)
                 grids = ((rows, columns),) * len(tiles)
-                span = ImageSpan(
-                    len(crop_I), encoder=encoder, crop_I=crop_I, crop_grids=grids
-                )
+                span = ImageSpan(len(crop_I), encoder=encoder, crop_I=crop_I, crop_grids=grids)
             spans.append(span)
             sample_index.append(sample)
         real_BL = real_BMT.flatten(1).repeat_interleave(tokens, 1).to(device)
@@ -126,7 +124,9 @@ class MllamaAdapter(CrossAdapter):
                 "the cache holds an image whose tokens were reduced, to which no other can be "
                 "added: give all images of a conversation in one prefill"
             )
-        text = next(x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None)
+        text = next(
+            x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None
+        )
         memory_BLD = states.reshape(len(text), -1, states.shape[-1])
         output = cross.read(readers, reader, stock, inputs | {self.memory: memory_BLD})
         remaining = readers.remaining.get(memory_BLD)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import config_of, register
 from pumer.adapters.cross.family import grids_of_flattened
+from pumer.adapters.cross.reader import Inputs
 from pumer.adapters.cross.writer import WriterAdapter
 from pumer.reducers.tokens import Grid
 

@@ -102,20 +102,13 @@ class Readers:
     def _record(
         self, remaining: Remaining, memory_BLD: Tensor, inputs: Inputs, images: MemoryImages
     ) -> None:
-        patch, depth = self.patch, patch_depth(self.patch, self.model)
+        patch, depth = self.patch, self.patch.adapter.depth(self.model)
         text = self.spec.text_length(self.model, inputs)
         before, planned, ran = remaining.counts
         grids = {span.grid for span in images.spans}
         patch.entry = (text, before, grids.pop() if len(grids) == 1 else None)
-        patch.planned, patch.lengths = (
-            [(text, count)] * (depth + 1) for count in (planned, ran)
-        )
-        patch.kept = memories.positions(remaining, *memory_BLD.shape[:2], memory_BLD.device)
-
-
-def patch_depth(patch: Patch, model: nn.Module) -> int:
-    """Layers of the readers."""
-    return patch.adapter.depth(model)
+        patch.planned, patch.lengths = ([(text, count)] * (depth + 1) for count in (planned, ran))
+        patch.kept = memories.positions(remaining, memory_BLD)
 
 
 def bind(signature: inspect.Signature, args: Any, kwargs: Inputs) -> Inputs:

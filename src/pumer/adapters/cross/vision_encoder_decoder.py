@@ -45,9 +45,7 @@ class VisionEncoderDecoderAdapter(WriterAdapter):
         width: int = model.encoder.config.hidden_size
         return width if projection is None else projection.out_features
 
-    def vision_macs(
-        self, model: Any, image: int, tower: Sequence[int] = ()
-    ) -> tuple[int, int]:
+    def vision_macs(self, model: Any, image: int, tower: Sequence[int] = ()) -> tuple[int, int]:
         vision = model.encoder.config
         size = vision.image_size
         sides = size if isinstance(size, (list, tuple)) else (size, size)

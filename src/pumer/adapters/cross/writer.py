@@ -1,4 +1,4 @@
-"""What families share whose encoder sees the image, and whose decoder writes: a base, and helpers."""
+"""What families share whose encoder sees the image, and whose decoder writes."""
 
 from __future__ import annotations
 

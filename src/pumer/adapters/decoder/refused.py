@@ -12,9 +12,11 @@ STATES = (
 SELECTS = (
     "Its attention chooses keys by an index of its own, which counts every token of the prompt."
 )
-RESAMPLES = "A Q-former or resampler leaves the language model a few dozen tokens of an image."
-CROSS = "Its text looks at images by cross-attention; they are not among the words."
-ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
+LAYS_OUT = (
+    "Its encoder adds the patches of a page to the words that lie on them, and biases attention by "
+    "the places of all tokens: not covered yet."
+)
+PROTEINS = "Its text looks at proteins, not at images."
 PREFIX = "Its image tokens have no placeholders in the prompt."
 BLOCKS = "It writes by diffusion, whole blocks at a time."
 STREAMS = "Its layers pass on several streams of states at once (AltUp)."
@@ -51,28 +53,8 @@ _CLASSES = {
         "MiniMaxM3SparseForConditionalGeneration",
         "MistralLarge4ForConditionalGeneration",
     ),
-    RESAMPLES: (
-        "Blip2ForConditionalGeneration",
-        "Idefics2ForConditionalGeneration",
-        "InstructBlipForConditionalGeneration",
-        "InstructBlipVideoForConditionalGeneration",
-        "Kosmos2ForConditionalGeneration",
-        "Kosmos2_5ForConditionalGeneration",
-    ),
-    CROSS: (
-        "BlipForConditionalGeneration",
-        "EvollaForProteinText2Text",
-        "IdeficsForVisionText2Text",
-        "MllamaForConditionalGeneration",
-    ),
-    ENCODES: (
-        "Florence2ForConditionalGeneration",
-        "PPFormulaNetForConditionalGeneration",
-        "Pix2StructForConditionalGeneration",
-        "T5Gemma2ForConditionalGeneration",
-        "UdopForConditionalGeneration",
-        "VisionEncoderDecoderModel",
-    ),
+    LAYS_OUT: ("UdopForConditionalGeneration",),
+    PROTEINS: ("EvollaForProteinText2Text",),
     PREFIX: ("GitForCausalLM",),
     BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
     STREAMS: ("Gemma3nForConditionalGeneration",),
