@@ -53,9 +53,9 @@ class CrossCosts(DecoderCosts):
         for layer, (text, image) in zip(self.layers(model), lengths[:-1], strict=True):
             length = self.memory_length(model, image) + text * int(self.queries_are_keys)
             crossing = _parts(layer, self.crossing) if self.crossing else [layer]
-            own = [part for part in _parts(layer, SELF) if part not in crossing]
-            attention = text * sum(map(linear_weights, own))
-            attention += sum(2 * text**2 * _width(module) for module in own)
+            self_attentions = [part for part in _parts(layer, SELF) if part not in crossing]
+            attention = text * sum(map(linear_weights, self_attentions))
+            attention += sum(2 * text**2 * _width(module) for module in self_attentions)
             for module in crossing:
                 of_memory = sum(
                     linear_weights(part)
@@ -64,8 +64,8 @@ class CrossCosts(DecoderCosts):
                 )
                 attention += text * (linear_weights(module) - of_memory) + length * of_memory
                 attention += 2 * text * length * _width(module)
-            rest = linear_weights(layer) - sum(map(linear_weights, (*own, *crossing)))
-            result.append((attention, text * rest))
+            mlp = linear_weights(layer) - sum(map(linear_weights, (*self_attentions, *crossing)))
+            result.append((attention, text * mlp))
         return result
 
     def writer(self, model: nn.Module) -> Any:

@@ -100,8 +100,8 @@ class Encoded:
         (*_, last) = generating
         assert last.index_BK is not None
         assert last.states_BKD is not None
-        copies, rest = divmod(len(output_BSD), len(last.index_BK))
-        if rest:
+        copies, remainder = divmod(len(output_BSD), len(last.index_BK))
+        if remainder:
             return None
         filled = last.filled_BK
         repeated = replace(

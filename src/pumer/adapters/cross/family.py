@@ -84,8 +84,8 @@ class CrossAdapter(CrossCosts):
     def text_length(self, model: nn.Module, inputs: Inputs) -> int:
         """Tokens by which a reader looks at the memory, from its arguments."""
         names = ("input_ids", "inputs_embeds", "hidden_states", "query_embeds")
-        given = (inputs.get(name) for name in names)
-        tokens = next((value for value in given if value is not None), None)
+        values = (inputs.get(name) for name in names)
+        tokens = next((value for value in values if value is not None), None)
         return self.default_lengths(model)[0] if tokens is None else tokens.shape[1]
 
     def grids(
@@ -140,9 +140,9 @@ class CrossAdapter(CrossCosts):
         copies = len(memory_BLD) // len(captured.heads[-1][0]) if captured.heads else 1
         index_P = index_P.to(memory_BLD.device)
         features = memory_BLD[row : row + 1].index_select(1, index_P)
-        own = at_tokens(captured, row // copies, index_P, features)
+        of_image = at_tokens(captured, row // copies, index_P, features)
         first = self.has_class_token(readers.model)
-        return Encoder(**vision_features(own, first, self.before(readers.model)))
+        return Encoder(**vision_features(of_image, first, self.before(readers.model)))
 
     def read(self, readers: Readers, reader: Any, stock: Reading, inputs: Inputs) -> Any:
         """A reader's call with the reducer active."""

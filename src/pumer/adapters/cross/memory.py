@@ -138,8 +138,8 @@ def _changing_rows(patch: Patch, images: MemoryImages, batch: int) -> list[bool]
     changes = [False] * batch
     for row in image_rows(images.spans, images.sample_index, reducer.traits.per_crop):
         count = len(row.patch_I)
-        _, left = reducer.lengths(TokenShape(0, count, EMBEDDINGS, 0, row.grid))
-        changes[row.sample] |= left < count or reducer.traits.dynamic_length
+        _, num_left = reducer.lengths(TokenShape(0, count, EMBEDDINGS, 0, row.grid))
+        changes[row.sample] |= num_left < count or reducer.traits.dynamic_length
     return changes
 
 

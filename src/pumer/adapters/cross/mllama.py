@@ -103,8 +103,8 @@ class MllamaAdapter(CrossAdapter):
             features = memory_LD[None, (first + tile) * tokens :][:, :tokens]
             # The tower fills up every tile to a multiple of eight tokens.
             index_P = tile * (-(-tokens // 8) * 8) + torch.arange(tokens)
-            own = at_tokens(captured, row, index_P, features)
-            facts.append(Encoder(**vision_features(own, True, True)))
+            of_tile = at_tokens(captured, row, index_P, features)
+            facts.append(Encoder(**vision_features(of_tile, True, True)))
         return join_encoders(facts, partial(torch.cat, dim=1))
 
     def read(self, readers: Readers, reader: Any, stock: Reading, inputs: Inputs) -> Any:
@@ -114,9 +114,9 @@ class MllamaAdapter(CrossAdapter):
         held = kv_cache.layout(cache, layers[0])
         if states is None:
             if held is not None:
-                left = Remaining(index_BK=held.position_BK, filled_BK=held.filled_BK)
+                remaining = Remaining(index_BK=held.position_BK, filled_BK=held.filled_BK)
                 mask, dtype = inputs.get(self.mask), next(reader.parameters()).dtype
-                inputs[self.mask] = cross.cut_mask(readers, left, mask, reader, dtype)
+                inputs[self.mask] = cross.cut_mask(readers, remaining, mask, reader, dtype)
             return stock(inputs)
         kv_cache.check(cache)
         if held is not None:
@@ -140,9 +140,9 @@ class MllamaAdapter(CrossAdapter):
 
 def _tiles(real_BMT: Tensor) -> list[tuple[int, int, list[int]]]:
     """(sample, image, its tiles) of every image that has any; the host waits."""
-    found = [
+    tiles_of_images = [
         (sample, image, [tile for tile, real in enumerate(tiles) if real])
         for sample, images in enumerate(real_BMT.tolist())
         for image, tiles in enumerate(images)
     ]
-    return [entry for entry in found if entry[2]]
+    return [entry for entry in tiles_of_images if entry[2]]

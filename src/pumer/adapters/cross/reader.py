@@ -148,7 +148,7 @@ def _read(
 ) -> Any:
     """In place of a reader's `forward`: the same with what is left of its memory."""
     inputs = bind(signature, args, kwargs)
-    return readers.spec.read(readers, reader, lambda given: stock(**given), inputs)
+    return readers.spec.read(readers, reader, lambda arguments: stock(**arguments), inputs)
 
 
 def read(readers: Readers, reader: Any, stock: Reading, inputs: Inputs) -> Any:
