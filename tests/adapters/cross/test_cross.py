@@ -1,5 +1,6 @@
 """What holds for every family that reads images by cross-attention, in one matrix."""
 
+import copy
 import inspect
 from contextlib import ExitStack, contextmanager
 
@@ -14,7 +15,8 @@ from tiny_llm import near
 import pumer
 from pumer import Random, Uniform
 from pumer.adapters import find
-from pumer.adapters.cross.reader import bind
+from pumer.adapters.cross.reader import Readers, bind
+from pumer.adapters.rebind import METHODS
 from pumer.reducers import DivPrune, Energy, FastV
 from pumer.reducers.plan import tokens_at
 
@@ -160,3 +162,59 @@ def test_what_cannot_act_is_refused(model, reducer, reason):
         pumer.apply(model, reducer)
     assert pumer.active(model) is None
     assert len(str(error.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize("name", ["mllama", "trocr"])
+def test_a_cache_of_fixed_length_is_refused(name):
+    model, inputs = tiny_cross.model(name), tiny_cross.batch(name)
+    with (
+        pumer.reduced(model, DivPrune(keep=0.5)),
+        pytest.raises(ValueError, match="leave cache_implementation unset"),
+    ):
+        generate(model, inputs, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", ["mllama", "blip2", "donut"])
+def test_a_copy_is_reduced_and_no_memory_stays(name):
+    model, inputs = tiny_cross.model(name), tiny_cross.batch(name)
+    with pumer.reduced(model, DivPrune(keep=0.5)):
+        expected = logits(model, inputs)
+        again = copy.deepcopy(model)
+        near(logits(again, inputs), expected)
+        assert pumer.active(again) is not pumer.active(model)
+        (reader, *_) = find(model).readers(model)
+        (readers,) = {
+            value
+            for method in vars(reader)[METHODS].values()
+            for value in method.bound
+            if isinstance(value, Readers)
+        }
+        assert not readers.remaining._remaining
+
+
+def test_mllama_takes_all_images_in_one_prefill():
+    model, inputs = tiny_cross.model("mllama"), tiny_cross.batch("mllama", [0])
+    with pumer.reduced(model, DivPrune(keep=0.5)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).cache
+        longer = inputs | {"attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1])}
+        with pytest.raises(ValueError, match="all images of a conversation in one prefill"):
+            model(**longer, cache=cache)
+
+
+def test_a_tower_that_did_not_run_is_asked_for():
+    pix2struct = tiny_cross.model("pix2struct")
+    inputs = tiny_cross.batch("pix2struct")
+    with torch.no_grad():
+        encoded = pix2struct.encoder(inputs.pop("flattened_patches"), inputs["attention_mask"])
+    with (
+        pumer.reduced(pix2struct, OF_TOWER[0]),
+        pytest.raises(ValueError, match="did not run in this call"),
+    ):
+        pix2struct(**inputs, encoder_outputs=encoded)
+
+
+def test_idefics_without_a_resampler_is_refused():
+    model = tiny_cross.model("idefics")
+    model.config.use_resampler = False
+    with pytest.raises(ValueError, match="use_resampler=False"):
+        pumer.apply(model, DivPrune(keep=0.5))

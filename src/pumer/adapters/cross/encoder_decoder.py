@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pumer.adapters.base import Patch
 from pumer.adapters.cross.costs import CROSS
 from pumer.adapters.cross.memory import Memories, Remaining
-from pumer.adapters.cross.reader import bind
+from pumer.adapters.cross.reader import bind, check_cache
 from pumer.adapters.decoder.costs import linear_weights
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.hooks import DecoderHooks
@@ -148,6 +148,7 @@ def _write(
     if remaining is None:
         return stock(*args, **kwargs)
     assert remaining.states_BKD is not None
+    check_cache(inputs)
     mask = remaining.cut_mask(inputs.get(MASK), False, "", remaining.states_BKD.dtype)
     return stock(**inputs | {MEMORY: remaining.states_BKD, MASK: mask})
 

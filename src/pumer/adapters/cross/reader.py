@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pumer.adapters.base import Patch
 from pumer.adapters.cross import memory as memories
 from pumer.adapters.cross.memory import Memories, MemoryImages, Remaining
+from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder.spec import TowerSpec
 from pumer.adapters.decoder.vision import VisionCapture
 
@@ -161,10 +162,16 @@ def read(readers: Readers, reader: Any, stock: Reading, inputs: Inputs) -> Any:
     remaining = readers.reduce(memory_BLD, mask, inputs)
     if remaining.states_BKD is None:
         return stock(inputs)
+    check_cache(inputs)
     inputs = inputs | {spec.memory: remaining.states_BKD}
     if spec.mask is not None:
         inputs[spec.mask] = cut_mask(readers, remaining, mask, reader, memory_BLD.dtype)
     return stock(inputs)
+
+
+def check_cache(inputs: Inputs) -> None:
+    """Raise ValueError for a cache of fixed length of what a decoder reads of its encoder."""
+    kv_cache.check(getattr(kv_cache.find(inputs), "cross_attention_cache", None))
 
 
 def cut_mask(
