@@ -143,6 +143,9 @@ def test_the_report_counts_what_is_saved(model, family):
         report = pumer.report(model)
     assert report.active
     assert 0 < report.macs < report.base_macs
+    if find(model).decodes:
+        assert report.cache_bytes < report.base_cache_bytes
+        assert report.decode_macs < report.base_decode_macs
 
 
 @pytest.mark.parametrize(

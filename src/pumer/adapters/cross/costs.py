@@ -28,6 +28,7 @@ OF_MEMORY = ("k_proj", "v_proj", "key", "value", "k", "v")
 class CrossCosts(DecoderCosts):
     """Multiply-accumulates of every part, for one image and one text."""
 
+    decodes = False
     crossing: ClassVar[tuple[str, ...]] = CROSS
     """How layers call the attention by which they read a memory; empty where they are it."""
     queries_are_keys: ClassVar[bool] = False

@@ -5,6 +5,7 @@ Shape suffixes: B samples, M images of each, T tiles of an image, P tokens of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ class MllamaAdapter(CrossAdapter):
     memory = "cross_attention_states"
     mask = "cross_attention_mask"
     wide_mask = True
+    decodes = True
 
     def readers(self, model: nn.Module) -> list[nn.Module]:
         return [self.language(model)]
@@ -54,6 +56,17 @@ class MllamaAdapter(CrossAdapter):
     def memory_width(self, model: nn.Module) -> int:
         width: int = config_of(model).text_config.hidden_size
         return width
+
+    def cache_channels(self, model: nn.Module) -> list[int]:
+        text = config_of(model).text_config
+        channels = text.hidden_size // text.num_attention_heads
+        return [2 * text.num_key_value_heads * channels] * self.depth(model)
+
+    def cached_tokens(self, model: nn.Module, lengths: Sequence[tuple[int, int]]) -> list[int]:
+        text, image = lengths[0]
+        crossing = self.language(model).config.cross_attention_layers
+        length = self.memory_length(model, image)
+        return [length if layer in crossing else text for layer in range(self.depth(model))]
 
     def images(
         self, readers: Readers, memory_BLD: Tensor, mask: Any, inputs: Inputs

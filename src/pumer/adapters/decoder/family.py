@@ -42,8 +42,6 @@ class DecoderAdapter(DecoderCosts):
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
-    decodes: ClassVar[bool] = True
-    """Whether the layers that are reduced also write the answer, from their own cache."""
     answers_in_prompt: ClassVar[bool] = True
     """Whether labels are those of the prompt's tokens, answers among them."""
     image_delimiters: ClassVar[tuple[int, int]] = (0, 0)
