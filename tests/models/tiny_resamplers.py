@@ -44,7 +44,7 @@ def one_image_each(samples: list[Sample]) -> Inputs:
 def blip2() -> nn.Module:
     config = transformers.Blip2Config(
         vision_config=VISION,
-        qformer_config=QFORMER,
+        qformer_config=QFORMER | {"use_qformer_text_input": True},
         text_config=OPT,
         num_query_tokens=QUERIES,
         image_token_index=IMAGE,

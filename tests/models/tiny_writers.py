@@ -40,7 +40,7 @@ DECODER = {
 
 @family(one_image_each, placeholders=0, layout=SAME_LENGTH)
 def blip() -> nn.Module:
-    text = BERT | {"encoder_hidden_size": 24, "sep_token_id": VOCABULARY}
+    text = BERT | {"hidden_size": 24, "encoder_hidden_size": 24, "sep_token_id": VOCABULARY}
     config = transformers.BlipConfig(text_config=text, vision_config=VISION)
     return transformers.BlipForConditionalGeneration(config)
 

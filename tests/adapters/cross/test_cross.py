@@ -9,6 +9,7 @@ import tiny_cross
 import tiny_resamplers  # noqa: F401  # each registers its families
 import tiny_writers  # noqa: F401
 import torch
+import transformers
 from tiny_cross import changed, generate, logits
 from tiny_llm import near
 
@@ -221,3 +222,51 @@ def test_idefics_without_a_resampler_is_refused():
     model.config.use_resampler = False
     with pytest.raises(ValueError, match="use_resampler=False"):
         pumer.apply(model, DivPrune(keep=0.5))
+
+
+def matching(name, family, **more):
+    """A model of the same family without a language model's head, and inputs for it."""
+    config, inputs = tiny_cross.model(family).config, tiny_cross.batch(family)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25, generator=generator)
+    return model, inputs | more
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "more", "output"),
+    [
+        ("MllamaModel", "mllama", {}, "last_hidden_state"),
+        ("Idefics2Model", "idefics2", {}, "last_hidden_state"),
+        ("IdeficsModel", "idefics", {}, "last_hidden_state"),
+        ("Kosmos2Model", "kosmos2", {}, "last_hidden_state"),
+        ("Kosmos2_5Model", "kosmos2_5", {}, "last_hidden_state"),
+        ("BlipForImageTextRetrieval", "blip", {}, "itm_score"),
+        ("BlipForQuestionAnswering", "blip", {"decoder_input_ids": torch.ones(2, 1).long()}, 0),
+        ("Blip2Model", "blip2", {}, "logits"),
+        ("Blip2ForImageTextRetrieval", "blip2", {}, "logits_per_image"),
+        ("InstructBlipModel", "instructblip", {}, 0),
+    ],
+)
+def test_other_classes_of_a_family(name, family, more, output):
+    model, inputs = matching(name, family, **more)
+
+    def run():
+        with torch.no_grad():
+            given = model(**inputs)
+        return given[output] if output else given.to_tuple()[output]
+
+    stock = run()
+    with pumer.reduced(model, DivPrune(keep=0.4)):
+        run()
+        patch = pumer.active(model)
+        assert pumer.report(model).active
+        assert patch.lengths[0][1] < patch.entry[1]
+    with pumer.reduced(model, Uniform(prune=0)):
+        again = run()
+    if isinstance(stock, torch.Tensor):
+        near(again, stock)
