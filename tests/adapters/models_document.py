@@ -6,12 +6,14 @@ to the truth.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_cross
 import tiny_joint
 import tiny_llm
 import tiny_resamplers  # noqa: F401  # each registers its families
+import tiny_streams
 import tiny_writers  # noqa: F401
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -25,17 +27,43 @@ NOTES = {
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
+OTHERS = (tiny_streams.diffusion_gemma,)
+"""Builders of models that do not go through the matrix, but tests of their own."""
+STRUCTURE = (
+    (
+        "[CLS]",
+        "placeholders, where all features of the tower are handed on",
+        "LLaVA 1.5 with `full` features",
+    ),
+    (
+        "ends of rows",
+        "placeholders",
+        "LLaVA-NeXT, LLaVA-OneVision, Granite 4 Vision, Hunyuan-VL, Emu3",
+    ),
+    ("ends of rows", "tokens of the prompt", "Pixtral, Mistral 3, Fuyu, Apertus 1.5, Molmo 2"),
+    ("separator behind the views", "a placeholder", "DeepSeek-OCR 2"),
+    (
+        "labels, borders and line breaks between crops",
+        "tokens of the prompt",
+        "SmolVLM, Idefics3, Granite Docling, Aya Vision, Llama 4, Ovis 2, Step 3.7",
+    ),
+    ("begin and end of an image", "tokens of the prompt", "most"),
+)
+"""What marks an image, as what it comes in the prompt, and where."""
 
 
-def reduced_classes() -> dict[str, tuple[str, str, str]]:
-    """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
-    tower, and what can be read of the tower's attention."""
-    result = {}
-    for name in tiny_llm.FAMILIES:
-        model = tiny_llm.model(name)
+def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
+    """Of every class that has a tiny model: its families, whether tokens are merged inside the
+    vision tower, and what can be read of the tower's attention."""
+    result: dict[str, list[tuple[str, str, str]]] = {}
+    builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
+    for build in builders:
+        model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
-        result[type(model).__name__] = adapter.family, tower, _attention(adapter, model)
+        rows = result.setdefault(type(model).__name__, [])
+        row = adapter.family, tower, _attention(adapter, model)
+        rows += [row] if row not in rows else []
     return result
 
 
@@ -85,8 +113,7 @@ def table() -> str:
         "|---|---|---|---|",
     ]
     for name in CLASSES:
-        if name in reduced:
-            lines.append(f"| {name} | " + " | ".join(reduced[name]) + " |")
+        lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
         "",
@@ -103,6 +130,24 @@ def table() -> str:
     for name in sorted(crossing, key=str.lower):
         lines.append(f"| {name} | " + " | ".join(crossing[name]) + " |")
     lines += [
+        "",
+        "## Structure tokens",
+        "",
+        "What marks an image, its rows, views and crops is never a candidate: it is not pruned, "
+        "not merged and no text of the",
+        "question, and the text goes on attending to it.",
+        "",
+        "| structure | in the prompt | families |",
+        "|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in STRUCTURE),
+        "",
+        "Whatever stands between two placeholders of one image is structure in every family. "
+        "Thumbnails and crops are patches,",
+        "and candidates: an image has one budget for all of them, unless the method is published "
+        "with a budget for each crop. A",
+        "size that the prompt gives in words (Emu3, Apertus 1.5) is text.",
+        "",
+        "## Not reduced",
         "",
         "The others are refused by `pumer.apply`, with the reason:",
         "",

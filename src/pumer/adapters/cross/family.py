@@ -246,7 +246,7 @@ def at_tokens(captured: Captured, row: int, index_P: Tensor, features_1PD: Tenso
 
     return replace(
         captured,
-        features_RPD=features_1PD.detach(),
+        features=[features_1PD.detach()],
         heads=cut(captured.heads),
         middle_heads=cut(captured.middle_heads),
         last_heads=cut(captured.last_heads),

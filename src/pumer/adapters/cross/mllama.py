@@ -127,9 +127,9 @@ class MllamaAdapter(CrossAdapter):
         held = kv_cache.layout(cache, layers[0])
         if states is None:
             if held is not None:
-                remaining = Remaining(index_BK=held.position_BK, filled_BK=held.filled_BK)
+                cached = Remaining(index_BK=held.position_BK, filled_BK=held.filled_BK)
                 mask, dtype = inputs.get(self.mask), next(reader.parameters()).dtype
-                inputs[self.mask] = cross.cut_mask(readers, remaining, mask, reader, dtype)
+                inputs[self.mask] = cross.cut_mask(readers, cached, mask, reader, dtype)
             return stock(inputs)
         kv_cache.check(cache)
         if held is not None:

@@ -113,6 +113,7 @@ class DecoderHooks:
         Raises:
             ValueError: for inputs that cannot be reduced, before anything is computed.
         """
+        inputs["attention_mask"] = prefill.padding_mask(inputs.get("attention_mask"))
         state.trunk_entered, state.inputs = True, inputs
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
@@ -145,7 +146,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -153,9 +154,14 @@ class DecoderHooks:
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
-        if len(args) > 1:
-            args, kwargs = _masks_by_name(layer, args, kwargs)
-        states_BKD = args[0] if args else kwargs["hidden_states"]
+        along_tokens = self.spec.along_tokens
+        if len(args) > 1:  # by name, as the others
+            names = [*inspect.signature(type(module).forward).parameters][2 : len(args) + 1]
+            kwargs |= dict(zip(names, args[1:], strict=True))
+            along_tokens = (*along_tokens, *(name for name in names if name not in ALONG_TOKENS))
+        states_BKD = states = args[0] if args else kwargs["hidden_states"]
+        if states.ndim == 4:  # a token's streams side by side
+            states_BKD = states.permute(1, 2, 0, 3).flatten(2)
         if layer_index == 0:
             state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
             state.past = kv_cache.length(state.cache)
@@ -166,9 +172,9 @@ class DecoderHooks:
         key_layer = self.key_layers[layer_index]
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
-            return args, kwargs
+            return args[:1], kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
-        more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
+        more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
         selected = state.memoize((*along.values(), layout, cached), select)
         kwargs |= {
@@ -179,10 +185,9 @@ class DecoderHooks:
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
             )
             kwargs |= {name: gather(value) for name, value in more.items()}
-            args = (*args[:1], *map(gather, args[1:]))
-        if not args:
-            return (), kwargs | {"hidden_states": states_BKD}
-        return (states_BKD, *args[1:]), kwargs
+        if states.ndim == 4:
+            states_BKD = states_BKD.unflatten(2, (len(states), -1)).permute(2, 0, 1, 3)
+        return ((states_BKD,), kwargs) if args else ((), kwargs | {"hidden_states": states_BKD})
 
     def _reduced(self, state: ForwardState, layer_index: int, states_BKD: Tensor) -> Tensor:
         """The states that a layer runs on."""
@@ -229,9 +234,13 @@ class DecoderHooks:
         if state.past:
             layer = state.cache.layers[layer_index]
             _, offset = layer.get_mask_sizes(state.length)
+            prompt, num_cached = kv_cache.prompt_slots(layer), kv_cache.num_held(layer)
             position_BL, filled_BL = kv_cache.with_cached(
-                cached, state.past, layer.keys.shape[-2], position_BL, filled_BL
+                cached, state.past, num_cached, position_BL, filled_BL, prompt
             )
+            if prompt:  # the mask has columns for all of it, and only behind it for a window
+                in_window_BL = position_BL >= layer.prefill_length
+                position_BL, offset = position_BL - offset * in_window_BL, 0
         selected = dict(along)
         selected["attention_mask"] = decoder_attention.slice_attention_mask(
             along["attention_mask"],
@@ -258,17 +267,6 @@ class DecoderHooks:
             # It would take gaps between positions for the ends of packed sequences.
             selected["position_ids"] = None
         return selected
-
-
-def _masks_by_name(
-    layer: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a layer, where its mask is among those by position: all but the states by
-    name."""
-    names = list(inspect.signature(type(layer).forward).parameters)[1:]
-    if "attention_mask" not in names[: len(args)]:
-        return args, kwargs
-    return args[:1], kwargs | dict(zip(names[1:], args[1:], strict=False))
 
 
 def _bind(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
