@@ -57,6 +57,9 @@ class MllamaAdapter(CrossAdapter):
         width: int = config_of(model).text_config.hidden_size
         return width
 
+    def layer_attention(self, layer: Any) -> Any:
+        return getattr(layer, "self_attn", None) or layer.cross_attn
+
     def cache_channels(self, model: nn.Module) -> list[int]:
         text = config_of(model).text_config
         channels = text.hidden_size // text.num_attention_heads
