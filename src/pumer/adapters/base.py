@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from pumer.reducers import Learned, Plan, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
-P = ParamSpec("P")
-R = TypeVar("R")
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
@@ -202,24 +199,6 @@ class Patch:
                 setattr(owner, name, before)
 
 
-def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose first argument is a patch, or has one: its calls are timed if
-    the patch has a timer."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            patch: Any = getattr(args[0], "patch", args[0])
-            if patch.timer is None:
-                return function(*args, **kwargs)
-            with patch.timing(part):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
 class Adapter:
     """A model family: where its layers are, how to reduce their tokens, what they cost."""
 
@@ -379,21 +358,14 @@ def adapter_of(model: Any) -> Adapter | None:
 
     Plugins are loaded only if no built-in adapter lists the class itself.
     """
-    name = type(model).__name__
-    exact = next(
-        (adapter for adapter in _ADAPTERS if name in adapter.classes and adapter.fits(model)), None
-    )
+
+    def serving(cls: type, among: Iterable[Adapter]) -> Adapter | None:
+        return next((a for a in among if cls.__name__ in a.classes and a.fits(model)), None)
+
+    exact = serving(type(model), _ADAPTERS)
     if exact is not None:
         return exact
-    return next(
-        (
-            adapter
-            for parent in type(model).__mro__
-            for adapter in adapters()
-            if parent.__name__ in adapter.classes and adapter.fits(model)
-        ),
-        None,
-    )
+    return next(filter(None, (serving(cls, adapters()) for cls in type(model).__mro__)), None)
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
@@ -40,6 +40,7 @@ from pumer.adapters.decoder.shorten import STATE
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
+from pumer.adapters.forward import timed
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import kv_cache, short_cache
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
+from pumer.adapters.forward import timed
 
 
 @timed("decoder")

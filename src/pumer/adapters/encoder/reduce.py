@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, ReductionStep, timed
+from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.encoder.packing import Counts, Packing, count
-from pumer.adapters.forward import max_length, no_autocast
+from pumer.adapters.forward import max_length, no_autocast, timed
 from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
 ALL = slice(0, None)
