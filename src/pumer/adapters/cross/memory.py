@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pumer.adapters.base import Patch, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.attention import slice_attention_mask
 from pumer.adapters.decoder.prompt import ForwardState, ImageSpan, TokenLayout
 from pumer.adapters.decoder.view import image_rows
+from pumer.adapters.forward import timed
 from pumer.reducers import EMBEDDINGS, TokenShape
 
 
