@@ -299,7 +299,8 @@ def kept(model: nn.Module) -> Tensor:
         Positions in the prompt (with a cached prefix: in the whole sequence), in order, int64
         [B,K]; -1 fills rows that have fewer. They include text tokens, and padding that was left
         alone. A merged token has the position of its first member. In joint encoders positions
-        count the text tokens as given, then the image tokens, [CLS] first.
+        count the text tokens as given, then the image tokens, [CLS] first. Where images are read
+        by cross-attention, they count the tokens of the encoder's output.
 
     Raises:
         ValueError: if the model carries no reducer, or has reduced nothing yet.

@@ -1,7 +1,7 @@
 """Model families: the only code that touches modules of other libraries. Importing it registers
 them."""
 
-from pumer.adapters import decoder  # noqa: F401
+from pumer.adapters import cross, decoder  # noqa: F401
 from pumer.adapters.base import Adapter, Patch
 from pumer.adapters.encoder import meter, vilt  # noqa: F401
 from pumer.adapters.families import find, is_supported, supported, unwrapped

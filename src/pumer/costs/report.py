@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from pumer.adapters import Adapter, Patch, find, supported
-from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.api import active
 from pumer.costs.decoder import decoding
 from pumer.costs.reducer import NO_COST, ReducerCost, count_reducer_costs
@@ -85,7 +85,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         ran=ran,
         planned=planned,
     )
-    if isinstance(adapter, DecoderAdapter):
+    if isinstance(adapter, DecoderCosts) and adapter.decodes:
         return decoding(model, adapter, result)
     return result
 

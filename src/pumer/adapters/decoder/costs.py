@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +24,16 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 
 class DecoderCosts(DecoderParts):
     """Multiply-accumulates of every part."""
+
+    decodes: ClassVar[bool] = True
+    """Whether the layers that are reduced also write the answer, from their own cache."""
+
+    def cached_tokens(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]]
+    ) -> list[int] | None:
+        """Tokens in every layer's cache after a prompt of these lengths; None where they are those
+        of the layer."""
+        return None
 
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False

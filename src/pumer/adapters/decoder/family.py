@@ -44,6 +44,8 @@ class DecoderAdapter(DecoderCosts):
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
+    answers_in_prompt: ClassVar[bool] = True
+    """Whether labels are those of the prompt's tokens, answers among them."""
     image_delimiters: ClassVar[tuple[int, int]] = (0, 0)
     """How many tokens before an image and behind it mark where it begins and ends."""
     on_host: ClassVar[tuple[str, ...]] = ()
@@ -284,7 +286,11 @@ class DecoderAdapter(DecoderCosts):
                 f"{type(model).__name__} has no "
                 '[CLS]: methods that take saliency="received" do without'
             )
-        DecoderHooks(patch, self, model)
+        self.start(patch, model)
+
+    def start(self, patch: Patch, model: nn.Module) -> DecoderHooks:
+        """Put the reducer to work."""
+        return DecoderHooks(patch, self, model)
 
 
 def one_span_each(

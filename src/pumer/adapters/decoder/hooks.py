@@ -181,7 +181,10 @@ class DecoderHooks:
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
-        kwargs |= state.memoize((*along.values(), layout, cached), select)
+        selected = state.memoize((*along.values(), layout, cached), select)
+        kwargs |= {
+            name: value for name, value in selected.items() if name in kwargs or value is not None
+        }
         if layout is not None:
             gather = partial(
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
@@ -254,6 +257,7 @@ class DecoderHooks:
             state.length,
             implementation,
             states_BKD.dtype,
+            self.spec.causal,
         )
         if layout is not None:
             for name in ("position_embeddings", "position_ids"):

@@ -19,7 +19,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.decoder.spec import DecoderSpec, TowerSpec
 from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Traits
@@ -54,6 +54,10 @@ class VisionCapture:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
             patch.hook(projector.register_forward_hook(self._expand))
+        self.watch(patch, spec, model)
+
+    def watch(self, patch: Patch, spec: TowerSpec, model: nn.Module) -> None:
+        """Capture queries and keys of the layers of the tower that a reducer reads."""
         if self.needs - {"features_BND"}:
             attention = spec.tower_attention(model)
             watched = {"heads": attention}
@@ -137,17 +141,17 @@ class VisionCapture:
 
 
 def vision_features(
-    captured: Captured, tower: bool = False, projected: bool = False
+    captured: Captured, tower: bool = False, projected: int = 0
 ) -> dict[str, Tensor]:
     """Facts about the patches of every crop [R,P,...], from the layer that the features come from.
 
     Args:
         captured: of the tower.
         tower: whether its tokens begin with one that is no patch of the image.
-        projected: whether what goes into the projector does.
+        projected: how many such tokens what goes into the projector begins with.
     """
     features, needs = captured.features_RPD, captured.needs
-    facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    facts = {} if features is None else {"features_BND": features[:, projected:]}
     if captured.heads:
         facts |= attention_of(needs, *captured.heads[-1], tower)
         facts |= received_in_middle(needs, *(captured.middle_heads or captured.heads)[-1], tower)
