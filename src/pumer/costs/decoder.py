@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumer.adapters.base import config_of
 from pumer.adapters.decoder.costs import expert_weights, experts_per_token, linear_weights
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.costs.result import GIGA, Report
@@ -114,7 +113,7 @@ def _until(tokens: int | None) -> str:
 def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> DecoderReport:
     """Extend a report by the costs of decoding."""
     head = adapter.head_macs(model)
-    top_k = experts_per_token(config_of(model).get_text_config())
+    top_k = experts_per_token(adapter.config(model).get_text_config())
     linear = sum(
         linear_weights(layer) + expert_weights(layer, top_k) for layer in adapter.layers(model)
     )
@@ -133,7 +132,7 @@ def _cached(
     model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, int], ...]
 ) -> list[int]:
     """Tokens in every layer's cache after the prompt."""
-    config = config_of(model).get_text_config()
+    config = adapter.config(model).get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * adapter.depth(model)
     counts = [sum(pair) for pair in lengths[:-1]]
     window = getattr(config, "sliding_window", None) or math.inf

@@ -82,7 +82,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         ran=ran,
         planned=planned,
     )
-    if isinstance(adapter, DecoderAdapter):
+    if isinstance(adapter, DecoderAdapter) and adapter.writes:
         return decoding(model, adapter, result)
     return result
 

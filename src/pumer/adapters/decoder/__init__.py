@@ -21,6 +21,7 @@ from pumer.adapters.decoder import (  # noqa: F401  # each registers its familie
     perception_lm,
     pixtral,
     qwen_vl,
+    retrieval,
     smolvlm,
     video_llama3,
     vipllava,

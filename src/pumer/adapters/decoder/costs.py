@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumer.adapters.base import config_of
 from pumer.adapters.decoder.parts import (
     ATTENTION,
     DecoderParts,
@@ -33,7 +32,7 @@ class DecoderCosts(DecoderParts):
         """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
         pairs of tokens, and of the experts of a layer those that one token goes through."""
         heads, channels = self.attention_shape(model)
-        top_k = experts_per_token(config_of(model).get_text_config())
+        top_k = experts_per_token(self.config(model).get_text_config())
         result = []
         for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
             count, attention = sum(pair), named(layer, ATTENTION)
@@ -81,7 +80,7 @@ class DecoderCosts(DecoderParts):
 
     def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
         """(layers, channels, heads) of the vision tower."""
-        config = config_of(model).vision_config
+        config = self.config(model).vision_config
         depth = getattr(config, "num_hidden_layers", None) or config.depth
         width = getattr(config, "embed_dim", None) or config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or config.num_heads

@@ -69,14 +69,14 @@ class DecoderHooks:
     def _install(self, model: nn.Module) -> None:
         patch, spec = self.patch, self.spec
         trunk, language = self.trunk, self.language
-        if model is not trunk:
-            parameters = inspect.signature(model.forward)
-            patch.wrap(model, "forward", _model_forward, self, parameters, adds=(QUESTION_MASK,))
+        for name in spec.entrances if model is not trunk else ():
+            parameters = inspect.signature(getattr(model, name))
+            patch.wrap(model, name, _model_forward, self, parameters, adds=(QUESTION_MASK,))
         parameters = inspect.signature(trunk.forward)
         patch.wrap(trunk, "forward", _trunk_forward, self, parameters, adds=(QUESTION_MASK,))
         patch.wrap(language, "forward", _language_forward, self)
         for layer_index, layer in enumerate(language.layers):
-            before_layer = partial(self._before_layer, layer_index)
+            before_layer = partial(self._before_layer, language, layer_index)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if layer_index in self.acts_after and self.traits.needs_qk:
                 # The log-sum-exp serves causal attention alone: where all tokens see each other it
@@ -87,6 +87,11 @@ class DecoderHooks:
                     partial(self._on_qk, layer_index),
                     normalizer=spec.causal,
                 )
+        for follower in spec.followers(model):
+            patch.wrap(follower, "forward", _follower_forward, self)
+            for layer_index, layer in enumerate(follower.layers):
+                before_layer = partial(self._before_layer, follower, layer_index)
+                patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         self.capture.install(patch, spec, model)
         patch.wrap(trunk, "get_image_features", media.image_features, self)
         if hasattr(trunk, "get_video_features"):
@@ -123,8 +128,8 @@ class DecoderHooks:
         elif prefill.may_be_merged(inputs):
             warnings.warn(
                 "nothing was reduced in a call that brings inputs_embeds alone: if images are "
-                "merged into "
-                "them already, give this model pixel_values instead",
+                "merged into them already, give this model pixel_values instead, or pumer.apply "
+                "the model around it that merges them",
                 stacklevel=4,
             )
 
@@ -145,7 +150,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, language: Any, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -167,7 +172,9 @@ class DecoderHooks:
             return args, kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
-        select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
+        select = partial(
+            self._select, language, state, key_layer, along, layout, cached, states_BKD
+        )
         kwargs |= state.memoize((*along.values(), layout, cached), select)
         if layout is not None:
             gather = partial(
@@ -203,6 +210,7 @@ class DecoderHooks:
 
     def _select(
         self,
+        language: Any,
         state: ForwardState,
         layer_index: int,
         along: dict[str, Any],
@@ -213,12 +221,13 @@ class DecoderHooks:
         """Arguments of a layer for the tokens that it has, and those that its cache holds.
 
         Args:
+            language: whose layer it is.
             along: those of the unreduced model (`ALONG_TOKENS`).
             layout: tokens of the layer; None for those of the prompt.
             cached: what its cache holds; None for every token.
             states_BKD: that it runs on.
         """
-        implementation: str = self.language.config._attn_implementation
+        implementation: str = language.config._attn_implementation
         position_BL, filled_BL = state.positions_of(layout, len(states_BKD), states_BKD.device)
         offset = 0
         if state.past:
@@ -245,9 +254,7 @@ class DecoderHooks:
                     along[name], layout.index_BK, state.length
                 )
         if self.patch.renumber:
-            selected |= positions.renumber(
-                self.language, state, layer_index, layout, cached, selected
-            )
+            selected |= positions.renumber(language, state, layer_index, layout, cached, selected)
         if layout is not None and implementation.startswith("flash"):
             # It would take gaps between positions for the ends of packed sequences.
             selected["position_ids"] = None
@@ -269,13 +276,13 @@ def _model_forward(
     question_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of the whole model's `forward`: the same, and its arguments recorded.
+    """In place of the whole model's `forward`, or another entrance: the arguments are recorded.
 
     A forward hook would miss direct calls of `forward`, as PEFT makes them.
     """
     with enter_state(ForwardState(hooks)) as state:
         state.call_kwargs = _bind(signature, args, kwargs) | {QUESTION_MASK: question_mask}
-        return stock(*args, **kwargs)
+        return hooks.spec.output(state, stock(*args, **kwargs))
 
 
 def _trunk_forward(
@@ -294,6 +301,10 @@ def _trunk_forward(
         inputs = _bind(signature, args, kwargs)
         if trunk is hooks.model:  # which has no model around it that would have done so
             state.call_kwargs |= inputs
+        elif hooks.spec.merges_images and state.call_kwargs.get("inputs_embeds") is None:
+            # What the prompts were before images came into them, only the model around it was told.
+            given = {name: value for name, value in inputs.items() if value is not None}
+            inputs = state.call_kwargs | given
         hooks.begin(state, inputs)
         return stock(*args, **kwargs)
 
@@ -312,3 +323,11 @@ def _language_forward(
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output
+
+
+def _follower_forward(
+    follower: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
+) -> Any:
+    """In place of the `forward` of a decoder that goes on with the cache: a call by itself."""
+    with enter_state(ForwardState(hooks)) as state:
+        return stock(*args, **kwargs, **{STATE: state})

@@ -49,7 +49,7 @@ def image_features(
             merged = captured.merged
             images = [replace(image, merged=merged.rows([row])) for row, image in enumerate(images)]
     state = current_state(hooks)
-    if state is not None and state.trunk_entered:
+    if state is not None and (state.trunk_entered or spec.merges_images):
         state.tower_images = images
     hooks.encoded.remember(output, images)  # for those who give it as `mm_encoder_outputs`
     return output
@@ -97,6 +97,7 @@ def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> 
         image, *_ = hooks.spec.placeholder_mask(
             hooks.trunk, state.inputs.get("input_ids"), embeddings
         )
+        state.tower_images = hooks.spec.images_in_prompts(state.tower_images, state.inputs)
         num_features = sum(span.length for span in state.tower_images)
         prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
 
