@@ -6,9 +6,13 @@ to the truth.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_llm
+import tiny_pi0
+import tiny_retrieval
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
@@ -16,6 +20,8 @@ from pumer.adapters.decoder.refused import REFUSED
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()), key=str.lower)
+RETRIEVERS = sorted(name for name in dir(transformers) if name.endswith("ForRetrieval"))
+"""Classes that make several vectors of a page, for late interaction."""
 NOTES = {
     "Llama4ForConditionalGeneration": "transformers 5.24.0 fails on it, reduced or not "
     "(`image_outputs`)",
@@ -27,8 +33,10 @@ def reduced_classes() -> dict[str, tuple[str, str, str]]:
     """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
     tower, and what can be read of the tower's attention."""
     result = {}
-    for name in tiny_llm.FAMILIES:
-        model = tiny_llm.model(name)
+    builders = [partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES]
+    builders += [partial(tiny_retrieval.model, name) for name in tiny_retrieval.RETRIEVERS]
+    for build in (*builders, tiny_pi0.model):
+        model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
         attention = "received"
@@ -74,6 +82,31 @@ def table() -> str:
         "|---|---|",
     ]
     lines += [f"| {name} | {REFUSED[name]} |" for name in CLASSES if name in REFUSED]
+    lines += [
+        "",
+        "## Retrieval of pages",
+        "",
+        f"Of the {len(RETRIEVERS)} classes that make several vectors of a page, "
+        f"{sum(name in reduced for name in RETRIEVERS)} are reduced, in the same places; the "
+        "output has a vector for every",
+        "token left, and a mask ([retrieval.md](retrieval.md)).",
+        "",
+        "| class | family | tower | attention |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | " + " | ".join(reduced[name]) + " |"
+            for name in RETRIEVERS
+            if name in reduced
+        ),
+        "",
+        *(f"Refused: {name}. {REFUSED[name]}" for name in RETRIEVERS if name in REFUSED),
+        "",
+        "## Control",
+        "",
+        "PI0 is among the classes at the top: the cameras' images are reduced before and inside "
+        "PaliGemma, and the layers of its",
+        "expert attend to the tokens that are left in theirs.",
+    ]
     lines += [
         "",
         "Of a model that is not here, [add-a-model.md](add-a-model.md) says what a family needs.",

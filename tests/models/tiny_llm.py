@@ -40,16 +40,21 @@ BUILDERS = tuple(
 def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
     """A model in eval mode whose weights are large enough for every token to matter."""
     torch.manual_seed(0)
-    made = FAMILIES[family].build()
+    made = fill(FAMILIES[family].build())
+    made.generation_config.eos_token_id = None
+    made.set_attn_implementation(attention)
+    return made.eval()
+
+
+def fill(made: nn.Module) -> nn.Module:
+    """The model with weights that do not depend on its class's own beginnings."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim > 1:
                 wide = "embed" in name or "lm_head" in name
                 parameter.normal_(std=1.0 if wide else 0.25, generator=generator)
-    made.generation_config.eos_token_id = None
-    made.set_attn_implementation(attention)
-    return made.eval()
+    return made
 
 
 def logits(model: nn.Module, inputs: Inputs, **more) -> Tensor:

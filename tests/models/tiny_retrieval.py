@@ -15,6 +15,8 @@ from tiny_parts import Inputs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import pumer
+
 Adapt = Callable[[Inputs], Inputs]
 Layout = Sequence[Sequence[int | str]]
 
@@ -24,7 +26,7 @@ class Retriever:
     """A retriever of pages.
 
     Args:
-        inside: family of the model inside, in `tiny_llm`.
+        inside: family in `tiny_llm` of the model inside, or of one that is given the same inputs.
         around: the retriever's class, and that of its configuration.
         adapt: its inputs, from those of the model inside.
     """
@@ -47,11 +49,28 @@ def padded_images(inputs: Inputs) -> Inputs:
     return adapted
 
 
+def modernvbert() -> nn.Module:
+    """An encoder whose layers but one see a window."""
+    sides = {name: tiny_llm.SIGLIP[name] for name in tiny_llm.SIDES}
+    text = {name: x for name, x in tiny_llm.TEXT.items() if name != "num_key_value_heads"}
+    config = transformers.ModernVBertConfig(
+        vision_config=sides | {"model_type": "siglip_vision_model"},
+        text_config=text
+        | {"model_type": "modernbert", "local_attention": 16, "global_attn_every_n_layers": 2}
+        | {"cls_token_id": 1, "sep_token_id": 1},
+        image_token_id=tiny_llm.IMAGE,
+        pixel_shuffle_factor=2,
+    )
+    return tiny_llm.fill(transformers.ModernVBertModel(config))
+
+
 COLPALI = transformers.ColPaliForRetrieval, transformers.ColPaliConfig
 COLQWEN2 = transformers.ColQwen2ForRetrieval, transformers.ColQwen2Config
+COLMODERNVBERT = transformers.ColModernVBertForRetrieval, transformers.ColModernVBertConfig
 RETRIEVERS = {
     "colpali": Retriever("paligemma", COLPALI, same),
     "colqwen2": Retriever("qwen2_vl", COLQWEN2, padded_images),
+    "colmodernvbert": Retriever("smolvlm", COLMODERNVBERT, same),
     "colqwen2_5": Retriever("qwen2_5_vl", COLQWEN2, padded_images),
 }
 
@@ -59,12 +78,12 @@ RETRIEVERS = {
 def model(name: str, attention: str = "sdpa") -> nn.Module:
     """A retriever in eval mode around the model that `tiny_llm` makes."""
     retriever = RETRIEVERS[name]
-    inside = tiny_llm.model(retriever.inside)
+    inside = modernvbert() if name == "colmodernvbert" else tiny_llm.model(retriever.inside).model
     model_class, config_class = retriever.around
     config = config_class(vlm_config=inside.config.to_dict(), embedding_dim=16)
     torch.manual_seed(0)
     made = model_class(config)
-    made.vlm.load_state_dict(inside.model.state_dict())
+    made.vlm.load_state_dict(inside.state_dict())
     made.set_attn_implementation(attention)
     return made.eval()
 
@@ -84,7 +103,4 @@ def alone(name: str, layout: Layout, row: int) -> Inputs:
 def vectors(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The vectors of every sample's real tokens."""
     with torch.no_grad():
-        output = model(**inputs)
-    mask = output.get("attention_mask")
-    mask = inputs["attention_mask"] if mask is None else mask
-    return [rows[real.bool()] for rows, real in zip(output.embeddings, mask, strict=True)]
+        return pumer.vectors(model, **inputs)

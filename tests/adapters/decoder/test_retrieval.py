@@ -12,13 +12,15 @@ import pumer
 from pumer import FastV, FoPru, PuMer, Random, Uniform
 
 LAYOUT = ((4, "i", 6), (2, "i", 3, "i", 2), (5,), (3, "i", 1))
+FULL = 2
+"""A layer that sees everything, in every retriever."""
 PRUNING = {
     "before": Random(prune=0.5),
     "both": Random(prune=0.4, layers=(-1, 1)),
-    "fastv": FastV(keep=0.5, layer=1),
+    "fastv": FastV(keep=0.5, layer=FULL + 1),
     "tower": FoPru(keep=0.5),
 }
-MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
+MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, FULL))
 
 
 @pytest.fixture(scope="module", params=tiny_retrieval.RETRIEVERS)
@@ -146,3 +148,11 @@ def test_another_model_inside_is_refused():
     model.vlm = tiny_retrieval.tiny_llm.model("llava").model
     with pytest.raises(ValueError, match="LlavaModel"):
         pumer.apply(model, PRUNING["before"])
+
+
+def test_attention_within_a_window_is_refused():
+    model = tiny_retrieval.model("colmodernvbert")
+    with pytest.raises(ValueError, match=r"layer 2, .* give layers that see everything, 1, 3$"):
+        pumer.apply(model, FastV(keep=0.5, layer=FULL))
+    assert pumer.active(model) is None
+    pumer.apply(model, Random(prune=0.4, layers=(1,)))  # which reads none

@@ -19,6 +19,7 @@ from pumer.adapters.decoder import (  # noqa: F401  # each registers its familie
     paddleocr_vl,
     paligemma,
     perception_lm,
+    pi0,
     pixtral,
     qwen_vl,
     retrieval,

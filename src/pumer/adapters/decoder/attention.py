@@ -114,14 +114,17 @@ def _attend(
             output = attend(module, query, key, value, *args, **kwargs)
     finally:
         _inside.reset(token)
-    capturing.on_qk(*normalize_qk_scale(module, query, key), kwargs)
+    capturing.on_qk(*normalize_qk_scale(module, query, key, kwargs.get("scaling")), kwargs)
     return output
 
 
-def normalize_qk_scale(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_qk_scale(
+    attention: Any, queries: Tensor, keys: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by,
-    detached."""
-    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+    detached. `scaling` is what its kernel was told."""
+    if scaling is None:
+        scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
     factor = scaling * queries.shape[-1] ** 0.5
     queries = queries.detach()
     return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
@@ -155,12 +158,13 @@ def slice_attention_mask(
     queries: int,
     backend: str,
     dtype: torch.dtype,
+    causal: bool = True,
 ) -> Any:
     """The rows and columns of an attention mask that belong to the tokens left.
 
     Args:
         mask: the stock one: [B,1,Q,L] (bool or added to the logits), [B,L] as flash attention takes
-            it, or None where the kernel's own causal rule is enough.
+            it, or None where the kernel's own rule is enough.
         rows_BQ: index of the queries left; None for all.
         columns_BK: positions of the keys left, as the model counts them.
         filled_BK: bool, false for empty slots among these keys; None where there are none.
@@ -169,10 +173,13 @@ def slice_attention_mask(
         queries: number of the mask's queries.
         backend: the layer's attention.
         dtype: of the layer.
+        causal: the rule of the layer's kernel: whether a token sees only those before it.
     """
     if mask is None:
         if filled_BK is None or backend.startswith("flash"):
             return filled_BK
+        if not causal:
+            return _as(filled_BK[:, None, None].expand(-1, -1, queries, -1), backend, dtype)
         rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
         visible_BQK = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
         return _as(visible_BQK[:, None], backend, dtype)

@@ -30,6 +30,7 @@ from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, media, positions, prefill
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
+from pumer.adapters.decoder.parts import ATTENTION, named
 from pumer.adapters.decoder.prompt import (
     ForwardState,
     TokenLayout,
@@ -83,7 +84,7 @@ class DecoderHooks:
                 # sums over words of the answer, too, which must not guide.
                 decoder_attention.capture_qk(
                     patch,
-                    layer.self_attn,
+                    named(layer, ATTENTION),
                     partial(self._on_qk, layer_index),
                     normalizer=spec.causal,
                 )
@@ -150,7 +151,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, language: Any, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, language: Any, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -170,10 +171,11 @@ class DecoderHooks:
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
             return args, kwargs
+        causal = getattr(named(module, ATTENTION), "is_causal", True)
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
         select = partial(
-            self._select, language, state, key_layer, along, layout, cached, states_BKD
+            self._select, language, causal, state, key_layer, along, layout, cached, states_BKD
         )
         kwargs |= state.memoize((*along.values(), layout, cached), select)
         if layout is not None:
@@ -211,6 +213,7 @@ class DecoderHooks:
     def _select(
         self,
         language: Any,
+        causal: bool,
         state: ForwardState,
         layer_index: int,
         along: dict[str, Any],
@@ -222,6 +225,7 @@ class DecoderHooks:
 
         Args:
             language: whose layer it is.
+            causal: whether the kernel of its attention shows a token only those before it.
             along: those of the unreduced model (`ALONG_TOKENS`).
             layout: tokens of the layer; None for those of the prompt.
             cached: what its cache holds; None for every token.
@@ -247,6 +251,7 @@ class DecoderHooks:
             state.length,
             implementation,
             states_BKD.dtype,
+            causal,
         )
         if layout is not None:
             for name in ("position_embeddings", "position_ids"):
@@ -303,8 +308,8 @@ def _trunk_forward(
             state.call_kwargs |= inputs
         elif hooks.spec.merges_images and state.call_kwargs.get("inputs_embeds") is None:
             # What the prompts were before images came into them, only the model around it was told.
-            given = {name: value for name, value in inputs.items() if value is not None}
-            inputs = state.call_kwargs | given
+            of_trunk = {name: value for name, value in inputs.items() if value is not None}
+            inputs = state.call_kwargs | of_trunk
         hooks.begin(state, inputs)
         return stock(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Models of transformers that answer about images and cannot be reduced, and why: what an error
+"""Models of transformers that look at images and cannot be reduced, and why: what an error
 says, and docs/models.md."""
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ ENCODES = "An encoder reads the image, and another model writes: no prompt has i
 PREFIX = "Its image tokens have no placeholders in the prompt."
 BLOCKS = "It writes by diffusion, whole blocks at a time."
 STREAMS = "Its layers pass on several streams of states at once (AltUp)."
-ACTS = "It gives actions, not words."
+INITIAL = (
+    "Its layers read what entered the first of them, too, and values of the words, which are not "
+    "covered yet."
+)
 NO_IMAGES = "It takes no images."
 TWO_VIEWS = (
     "Its images are put together of views with separators among the placeholders, which are not "
@@ -76,7 +79,7 @@ _CLASSES = {
     PREFIX: ("GitForCausalLM",),
     BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
     STREAMS: ("Gemma3nForConditionalGeneration",),
-    ACTS: ("PI0ForConditionalGeneration",),
+    INITIAL: ("NeoMMEForRetrieval",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
     TWO_VIEWS: (
         "DeepseekOcr2ForConditionalGeneration",

@@ -1,4 +1,5 @@
-"""Retrievers of pages: ColPali and ColQwen2 (Faysse et al., 2024) as transformers has them.
+"""Retrievers of pages: ColPali, ColQwen2 (Faysse et al., 2024) and ColModernVBert as transformers
+has them.
 
 A page, or a query, becomes one vector per token of its prompt, and late interaction compares every
 vector of one with every vector of the other. Of a reduced page the tokens left have one each.
@@ -22,6 +23,7 @@ from pumer.adapters.decoder.output import kept_positions
 from pumer.adapters.decoder.paligemma import PaliGemmaAdapter
 from pumer.adapters.decoder.prompt import ForwardState
 from pumer.adapters.decoder.qwen_vl import QwenVLAdapter
+from pumer.adapters.decoder.smolvlm import SmolVLMAdapter
 from pumer.adapters.decoder.vision import VisionCapture
 
 
@@ -118,6 +120,32 @@ class ColQwen2Adapter(Retriever, QwenVLAdapter):
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         super().install(patch, model, capture)
         patch.wrap(self.vision(model), "forward", _tower_forward, self.trunk(model), capture)
+
+
+@register
+class ColModernVBertAdapter(Retriever, SmolVLMAdapter):
+    """Around an encoder, ModernVBERT (Teiletche et al., 2025): every token sees every other, in
+    most layers within a window; images are cut as SmolVLM's are."""
+
+    family = "ColModernVBert"
+    classes: ClassVar[tuple[str, ...]] = ("ColModernVBertForRetrieval",)
+    inside = ("ModernVBertModel",)
+    causal = False
+    renumbers = False  # positions do not reach the layers
+    merge_side = "pixel_shuffle_factor"
+
+    def patch(self, model: nn.Module, patch: Patch) -> None:
+        types = self.language(model).config.layer_types[:-1]
+        reducer, first = patch.reducer, patch.reducer.layer_offset
+        full = [index for index, name in enumerate(types) if name == "full_attention"]
+        for layer in range(len(types)) if reducer.traits.needs_qk else ():
+            if reducer.reduces_at(layer) and layer not in full:
+                raise ValueError(
+                    f"{reducer.name} reads the attention of layer {layer + first}, which sees a "
+                    "window on both sides of a token: give layers that see everything, "
+                    f"{', '.join(str(index + first) for index in full)}"
+                )
+        super().patch(model, patch)
 
 
 def _tower_forward(
