@@ -146,7 +146,9 @@ def train(folder: Path, steps: int = 800, batch: int = 24) -> None:
             # patch by patch teaches far sooner than which of a batch's pages is meant.
             words = model(**query_inputs(torch.arange(KINDS)[:, None])).embeddings[:, 1:].sum(1)
             logits_BNK = pages[:, 2:-2] @ words.T / 0.1
-            loss = loss + cross_entropy(logits_BNK.flatten(0, 1), kind_BN.flatten(), ignore_index=-1)
+            loss = loss + cross_entropy(
+                logits_BNK.flatten(0, 1), kind_BN.flatten(), ignore_index=-1
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -204,9 +206,7 @@ def measure(folder: Path, rows: Path) -> None:
             return pumer.vectors(model, **inputs)
 
     def index(side: int = SIDE) -> list[Tensor]:
-        return [
-            page for part in images.split(50) for page in vectors_of(page_inputs(part, side))
-        ]
+        return [page for part in images.split(50) for page in vectors_of(page_inputs(part, side))]
 
     queries = [query[1:] for query in vectors_of(query_inputs(kinds))]
     image = (SIDE // PATCH) ** 2
