@@ -12,6 +12,7 @@ from pathlib import Path
 import tiny_llm
 import tiny_pi0
 import tiny_retrieval
+import tiny_streams
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -27,15 +28,38 @@ NOTES = {
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
+OTHERS = (tiny_streams.diffusion_gemma, tiny_pi0.model)
+"""Builders of models that do not go through the matrix, but tests of their own."""
+STRUCTURE = (
+    (
+        "[CLS]",
+        "placeholders, where all features of the tower are handed on",
+        "LLaVA 1.5 with `full` features",
+    ),
+    (
+        "ends of rows",
+        "placeholders",
+        "LLaVA-NeXT, LLaVA-OneVision, Granite 4 Vision, Hunyuan-VL, Emu3",
+    ),
+    ("ends of rows", "tokens of the prompt", "Pixtral, Mistral 3, Fuyu, Apertus 1.5, Molmo 2"),
+    ("separator behind the views", "a placeholder", "DeepSeek-OCR 2"),
+    (
+        "labels, borders and line breaks between crops",
+        "tokens of the prompt",
+        "SmolVLM, Idefics3, Granite Docling, Aya Vision, Llama 4, Ovis 2, Step 3.7",
+    ),
+    ("begin and end of an image", "tokens of the prompt", "most"),
+)
+"""What marks an image, as what it comes in the prompt, and where."""
 
 
-def reduced_classes() -> dict[str, tuple[str, str, str]]:
-    """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
-    tower, and what can be read of the tower's attention."""
-    result = {}
-    builders = [partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES]
+def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
+    """Of every class that has a tiny model: its families, whether tokens are merged inside the
+    vision tower, and what can be read of the tower's attention."""
+    result: dict[str, list[tuple[str, str, str]]] = {}
+    builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
     builders += [partial(tiny_retrieval.model, name) for name in tiny_retrieval.RETRIEVERS]
-    for build in (*builders, tiny_pi0.model):
+    for build in builders:
         model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
@@ -44,7 +68,8 @@ def reduced_classes() -> dict[str, tuple[str, str, str]]:
             attention = NO
         elif adapter.has_class_token(model):
             attention = "received, [CLS]"
-        result[type(model).__name__] = adapter.family, tower, attention
+        rows = result.setdefault(type(model).__name__, [])
+        rows += [row] if (row := (adapter.family, tower, attention)) not in rows else []
     return result
 
 
@@ -71,10 +96,27 @@ def table() -> str:
         "|---|---|---|---|",
     ]
     for name in CLASSES:
-        if name in reduced:
-            lines.append(f"| {name} | " + " | ".join(reduced[name]) + " |")
+        lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
+        "",
+        "## Structure tokens",
+        "",
+        "What marks an image, its rows, views and crops is never a candidate: it is not pruned, "
+        "not merged and no text of the",
+        "question, and the text goes on attending to it.",
+        "",
+        "| structure | in the prompt | families |",
+        "|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in STRUCTURE),
+        "",
+        "Whatever stands between two placeholders of one image is structure in every family. "
+        "Thumbnails and crops are patches,",
+        "and candidates: an image has one budget for all of them, unless the method is published "
+        "with a budget for each crop. A",
+        "size that the prompt gives in words (Emu3, Apertus 1.5) is text.",
+        "",
+        "## Not reduced",
         "",
         "The others are refused by `pumer.apply`, with the reason:",
         "",
@@ -94,9 +136,9 @@ def table() -> str:
         "| class | family | tower | attention |",
         "|---|---|---|---|",
         *(
-            f"| {name} | " + " | ".join(reduced[name]) + " |"
+            f"| {name} | " + " | ".join(row) + " |"
             for name in RETRIEVERS
-            if name in reduced
+            for row in reduced.get(name, ())
         ),
         "",
         *(f"Refused: {name}. {REFUSED[name]}" for name in RETRIEVERS if name in REFUSED),

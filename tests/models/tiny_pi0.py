@@ -34,7 +34,7 @@ def model(attention: str = "sdpa") -> nn.Module:
         num_inference_steps=3,
     )
     made = transformers.PI0ForConditionalGeneration(config)
-    tiny_llm.fill(made)
+    tiny_llm.with_large_weights(made)
     made.set_attn_implementation(attention)
     return made.eval()
 

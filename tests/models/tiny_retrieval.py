@@ -61,7 +61,7 @@ def modernvbert() -> nn.Module:
         image_token_id=tiny_llm.IMAGE,
         pixel_shuffle_factor=2,
     )
-    return tiny_llm.fill(transformers.ModernVBertModel(config))
+    return tiny_llm.with_large_weights(transformers.ModernVBertModel(config))
 
 
 COLPALI = transformers.ColPaliForRetrieval, transformers.ColPaliConfig

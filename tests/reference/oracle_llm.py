@@ -92,9 +92,9 @@ def masked(
     def hide(number: int, keep: Tensor):
         def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             states, mask = args[0], kwargs["attention_mask"]
-            queries = states.shape[1]
+            batch, queries, _ = states.shape[-3:]  # of one stream, where there are several
             if mask is None and kv_cache.find(kwargs) is None and not hasattr(layer, "self_attn"):
-                mask = torch.ones(len(states), 1, queries, queries, dtype=torch.bool)
+                mask = torch.ones(batch, 1, queries, queries, dtype=torch.bool)
             if mask is None:
                 cache = kv_cache.find(kwargs)
                 past = 0 if cache is None else cache.get_seq_length()
@@ -102,7 +102,7 @@ def masked(
                     past -= queries  # the first layer has been here
                 keys = past + queries
                 mask = torch.arange(keys) <= torch.arange(past, keys)[:, None]
-                mask = mask.expand(len(states), 1, queries, keys)
+                mask = mask.expand(batch, 1, queries, keys)
             hidden = ~keep
             if (
                 mask.shape[3] < keep.shape[1] and queries == 1

@@ -1,15 +1,19 @@
 """What holds for every family of decoders, in one matrix: the families that the other files do not
 go through."""
 
+from functools import partial
+
 import oracle_llm
 import pytest
 import tiny_llm
 import torch
+import transformers
 from tiny_llm import answer, logits, near
 
 import pumer
 from pumer import PuMer, Random, Uniform
 from pumer.adapters import find
+from pumer.adapters.decoder import kv_cache, prefill
 from pumer.reducers import FastV
 
 FAMILIES = [family for family in tiny_llm.FAMILIES if family not in tiny_llm.BUILDERS]
@@ -88,6 +92,17 @@ def test_a_reducer_sees_every_patch_and_no_structure(model, family):
     assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
 
 
+def test_structure_is_no_text(model, family):
+    """Ids from 50 on mark images, their rows and their crops; a sample without images counts
+    none."""
+    inputs = tiny_llm.batch(family, LAYOUT)
+    with pumer.reduced(model, Random(prune=0.5)):
+        logits(model, inputs)
+        text, _, _ = pumer.active(model).entry
+    ids = inputs["input_ids"][:2]
+    assert text == int(((ids != tiny_llm.PAD) & (ids < 50)).sum(1).max())
+
+
 @pytest.mark.parametrize("reducer", [pumer.FoPru(keep=0.5), pumer.HiPrune(keep=0.5)])
 def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, reducer):
     if not find(model).reads_tower:
@@ -99,6 +114,15 @@ def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, 
         for row in rows(family):
             alone = logits(model, tiny_llm.alone(family, LAYOUT, row))
             near(together[row : row + 1, -alone.shape[1] :], alone)
+
+
+def test_hidden_states_come_in_the_length_of_the_prompt(model, family):
+    inputs = tiny_llm.batch(family, ((4, "i", 6),))
+    with torch.no_grad():
+        stock = model(**inputs, output_hidden_states=True).hidden_states
+        with pumer.reduced(model, PRUNING["random"]):
+            reduced = model(**inputs, output_hidden_states=True).hidden_states
+    assert [states.shape for states in reduced] == [states.shape for states in stock]
 
 
 def test_the_report_counts_what_is_saved(model, family):
@@ -119,6 +143,90 @@ def test_llama_4_scales_queries_by_the_positions_of_the_prompt():
         marks, reduced = oracle_llm.kept(model, inputs), logits(model, inputs)
     with oracle_llm.masked(model, marks):
         near(reduced[:, -1], logits(model, inputs)[:, -1])
+
+
+def test_facts_of_patches_are_in_the_order_of_the_prompt():
+    """Where the tower has them by windows: as with one window for all."""
+    model, inputs = tiny_llm.model("muse_glimmer"), tiny_llm.batch("muse_glimmer", LAYOUT)
+    kept = []
+    for window_size in (model.model.vision_tower.window_size, 1000):
+        model.model.vision_tower.window_size = window_size
+        with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+            logits(model, inputs)
+        kept.append(steps[0].prompt.slot_BS)
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "granite4_vision"])
+def test_layers_that_are_computed_again_get_what_they_had(name):
+    """Streams side by side, and features that are added between layers."""
+    model, inputs = tiny_llm.model(name).train(), tiny_llm.batch(name, LAYOUT)
+    gradients = []
+    with pumer.reduced(model, PRUNING["random"]):
+        for again in (False, True):
+            if again:
+                model.activation_checkpointing_enable()
+            model.zero_grad()
+            model(**inputs, use_cache=False).logits.square().mean().backward()
+            gradients.append(find(model).language(model).layers[0].mlp.up_proj.weight.grad)
+    near(*gradients)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "granite_docling", "molmo2", "step3p7"])
+def test_beams_are_given_what_their_sample_is(name, monkeypatch):
+    model, inputs = tiny_llm.model(name), tiny_llm.batch(name, LAYOUT[:2])
+    begin, counts = prefill.begin_prefill, []
+
+    def begin_and_note(spec, trunk, state, *arguments):
+        begin(spec, trunk, state, *arguments)
+        counts.append(state.layout.counts)
+
+    monkeypatch.setattr(prefill, "begin_prefill", begin_and_note)
+    with pumer.reduced(model, PRUNING["random"]):
+        logits(model, inputs)
+        model.generate(**inputs, **(tiny_llm.GREEDY | {"num_beams": 2}))
+    alone, beams = counts
+    assert beams == (alone[0], alone[0], alone[1], alone[1])
+
+
+def test_crops_may_become_four_times_as_many_tokens():
+    """Where Granite Docling is asked for the fine way."""
+    model, inputs = tiny_llm.model("granite_docling"), tiny_llm.batch("granite_docling", LAYOUT[:1])
+    ids, fine = inputs["input_ids"][0].tolist(), torch.ones_like(inputs["pixel_attention_mask"])
+    ids = [token for each in ids for token in [each] * (4 if each == tiny_llm.IMAGE else 1)]
+    more = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+    inputs |= more | {"tile_fine_mask": fine}
+    with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+        logits(model, inputs)
+    assert steps[0].prompt.images == ((0, 16, (4, 4)),)
+
+
+def test_sizes_are_those_of_the_pixels_where_nothing_else_is_said():
+    """To Pixtral's tower under LLaVA."""
+    model, inputs = tiny_llm.model("pixtral"), tiny_llm.batch("pixtral", LAYOUT[:1])
+    del inputs["image_sizes"]
+    with pumer.reduced(model, pumer.HiPrune(keep=0.5)), pumer.trace(model) as steps:
+        logits(model, inputs)
+    assert steps[0].prompt.images == ((0, 6, (2, 3)),)
+
+
+def test_a_cache_that_keeps_the_prompt_apart_is_for_one_prompt():
+    """Unlimited-OCR's, whose layers are found by their type when a cache is made."""
+    model, inputs = tiny_llm.model("unlimited_ocr"), tiny_llm.batch("unlimited_ocr", LAYOUT[:1])
+    make = partial(transformers.DynamicCache, config=model.config)
+    stock = type(make().layers[0])
+    with pumer.reduced(model, PRUNING["random"]), torch.no_grad():
+        cache = kv_cache.find(model(**inputs, use_cache=True))
+        assert type(make().layers[0]) is stock
+        beams = {**tiny_llm.GREEDY, "num_beams": 2}
+        assert model.generate(**inputs, **beams).shape[1] == inputs["input_ids"].shape[1] + 6
+        again = {**inputs, "attention_mask": torch.cat([inputs["attention_mask"]] * 2, 1)}
+        with pytest.raises(ValueError, match="a cache of its own"):
+            model(**again, **{tiny_llm.CACHE: cache})
+        with pytest.raises(ValueError, match="cannot go back"):
+            cache.layers[1].crop(-1)
+        cache.layers[1].reset()
+    assert type(cache.layers[1]) is stock
 
 
 def test_layers_that_keep_a_state_are_refused():

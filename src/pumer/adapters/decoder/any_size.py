@@ -51,7 +51,8 @@ class AnySizeAdapter(DecoderAdapter):
         return [(rows // side, columns // side) for _, rows, columns in frames]
 
     def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
-        """Index of every token among those of the tower, where it has them in another order."""
+        """Index of every token among those of the tower, where it has them in another order; of
+        every patch, unless they are `grouped`."""
         return None
 
     def structure(self, grid: Grid) -> Tensor | None:
@@ -108,10 +109,9 @@ class AnySizeAdapter(DecoderAdapter):
             for name in captured.needs:
                 value = facts[name]
                 if value.shape[1] != length:
+                    value = value if self.grouped else _in_order(value, order, start * group)
                     value = self._per_token(value, grid, group)
-                    if order is not None:
-                        index = order[start : start + length] - start
-                        value = value[:, index.to(value.device)]
+                    value = _in_order(value, order, start) if self.grouped else value
                 token_facts[name] = value
             encoders.append(Encoder(**token_facts))
         return encoders
@@ -121,6 +121,14 @@ class AnySizeAdapter(DecoderAdapter):
             return value.unflatten(1, (-1, group)).mean(2)
         (rows, columns), side = grid, math.isqrt(group)
         return value.unflatten(1, (rows, side, columns, side)).mean((2, 4)).flatten(1, 2)
+
+
+def _in_order(value: Tensor, order: Tensor | None, first: int) -> Tensor:
+    """What is known of an image's tokens [1,I,...], the first of which is that of this index."""
+    if order is None:
+        return value
+    index = order[first : first + value.shape[1]] - first
+    return value[:, index.to(value.device)]
 
 
 def _to_device(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,6 @@ from torch import nn
 from pumer.adapters.decoder.parts import (
     ATTENTION,
     DecoderParts,
-    head_channels,
     named,
     tower_layers,
 )
@@ -31,13 +30,12 @@ class DecoderCosts(DecoderParts):
     ) -> list[tuple[int, int]]:
         """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
         pairs of tokens, and of the experts of a layer those that one token goes through."""
-        heads, channels = self.attention_shape(model)
         top_k = experts_per_token(self.config(model).get_text_config())
         result = []
-        for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
+        for index, (layer, pair) in enumerate(zip(self.layers(model), lengths[:-1], strict=True)):
+            heads, channels = self.layer_attention_shape(model, index)
             count, attention = sum(pair), named(layer, ATTENTION)
             projections = linear_weights(attention)
-            channels = head_channels(layer) or channels
             result.append(
                 (
                     count * projections + 2 * count**2 * heads * channels,

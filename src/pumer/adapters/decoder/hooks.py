@@ -119,6 +119,7 @@ class DecoderHooks:
         Raises:
             ValueError: for inputs that cannot be reduced, before anything is computed.
         """
+        inputs["attention_mask"] = prefill.padding_mask(inputs.get("attention_mask"))
         state.trunk_entered, state.inputs = True, inputs
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
@@ -159,7 +160,14 @@ class DecoderHooks:
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
-        states_BKD = args[0] if args else kwargs["hidden_states"]
+        along_tokens = self.spec.along_tokens
+        if len(args) > 1:  # by name, as the others
+            names = [*inspect.signature(type(module).forward).parameters][2 : len(args) + 1]
+            kwargs |= dict(zip(names, args[1:], strict=True))
+            along_tokens = (*along_tokens, *(name for name in names if name not in ALONG_TOKENS))
+        states_BKD = states = args[0] if args else kwargs["hidden_states"]
+        if states.ndim == 4:  # a token's streams side by side
+            states_BKD = states.permute(1, 2, 0, 3).flatten(2)
         if layer_index == 0:
             state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
             state.past = kv_cache.length(state.cache)
@@ -170,10 +178,10 @@ class DecoderHooks:
         key_layer = self.key_layers[layer_index]
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
-            return args, kwargs
+            return args[:1], kwargs
         causal = getattr(named(module, ATTENTION), "is_causal", True)
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
-        more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
+        more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(
             self._select, language, causal, state, key_layer, along, layout, cached, states_BKD
         )
@@ -183,10 +191,9 @@ class DecoderHooks:
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
             )
             kwargs |= {name: gather(value) for name, value in more.items()}
-            args = (*args[:1], *map(gather, args[1:]))
-        if not args:
-            return (), kwargs | {"hidden_states": states_BKD}
-        return (states_BKD, *args[1:]), kwargs
+        if states.ndim == 4:
+            states_BKD = states_BKD.unflatten(2, (len(states), -1)).permute(2, 0, 1, 3)
+        return ((states_BKD,), kwargs) if args else ((), kwargs | {"hidden_states": states_BKD})
 
     def _reduced(self, state: ForwardState, layer_index: int, states_BKD: Tensor) -> Tensor:
         """The states that a layer runs on."""
@@ -237,9 +244,13 @@ class DecoderHooks:
         if state.past:
             layer = state.cache.layers[layer_index]
             _, offset = layer.get_mask_sizes(state.length)
+            prompt, num_cached = kv_cache.prompt_slots(layer), kv_cache.num_held(layer)
             position_BL, filled_BL = kv_cache.with_cached(
-                cached, state.past, layer.keys.shape[-2], position_BL, filled_BL
+                cached, state.past, num_cached, position_BL, filled_BL, prompt
             )
+            if prompt:  # the mask has columns for all of it, and only behind it for a window
+                in_window_BL = position_BL >= layer.prefill_length
+                position_BL, offset = position_BL - offset * in_window_BL, 0
         selected = dict(along)
         selected["attention_mask"] = decoder_attention.slice_attention_mask(
             along["attention_mask"],

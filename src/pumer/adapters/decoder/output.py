@@ -42,10 +42,12 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
 
 
 def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tensor:
-    """States of every token of the prompt: a dropped one has those of the last kept one before
-    it."""
+    """States of every token of the prompt, in one stream or several: a dropped one has those of the
+    last kept one before it."""
     if layout.unreduced:
         return states_BKD
+    if states_BKD.ndim == 4:
+        return torch.stack([expand_states(stream_BKD, layout, length) for stream_BKD in states_BKD])
     at_BS = layout.index_of_survivor(length).to(states_BKD.device)
     return states_BKD.gather(1, at_BS[..., None].expand(-1, -1, states_BKD.shape[2]))
 
@@ -62,9 +64,12 @@ def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: 
         positions_BL, filled_BL = kv_cache.with_cached(
             cached, state.past, None, positions_BL, filled_BL
         )
-    positions_BL = positions_BL[:, -keys:]
+    held = cache.layers if state.past else ()
+    prompt = kv_cache.prompt_slots(held[layer_index]) if layer_index < len(held) else 0
+    positions_BL = kv_cache.last_held(positions_BL, keys, prompt)
     if filled_BL is not None:
-        map_BHKL = map_BHKL * filled_BL[:, None, None, -keys:]
+        filled_BL = kv_cache.last_held(filled_BL, keys, prompt)
+        map_BHKL = map_BHKL * filled_BL[:, None, None]
     total = state.past + state.length
     columns = positions_BL[:, None, None].expand_as(map_BHKL)
     full = map_BHKL.new_zeros(*map_BHKL.shape[:3], total).scatter_add(3, columns, map_BHKL)

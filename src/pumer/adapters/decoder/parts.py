@@ -93,19 +93,24 @@ class DecoderParts(Adapter):
         return side, side
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        return self.layer_attention_shape(model, 0)
+
+    def layer_attention_shape(self, model: nn.Module, layer_index: int) -> tuple[int, int]:
+        """(heads, channels of a head) of a layer, where they are not the same in all."""
         config = self.config(model).get_text_config()
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[layer_index]
         heads = config.num_attention_heads
-        channels = head_channels(self.layers(model)[0])
+        channels = head_channels(self.layers(model)[layer_index])
         return heads, channels or getattr(config, "head_dim", None) or config.hidden_size // heads
 
     def cache_channels(self, model: nn.Module) -> list[int]:
         """Numbers that the cache of every layer holds of one token."""
-        heads, channels = self.attention_shape(model)
         result = []
         for layer_index, key_layer in enumerate(self.key_layers(model)):
-            layer = self.layers(model)[layer_index]
-            groups = getattr(named(layer, ATTENTION), "num_key_value_groups", 1)
-            held = 2 * (heads // groups) * (head_channels(layer) or channels)
+            heads, channels = self.layer_attention_shape(model, layer_index)
+            attention = named(self.layers(model)[layer_index], ATTENTION)
+            held = 2 * (heads // getattr(attention, "num_key_value_groups", 1)) * channels
             result.append(held if key_layer == layer_index else 0)
         return result
 

@@ -38,6 +38,8 @@ def renumber(
         arguments: of the layer, for its tokens already.
     """
     position_ids = _numbered(state, layout, cached, arguments["position_ids"])
+    if arguments["position_embeddings"] is None:  # a layer that reads no positions
+        return {"position_ids": position_ids}
     like, _ = arguments["position_embeddings"]
     embeddings = _rotary(language, layer_index, like, position_ids)
     return {"position_ids": position_ids, "position_embeddings": embeddings}

@@ -86,7 +86,7 @@ class VisionCapture:
 
     def _on_projector(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.current is not None:
-            self.current.features_RPD = next(iter((*args, *kwargs.values()))).detach()
+            self.current.features.append(next(iter((*args, *kwargs.values()))).detach())
 
     def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
@@ -253,9 +253,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The features, and what the tower gives besides."""
     if isinstance(output, tuple):  # not what `mm_encoder_outputs` takes
         return
-    for value in (output.pooler_output, *output.values()):
-        yield from (
-            item
-            for item in ([value] if isinstance(value, Tensor) else value or ())
-            if isinstance(item, Tensor)
-        )
+    values = [output.get("pooler_output"), *output.values()]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            values += value

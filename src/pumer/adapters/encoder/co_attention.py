@@ -37,7 +37,7 @@ def _block(
         layer, patch, layer_index, "text_cross", attended, image, layout
     )
     if not patch.traits.post_layer:
-        before = layout.text
+        before = layout
         keys = torch.cat([text_keys, image_keys], dim=2)
         shown = attention if patch.traits.needs_attention else None
         attended, image, layout, plan = _reduce(
@@ -45,7 +45,9 @@ def _block(
         )
         # The image attends to the text before this layer, which is now as short as the new one.
         if plan is not None and not layer.sequential:
-            text = plan.head(before, layout.text).reduce(text)
+            head = plan.head(before.text, layout.text)
+            text = head.reduce(before.pad(text, slice(0, before.text)))
+            text = layout.pack(text, slice(0, layout.text))
     new_text = _feed_forward(layer.text, attended)
     # Image: self-attention, then attention to the text, both with the tokens that are left.
     image, _, layout = _attend_to(layer, patch, layer_index, "image_self", image, image, layout)[:3]
@@ -76,7 +78,7 @@ def _reduce(
     states, layout, plan = encoder.reduce(
         patch, layer_index, states, layout, queries, keys, attention, cross=True
     )
-    return states[:, : layout.text], states[:, layout.text :], layout, plan
+    return states[:, : layout.border], states[:, layout.border :], layout, plan
 
 
 def _attend_to(
@@ -116,6 +118,8 @@ def _attend_to(
         states,
         other,
         layout,
+        columns[stream],
+        columns["text" if of_text else "image"],
         of_text,
         is_self_attention,
         head_mask,
@@ -129,6 +133,8 @@ def _attend(
     states: Tensor,
     other: Tensor,
     layout: EncoderLayout,
+    queries_at: slice,
+    keys_at: slice,
     of_text: bool,
     is_self_attention: bool,
     head_mask: Tensor | None,
@@ -136,6 +142,7 @@ def _attend(
     """Replaces `BertAttention.forward` -> states, queries, keys, probabilities.
 
     Args:
+        queries_at, keys_at: where queries and keys are on the joint axis.
         of_text: whether keys and values are of the text, else of the image.
         is_self_attention: whether `other` is `states`.
         head_mask: 1 or 0 for every head, [B,H]; None for all.
@@ -155,7 +162,8 @@ def _attend(
         queries,
         keys,
         values,
-        slice(0, layout.text) if of_text else slice(layout.text, None),
+        queries_at,
+        keys_at,
         dtype=states.dtype,
         is_self_attention=is_self_attention,
         padded=of_text,  # images have no padding

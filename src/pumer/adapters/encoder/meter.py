@@ -44,6 +44,7 @@ class MeterAdapter(Adapter):
     classes = POOLED + PER_TOKEN
     modules: ClassVar[dict[str, str]] = dict.fromkeys(classes, "pumer.models.meter")
     has_cross_attention = True
+    packs = True
     separate = ("MeterForImagesAndTextClassification",)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -196,21 +197,23 @@ def _fuse(
         add_modality(meter, encoded.states_BID, image_token_type_idx),
     )
     states = torch.cat([text, image_states], dim=1)
-    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, states, layout)
-    text, image_states = states[:, : layout.text], states[:, layout.text :]
+    states, layout = encoder.pack(patch, *encoder.reduce(patch, EMBEDDINGS, states, layout)[:2])
+    text, image_states = states[:, : layout.border], states[:, layout.border :]
     del states
-    lengths, texts, images = [layout.lengths], [], []
+    layouts, texts, images = [layout], [], []
     for layer in (None, *meter.layers):
         if layer is not None:
             text, image_states, layout = layer(text, image_states, layout)
-            lengths.append(layout.lengths)
+            layouts.append(layout)
         if output_hidden_states:
             full_length = _expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
     # For `report`, `kept` and the budget loss.
-    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
+    patch.record_lengths(layouts)
+    patch.entry, patch.kept = entry, layout.places(trimmed, given_text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
+    text, image_states, layout = _unpack(layout, text, image_states)
     # Without any image token, zeros are pooled.
     first = (
         image_states
@@ -247,10 +250,20 @@ def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
     return joint.joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
 
 
+def _unpack(
+    layout: EncoderLayout, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """Text and image states with padding, and their layout."""
+    text = layout.pad(text, slice(0, layout.text))
+    image = layout.pad(image, slice(layout.text, None))
+    return text, image, replace(layout, packing=None)
+
+
 def _expand(
     layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
+    text, image, layout = _unpack(layout, text, image)
     if layout.plan is None:
         return text, image
     states = layout.expand(torch.cat([text, image], dim=1))
