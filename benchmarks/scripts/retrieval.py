@@ -5,7 +5,7 @@
 
 A page is an image of scenes: four to ten coloured shapes, partly over one another, on a plain
 ground. A query names two of them ("red circle blue star"); relevant are all pages that show both.
-The model is a ColQwen2 of 0.3 million weights, trained from nothing, with pages of three sizes, on
+The model is a ColQwen2 of 0.25 million weights, trained from nothing, with pages of three sizes, on
 this task alone. All reductions are applied to it as it is, without any training.
 """
 
