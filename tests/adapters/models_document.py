@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from pumer.adapters import find
 from pumer.adapters.decoder.refused import REFUSED
+from pumer.adapters.decoder.shorten import SELECTS, STATES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()), key=str.lower)
@@ -53,10 +54,13 @@ STRUCTURE = (
 """What marks an image, as what it comes in the prompt, and where."""
 
 
-def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
-    """Of every class that has a tiny model: its families, whether tokens are merged inside the
-    vision tower, and what can be read of the tower's attention."""
-    result: dict[str, list[tuple[str, str, str]]] = {}
+REASONS = {STATES: "states", SELECTS: "index"}
+
+
+def reduced_classes() -> dict[str, list[tuple[str, str, str, str]]]:
+    """Of every class that has a tiny model: its families, where it is reduced, whether tokens
+    are merged inside the vision tower, and what can be read of the tower's attention."""
+    result: dict[str, list[tuple[str, str, str, str]]] = {}
     builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
     builders += [partial(tiny_retrieval.model, name) for name in tiny_retrieval.RETRIEVERS]
     for build in builders:
@@ -68,8 +72,13 @@ def reduced_classes() -> dict[str, list[tuple[str, str, str]]]:
             attention = NO
         elif adapter.has_class_token(model):
             attention = "received, [CLS]"
-        rows = result.setdefault(type(model).__name__, [])
-        rows += [row] if (row := (adapter.family, tower, attention)) not in rows else []
+        reason = adapter.before_only(model)
+        where = "before, inside" if reason is None else f"before ({REASONS[reason]})"
+        rows, row = (
+            result.setdefault(type(model).__name__, []),
+            (adapter.family, where, tower, attention),
+        )
+        rows += [] if row in rows else [row]
     return result
 
 
@@ -84,7 +93,7 @@ def table() -> str:
         "",
         f"Of the {len(CLASSES)} image-text-to-text classes of transformers, "
         f"{sum(name in reduced for name in CLASSES)} are reduced: before the language model "
-        "(before layer 0) and inside it",
+        "(before layer 0) and, nearly all, inside it",
         "(after any layer but the last). `tower`: tokens are also merged inside the vision tower. "
         "`attention`: what reducers",
         'can read of the tower: what patches receive (`saliency="received"`), and what [CLS] '
@@ -92,13 +101,30 @@ def table() -> str:
         "on which family: [compatibility.md](compatibility.md). Videos and audio are left as they "
         "are.",
         "",
-        "| class | family | tower | attention |",
-        "|---|---|---|---|",
+        "| class | family | reduced | tower | attention |",
+        "|---|---|---|---|---|",
     ]
     for name in CLASSES:
         lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
+        "",
+        "`before` alone: the prompt gets shorter before the language model, which then runs as it "
+        "is. Kept tokens keep",
+        "their positions; sliding windows, indices of keys and Inkling's distances count the "
+        "tokens that are left. The cache",
+        "holds these, and reports the length of the whole prompt. Reducers inside are refused with "
+        "the reason:",
+        "",
+        *(f"* {word}: {reason}" for reason, word in REASONS.items()),
+        "",
+        "FLOPs: of experts those that a token goes through; states (linear attention, Mamba) step "
+        "by step, so that what",
+        "kernels spend on chunks of tokens is not in them, nor hyper-connections; short "
+        "convolutions as they are; attention",
+        "over all pairs of tokens, also where an index chooses among them. The cache is that of "
+        "keys and values: states have",
+        "one size, whatever the prompt.",
         "",
         "## Structure tokens",
         "",

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import tiny_any_size  # noqa: F401  # each registers its families
 import tiny_decoders
 import tiny_families  # noqa: F401
+import tiny_hybrids  # noqa: F401
 import tiny_more  # noqa: F401
+import tiny_selecting  # noqa: F401
 import tiny_streams  # noqa: F401
 import tiny_views  # noqa: F401
 import torch
@@ -140,6 +142,20 @@ def alone(family: str, layout: Sequence[Sequence[int | str]], row: int, seed: in
     chosen = images(family, first + count, seed)[first:]
     pixels = [pixel for pixel, _ in chosen]
     return own | FAMILIES[family].join(pixels, [0] * len(pixels), 1)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The words that `GREEDY` chooses."""
+    return logits[..., : GREEDY["suppress_tokens"][0]].argmax(-1)
+
+
+def continued(family: str, inputs: Inputs, words: Tensor) -> Inputs:
+    """The inputs of one sample with words behind them, int64 [1,N]."""
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], words], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1),
+    }
+    return inputs | longer | FAMILIES[family].extras(longer)
 
 
 def candidates(family: str, inputs: Inputs) -> Tensor:

@@ -63,8 +63,8 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
             later = range(step.layer + 1, len(layers(model)))
             marks |= dict.fromkeys(later, step.prompt.slot_BS >= 0)
         return marks
-    for number, layer in enumerate(cache.layers):
-        held = getattr(layer, "_pumer_layout", None)
+    for number in range(len(cache.layers)):
+        held = kv_cache.layout(cache, number)
         if held is None:
             continue
         mark = torch.zeros(batch, length, dtype=torch.int64)
@@ -76,6 +76,50 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
         if source in marks:
             marks[number] = marks[source]
     return marks
+
+
+@contextmanager
+def shortened(model: nn.Module, keep_S: Tensor, renumber: bool = False) -> Iterator[nn.Module]:
+    """Give the language model of a stock model only these places of a prompt, bool [S], and all
+    that comes behind it. Of one sample without padding, and without a cache.
+
+    `renumber`: let positions count nothing else.
+    """
+    language = decoder(model)
+    stock = language.forward
+
+    def forward(**kwargs):
+        embeddings = kwargs["inputs_embeds"]
+        length = embeddings.shape[1]
+        behind = torch.arange(len(keep_S), length)
+        index = torch.cat([keep_S.nonzero()[:, 0], behind])
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(length)[None]
+        kwargs["attention_mask"] = torch.ones(1, len(index), dtype=torch.int64)
+        for name, value in kwargs.items():
+            if name != "attention_mask" and isinstance(value, Tensor):
+                value = value[..., index] if value.dtype == torch.int64 else value[:, index]
+                kwargs[name] = value
+        if renumber:
+            kwargs["position_ids"] = torch.arange(len(index))[None]
+        output = stock(**kwargs)
+        states = output.last_hidden_state
+        full = states.new_zeros(1, length, *states.shape[2:])
+        full[:, index] = states
+        output.last_hidden_state = full
+        return output
+
+    def count_anew(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"position_ids": torch.arange(args[0].shape[1])[None]}
+
+    with ExitStack() as stack:
+        if not find(model).keeps_positions:
+            for layer in layers(model):
+                handle = layer.register_forward_pre_hook(count_anew, with_kwargs=True)
+                stack.callback(handle.remove)
+        language.forward = forward
+        stack.callback(delattr, language, "forward")
+        yield model
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -379,21 +379,14 @@ def adapter_of(model: Any) -> Adapter | None:
 
     Plugins are loaded only if no built-in adapter lists the class itself.
     """
-    name = type(model).__name__
-    exact = next(
-        (adapter for adapter in _ADAPTERS if name in adapter.classes and adapter.fits(model)), None
-    )
+
+    def serving(cls: type, among: Iterable[Adapter]) -> Adapter | None:
+        return next((a for a in among if cls.__name__ in a.classes and a.fits(model)), None)
+
+    exact = serving(type(model), _ADAPTERS)
     if exact is not None:
         return exact
-    return next(
-        (
-            adapter
-            for parent in type(model).__mro__
-            for adapter in adapters()
-            if parent.__name__ in adapter.classes and adapter.fits(model)
-        ),
-        None,
-    )
+    return next(filter(None, (serving(cls, adapters()) for cls in type(model).__mro__)), None)
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:

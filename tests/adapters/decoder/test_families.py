@@ -11,7 +11,7 @@ import transformers
 from tiny_llm import answer, logits, near
 
 import pumer
-from pumer import PuMer, Random, Uniform
+from pumer import DivPrune, FoPru, HiPrune, PuMer, Random, SVDPrune, Uniform
 from pumer.adapters import find
 from pumer.adapters.decoder import kv_cache, prefill
 from pumer.reducers import FastV
@@ -23,8 +23,15 @@ PRUNING = {
     "fastv": FastV(keep=0.5, layer=1),
 }
 MERGING = PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
-ROWS_DIFFER = ("hunyuan_vl",)
-"""Whose stock model gives a sample with two images other logits in a batch than alone."""
+TOWER = (FoPru(keep=0.5), HiPrune(keep=0.5), SVDPrune(keep=0.5))
+"""Those that read attention, that of the middle and the last layer, and features."""
+BEFORE = DivPrune(keep=0.5)
+"""For families whose tokens leave before the language model alone."""
+ROWS = {"hunyuan_vl": [0, 2]}
+"""Rows of `LAYOUT` that the stock model answers as if they were alone, where two images in a batch
+mislead it."""
+ALONE = ("minimax_m3",)
+"""Whose stock model is misled by padding at the left: batches of one."""
 LOGITS = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -38,18 +45,40 @@ def model(family):
     return tiny_llm.model(family)
 
 
-def test_reducing_nothing_changes_nothing(model, family):
-    inputs = tiny_llm.batch(family, LAYOUT)
+@pytest.fixture(scope="module")
+def layout(family):
+    """The batch that a family is tested with."""
+    return LAYOUT[1:2] if family in ALONE else LAYOUT
+
+
+@pytest.fixture(scope="module")
+def rows(family, layout):
+    """Its samples that the stock model answers as if they were alone."""
+    return ROWS.get(family, range(len(layout)))
+
+
+@pytest.fixture(scope="module")
+def before_only(model):
+    return find(model).before_only(model)
+
+
+def test_reducing_nothing_changes_nothing(model, family, layout, before_only):
+    inputs = tiny_llm.batch(family, layout)
     stock, said = logits(model, inputs), answer(model, inputs, max_new_tokens=16)
-    with pumer.reduced(model, Uniform(prune=0, layers=(-1, 1))):
+    with pumer.reduced(model, Uniform(prune=0, layers=(-1,) if before_only else (-1, 1))):
         near(logits(model, inputs), stock)
         assert answer(model, inputs, max_new_tokens=16) == said
     assert torch.equal(logits(model, inputs), stock)  # and nothing is left behind
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_dropping_is_masking(model, family, name):
-    inputs = tiny_llm.batch(family, LAYOUT)
+def test_dropping_is_masking(model, family, layout, name, before_only):
+    inputs = tiny_llm.batch(family, layout)
+    if before_only:
+        with pytest.raises(ValueError, match="Take a reducer that acts before it") as error:
+            pumer.apply(model, PRUNING[name])
+        assert before_only in str(error.value)
+        return
     with pumer.reduced(model, PRUNING[name]):
         marks = oracle_llm.kept(model, inputs, generating=True)
         reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS))
@@ -66,36 +95,57 @@ def test_dropping_is_masking(model, family, name):
     assert not (gone & ~is_image).any()
 
 
-def rows(family):
-    """Samples of `LAYOUT` that the stock model answers as if they were alone."""
-    return [0, 2] if family in ROWS_DIFFER else [0, 1, 2]
+def test_dropping_before_is_a_shorter_prompt(model, family, layout, rows, before_only):
+    """Of which the stock model, without a cache, says the same."""
+    if not before_only:
+        pytest.skip("dropping is masking")
+    inputs = tiny_llm.batch(family, layout)
+    with pumer.reduced(model, BEFORE):
+        marks = oracle_llm.kept(model, inputs, generating=True)[0]
+        reduced = model.generate(**inputs, **(tiny_llm.GREEDY | LOGITS | {"max_new_tokens": 16}))
+        assert pumer.report(model).active
+    assert not (~marks & (inputs["input_ids"] != tiny_llm.IMAGE)).any()
+    said = reduced.sequences[:, -16:]
+    for row in rows:
+        alone = tiny_llm.alone(family, layout, row)
+        length = alone["input_ids"].shape[1]
+        stock = logits(model, alone)[0, -1]
+        answered = tiny_llm.continued(family, alone, said[row : row + 1, :-1])
+        with oracle_llm.shortened(model, marks[row, -length:]):
+            wanted = logits(model, answered, use_cache=False)[0, length - 1 :]
+        near(torch.stack(reduced.logits)[:, row], wanted)
+        assert torch.equal(tiny_llm.likeliest(wanted), said[row])
+        if (alone["input_ids"] == tiny_llm.IMAGE).any():
+            changed = (reduced.logits[0][row] - stock).abs().max()
+            assert changed > 1e-2, "the tokens dropped do not matter"
 
 
-def test_a_row_of_a_batch_is_the_sample_alone(model, family):
-    inputs = tiny_llm.batch(family, LAYOUT)
-    with pumer.reduced(model, MERGING):
+def test_a_row_of_a_batch_is_the_sample_alone(model, family, layout, rows, before_only):
+    inputs = tiny_llm.batch(family, layout)
+    with pumer.reduced(model, BEFORE if before_only else MERGING):
         together, said = logits(model, inputs), answer(model, inputs, max_new_tokens=3)
-        for row in rows(family):
-            alone = tiny_llm.alone(family, LAYOUT, row)
+        for row in rows:
+            alone = tiny_llm.alone(family, layout, row)
             length = alone["input_ids"].shape[1]
             near(together[row : row + 1, -length:], logits(model, alone))
             assert answer(model, alone, max_new_tokens=3) == said[row : row + 1]
 
 
-def test_a_reducer_sees_every_patch_and_no_structure(model, family):
-    patches = tiny_llm.patches(family, 3)
+def test_a_reducer_sees_every_patch_and_no_structure(model, family, layout):
+    patches = iter(tiny_llm.patches(family, 3))
+    expected = [sum(next(patches) for part in sample if part == "i") for sample in layout]
     with pumer.reduced(model, Random(prune=0.5)), pumer.trace(model) as steps:
-        logits(model, tiny_llm.batch(family, LAYOUT))
+        logits(model, tiny_llm.batch(family, layout))
     images = steps[0].prompt.images
-    per_sample = [sum(count for at, count, _ in images if at == row) for row in range(3)]
-    assert per_sample == [patches[0], patches[1] + patches[2], 0]
+    for row, num_patches in enumerate(expected):
+        assert sum(count for at, count, _ in images if at == row) == num_patches
     assert all(grid is None or grid[0] * grid[1] == count for _, count, grid in images)
 
 
-def test_structure_is_no_text(model, family):
+def test_structure_is_no_text(model, family, layout):
     """Ids from 50 on mark images, their rows and their crops; a sample without images counts
     none."""
-    inputs = tiny_llm.batch(family, LAYOUT)
+    inputs = tiny_llm.batch(family, layout)
     with pumer.reduced(model, Random(prune=0.5)):
         logits(model, inputs)
         text, _, _ = pumer.active(model).entry
@@ -103,16 +153,18 @@ def test_structure_is_no_text(model, family):
     assert text == int(((ids != tiny_llm.PAD) & (ids < 50)).sum(1).max())
 
 
-@pytest.mark.parametrize("reducer", [pumer.FoPru(keep=0.5), pumer.HiPrune(keep=0.5)])
-def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(model, family, reducer):
+@pytest.mark.parametrize("reducer", TOWER, ids=lambda reducer: reducer.name)
+def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(
+    model, family, layout, rows, reducer
+):
     if not find(model).reads_tower:
         with pytest.raises(ValueError, match="cannot be read"):
             pumer.apply(model, reducer)
         return
     with pumer.reduced(model, reducer):
-        together = logits(model, tiny_llm.batch(family, LAYOUT))
-        for row in rows(family):
-            alone = logits(model, tiny_llm.alone(family, LAYOUT, row))
+        together = logits(model, tiny_llm.batch(family, layout))
+        for row in rows:
+            alone = logits(model, tiny_llm.alone(family, layout, row))
             near(together[row : row + 1, -alone.shape[1] :], alone)
 
 
@@ -227,17 +279,6 @@ def test_a_cache_that_keeps_the_prompt_apart_is_for_one_prompt():
             cache.layers[1].crop(-1)
         cache.layers[1].reset()
     assert type(cache.layers[1]) is stock
-
-
-def test_layers_that_keep_a_state_are_refused():
-    """Where the language model of a known family is a hybrid one."""
-    model = tiny_llm.model("internvl")
-    layer = model.model.language_model.layers[2]
-    layer.short_conv = layer.self_attn
-    del layer.self_attn
-    with pytest.raises(ValueError, match=r"layer 2 .* has no attention"):
-        pumer.apply(model, PRUNING["fastv"])
-    assert pumer.active(model) is None
 
 
 def test_reductions_come_before_layers_whose_keys_others_read():

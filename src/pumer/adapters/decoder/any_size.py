@@ -55,6 +55,10 @@ class AnySizeAdapter(DecoderAdapter):
         every patch, unless they are `grouped`."""
         return None
 
+    def tower_prefix(self, model: nn.Module) -> int:
+        """Tokens before the patches of every image in the tower, where images lie in one row."""
+        return 0
+
     def structure(self, grid: Grid) -> Tensor | None:
         """Which of the placeholders of an image are no patches, bool [N]; None where all are."""
         return None
@@ -78,16 +82,18 @@ class AnySizeAdapter(DecoderAdapter):
         if not captured.needs:
             return [None] * len(lengths)
         order = self.token_order(trunk, captured)
-        features, heads = captured.features_RPD, captured.heads
+        # Images may go through the projector one by one.
+        features = torch.cat(captured.features, -2) if captured.features else None
+        heads = captured.heads
         middle_heads = captured.middle_heads or heads
         # Chunks of the sequence are given one by one, or all in one.
         wide, middle = (
             [torch.cat(part, 2) for part in zip(*captures, strict=True)]
             for captures in (heads, middle_heads)
         )
-        group = self.patches_per_token(trunk)
+        group, prefix = self.patches_per_token(trunk), self.tower_prefix(trunk)
         if heads and not self.padded:
-            group = wide[0].shape[2] // sum(lengths)
+            group = (wide[0].shape[2] - prefix * len(lengths)) // sum(lengths)
         encoders: list[Encoder | None] = []
         for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
             start = sum(lengths[:image_index])
@@ -100,17 +106,18 @@ class AnySizeAdapter(DecoderAdapter):
                 facts["features_BND"] = features.flatten(0, -2)[None, stretch]
             if heads:
                 row = slice(image_index, image_index + 1) if self.padded else slice(None)
-                first = 0 if self.padded else start * group
-                queries, keys = (part[row, :, first : first + length * group] for part in wide)
-                facts |= attention_of(captured.needs, queries, keys, first=False)
-                queries, keys = (part[row, :, first : first + length * group] for part in middle)
-                facts |= received_in_middle(captured.needs, queries, keys, first=False)
+                first = 0 if self.padded else start * group + image_index * prefix
+                behind = first + prefix + length * group
+                queries, keys = (part[row, :, first:behind] for part in wide)
+                facts |= attention_of(captured.needs, queries, keys, prefix)
+                queries, keys = (part[row, :, first:behind] for part in middle)
+                facts |= received_in_middle(captured.needs, queries, keys, prefix)
             token_facts = {}
             for name in captured.needs:
                 value = facts[name]
                 if value.shape[1] != length:
                     value = value if self.grouped else _in_order(value, order, start * group)
-                    value = self._per_token(value, grid, group)
+                    value = self._per_token(value, grid, value.shape[1] // length)
                     value = _in_order(value, order, start) if self.grouped else value
                 token_facts[name] = value
             encoders.append(Encoder(**token_facts))

@@ -27,25 +27,22 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import attention as decoder_attention
-from pumer.adapters.decoder import kv_cache, media, positions, prefill
+from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
-from pumer.adapters.decoder.parts import ATTENTION, named
 from pumer.adapters.decoder.prompt import (
     ForwardState,
     TokenLayout,
     current_state,
     enter_state,
 )
+from pumer.adapters.decoder.shorten import STATE
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
-STATE = "pumer_state"
-"""Keyword argument by which a call's state reaches the layers, and with them their
-recomputation."""
 ALONG_TOKENS = ("attention_mask", "position_embeddings", "position_ids")
 """Arguments of a layer that have an entry for every token."""
 
@@ -63,6 +60,7 @@ class DecoderHooks:
         self.capture = VisionCapture(patch.reducer.traits)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
+        self.shortens = spec.before_only(model) is not None
         self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
         self.traits = reducer.traits
         self._install(model)
@@ -78,13 +76,15 @@ class DecoderHooks:
         patch.wrap(language, "forward", _language_forward, self)
         for layer_index, layer in enumerate(language.layers):
             before_layer = partial(self._before_layer, language, layer_index)
+            if self.shortens:
+                before_layer = partial(shorten.before_layer, self)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if layer_index in self.acts_after and self.traits.needs_qk:
                 # The log-sum-exp serves causal attention alone: where all tokens see each other it
                 # sums over words of the answer, too, which must not guide.
                 decoder_attention.capture_qk(
                     patch,
-                    named(layer, ATTENTION),
+                    spec.layer_attention(layer),
                     partial(self._on_qk, layer_index),
                     normalizer=spec.causal,
                 )
@@ -126,6 +126,7 @@ class DecoderHooks:
             state.tower_images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
+            (short_cache if self.shortens else kv_cache).check(kv_cache.find(inputs))
             prefill.check_inputs(inputs)
         elif prefill.may_be_merged(inputs):
             warnings.warn(
@@ -179,7 +180,7 @@ class DecoderHooks:
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
             return args[:1], kwargs
-        causal = getattr(named(module, ATTENTION), "is_causal", True)
+        causal = getattr(self.spec.layer_attention(module), "is_causal", True)
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(
@@ -335,7 +336,10 @@ def _language_forward(
             state.inputs = dict(kwargs)
         if state.tower_images and hooks.spec.placeholder_hook is None:
             media.find_placeholders(hooks, state, kwargs["inputs_embeds"])
-        output = stock(*args, **kwargs, **{STATE: state})
+        if hooks.shortens:
+            output = shorten.run(hooks, state, stock, args, kwargs)
+        else:
+            output = stock(*args, **kwargs, **{STATE: state})
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output

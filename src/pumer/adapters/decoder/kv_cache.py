@@ -29,6 +29,10 @@ from pumer.adapters.forward import max_length
 _ATTRIBUTE = "_pumer_layout"
 NAMES = ("cache", "past_key_values")
 """What transformers calls the cache, from 5.24 on and before."""
+NEEDS_REDUCER = (
+    "this cache holds fewer tokens than its prompt had, which only the reduced model knows how to "
+    "mask: decode with the model and the reducer that filled it, or prefill again without a reducer"
+)
 APART = "reference_sliding_attention"
 """The type of a layer that keeps its prompt, and of what is written behind it a window."""
 HOLDS_NOTHING = "DummyLayer"
@@ -83,6 +87,16 @@ class CacheLayout:
             )
         return self.derived[key]
 
+    def cropped(self, counted: int, tokens_to_remove: int) -> tuple[CacheLayout, int]:
+        """The layout once that many tokens, a number below 0, of `counted` ones are gone, and how
+        many of them are here."""
+        remaining = counted + tokens_to_remove
+        if tokens_to_remove >= 0 or remaining >= self.covered:
+            return self, tokens_to_remove
+        layout = self.crop_to(remaining)
+        gone = self.covered - counted + layout.position_BK.shape[1] - self.position_BK.shape[1]
+        return layout, gone
+
     def select(self, rows: Tensor | int) -> CacheLayout:
         """The layout of the samples with these indices, or of every sample so many times."""
         if rows not in self.derived:
@@ -105,26 +119,13 @@ class ReducedDynamicLayer(DynamicLayer):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if current_state() is None:
-            raise ValueError(
-                "this cache holds fewer tokens than its prompt had, which only the reduced model "
-                "knows how to mask: "
-                "decode with the model and the reducer that filled it, or prefill again without a "
-                "reducer"
-            )
+            raise ValueError(NEEDS_REDUCER)
         return super().update(*args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many tokens as the model counts them: those of them that are here."""
         layout, counted = self._pumer_layout, self.get_seq_length()
-        remaining = counted + tokens_to_remove
-        if tokens_to_remove < 0 and remaining < layout.covered:
-            self._pumer_layout = layout.crop_to(remaining)
-            tokens_to_remove = (
-                layout.covered
-                - counted
-                + self._pumer_layout.position_BK.shape[1]
-                - layout.position_BK.shape[1]
-            )
+        self._pumer_layout, tokens_to_remove = layout.cropped(counted, tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -257,6 +258,8 @@ def _is_apart(layer: Any) -> bool:
 def layout(cache: Any, layer_index: int) -> CacheLayout | None:
     """What a layer of a cache holds; None for all, as in every cache that no reduced forward has
     filled."""
+    if hasattr(cache, _ATTRIBUTE):  # all layers hold the same
+        return getattr(cache, _ATTRIBUTE)  # type: ignore[no-any-return]
     layers = getattr(cache, "layers", ())
     return getattr(layers[layer_index], _ATTRIBUTE, None) if layer_index < len(layers) else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pumer.adapters.base import Patch, timed
-from pumer.adapters.decoder import kv_cache
+from pumer.adapters.decoder import kv_cache, short_cache
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 
 
@@ -28,7 +28,10 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
         return
     last = state.layouts[-1]
     _record(patch, state)
-    if cache is not None:
+    if cache is not None and state.hooks.shortens:
+        if not last.unreduced:
+            short_cache.write(cache, _cache_layout(state, last, kv_cache.layout(cache, 0)))
+    elif cache is not None:
         kv_cache.write(cache, _cache_layouts(state, cache))
     if last.unreduced:
         return
@@ -49,7 +52,9 @@ def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tenso
     if states_BKD.ndim == 4:
         return torch.stack([expand_states(stream_BKD, layout, length) for stream_BKD in states_BKD])
     at_BS = layout.index_of_survivor(length).to(states_BKD.device)
-    return states_BKD.gather(1, at_BS[..., None].expand(-1, -1, states_BKD.shape[2]))
+    # Some language models have several streams of states, which are further axes.
+    at_BSD = at_BS.view(*at_BS.shape, *[1] * (states_BKD.ndim - 2))
+    return states_BKD.gather(1, at_BSD.expand(-1, -1, *states_BKD.shape[2:]))
 
 
 def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: int) -> Tensor:
@@ -105,6 +110,16 @@ def kept_positions(state: ForwardState, layout: TokenLayout) -> Tensor:
     return positions_BK.masked_fill(~real_BK, -1).gather(1, order_BK)
 
 
+def _cache_layout(
+    state: ForwardState, layout: TokenLayout, cached: kv_cache.CacheLayout | None
+) -> kv_cache.CacheLayout:
+    """What a layer holds after this call that held `cached` before it."""
+    positions = layout.index_BK + state.past, layout.filled_BK
+    if state.past:
+        positions = kv_cache.with_cached(cached, state.past, None, *positions)
+    return kv_cache.CacheLayout(*positions, state.past + state.length)
+
+
 def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheLayout]:
     """What every layer with fewer tokens holds after this call."""
     layouts: dict[Any, kv_cache.CacheLayout] = {}
@@ -118,9 +133,6 @@ def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheL
         cached = kv_cache.layout(cache, layer_index)
         key = id(layout), id(cached)
         if key not in layouts:  # layers that hold the same tokens share one, and one mask
-            positions = layout.index_BK + state.past, layout.filled_BK
-            if state.past:
-                positions = kv_cache.with_cached(cached, state.past, None, *positions)
-            layouts[key] = kv_cache.CacheLayout(*positions, state.past + state.length)
+            layouts[key] = _cache_layout(state, layout, cached)
         result[layer_index] = layouts[key]
     return result

@@ -1,5 +1,5 @@
-"""Mistral 3, LightOnOCR and Pixtral 12B, whose tower is Pixtral's (Agrawal et al., 2024), as
-transformers has them."""
+"""Mistral 3, Mistral Large 4, LightOnOCR and Pixtral 12B, whose tower is Pixtral's (Agrawal et al.,
+2024), as transformers has them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class PixtralAdapter(AnySizeAdapter):
         "Mistral3Model",
         "LightOnOcrForConditionalGeneration",
         "LightOnOcrModel",
+        "MistralLarge4ForConditionalGeneration",
+        "MistralLarge4Model",
     )
     image_delimiters = (0, 1)
     on_host = ("image_sizes",)

@@ -32,7 +32,6 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 def check_inputs(inputs: dict[str, Any]) -> None:
     """Raise ValueError for a prefill that cannot be reduced."""
-    kv_cache.check(kv_cache.find(inputs))
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise ValueError(

@@ -307,6 +307,9 @@ class ForwardState:
         entry: (text, image, grid) before anything was reduced.
         trunk_entered: whether the model without its head has begun.
         language_entered: whether the language model has.
+        in_language: whether it runs now, on a prompt that may have been made shorter before it.
+        shortened: whether that prompt, or one in the cache, was.
+        counted_BK: positions of its tokens, counted anew, where layers cannot be told others.
     """
 
     hooks: Any
@@ -334,6 +337,9 @@ class ForwardState:
     entry: tuple[int, int, Grid | None] | None = None
     trunk_entered: bool = False
     language_entered: bool = False
+    in_language: bool = False
+    shortened: bool = False
+    counted_BK: Tensor | None = None
 
     def positions_of(
         self, layout: TokenLayout | None, batch: int, device: torch.device

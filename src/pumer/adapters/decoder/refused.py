@@ -5,13 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-STATES = (
-    "Some layers of its language model keep a state in place of keys (linear attention, state "
-    "spaces or short convolutions), from which no token can be taken out."
-)
-SELECTS = (
-    "Its attention chooses keys by an index of its own, which counts every token of the prompt."
-)
 RESAMPLES = "A Q-former or resampler leaves the language model a few dozen tokens of an image."
 CROSS = "Its text looks at images by cross-attention; they are not among the words."
 ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
@@ -26,27 +19,6 @@ INITIAL = (
 NO_IMAGES = "It takes no images."
 
 _CLASSES = {
-    STATES: (
-        "Glm5NextForConditionalGeneration",
-        "Inkling2ForConditionalGeneration",
-        "Inkling2LoopForConditionalGeneration",
-        "InklingForConditionalGeneration",
-        "Lfm2VlForConditionalGeneration",
-        "Lfm3VlForConditionalGeneration",
-        "MiniCPMOcrForConditionalGeneration",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "MiniCPMV4_7ForConditionalGeneration",
-        "NemotronH_Omni_Reasoning_V3",
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForConditionalGeneration",
-    ),
-    SELECTS: (
-        "Dots3NoteForConditionalGeneration",
-        "HYV4VLForConditionalGeneration",
-        "MiniMaxM3SparseForConditionalGeneration",
-        "MistralLarge4ForConditionalGeneration",
-    ),
     RESAMPLES: (
         "Blip2ForConditionalGeneration",
         "Idefics2ForConditionalGeneration",

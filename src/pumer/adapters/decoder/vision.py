@@ -142,17 +142,17 @@ def vision_features(
 
 
 def attention_of(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the
     logits.
 
-    `first` is whether the first token, such as [CLS], is no patch.
+    `first` is how many of the first tokens, such as [CLS], are no patches.
     """
     facts = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
     facts |= {
-        "keys_BNC": keys_RHPC.mean(1)[:, int(first) :],
-        "queries_BNC": queries_RHPC.mean(1)[:, int(first) :],
+        "keys_BNC": keys_RHPC.mean(1)[:, first:],
+        "queries_BNC": queries_RHPC.mean(1)[:, first:],
     }
     # Scaled before they are multiplied: in half precision the products alone may be too large.
     queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
@@ -165,16 +165,16 @@ def attention_of(
         for part in queries_RHPC.split(AT_ONCE, 2):
             attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
             received.append(attention.sum((1, 2)))
-            paid.append(attention[..., int(first) :].mean((1, 3)))
+            paid.append(attention[..., first:].mean((1, 3)))
         facts[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
-            :, int(first) :
+            :, first:
         ]
-        facts[GIVEN] = torch.cat(paid, 1)[:, int(first) :]
+        facts[GIVEN] = torch.cat(paid, 1)[:, first:]
     return facts
 
 
 def received_in_middle(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of the layer that a reducer names; arguments as for `attention_of`."""
     if MIDDLE_RECEIVED not in needs:
@@ -184,13 +184,13 @@ def received_in_middle(
 
 
 def all_heads_as_one(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of the tower's last layer; arguments as for `attention_of`."""
     if not OF_LAST_LAYER & needs:
         return {}
     keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
-    facts = {LAST_KEYS: keys_RPC[:, int(first) :]}
+    facts = {LAST_KEYS: keys_RPC[:, first:]}
     if LAST_CLASS_ATTENTION in needs:
         query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
         logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
