@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_llm
+import tiny_retrieval
 import torch
 import transformers
 from PIL import Image
@@ -84,6 +85,10 @@ def checkpoints(monkeypatch, tmp_path):
     )
     replace(transformers.ViltProcessor, lambda: joint)
     replace(transformers.AutoProcessor, lambda: decoder)
+    pages = Processor(lambda: tiny_retrieval.batch("colpali", ((4, "i", 6),)))
+    pages.score_retrieval = functools.partial(transformers.ColPaliProcessor.score_retrieval, None)
+    replace(transformers.ColPaliProcessor, lambda: pages)
+    replace(transformers.ColPaliForRetrieval, lambda: tiny_retrieval.model("colpali"))
     replace(transformers.AutoModelForImageTextToText, lambda: tiny_llm.model("llava"))
     monkeypatch.setattr(pumer, "load_official", lambda path: vilt())
     # What a document registers is gone with it.

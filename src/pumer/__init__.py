@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pumer._version import __version__
 
 if TYPE_CHECKING:
-    from pumer.api import active, apply, kept, reduced, remove, trace
+    from pumer.api import active, apply, kept, reduced, remove, trace, vectors
     from pumer.costs.report import report
     from pumer.costs.result import Report
     from pumer.hub import load, load_official, save, save_official
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
 
 _FROM = {
-    "pumer.api": ("active", "apply", "kept", "reduced", "remove", "trace"),
+    "pumer.api": ("active", "apply", "kept", "reduced", "remove", "trace", "vectors"),
     "pumer.costs.report": ("report",),
     "pumer.costs.result": ("Report",),
     "pumer.hub": ("load", "load_official", "save", "save_official"),
@@ -127,4 +127,5 @@ __all__ = [
     "save",
     "save_official",
     "trace",
+    "vectors",
 ]

@@ -1,10 +1,10 @@
-"""The verbs on a live model: apply, remove, reduced, kept, trace."""
+"""The verbs on a live model: apply, remove, reduced, kept, vectors, trace."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -320,6 +320,42 @@ def kept(model: nn.Module) -> Tensor:
             "nothing was reduced yet: call pumer.apply(model, ...), then the model with images"
         )
     return patch.kept
+
+
+def vectors(model: nn.Module, **inputs: Any) -> list[Tensor]:
+    """The vectors that a retriever makes of pages or queries, reduced or not: of every sample a
+    tensor [N,D] with those of its real tokens.
+
+    For an index of pages, and for `processor.score_retrieval`, which compares such lists.
+
+    Args:
+        model: ColPali or its like.
+        inputs: of its `forward`.
+
+    Raises:
+        ValueError: if it gives no vectors.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.ColPaliConfig(vlm_config=llava.config, embedding_dim=8)
+        >>> retriever = transformers.ColPaliForRetrieval(config)
+        >>> queries = pumer.vectors(retriever, input_ids=torch.tensor([[1, 5, 9]]))
+        >>> [query.shape for query in queries]
+        [torch.Size([3, 8])]
+    """
+    output = model(**inputs)
+    embeddings = getattr(output, "embeddings", None)
+    if embeddings is None:
+        raise ValueError(
+            f"{type(model).__name__} gives no embeddings: vectors are of retrievers such as "
+            "ColPaliForRetrieval"
+        )
+    mask = getattr(output, "attention_mask", None)
+    mask = inputs.get("attention_mask") if mask is None else mask
+    if mask is None:
+        return list(embeddings)
+    real = mask.to(embeddings.device).bool()
+    return [rows[is_real] for rows, is_real in zip(embeddings, real, strict=True)]
 
 
 @contextmanager

@@ -12,9 +12,12 @@ from pathlib import Path
 import tiny_cross
 import tiny_joint
 import tiny_llm
+import tiny_pi0
 import tiny_resamplers  # noqa: F401  # each registers its families
+import tiny_retrieval
 import tiny_streams
 import tiny_writers  # noqa: F401
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
@@ -23,12 +26,14 @@ from pumer.adapters.decoder.shorten import SELECTS, STATES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()), key=str.lower)
+RETRIEVERS = sorted(name for name in dir(transformers) if name.endswith("ForRetrieval"))
+"""Classes that make several vectors of a page, for late interaction."""
 NOTES = {
     "Llama4ForConditionalGeneration": "transformers 5.24.0 fails on it, reduced or not "
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
-OTHERS = (tiny_streams.diffusion_gemma,)
+OTHERS = (tiny_streams.diffusion_gemma, tiny_pi0.model)
 """Builders of models that do not go through the matrix, but tests of their own."""
 STRUCTURE = (
     (
@@ -61,6 +66,7 @@ def reduced_classes() -> dict[str, list[tuple[str, str, str, str]]]:
     are merged inside the vision tower, and what can be read of the tower's attention."""
     result: dict[str, list[tuple[str, str, str, str]]] = {}
     builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
+    builders += [partial(tiny_retrieval.model, name) for name in tiny_retrieval.RETRIEVERS]
     for build in builders:
         model = build()
         adapter = find(model)
@@ -180,6 +186,31 @@ def table() -> str:
         "|---|---|",
     ]
     lines += [f"| {name} | {REFUSED[name]} |" for name in CLASSES if name in REFUSED]
+    lines += [
+        "",
+        "## Retrieval of pages",
+        "",
+        f"Of the {len(RETRIEVERS)} classes that make several vectors of a page, "
+        f"{sum(name in reduced for name in RETRIEVERS)} are reduced, in the same places; the "
+        "output has a vector for every",
+        "token left, and a mask ([retrieval.md](retrieval.md)).",
+        "",
+        "| class | family | tower | attention |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | " + " | ".join(row) + " |"
+            for name in RETRIEVERS
+            for row in reduced.get(name, ())
+        ),
+        "",
+        *(f"Refused: {name}. {REFUSED[name]}" for name in RETRIEVERS if name in REFUSED),
+        "",
+        "## Control",
+        "",
+        "PI0 is among the classes at the top: the cameras' images are reduced before and inside "
+        "PaliGemma, and the layers of its",
+        "expert attend to the tokens that are left in theirs.",
+    ]
     lines += [
         "",
         "Of a model that is not here, [add-a-model.md](add-a-model.md) says what a family needs.",

@@ -141,7 +141,9 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
             "DeepseekVLHybrid FastVlm Fuyu GotOcr2 Janus LightOnOcr Mistral3 Ovis2 QianfanOCR "
             "VipLlava Molmo2"
         ),
-        "dc8eb48fa0367d32": ("LlavaNext SmolVLM Step3p7 DeepseekOcr2 UnlimitedOcr Granite4Vision"),
+        "dc8eb48fa0367d32": (
+            "LlavaNext ModernVBert SmolVLM Step3p7 DeepseekOcr2 UnlimitedOcr Granite4Vision"
+        ),
         "3b5e8a3ce6008fc9": (
             "LlavaOnevision Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe CohereCompass Cosmos3Edge "
             "Cosmos3Omni Ernie4_5_VLMoe Exaone4_5_ HyperCLOVAXVisionV2 Kimi_K25 "

@@ -54,10 +54,15 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
         settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
         cache = kv_cache.find(model.generate(**inputs, **settings))
     else:
-        with torch.no_grad():
+        with torch.no_grad(), pumer.trace(model) as steps:
             cache = kv_cache.find(model(**inputs, use_cache=True))
     batch, length = inputs["input_ids"].shape
     marks = {}
+    if cache is None:  # an encoder
+        for step in steps:
+            later = range(step.layer + 1, len(layers(model)))
+            marks |= dict.fromkeys(later, step.prompt.slot_BS >= 0)
+        return marks
     for number in range(len(cache.layers)):
         held = kv_cache.layout(cache, number)
         if held is None:
@@ -118,10 +123,13 @@ def shortened(model: nn.Module, keep_S: Tensor, renumber: bool = False) -> Itera
 
 
 @contextmanager
-def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn.Module]:
+def masked(
+    model: nn.Module, marks: Kept, renumber: bool = False, of: nn.Module | None = None
+) -> Iterator[nn.Module]:
     """Hide the other places of the prompt from every layer of a stock model, also in decoding.
 
     `renumber`: let every layer count positions as if they were not there.
+    `of`: the decoder whose layers they are hidden from; by default the language model.
     """
     assert pumer.active(model) is None
 
@@ -129,6 +137,8 @@ def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn
         def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             states, mask = args[0], kwargs["attention_mask"]
             batch, queries, _ = states.shape[-3:]  # of one stream, where there are several
+            if mask is None and kv_cache.find(kwargs) is None and not hasattr(layer, "self_attn"):
+                mask = torch.ones(batch, 1, queries, queries, dtype=torch.bool)
             if mask is None:
                 cache = kv_cache.find(kwargs)
                 past = 0 if cache is None else cache.get_seq_length()
@@ -153,7 +163,8 @@ def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn
 
     with ExitStack() as stack:
         for number, keep in marks.items():
-            layer, hook = layers(model)[number], hide(number, keep)
+            layer = (layers(model) if of is None else of.layers)[number]
+            hook = hide(number, keep)
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield model

@@ -8,11 +8,9 @@ from typing import Any
 from torch import nn
 
 from pumer._suggest import did_you_mean
-from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
+from pumer.adapters.base import Adapter, adapter_of, adapters
 from pumer.adapters.decoder import refused
 
-MERGES_IMAGES = ("ColQwen2ForRetrieval",)
-"""Classes that contain a supported model, and merge image features into its `inputs_embeds`."""
 EXAMPLES = ("ViLT", "METER", "LLaVA 1.5", "Qwen-VL", "InternVL", "GLM-V", "Mistral 3", "Gemma 4")
 """Families that an error names, out of more than a line holds."""
 WRAPPED = ("base_model", "module", "_orig_mod")
@@ -43,13 +41,11 @@ def _hint(model: Any, name: str) -> str:
     if reason is not None:
         return f" {reason}"
     inner = _inside(model)
-    if is_a(model, MERGES_IMAGES):
-        return (
-            f" It merges images into the prompt itself, so that the {inner} inside cannot be "
-            "reduced either."
-        )
     if inner:
-        return f" It contains a {inner}: pass that module instead."
+        return (
+            f" It contains a {inner}: if it gives that pixel_values, pass that module, and see "
+            "whether pumer.report says that it is active."
+        )
     if isinstance(model, str):
         return " Give the model itself: from_pretrained or pumer.load reads it."
     return did_you_mean(name, {name for adapter in adapters() for name in adapter.classes})

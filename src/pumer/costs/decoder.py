@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumer.adapters.base import config_of
 from pumer.adapters.decoder.costs import DecoderCosts, expert_weights, experts_per_token
 from pumer.adapters.decoder.recurrent import state_macs
 from pumer.adapters.macs import linear_weights
@@ -115,7 +114,7 @@ def _until(tokens: int | None) -> str:
 def decoding(model: nn.Module, adapter: DecoderCosts, report: Report) -> DecoderReport:
     """Extend a report by the costs of decoding."""
     head = adapter.head_macs(model)
-    top_k = experts_per_token(config_of(model).get_text_config())
+    top_k = experts_per_token(adapter.config(model).get_text_config())
     layers = list(zip(adapter.layers(model), adapter.passes(model), strict=True))
     linear = sum(
         times * (linear_weights(layer) + expert_weights(layer, top_k)) for layer, times in layers
@@ -139,7 +138,7 @@ def _cached(
     cached = adapter.cached_tokens(model, lengths)
     if cached is not None:
         return cached
-    config = config_of(model).get_text_config()
+    config = adapter.config(model).get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * adapter.depth(model)
     counts = [sum(pair) for pair in lengths[:-1]]
     window = getattr(config, "sliding_window", None) or math.inf

@@ -11,6 +11,7 @@ from pumer.costs.reducer import NO_COST, ReducerCost
 
 Lengths = tuple[tuple[int, int], ...]
 GIGA = 1e9
+HEADS = ("expert", "head")
 TOWERS = ("text encoder", "vision tower", "projection")
 IMAGE_PARTS = ("embedding", "vision tower", "projection")
 """Parts that run once per image if a model with towers scores it with several texts."""
@@ -173,7 +174,9 @@ class Report:
             share = f"{(layer.text + layer.image) / entry_length * 100:.0f} %"
             costs = (f"{cost / GIGA:.3f}" for cost in (layer.macs, layer.base_macs))
             rows.append((str(layer.layer), str(layer.text), str(layer.image), share, *costs))
-        rows.append(("head", "", "", "", *self._giga("head")))
+        for part in HEADS:
+            if part in self.parts:
+                rows.append((part, "", "", "", *self._giga(part)))
         rows.append(
             ("total", "", "", "", f"{self.macs / GIGA:.3f}", f"{self.base_macs / GIGA:.3f}")
         )

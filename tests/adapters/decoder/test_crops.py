@@ -186,3 +186,13 @@ def test_the_projector_sees_all_again_once_it_is_off():
     tiny_llm.logits(model, inputs)
     pumer.remove(model)
     tiny_llm.near(tiny_llm.logits(model, inputs), stock)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "idefics3"])
+def test_a_sample_without_images_takes_no_crop_from_the_next(family):
+    layout = ((4, "i", 6), (5,), (2, "i", 3))
+    model, inputs = tiny_llm.model(family), tiny_llm.batch(family, layout)
+    with pumer.reduced(model, DivPrune(keep=0.5)), pumer.trace(model) as traced:
+        tiny_llm.logits(model, inputs)
+    images = traced[0].prompt.images
+    assert [(sample, count) for sample, count, _ in images] == [(0, 4), (2, 12)]

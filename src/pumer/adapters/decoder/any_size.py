@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, config_of
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.prompt import ImageSpan
@@ -33,7 +33,7 @@ class AnySizeAdapter(DecoderAdapter):
     """Whether every image is a row of its own in the tower."""
 
     def patches_per_token(self, model: nn.Module) -> int:
-        vision = config_of(model).vision_config
+        vision = self.config(model).vision_config
         return int(getattr(vision, "spatial_merge_size", 1) ** 2)
 
     def default_grid(self, model: nn.Module) -> Grid:

@@ -114,14 +114,17 @@ def _attend(
             output = attend(module, query, key, value, *args, **kwargs)
     finally:
         _inside.reset(token)
-    capturing.on_qk(*normalize_qk_scale(module, query, key), kwargs)
+    capturing.on_qk(*normalize_qk_scale(module, query, key, kwargs.get("scaling")), kwargs)
     return output
 
 
-def normalize_qk_scale(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_qk_scale(
+    attention: Any, queries: Tensor, keys: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Queries and keys whose products over sqrt(C) are the layer's logits, whatever it scales by,
-    detached."""
-    scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+    detached. `scaling` is what its kernel was told."""
+    if scaling is None:
+        scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
     factor = scaling * queries.shape[-1] ** 0.5
     queries = queries.detach()
     return queries if abs(factor - 1) < 1e-6 else queries * factor, keys.detach()
@@ -176,7 +179,7 @@ def slice_attention_mask(
         if filled_BK is None or backend.startswith("flash"):
             return filled_BK
         if not causal:
-            return _as(filled_BK[:, None, None], backend, dtype)
+            return _as(filled_BK[:, None, None].expand(-1, -1, queries, -1), backend, dtype)
         rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
         visible_BQK = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
         return _as(visible_BQK[:, None], backend, dtype)

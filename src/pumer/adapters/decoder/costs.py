@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pumer.adapters.base import config_of
 from pumer.adapters.decoder.parts import (
     DecoderParts,
     tower_layers,
@@ -26,7 +25,7 @@ class DecoderCosts(DecoderParts):
     """Multiply-accumulates of every part."""
 
     decodes: ClassVar[bool] = True
-    """Whether the layers that are reduced also write the answer, from their own cache."""
+    """Whether the layers that are reduced also write an answer, from their own cache."""
 
     def cached_tokens(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]]
@@ -41,7 +40,7 @@ class DecoderCosts(DecoderParts):
         """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
         pairs of tokens, states and short convolutions token by token, and of the experts of a layer
         those that one token goes through."""
-        top_k = experts_per_token(config_of(model).get_text_config())
+        top_k = experts_per_token(self.config(model).get_text_config())
         result = []
         for index, (layer, pair) in enumerate(zip(self.layers(model), lengths[:-1], strict=True)):
             count, attention = sum(pair), self.layer_attention(layer)
@@ -100,7 +99,7 @@ class DecoderCosts(DecoderParts):
 
     def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
         """(layers, channels, heads) of the vision tower."""
-        config = config_of(model).vision_config
+        config = self.config(model).vision_config
         depth = getattr(config, "num_hidden_layers", None) or config.depth
         width = getattr(config, "embed_dim", None) or config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or config.num_heads

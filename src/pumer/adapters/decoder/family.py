@@ -16,7 +16,7 @@ from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
 from pumer.adapters.decoder.parts import feature_depth, tower_layers
-from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
+from pumer.adapters.decoder.prompt import CropGroups, ForwardState, ImageSpan, shift
 from pumer.adapters.decoder.recurrent import state_macs
 from pumer.adapters.decoder.shorten import BEFORE, SELECTS, STATES
 from pumer.adapters.decoder.vision import (
@@ -64,6 +64,11 @@ class DecoderAdapter(DecoderCosts):
     images."""
     along_tokens: ClassVar[tuple[str, ...]] = ()
     """Arguments of a layer that have an entry for every token, besides masks and positions."""
+    merges_images: ClassVar[bool] = False
+    """Whether the whole model puts features there before it calls its trunk, with embeddings alone;
+    `placeholder_hook` is then None."""
+    entrances: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods of the whole model that begin a call."""
     keeps_positions: ClassVar[bool] = True
     """Whether layers may be told positions with gaps between them; otherwise they count what is
     left, besides what is rotated by its position."""
@@ -211,6 +216,14 @@ class DecoderAdapter(DecoderCosts):
             return None
         rows, columns = self.default_grid(trunk)
         return CropGroups.of(image_BS, rows * columns, features, gap=self.crop_gap)
+
+    def images_in_prompts(self, images: list[ImageSpan], inputs: dict[str, Any]) -> list[ImageSpan]:
+        """Those of the images of a call that its prompts have placeholders for."""
+        return images
+
+    def output(self, state: ForwardState, output: Any) -> Any:
+        """What the whole model gives, from what the stock one would give."""
+        return output
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         """Change what is peculiar to the family."""

@@ -70,14 +70,14 @@ class DecoderHooks:
     def _install(self, model: nn.Module) -> None:
         patch, spec = self.patch, self.spec
         trunk, language = self.trunk, self.language
-        if model is not trunk:
-            parameters = inspect.signature(model.forward)
-            patch.wrap(model, "forward", _model_forward, self, parameters, adds=(QUESTION_MASK,))
+        for name in spec.entrances if model is not trunk else ():
+            parameters = inspect.signature(getattr(model, name))
+            patch.wrap(model, name, _model_forward, self, parameters, adds=(QUESTION_MASK,))
         parameters = inspect.signature(trunk.forward)
         patch.wrap(trunk, "forward", _trunk_forward, self, parameters, adds=(QUESTION_MASK,))
         patch.wrap(language, "forward", _language_forward, self)
         for layer_index, layer in enumerate(language.layers):
-            before_layer = partial(self._before_layer, layer_index)
+            before_layer = partial(self._before_layer, language, layer_index)
             if self.shortens:
                 before_layer = partial(shorten.before_layer, self)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
@@ -86,10 +86,15 @@ class DecoderHooks:
                 # sums over words of the answer, too, which must not guide.
                 decoder_attention.capture_qk(
                     patch,
-                    layer.self_attn,
+                    spec.layer_attention(layer),
                     partial(self._on_qk, layer_index),
                     normalizer=spec.causal,
                 )
+        for follower in spec.followers(model):
+            patch.wrap(follower, "forward", _follower_forward, self)
+            for layer_index, layer in enumerate(follower.layers):
+                before_layer = partial(self._before_layer, follower, layer_index)
+                patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         self.capture.install(patch, spec, model)
         patch.wrap(trunk, "get_image_features", media.image_features, self)
         if hasattr(trunk, "get_video_features"):
@@ -129,8 +134,8 @@ class DecoderHooks:
         elif prefill.may_be_merged(inputs):
             warnings.warn(
                 "nothing was reduced in a call that brings inputs_embeds alone: if images are "
-                "merged into "
-                "them already, give this model pixel_values instead",
+                "merged into them already, give this model pixel_values instead, or pumer.apply "
+                "the model around it that merges them",
                 stacklevel=4,
             )
 
@@ -151,7 +156,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, language: Any, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -178,9 +183,13 @@ class DecoderHooks:
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
             return args[:1], kwargs
+        attention = self.spec.layer_attention(module)
+        causal = self.spec.causal and getattr(attention, "is_causal", True)
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in along_tokens if name in kwargs}
-        select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
+        select = partial(
+            self._select, language, causal, state, key_layer, along, layout, cached, states_BKD
+        )
         selected = state.memoize((*along.values(), layout, cached), select)
         kwargs |= {
             name: value for name, value in selected.items() if name in kwargs or value is not None
@@ -218,6 +227,8 @@ class DecoderHooks:
 
     def _select(
         self,
+        language: Any,
+        causal: bool,
         state: ForwardState,
         layer_index: int,
         along: dict[str, Any],
@@ -228,12 +239,14 @@ class DecoderHooks:
         """Arguments of a layer for the tokens that it has, and those that its cache holds.
 
         Args:
+            language: whose layer it is.
+            causal: whether the kernel of its attention shows a token only those before it.
             along: those of the unreduced model (`ALONG_TOKENS`).
             layout: tokens of the layer; None for those of the prompt.
             cached: what its cache holds; None for every token.
             states_BKD: that it runs on.
         """
-        implementation: str = self.language.config._attn_implementation
+        implementation: str = language.config._attn_implementation
         position_BL, filled_BL = state.positions_of(layout, len(states_BKD), states_BKD.device)
         offset = 0
         if state.past:
@@ -257,7 +270,7 @@ class DecoderHooks:
             state.length,
             implementation,
             states_BKD.dtype,
-            self.spec.causal,
+            causal,
         )
         if layout is not None:
             for name in ("position_embeddings", "position_ids"):
@@ -265,9 +278,7 @@ class DecoderHooks:
                     along[name], layout.index_BK, state.length
                 )
         if self.patch.renumber:
-            selected |= positions.renumber(
-                self.language, state, layer_index, layout, cached, selected
-            )
+            selected |= positions.renumber(language, state, layer_index, layout, cached, selected)
         if layout is not None and implementation.startswith("flash"):
             # It would take gaps between positions for the ends of packed sequences.
             selected["position_ids"] = None
@@ -289,13 +300,13 @@ def _model_forward(
     question_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of the whole model's `forward`: the same, and its arguments recorded.
+    """In place of the whole model's `forward`, or another entrance: the arguments are recorded.
 
     A forward hook would miss direct calls of `forward`, as PEFT makes them.
     """
     with enter_state(ForwardState(hooks)) as state:
         state.call_kwargs = _bind(signature, args, kwargs) | {QUESTION_MASK: question_mask}
-        return stock(*args, **kwargs)
+        return hooks.spec.output(state, stock(*args, **kwargs))
 
 
 def _trunk_forward(
@@ -314,6 +325,10 @@ def _trunk_forward(
         inputs = _bind(signature, args, kwargs)
         if trunk is hooks.model:  # which has no model around it that would have done so
             state.call_kwargs |= inputs
+        elif hooks.spec.merges_images and state.call_kwargs.get("inputs_embeds") is None:
+            # What the prompts were before images came into them, only the model around it was told.
+            of_trunk = {name: value for name, value in inputs.items() if value is not None}
+            inputs = state.call_kwargs | of_trunk
         hooks.begin(state, inputs)
         return stock(*args, **kwargs)
 
@@ -335,3 +350,11 @@ def _language_forward(
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output
+
+
+def _follower_forward(
+    follower: Any, stock: Callable[..., Any], hooks: DecoderHooks, *args: Any, **kwargs: Any
+) -> Any:
+    """In place of the `forward` of a decoder that goes on with the cache: a call by itself."""
+    with enter_state(ForwardState(hooks)) as state:
+        return stock(*args, **kwargs, **{STATE: state})

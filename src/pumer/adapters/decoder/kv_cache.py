@@ -212,7 +212,9 @@ def last_held(x_BL: Tensor, count: int, prompt: int) -> Tensor:
 def find(inputs: Mapping[str, Any]) -> Any:
     """The cache among what a module of transformers is called with, or gives; None if there is
     none."""
-    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+    # An output that has none warns of being asked for the older name.
+    present = (inputs[name] for name in NAMES if name in inputs)
+    return next((cache for cache in present if cache is not None), None)
 
 
 def argument(module: nn.Module) -> str:

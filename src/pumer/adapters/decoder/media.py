@@ -51,7 +51,7 @@ def image_features(
                 for image, merged in zip(images, captured.merged, strict=True)
             ]
     state = current_state(hooks)
-    if state is not None and state.trunk_entered:
+    if state is not None and (state.trunk_entered or spec.merges_images):
         state.tower_images = images
     hooks.encoded.remember(output, images)  # for those who give it as `mm_encoder_outputs`
     return output
@@ -100,6 +100,7 @@ def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> 
         image, *_ = hooks.spec.placeholder_mask(
             hooks.trunk, state.inputs.get("input_ids"), embeddings
         )
+        state.tower_images = hooks.spec.images_in_prompts(state.tower_images, state.inputs)
         state.tower_images = hooks.spec.spans_in_prompt(state.tower_images, image)
         num_features = sum(span.length for span in state.tower_images)
         encoded = (state.inputs.get("mm_encoder_outputs") or {}).get("image")

@@ -100,10 +100,10 @@ def _record(patch: Patch, state: ForwardState) -> None:
         planned.append((text, image))
         lengths.append((text, image + width - max(lengths_after)))
     patch.planned, patch.lengths, patch.entry = planned, lengths, state.entry
-    patch.kept = _kept(state, state.layouts[-1])
+    patch.kept = kept_positions(state, state.layouts[-1])
 
 
-def _kept(state: ForwardState, layout: TokenLayout) -> Tensor:
+def kept_positions(state: ForwardState, layout: TokenLayout) -> Tensor:
     """Positions of the real tokens of a layout, in order, -1 behind them [B,K]."""
     positions_BK, filled_BK = layout.index_BK + state.past, layout.filled_BK
     real_BK = torch.ones_like(positions_BK, dtype=torch.bool) if filled_BK is None else filled_BK

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from pumer.adapters.base import config_of, register
+from pumer.adapters.base import register
 from pumer.adapters.decoder.family import DecoderAdapter
 
 
@@ -32,7 +32,7 @@ class Gemma3Adapter(DecoderAdapter):
     merges_in_tower = True
 
     def patches_per_token(self, model: nn.Module) -> int:
-        vision = config_of(model).vision_config
+        vision = self.config(model).vision_config
         return int(
-            (vision.image_size // vision.patch_size) ** 2 // config_of(model).mm_tokens_per_image
+            (vision.image_size // vision.patch_size) ** 2 // self.config(model).mm_tokens_per_image
         )

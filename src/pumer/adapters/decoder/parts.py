@@ -30,9 +30,18 @@ class DecoderParts(Adapter):
         """The model without its language-modelling head, where text and images meet."""
         return model.model if hasattr(model, "lm_head") else model
 
+    def config(self, model: nn.Module) -> Any:
+        """The configuration of the trunk: that of the whole model but where the trunk is a model of
+        its own inside of it."""
+        return config_of(self.trunk(model))
+
     def language(self, model: nn.Module) -> Any:
         """The decoder."""
         return named(self.trunk(model), LANGUAGE)
+
+    def followers(self, model: nn.Module) -> Sequence[Any]:
+        """Other decoders that go on with the cache of this one, layer by layer."""
+        return ()
 
     def vision(self, model: nn.Module) -> Any:
         """The vision tower."""
@@ -45,7 +54,7 @@ class DecoderParts(Adapter):
     def tower_attention(self, model: nn.Module) -> Any:
         """The attention of the layer of the vision tower that its features come from."""
         vision = self.vision(model)
-        index = getattr(config_of(model), "vision_feature_layer", -1)
+        index = getattr(self.config(model), "vision_feature_layer", -1)
         return named(tower_layers(vision)[feature_depth(vision, index) - 1], ATTENTION)
 
     def last_attention(self, model: nn.Module) -> Any:
@@ -89,7 +98,7 @@ class DecoderParts(Adapter):
         return DEFAULT_TEXT, rows * columns
 
     def default_grid(self, model: nn.Module) -> Grid:
-        vision = config_of(model).vision_config
+        vision = self.config(model).vision_config
         side = side_length(vision.image_size) // side_length(vision.patch_size)
         side //= math.isqrt(self.patches_per_token(model))
         return side, side
@@ -99,7 +108,7 @@ class DecoderParts(Adapter):
 
     def layer_attention_shape(self, model: nn.Module, layer_index: int) -> tuple[int, int]:
         """(heads, channels of a head) of a layer, where they are not the same in all."""
-        config = config_of(model).get_text_config()
+        config = self.config(model).get_text_config()
         if getattr(config, "is_heterogeneous", False):
             config = config.per_layer_config[layer_index]
         heads = config.num_attention_heads
@@ -125,7 +134,7 @@ class SquareMerge(DecoderParts):
     merge_side: ClassVar[str]
 
     def patches_per_token(self, model: nn.Module) -> int:
-        return int(getattr(config_of(model), self.merge_side) ** 2)
+        return int(getattr(self.config(model), self.merge_side) ** 2)
 
 
 def named(module: Any, names: Sequence[str]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from pumer.adapters.base import config_of, register
+from pumer.adapters.base import register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
 
@@ -75,7 +75,7 @@ class QwenVLAdapter(AnySizeAdapter):
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         attentions = super().tower_attentions(model)
-        full = getattr(config_of(model).vision_config, "fullatt_block_indexes", None)
+        full = getattr(self.config(model).vision_config, "fullatt_block_indexes", None)
         return {index + 1: attentions[index + 1] for index in sorted(full)} if full else attentions
 
     def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Models of transformers that answer about images and cannot be reduced, and why: what an error
+"""Models of transformers that look at images and cannot be reduced, and why: what an error
 says, and docs/models.md."""
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ PREFIX = (
     "Its image tokens have no placeholders in the prompt, and its attention goes through no "
     "interface at which queries and keys could be read."
 )
-ACTS = "It gives actions, not words."
+INITIAL = (
+    "Its layers read what entered the first of them, too, and values of the words, which are not "
+    "covered yet."
+)
 NO_IMAGES = "It takes no images."
 
 _CLASSES = {
     LAYS_OUT: ("UdopForConditionalGeneration",),
     PROTEINS: ("EvollaForProteinText2Text",),
     PREFIX: ("GitForCausalLM",),
-    ACTS: ("PI0ForConditionalGeneration",),
+    INITIAL: ("NeoMMEForRetrieval",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
 }
 REFUSED = {name: reason for reason, names in _CLASSES.items() for name in names}

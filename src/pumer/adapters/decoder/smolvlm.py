@@ -30,14 +30,11 @@ class SmolVLMAdapter(SquareMerge, DecoderAdapter):
         return self.trunk(model).connector.modality_projection
 
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
-        # Outputs are joined by sample; which crops are of one image, `crop_groups` finds.
+        # Outputs are joined by sample, of which some may have no image; which crops are of one
+        # image, `crop_groups` finds.
         rows, columns = grid = self.default_grid(trunk)
-        crops = [
-            crop
-            for sample in output.pooler_output
-            if len(sample)  # an empty one would count as a crop
-            for crop in sample.split(rows * columns)
-        ]
+        samples = [sample for sample in output.pooler_output if len(sample)]
+        crops = [crop for sample in samples for crop in sample.split(rows * columns)]
         return one_span_each(crops, grid, self.vision_facts(trunk, captured))
 
     def crop_groups(
