@@ -84,20 +84,25 @@ def layers(
     reducer = patch.traits.vision_reducer
     assert reducer is not None
     states = vision.pre_layrnorm(embedded_BID)
-    ones = torch.ones(states.shape[:2], device=states.device)
-    raster = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2]) - 1
-    layout = EncoderLayout(0, ones.bool(), ones, None, grid, raster)
+    layout = image_layout(states, grid)
     lengths = [states.shape[1]]
     patch.tower = lengths  # of this call alone
     yield states, layout
     for layer_index, layer in enumerate(vision.encoder.layers):
-        block = partial(_block, layer, patch, reducer, layer_index)
+        block = partial(run_layer, layer, patch, reducer, layer_index)
         states, layout = run_block(layer, block, states, layout)
         lengths.append(states.shape[1])
         yield states, layout
 
 
-def _block(
+def image_layout(states_BID: Tensor, grid: Grid | None) -> EncoderLayout:
+    """The tokens of a vision tower before its first layer, [CLS] first."""
+    ones = torch.ones(states_BID.shape[:2], device=states_BID.device)
+    raster = torch.arange(states_BID.shape[1], device=states_BID.device).expand(ones.shape) - 1
+    return EncoderLayout(0, ones.bool(), ones, None, grid, raster)
+
+
+def run_layer(
     layer: Any,
     patch: Patch,
     reducer: Reducer,

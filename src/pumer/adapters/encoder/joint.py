@@ -1,4 +1,4 @@
-"""What ViLT and METER share: the inputs of the text, the joint token axis, and its attention.
+"""What joint encoders share: the inputs of the text, the joint token axis, and its attention.
 
 Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, H heads, Q queries, K keys, C
 channels of a head.
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.encoder import attention as kernels
+from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one
-from pumer.reducers import Plan
+from pumer.reducers import EMBEDDINGS, Plan
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,34 @@ def joint_layout(
     if patch.traits.official:  # the published code works with fractional masks
         mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
     return EncoderLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
+
+
+def entry_layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
+    """The layout before the first layer of two streams, with the tower's reduction of the image."""
+    batch, text = mask_BT.shape
+    states, plan = image.states_BID, None
+    if image.plan is None:
+        real_BI = torch.ones(batch, states.shape[1], device=states.device, dtype=torch.bool)
+        count = states.shape[1]
+    else:
+        real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
+        plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
+    # Patches follow [CLS] in raster order.
+    position_S = torch.arange(count, device=states.device) - 1
+    patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
+    if plan is not None and patch.steps is not None:
+        patch.steps.append(ReductionStep(EMBEDDINGS, text, plan, image.grid, patch_BS))
+    return joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
+
+
+def expand(
+    layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Text and image states in their original lengths; dropped tokens are zeros."""
+    if layout.plan is None:
+        return text, image
+    states = layout.expand(torch.cat([text, image], dim=1))
+    return states[:, :text_length], states[:, text_length:]
 
 
 def attend(
