@@ -135,6 +135,10 @@ def bridgetower_config(**changes: object) -> BridgeTowerConfig:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
     }
+    changes = dict(changes)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if name in changes:  # of cross-modal layers too
+            text[name] = changes.pop(name)
     return BridgeTowerConfig(**(settings | changes))
 
 

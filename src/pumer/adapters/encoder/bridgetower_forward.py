@@ -9,7 +9,6 @@ Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, D channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -236,7 +235,9 @@ def _tower_layer(
     assert reducer is not None
 
     def project(part: int) -> Any:
-        weight, bias = (x.chunk(3)[part] for x in (attention.in_proj_weight, attention.in_proj_bias))
+        weight, bias = (
+            x.chunk(3)[part] for x in (attention.in_proj_weight, attention.in_proj_bias)
+        )
         return lambda inputs: nn.functional.linear(inputs, weight, bias)
 
     def mlp(inputs: Tensor) -> Tensor:
@@ -244,21 +245,42 @@ def _tower_layer(
             inputs = module(inputs)
         return inputs
 
-    as_clip = SimpleNamespace(
-        layer_norm1=block.ln_1,
-        layer_norm2=block.ln_2,
-        mlp=mlp,
-        self_attn=SimpleNamespace(
-            num_heads=attention.num_heads,
-            dropout=attention.dropout,
-            training=attention.training,
-            q_proj=project(0),
-            k_proj=project(1),
-            v_proj=project(2),
-            out_proj=attention.out_proj,
+    as_clip = _ClipLayer(
+        block.ln_1,
+        block.ln_2,
+        mlp,
+        _ClipAttention(
+            attention.num_heads,
+            attention.dropout,
+            attention.training,
+            *(project(part) for part in range(3)),
+            attention.out_proj,
         ),
     )
     return tower.run_layer(as_clip, patch, reducer, layer_index, states, layout)
+
+
+@dataclass
+class _ClipAttention:
+    """An attention of the tower under the names of `CLIPAttention`."""
+
+    num_heads: int
+    dropout: float
+    training: bool
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    out_proj: Any
+
+
+@dataclass
+class _ClipLayer:
+    """A layer of the tower under the names of `CLIPEncoderLayer`."""
+
+    layer_norm1: Any
+    layer_norm2: Any
+    mlp: Any
+    self_attn: _ClipAttention
 
 
 def _enter(
@@ -289,12 +311,17 @@ def _bridge(
     """Add the towers' states, reduced as those of the cross-modal layers are."""
     text, image, plan = towers.text_BTD, _normed(bridge, towers.image_BID), cross.layout.plan
     if plan is not None:
+        # Later layers may be on another device than the towers.
+        text, image = (states.to(plan.slot_BN.device) for states in (text, image))
         source_text = text.shape[1]
         text = plan.head(source_text, cross.layout.text).reduce(text)
         # The plan starts from the tokens that the tower started with.
-        image = plan.tail(source_text, cross.layout.text).reduce(towers.layout.expand(image))
-    text = bridge._apply_text_transform(text, layer_index) + text_type
-    image = bridge._apply_image_transform(image, layer_index) + image_type
+        image = plan.tail(source_text, cross.layout.text).reduce(
+            towers.layout.to(image.device).expand(image)
+        )
+    text = bridge._apply_text_transform(text, layer_index)
+    image = bridge._apply_image_transform(image, layer_index)
+    text, image = text + text_type.to(text.device), image + image_type.to(image.device)
     text_link = bridge.cross_modal_text_link_tower[layer_index - 1]
     image_link = bridge.cross_modal_image_link_tower[layer_index - 1]
     cross.text_BTD = text_link(text, cross.text_BTD, None)

@@ -104,7 +104,9 @@ class BridgeTowerForImagesAndTextClassification(BridgeTowerPreTrainedModel):
             raise ValueError(f"pixel_values is [batch, {count}, 3, height, width], not {shape}")
         pooled = [
             self.bridgetower(
-                **_ANY_SIZE | inputs, pixel_values=pixel_values[:, index], image_token_type_idx=index + 1
+                **_ANY_SIZE | inputs,
+                pixel_values=pixel_values[:, index],
+                image_token_type_idx=index + 1,
             ).pooler_output
             for index in range(count)
         ]

@@ -16,6 +16,7 @@ from pumer.models.heads import classifier, name_entailment_labels
 from pumer.models.meter.configuration import MeterConfig
 from pumer.models.meter.modeling import MeterModel, MeterPreTrainedModel
 
+
 @dataclass
 class MeterRetrievalOutput(ModelOutput):
     """Image-text matching scores.
