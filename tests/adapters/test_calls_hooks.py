@@ -182,8 +182,9 @@ def test_what_is_known_of_the_tokens_follows_the_states_to_another_device(family
     else:
         ends = [trunk.cross_modal_text_pooler, trunk.cross_modal_image_pooler]
         for stream in ("text", "image"):
-            for name in ("layers", "link_tower", "transform"):
-                ends += getattr(trunk, f"cross_modal_{stream}_{name}")[2:]
+            ends += getattr(trunk, f"cross_modal_{stream}_layers")[2:]
+            ends += getattr(trunk, f"cross_modal_{stream}_transform")[2:]
+            ends += getattr(trunk, f"cross_modal_{stream}_link_tower")[1:]
     pumer.apply(model, PLACES[place])
     for part in (*ends, model.classifier):
         part.to("meta")

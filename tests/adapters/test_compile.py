@@ -18,8 +18,8 @@ COMPILED = {
     "METER": ("tome+pumer", "official"),
     "BridgeTower": ("tome+pumer",),
 }
-"""Graphs of two streams take long to trace. What their layers do with other plans, ViLT's do too, and
-`test_fuzz_reducers` compiles the plans of every kind."""
+"""Graphs of two streams take long to trace. What their layers do with other plans, ViLT's do
+too, and `test_fuzz_reducers` compiles the plans of every kind."""
 EIGEN = ("svd-prune", "energy")
 """Those with an eigen-decomposition, for which torch waits once on CUDA, as their docstrings
 say."""

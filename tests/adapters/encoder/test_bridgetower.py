@@ -240,7 +240,7 @@ def test_the_tower_is_reduced_below_the_bridges_alone():
         assert patch.tower == [37, 33, 29, 25]
         assert patch.lengths == [(9, 25)] * (tiny.LAYERS + 1)
         assert pumer.report(model).active
-    with pytest.raises(ValueError, match="but the .* has layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"but the .* has layers 0 to 2"):
         pumer.apply(model, Compose(ToMe(r=1, depth=5), pumer.Unreduced()))
 
 

@@ -253,7 +253,9 @@ def _tower_layer(
             attention.num_heads,
             attention.dropout,
             attention.training,
-            *(project(part) for part in range(3)),
+            project(0),
+            project(1),
+            project(2),
             attention.out_proj,
         ),
     )
