@@ -92,18 +92,21 @@ class ViltPairs(Pairs):
 class BridgeTowerPairs(Pairs):
     """`BridgeTowerForImageAndTextRetrieval`, whose score is that of a match against none."""
 
-    def images(self, pixel_values_B3HW: Tensor) -> list[Tensor]:
+    def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
+        patch = active(self.model)
+        if patch is not None and patch.reducer.traits.needs_grid:
+            return [{"pixel_values": pixels} for pixels in pixel_values_B3HW.split(1)]
         vision = self.model.bridgetower.vision_model
         states_IBD = vision.visual.forward_pre(pixel_values_B3HW.type(vision.dtype))
-        return list(states_IBD.transpose(0, 1).split(1))
+        return [{"image_embeds": states} for states in states_IBD.transpose(0, 1).split(1)]
 
     def texts(self, inputs: Inputs) -> Inputs:
         return inputs
 
-    def score(self, image: Tensor, texts: Inputs) -> Tensor:
+    def score(self, image: Inputs, texts: Inputs) -> Tensor:
         count = len(texts["input_ids"])
-        states_BID = image.expand(count, *image.shape[1:])
-        return ranking_scores(self.model(**texts, image_embeds=states_BID).logits)
+        repeated = {name: value.expand(count, *value.shape[1:]) for name, value in image.items()}
+        return ranking_scores(self.model(**texts, **repeated).logits)
 
 
 _CLASSES: dict[str, type[Pairs]] = {
