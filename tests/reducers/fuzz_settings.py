@@ -54,6 +54,21 @@ def pumer(rng: Generator) -> dict:
     }
 
 
+def pumer_beyond_the_paper(rng: Generator) -> dict:
+    settings = pumer(rng)
+    options = {
+        "proportional": rng.random() < 0.5,
+        "protect": some_ratio(rng),
+        "weighted": rng.random() < 0.5,
+        "prune_below": some_ratio(rng),
+    }
+    settings |= {name: value for name, value in options.items() if rng.random() < 0.3}
+    if rng.random() < 0.3:  # a share for every layer
+        for name in ("prune", "merge"):
+            settings[name] = tuple(settings[name] * rng.random() for _ in settings["layers"])
+    return settings
+
+
 def tome(rng: Generator) -> dict:
     tilted = (rng.randint(0, 30), rng.uniform(-1, 1))
     each = tuple(rng.randint(0, 40) for _ in range(rng.randint(1, DEPTH)))
@@ -195,7 +210,7 @@ SETTINGS: dict[str, Callable[[Generator], dict]] = {
         "saliency": rng.choice(SALIENCY),
         "neighbours": rng.choice([0, 1, 32, rng.randint(0, 70)]),
     },
-    "pumer": pumer,
+    "pumer": pumer_beyond_the_paper,
     "pyramiddrop": lambda rng: stages(rng, falling=True),
     "random": lambda rng: {
         "prune": some_ratio(rng),

@@ -391,9 +391,13 @@ def test_bipartite_matching_is_what_the_published_code_does(
     merge=st.sampled_from([0, 0.3, 0.45]),
     merge_text=st.sampled_from([0, 0.2, 0.5]),
     cross=st.booleans(),
+    options=st.sampled_from(
+        [{}, {}, {"protect": 0.3}, {"prune_below": 0.7}, {"prune_below": 0.9, "protect": 0.5}]
+    ),
 )
-def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text, cross):
-    reducer = PuMer(prune=prune, merge=merge, merge_text=merge_text, layers=(0,))
+def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text, cross, options):
+    """The options beyond the paper too."""
+    reducer = PuMer(prune=prune, merge=merge, merge_text=merge_text, layers=(0,), **options)
     tokens = tokens_of(*batch)
     if cross:  # the text asks the image alone
         tokens = replace(tokens, cross=True, queries_BHNC=tokens.queries_BHNC[:, :, : tokens.text])
@@ -402,6 +406,27 @@ def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text, cross):
         real = tokens.mask_BN[row]
         queries = tokens.queries_BHNC[row, :, : sample.text].tolist()
         keys = tokens.keys_BHNC[row, :, real].tolist()
-        expected, gap = slow.pumer(reducer, queries, keys, sample.text, cross)
+        expected, gap, _ = slow.pumer(reducer, queries, keys, sample.text, cross)
         assume(gap > 1e-5)
         assert groups(plan, row, real) == expected
+
+
+@given(batch=batches(), merge=st.sampled_from([0.3, 0.45]))
+def test_weighted_merging_averages_by_size_and_saliency(batch, merge):
+    reducer = PuMer(prune=0, merge=merge, merge_text=0, layers=(0,), weighted=True)
+    tokens = tokens_of(*batch)
+    weight_BN = reducer.plan(tokens).weight_BN
+    for row, sample in enumerate(batch[0]):
+        real = tokens.mask_BN[row]
+        queries = tokens.queries_BHNC[row, :, : sample.text].tolist()
+        keys = tokens.keys_BHNC[row, :, real].tolist()
+        expected, gap, attention = slow.pumer(reducer, queries, keys, sample.text)
+        assume(gap > 1e-5)
+        sizes = tokens.sizes_BN[row, real].tolist()
+        weight = weight_BN[row, real].tolist()
+        for group in (group for group in expected if min(group) > sample.text):
+            total = sum(sizes[token] * attention[token] for token in group)
+            for token in group:
+                assert weight[token] == pytest.approx(
+                    sizes[token] * attention[token] / total, abs=1e-4
+                )

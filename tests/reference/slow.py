@@ -11,11 +11,11 @@ def dot(one, other):
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
-def bipartite(keys, merged, protected=0):
+def bipartite(keys, merged, protected=0, last=()):
     """Groups of tokens, in order, by ToMe's published rule; and the smallest gap that decided.
 
     Sources are at even places and destinations at odd ones. The first `protected` tokens have their
-    places, but take no part.
+    places, but take no part. Sources among `last` merge after all others.
     """
     unit = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
     sources = [token for token in range(protected, len(keys)) if token % 2 == 0]
@@ -26,13 +26,16 @@ def bipartite(keys, merged, protected=0):
         if ranked:
             lead = smallest_gap(similarity for similarity, _ in ranked[:2])
             best.append((*ranked[0], source, lead))
-    best.sort(reverse=True)
+    best.sort(key=lambda pair: (pair[2] not in last, *pair), reverse=True)
     merged = min(merged, (len(keys) - protected) // 2)
     group = {token: {token} for token in range(len(keys))}
     for _, destination, source, _ in best[:merged]:
         group[destination].add(source)
         del group[source]
-    cut = smallest_gap(similarity for similarity, *_ in best[max(merged - 1, 0) : merged + 1])
+    edge = best[max(merged - 1, 0) : merged + 1]
+    cut = math.inf
+    if len({source in last for *_, source, _ in edge}) == 1:  # else the order is not by similarity
+        cut = smallest_gap(similarity for similarity, *_ in edge)
     gap = min([cut, *(lead for *_, lead in best[:merged])])
     return [frozenset(group[token]) for token in sorted(group)], gap
 
@@ -61,6 +64,9 @@ def pumer(reducer, queries, keys, text, cross=False):
         queries, keys: of every head and token.
         text: text tokens; the others are the image.
         cross: whether the softmax of the text's attention is over the image alone.
+
+    Returns:
+        the groups, the gap, and the attention that every token receives from the text.
     """
     heads, count, channels = len(keys), len(keys[0]), len(keys[0][0])
     seen = range(text if cross else 0, count)
@@ -83,19 +89,29 @@ def pumer(reducer, queries, keys, text, cross=False):
     image = list(range(text + 1, count))
     pruned = round(reducer.prune * len(image))
     ranked = sorted(image, key=lambda token: -attention[token])
-    kept = sorted(ranked[: len(image) - pruned])
-    last = len(kept) - 1
-    gaps = [smallest_gap(attention[token] for token in ranked[last : last + 2])]
+    kept = ranked[: len(image) - pruned]
+    gaps = [smallest_gap(attention[token] for token in ranked[len(kept) - 1 : len(kept) + 1])]
+    if reducer.prune_below and image:
+        bar = reducer.prune_below * sum(attention[token] for token in image) / len(image)
+        gaps.append(min(abs(attention[token] - bar) for token in image))
+        kept = [token for token in ranked if token in kept or attention[token] >= bar]
+    # What the text attends to most merges last.
+    spared = kept[: round(reducer.protect * len(kept))]
+    if spared and len(spared) < len(kept):
+        gaps.append(smallest_gap(attention[kept[i]] for i in (len(spared) - 1, len(spared))))
+    kept = sorted(kept)
     # Merge image tokens with image tokens, text tokens with text tokens.
     merged = min(round((reducer.prune + reducer.merge) * len(image)) - pruned, len(kept) // 2)
     words = list(range(1, text))
     merged_words = min(round(reducer.merge_text * len(words)), len(words) // 2)
     found = []
     for tokens, gone in ((words, merged_words), (kept, merged)):
-        matched, gap = bipartite([mean[token] for token in tokens], gone)
+        last = {place for place, token in enumerate(tokens) if token in spared}
+        matched, gap = bipartite([mean[token] for token in tokens], gone, last=last)
         found.append([frozenset(tokens[i] for i in group) for group in matched])
         gaps.append(gap)
-    return [frozenset({0}), *found[0], frozenset({text}), *found[1]], min(gaps)
+    groups = [frozenset({0}), *found[0], frozenset({text}), *found[1]]
+    return groups, min(gaps), attention
 
 
 # --- METER, from its weights ---
@@ -219,7 +235,7 @@ def meter(model, one, tower=None, inside=None):
         if inside is None or number not in inside.layers:
             return attended, before, image, text_bias, image_bias
         count, keys = len(attended), torch.cat([words, patches], 1)
-        groups, gap = pumer(inside, queries.tolist(), keys.tolist(), count, cross=True)
+        groups, gap, _ = pumer(inside, queries.tolist(), keys.tolist(), count, cross=True)
         assert gap > 1e-6, "a tie decides: take other weights"
         of_text = [group for group in groups if min(group) < count]
         of_image = [{i - count for i in group} for group in groups if min(group) >= count]

@@ -17,6 +17,7 @@ from pumer.reducers.base import ModelShape, Reducer, Traits, check_layers, check
 from pumer.reducers.ops.budget import (
     Count,
     halves,
+    merged_of,
     portion,
     prune_then_merge,
     smaller,
@@ -27,6 +28,14 @@ from pumer.reducers.ops.saliency import SCORES, text_saliency
 from pumer.reducers.plan import Plan
 from pumer.reducers.registry import register
 from pumer.reducers.tokens import Tokens, TokenShape
+
+SMALLEST = 1e-6
+"""Least weight in an average, for tokens that the text hardly looks at."""
+
+
+def _shares(ratios: float | tuple[float, ...]) -> tuple[float, ...]:
+    """One share for all layers, or one for each."""
+    return ratios if isinstance(ratios, tuple) else (ratios,)
 
 
 @register
@@ -40,8 +49,9 @@ class PuMer(Reducer):
     first and the last token of the text stay.
 
     Args:
-        prune: share of the image tokens to prune, those that the text attends to least.
-        merge: share of the image tokens (before pruning) to merge away.
+        prune: share of the image tokens to prune, those that the text attends to least; a tuple has
+            one share for each of `layers`.
+        merge: share of the image tokens (before pruning) to merge away; a tuple as for `prune`.
         merge_text: share of the text tokens to merge away.
         layers: layers that reduce, counted from 0, between their attention and their MLP; in a
             decoder after both. None: after one, two and three quarters of the model's layers, the
@@ -53,6 +63,17 @@ class PuMer(Reducer):
             text and image are matched together.
         style: published merging variant, "tome", "tip" or "diff"; only with `official`.
 
+    Options beyond the paper, without `official`:
+
+    Args:
+        proportional: attention counts a merged token as often as its size says, as in ToMe.
+        protect: share of the remaining image tokens, those that the text attends to most, that are
+            merged away only after all others. Others may still be merged into them.
+        weighted: a merged token is the average weighted by sizes and saliency, so that what the
+            text looks at is not averaged away.
+        prune_below: prune only tokens whose saliency is below this share of the mean over the
+            image; `prune` then is the most that goes. How many stay depends on the sample.
+
     Example:
         >>> model = pumer.apply(pumer.load("scenes-vilt"), pumer.PuMer(prune=0.1, merge=0.3))
         >>> pumer.report(model).lengths[-1]  # (text, image) tokens after the last layer
@@ -60,26 +81,23 @@ class PuMer(Reducer):
     """
 
     name = "pumer"
-    prune: float = 0.1
-    merge: float = 0.3
+    added = ("proportional", "protect", "weighted", "prune_below")
+    prune: float | tuple[float, ...] = 0.1
+    merge: float | tuple[float, ...] = 0.3
     merge_text: float = 0.2
     layers: tuple[int, ...] | Literal["all"] | None = None  # type: ignore[assignment]
     score: str = "mean_head"
     official: bool | Literal["meter"] = False
     style: str = "tome"
+    proportional: bool = False
+    protect: float = 0.0
+    weighted: bool = False
+    prune_below: float = 0.0
 
     def __post_init__(self) -> None:
         if self.official not in (False, True, "meter"):
             raise ValueError(f"official is False, True or 'meter', not {self.official!r}")
-        counted = self.official and self.prune == 0 and self.merge >= 1
-        check_ratios(
-            prune=self.prune, merge=0 if counted else self.merge, merge_text=self.merge_text
-        )
-        if self.prune + self.merge >= 1 and not self.official:
-            raise ValueError(
-                f"prune {self.prune} + merge {self.merge} leaves no image token: give less than 1 "
-                "in all"
-            )
+        self._check_ratios()
         if self.layers is None and self.official:
             raise ValueError(
                 "official=True needs `layers`: for example (2, 5, 8), or 'all' for every layer"
@@ -100,11 +118,51 @@ class PuMer(Reducer):
             object.__setattr__(self, "layers", check_layers(self.layers))
             if min(self.layers, default=0) < 0:
                 raise ValueError("PuMer scores by attention, so it cannot act before layer 0")
+        self._check_options()
+
+    def _check_ratios(self) -> None:
+        shares = {"prune": _shares(self.prune), "merge": _shares(self.merge)}
+        counted = self.official and self.prune == 0
+        for name, ratios in shares.items():
+            for ratio in ratios:
+                check_ratios(**{name: 0 if name == "merge" and counted and ratio >= 1 else ratio})
+        check_ratios(merge_text=self.merge_text)
+        # One share stands for as many layers as the other setting names.
+        stages = max(len(ratios) for ratios in shares.values())
+        prune, merge = (r * stages if len(r) == 1 else r for r in shares.values())
+        for pruned, merged in zip(prune, merge, strict=False):
+            if pruned + merged >= 1 and not self.official:
+                raise ValueError(
+                    f"prune {pruned} + merge {merged} leaves no image token: give less than 1 in "
+                    "all"
+                )
+
+    def _check_options(self) -> None:
+        check_ratios(protect=self.protect, prune_below=self.prune_below)
+        schedules = [r for r in (self.prune, self.merge) if isinstance(r, tuple)]
+        if self.official:
+            options = [name for name in self.added if getattr(self, name)]
+            if options or schedules:
+                raise ValueError(
+                    "the published code has one share for all layers and no further options: "
+                    f"official=True goes without {', '.join(options) or 'a tuple of shares'}"
+                )
+        if self.layers is not None and any(len(r) != len(self.layers) for r in schedules):
+            raise ValueError(
+                f"prune and merge have one share for all layers, or one for each of the "
+                f"{len(self.layers)} layers {self.layers}"
+            )
+        if len({len(ratios) for ratios in schedules}) > 1:
+            raise ValueError("prune and merge have a different number of shares: give as many")
 
     @property
     def traits(self) -> Traits:
         return Traits(
-            needs_attention=bool(self.official), needs_text=True, official=bool(self.official)
+            needs_attention=bool(self.official),
+            needs_text=True,
+            official=bool(self.official),
+            proportional_attention=self.proportional,
+            dynamic_length=self.prune_below > 0,
         )
 
     def resolve(self, model: ModelShape) -> Self:
@@ -113,7 +171,8 @@ class PuMer(Reducer):
         if self.layers is not None:
             return self
         # A decoder may be too shallow for three reductions.
-        stages = min(3, model.last + 1)
+        stages = max(len(_shares(self.prune)), len(_shares(self.merge)))
+        stages = stages if stages > 1 else min(3, model.last + 1)
         return replace(self, layers=stage_layers(stages, model.depth, model.last))
 
     def _resolve_official(self, model: ModelShape) -> Self:
@@ -147,45 +206,72 @@ class PuMer(Reducer):
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if not self.reduces_at(shape.layer):
             return shape.unchanged
-        text, ratios = shape.text, (self.prune, self.merge, self.merge_text)
+        text, (prune, merge) = shape.text, self._ratios(shape.layer)
         if self.official == "meter":
-            return official.lengths_meter(text, shape.image, *ratios)
+            return official.lengths_meter(text, shape.image, prune, merge, self.merge_text)
         if self.official:
-            return official.lengths(text, shape.image, *ratios, self.style)
-        kept, merged = prune_then_merge(shape.patches, self.prune, self.merge)
+            return official.lengths(text, shape.image, prune, merge, self.merge_text, self.style)
+        kept, merged = prune_then_merge(shape.patches, prune, merge)
+        if self.prune_below:  # the most that any sample keeps
+            kept = shape.patches
         mergeable = max(text - (shape.num_prefix_tokens or 2), 0)
         return text - self._merged_text(mergeable), shape.structure + kept - merged
 
     def plan(self, tokens: Tokens) -> Plan:
+        prune, merge = self._ratios(tokens.layer)
         if self.official == "meter":
-            return official.plan_meter(tokens, self.prune, self.merge, self.merge_text)
+            return official.plan_meter(tokens, prune, merge, self.merge_text)
         if self.official:
-            return official.plan(
-                tokens, self.prune, self.merge, self.merge_text, self.score, self.style
-            )
+            return official.plan(tokens, prune, merge, self.merge_text, self.score, self.style)
         num_prefix_tokens, keys_BNC = tokens.num_prefix_tokens, tokens.mean_keys_BNC
         image = slice(tokens.text + num_prefix_tokens, keys_BNC.shape[1])
         text_slots, image_slots = self.lengths(tokens.shape)
         slots = max(image_slots - num_prefix_tokens, 0)
 
-        # Text-informed image pruning: the least attended image tokens go; the order stays.
         valid_BI = tokens.valid_BN[:, image]
-        kept, merged = prune_then_merge(valid_BI.sum(1), self.prune, self.merge)
+        saliency_BI = valid_BI.float()
+        if prune or self.protect or self.weighted:
+            saliency_BI = text_saliency(tokens, self.score)[:, num_prefix_tokens:]
+            saliency_BI = saliency_BI.masked_fill(~valid_BI, 0)
+
+        # Text-informed image pruning: the least attended image tokens go; the order stays.
+        kept_B, merged_B = prune_then_merge(valid_BI.sum(1), prune, merge)
         reduction = Plan.identity(valid_BI)
-        if self.prune:
-            saliency = text_saliency(tokens, self.score)[:, num_prefix_tokens:].masked_fill(
-                ~valid_BI, -torch.inf
-            )
-            most_kept, _ = prune_then_merge(valid_BI.shape[1], self.prune, self.merge)
-            reduction = Plan.keep(valid_BI & (rank(saliency) < kept[:, None]), most_kept)
+        if prune:
+            rank_BI = rank(saliency_BI.masked_fill(~valid_BI, -torch.inf))
+            keep_BI = rank_BI < kept_B[:, None]
+            most_kept, _ = prune_then_merge(valid_BI.shape[1], prune, merge)
+            if self.prune_below:
+                total_B1 = saliency_BI.sum(1, keepdim=True)
+                mean_B1 = total_B1 / valid_BI.sum(1, keepdim=True).clamp_min(1)
+                keep_BI = valid_BI & (keep_BI | (saliency_BI >= self.prune_below * mean_B1))
+                most_kept = valid_BI.shape[1]
+                merged_B = merged_of(keep_BI.sum(1), valid_BI.sum(1), prune, merge)
+            reduction = Plan.keep(valid_BI & keep_BI, most_kept)
 
         # Modality-aware merging: the remaining image tokens with each other, then the text.
-        if self.merge:
-            keys_BIC, sizes_BI = (
+        if merge:
+            sizes_BI = tokens.sizes_BN[:, image]
+            if self.weighted:
+                # Shares of the text's attention to the image; other scores may be negative.
+                attended_BI = saliency_BI.clamp_min(0)
+                share_BI = (attended_BI / attended_BI.sum(1, keepdim=True)).nan_to_num(0)
+                sizes_BI = sizes_BI * share_BI.clamp_min(SMALLEST)
+            protected_BI = None
+            if self.protect:
+                remaining_BI = reduction.reduce(saliency_BI).masked_fill(
+                    ~reduction.mask_BK, -torch.inf
+                )
+                limit_B = portion(self.protect, reduction.mask_BK.sum(1))
+                protected_BI = rank(remaining_BI) < limit_B[:, None]
+            merging = bipartite(
                 reduction.reduce(keys_BNC[:, image]),
-                reduction.reduce(tokens.sizes_BN[:, image]),
+                reduction.mask_BK,
+                merged_B,
+                slots,
+                reduction.reduce(sizes_BI),
+                last_BN=protected_BI,
             )
-            merging = bipartite(keys_BIC, reduction.mask_BK, merged, slots, sizes_BI)
             reduction = reduction.then(merging)
         text = None
         if self.merge_text:
@@ -193,6 +279,12 @@ class PuMer(Reducer):
                 tokens, keys_BNC, text_slots
             )
         return tokens.with_structure(text, reduction)
+
+    def _ratios(self, layer: int) -> tuple[float, float]:
+        """The shares to prune and to merge in a layer that reduces."""
+        at = self.layers.index(layer) if isinstance(self.layers, tuple) else 0
+        prune, merge = (_shares(ratios) for ratios in (self.prune, self.merge))
+        return prune[at % len(prune)], merge[at % len(merge)]
 
     def _merge_text(self, tokens: Tokens, keys_BNC: Tensor, slots: int) -> Plan:
         text = slice(tokens.num_prefix_tokens, tokens.text)

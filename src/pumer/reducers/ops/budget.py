@@ -127,8 +127,12 @@ def prune_then_merge(count: Count, prune: float, merge: float) -> tuple[Count, C
     token stays.
     """
     kept = larger(count - portion(prune, count), smaller(count, 1))
-    merged = smaller(portion(prune + merge, count) - portion(prune, count), halves(kept))
-    return kept, merged
+    return kept, merged_of(kept, count, prune, merge)
+
+
+def merged_of(kept: Count, count: Count, prune: float, merge: float) -> Count:
+    """How many of the kept tokens are merged away; see `prune_then_merge`."""
+    return smaller(portion(prune + merge, count) - portion(prune, count), halves(kept))
 
 
 def merge_schedule(r: int | tuple[int, float] | Sequence[int], layers: int) -> list[int]:

@@ -116,6 +116,7 @@ def bipartite(
     slots: int,
     sizes_BN: Tensor | None = None,
     num_prefix_tokens: int = 0,
+    last_BN: Tensor | None = None,
 ) -> Plan:
     """Merge the `merged` sources with the highest similarity into their destinations.
 
@@ -130,10 +131,15 @@ def bipartite(
         slots: number of slots: at least the real tokens minus the merged ones, in every row.
         sizes_BN: sizes of the tokens, the weights of the average; None if all are one.
         num_prefix_tokens: structure tokens in front, which count in the split.
+        last_BN: bool, sources that are merged away only after all others.
     """
     if keys_BND.shape[1] < 2:
         return Plan.keep(valid_BN, slots)
     similarity_BS, partner_BS = partners(keys_BND, valid_BN, num_prefix_tokens)
+    if last_BN is not None:
+        # Below every other similarity, but above padding.
+        sources, _ = split(keys_BND.shape[1], num_prefix_tokens)
+        similarity_BS = torch.where(last_BN[:, sources], similarity_BS - 4, similarity_BS)
     limit_B1 = halves(valid_BN.sum(1, keepdim=True))
     limit_B1 = smaller(limit_B1, merged[:, None] if isinstance(merged, Tensor) else merged)
     return absorb(
