@@ -10,6 +10,7 @@ from torch import nn
 from pumer._suggest import did_you_mean
 from pumer.adapters.base import Adapter, adapter_of, adapters, is_a
 from pumer.adapters.decoder import refused
+from pumer.adapters.encoder import refused as joint
 
 MERGES_IMAGES = ("ColQwen2ForRetrieval",)
 """Classes that contain a supported model, and merge image features into its `inputs_embeds`."""
@@ -39,7 +40,7 @@ def find(model: nn.Module) -> Adapter:
 
 def _hint(model: Any, name: str) -> str:
     """What to pass instead of a model of an unsupported class."""
-    reason = refused.reason(model)
+    reason = refused.reason(model) or joint.reason(model)
     if reason is not None:
         return f" {reason}"
     inner = _inside(model)
