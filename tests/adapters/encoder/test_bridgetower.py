@@ -6,7 +6,7 @@ import tiny
 import torch
 
 import pumer
-from pumer import Compose, NoVision, PuMer, ToMe
+from pumer import Compose, NoVision, PuMer, ToMe, Uniform
 from pumer.reducers import EMBEDDINGS
 
 ANSWERING = "BridgeTowerForQuestionAnswering"
@@ -165,6 +165,29 @@ def test_dropping_a_token_is_masking_it_from_there_on(name):
     assert (dropping.pooler_output - stock.pooler_output).abs().max() > 1e-3
 
 
+def test_dropping_in_the_tower_is_masking_there_and_above():
+    model, inputs = tiny.model("BridgeTowerModel"), tiny.batch(ANSWERING, padding=0)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    inputs["input_ids"] = inputs["input_ids"].clamp_min(2)
+    last = tiny.TOWER - 1
+    reducer = Compose(Uniform(prune=0.4, layers=(last,)), Uniform(prune=0.3, layers=(1,)))
+    with pumer.reduced(model, reducer), pumer.trace(model) as steps:
+        dropping = forward(model, inputs).pooler_output
+    assert [step.layer for step in steps] == [EMBEDDINGS, 1]
+    dropped = steps[0].plan.slot_BN[:, 9:] < 0
+    assert dropped.any()
+    handles = masking(model, steps, 9, 37)
+    for block in model.vision_model.visual.transformer.resblocks[tiny.TOWER :]:
+        handles.append(block.register_forward_pre_hook(lambda module, args: (*args, dropped)))
+    try:
+        masked = forward(model, inputs).pooler_output
+    finally:
+        for handle in handles:
+            handle.remove()
+    close(dropping, masked)
+    assert (dropping - forward(model, inputs).pooler_output).abs().max() > 1e-3
+
+
 def test_without_vision_the_image_changes_nothing():
     model, inputs = tiny.model("BridgeTowerModel"), tiny.batch(ANSWERING)
     with pumer.reduced(model, NoVision()):
@@ -197,7 +220,9 @@ def test_merging_twins_changes_nothing_when_sizes_count(place, proportional):
     assert torch.allclose(merged, stock, rtol=0, atol=1e-5) == proportional
 
 
-@pytest.mark.parametrize("name", ["pumer", "tome", "random", "tome+pumer", "tome+tome"])
+@pytest.mark.parametrize(
+    "name", ["pumer", "tome", "random", "tome+pumer", "tome+tome", "uniform+random"]
+)
 def test_bridges_add_what_the_plans_leave_of_the_towers(name):
     """The towers' states, projected and then reduced by all plans so far."""
     model, inputs = tiny.model("BridgeTowerModel"), tiny.batch(ANSWERING)
