@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from pumer.adapters.base import Patch
 from pumer.adapters.encoder import clip as tower
-from pumer.adapters.encoder import co_attention, joint
+from pumer.adapters.encoder import co_attention, inplace, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.joint import TextInputs
@@ -39,9 +39,8 @@ def patch_trunk(bridge: Any, patch: Patch, pooled: bool) -> None:
         patch.replace(layer, "forward", co_attention.run_text, patch, layer_index)
     for layer_index, layer in enumerate(bridge.cross_modal_image_layers):
         patch.replace(layer, "forward", co_attention.run_image, patch, layer_index)
-    if patch.traits.vision_reducer is not None:
-        for layer_index, block in enumerate(bridge.vision_model.visual.transformer.resblocks):
-            patch.replace(block, "forward", _tower_layer, patch, layer_index)
+    for layer_index, block in enumerate(bridge.vision_model.visual.transformer.resblocks):
+        patch.wrap(block, "forward", _tower_layer, patch, layer_index)
 
 
 @dataclass
@@ -72,13 +71,10 @@ class _Towers:
             self.texts.append(self.text_BTD)
             self.images.append(self.layout.expand(self.image_BID).transpose(0, 1))
 
-    def run(self, text_layer: Any, block: Any, reduced: bool) -> None:
-        """Run a layer of each; `reduced`: whether the tower has a reducer."""
+    def run(self, text_layer: Any, block: Any) -> None:
+        """Run a layer of each."""
         self.text_BTD = text_layer(self.text_BTD, self.bias_B11T)
-        if reduced:
-            self.image_BID, self.layout = block(self.image_BID, self.layout)
-        else:
-            self.image_BID = block(self.image_BID.transpose(0, 1)).transpose(0, 1)
+        self.image_BID, self.layout = block(self.image_BID, self.layout)
         self.lengths.append(self.image_BID.shape[1])
         self.note()
 
@@ -147,8 +143,7 @@ def _forward(
     cross: _Cross | None = None
     for depth in range(len(text_layers) + 1):
         if depth:
-            reduced = patch.traits.vision_reducer is not None
-            towers.run(text_layers[depth - 1], blocks[depth - 1], reduced)
+            towers.run(text_layers[depth - 1], blocks[depth - 1])
         if depth < first:
             continue
         if cross is None:
@@ -228,11 +223,13 @@ def _embed(
 
 
 def _tower_layer(
-    block: Any, patch: Patch, layer_index: int, states: Tensor, layout: EncoderLayout
-) -> tuple[Tensor, EncoderLayout]:
-    """Replaces `BridgeTowerResidualAttention.forward`: a layer of CLIP under other names."""
+    block: Any, stock: Any, patch: Patch, layer_index: int, states: Tensor, layout: Any = None
+) -> Any:
+    """Wraps `BridgeTowerResidualAttention.forward`: a layer of CLIP under other names; the stock
+    one where the tower is called by itself."""
+    if not isinstance(layout, EncoderLayout):
+        return stock(states, layout)
     attention, reducer = block.attn, patch.traits.vision_reducer
-    assert reducer is not None
 
     def project(part: int) -> Any:
         weight, bias = (
@@ -241,9 +238,9 @@ def _tower_layer(
         return lambda inputs: nn.functional.linear(inputs, weight, bias)
 
     def mlp(inputs: Tensor) -> Tensor:
-        for module in block.mlp.values():
-            inputs = module(inputs)
-        return inputs
+        inner = inplace.quick_gelu(block.mlp.gelu, block.mlp.c_fc(inputs))
+        projected: Tensor = block.mlp.c_proj(inner)
+        return projected
 
     as_clip = _ClipLayer(
         block.ln_1,
@@ -298,8 +295,7 @@ def _enter(
     layout = joint.entry_layout(patch, towers.mask_BT, encoded)
     states = torch.cat([text, image], dim=1)
     states, layout, _ = encoder.reduce(patch, EMBEDDINGS, states, layout)
-    text, image = states[:, : layout.text], states[:, layout.text :]
-    return _Cross(text, image, layout, [layout.lengths])
+    return _Cross(*joint.split(states, layout), layout, [layout.lengths])
 
 
 def _bridge(

@@ -105,7 +105,7 @@ def image_layout(states_BID: Tensor, grid: Grid | None) -> EncoderLayout:
 def run_layer(
     layer: Any,
     patch: Patch,
-    reducer: Reducer,
+    reducer: Reducer | None,
     layer_index: int,
     states: Tensor,
     layout: EncoderLayout,
@@ -118,7 +118,7 @@ def run_layer(
 def _attend_and_reduce(
     layer: Any,
     patch: Patch,
-    reducer: Reducer,
+    reducer: Reducer | None,
     layer_index: int,
     states: Tensor,
     layout: EncoderLayout,
@@ -131,8 +131,10 @@ def _attend_and_reduce(
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
     attention_bias = None
-    if layout.plan is not None and (
-        reducer.traits.proportional_attention or reducer.traits.dynamic_length
+    if (
+        reducer is not None
+        and layout.plan is not None
+        and (reducer.traits.proportional_attention or reducer.traits.dynamic_length)
     ):
         attention_bias = kernels.attention_bias(
             layout.mask_BN,
@@ -147,9 +149,11 @@ def _attend_and_reduce(
         attention_bias,
         patch.attention,
         dropout,
-        reducer.traits.needs_attention and reducer.reduces_at(layer_index),
+        reducer is not None and reducer.traits.needs_attention and reducer.reduces_at(layer_index),
     )
     states = inplace.add(module.out_proj(context.transpose(1, 2).flatten(2)), states)
+    if reducer is None:
+        return states, layout
     return encoder.reduce(patch, layer_index, states, layout, queries, keys, attention, tower=True)[
         :2
     ]

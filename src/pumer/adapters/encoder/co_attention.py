@@ -106,7 +106,7 @@ def _reduce(
     states, layout, plan = encoder.reduce(
         patch, layer_index, states, layout, queries, keys, attention, cross=True
     )
-    return states[:, : layout.text], states[:, layout.text :], layout, plan
+    return *joint.split(states, layout), layout, plan
 
 
 def _attend_to(

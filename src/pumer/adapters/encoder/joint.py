@@ -118,6 +118,13 @@ def expand(
     return states[:, :text_length], states[:, text_length:]
 
 
+def split(states_BND: Tensor, layout: EncoderLayout) -> tuple[Tensor, Tensor]:
+    """Text and image of the joint axis, each contiguous: of anything else every linear layer makes
+    a copy, and adds its bias in a pass of its own."""
+    text, image = states_BND[:, : layout.text], states_BND[:, layout.text :]
+    return text.contiguous(), image.contiguous()
+
+
 def attend(
     patch: Patch,
     layout: EncoderLayout,
