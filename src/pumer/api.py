@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pumer.adapters import Adapter, Patch, ReductionStep, find, supported
 from pumer.adapters.active import PATCH, active, patched_module
-from pumer.adapters.base import PARTS
+from pumer.adapters.base import OPTIONS, PARTS
 from pumer.adapters.encoder.attention import BACKENDS
 from pumer.adapters.forward import execution_device
 from pumer.presets import ReducerSpec, read_reducer
@@ -27,6 +27,7 @@ def apply(
     attention: str = "sdpa",
     trim: bool = True,
     renumber: bool = False,
+    pack: bool = False,
 ) -> M:
     """Patch `model` in place so that it runs with token reduction; undo with `remove`.
 
@@ -46,6 +47,9 @@ def apply(
         renumber: renumber the positions of a language model's tokens wherever tokens were dropped,
             as the published code of several methods does (docs/methods.md). By default the
             remaining tokens keep their positions.
+        pack: in joint encoders, lay the rows of a batch end to end, so that neither padding nor a
+            sample with more tokens than others costs time (docs/packing.md). The host then reads
+            the lengths at the entry and in every layer that reduces.
 
     Returns:
         The model itself.
@@ -62,17 +66,27 @@ def apply(
         'tome'
     """
     before = active(model)
-    _apply(model, reducer, attention, trim, renumber, None if before is None else before.parts)
+    _apply(
+        model,
+        reducer,
+        None if before is None else before.parts,
+        attention=attention,
+        trim=trim,
+        renumber=renumber,
+        pack=pack,
+    )
     return model
 
 
 def _apply(
     wrapped: nn.Module,
     reducer: ReducerSpec,
+    parts: nn.ModuleDict | None,
+    *,
     attention: str,
     trim: bool,
     renumber: bool,
-    parts: nn.ModuleDict | None,
+    pack: bool,
 ) -> None:
     from pumer.hub.saving import follow  # imported here, as it imports this module
 
@@ -89,6 +103,8 @@ def _apply(
     reducer = reducer.resolve(adapter.shape(model))
     adapter.check(reducer)
     reducer.check(adapter.depth(model))
+    if pack:
+        _check_pack(adapter, reducer, trim)
     needs = reducer.traits.needs_encoder
     if needs and adapter.encoder_facts(model, needs, 1, "meta") is None:
         raise ValueError(
@@ -107,6 +123,7 @@ def _apply(
         trim,
         parts,
         renumber=renumber,
+        pack=pack,
         forwards_per_example=forwards_per_example,
     )
     try:
@@ -118,6 +135,25 @@ def _apply(
         patch.undo()
         raise
     setattr(model, PATCH, patch)
+
+
+def _check_pack(adapter: Adapter, reducer: Reducer, trim: bool) -> None:
+    """Raise ValueError where rows cannot be packed."""
+    if not adapter.packs:
+        raise ValueError(
+            f"{adapter.family} cannot pack the rows of a batch, as joint encoders can: leave pack "
+            "out"
+        )
+    if not trim:
+        raise ValueError(
+            "packing reads the lengths of a batch on the host, which trim=False is to avoid: leave "
+            "one of them out"
+        )
+    if reducer.traits.official:
+        raise ValueError(
+            f"the published code that {reducer.name} reproduces counts padding, and packed rows "
+            "have none: leave pack out"
+        )
 
 
 def _fitting(
@@ -213,6 +249,7 @@ def reduced(
     attention: str = "sdpa",
     trim: bool = True,
     renumber: bool = False,
+    pack: bool = False,
 ) -> Iterator[M]:
     """`apply` for the duration of a with block; the reducer that was active before is active again
     afterwards.
@@ -226,14 +263,14 @@ def reduced(
         True
     """
     before = active(model)
-    apply(model, reducer, attention=attention, trim=trim, renumber=renumber)
+    apply(model, reducer, attention=attention, trim=trim, renumber=renumber, pack=pack)
     try:
         yield model
     finally:
         remove(model)
         if before is not None:
-            settings = before.reducer, before.attention, before.trim, before.renumber
-            _apply(model, *settings, before.parts)
+            settings = {name: getattr(before, name) for name in OPTIONS}
+            _apply(model, before.reducer, before.parts, **settings)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import seams
 import tiny
 import tiny_llm
 import torch
@@ -105,7 +106,33 @@ def table() -> str:
         "# Which reducer works on which model",
         "",
         "Written by `PYTHONPATH=tests/models:tests/adapters python tests/adapters/cells.py`, and",
-        "compared with what the code does by `tests/adapters/test_compatibility.py`.",
+        "compared with what the code does by `tests/adapters/test_compatibility.py` and "
+        "`tests/adapters/test_seams.py`.",
+        "",
+        "## By the seam where it acts",
+        "",
+        "A reducer knows tensors, and no model: what it needs decides where it can act, in every "
+        "family that has the seam.",
+        "Methods with `layers` act where these say; -1 is before the language model.",
+        "",
+        "* joint encoder: inside the layers of ViLT and METER;",
+        "* vision tower: inside a CLIP tower (LLaVA 1.5, Video-LLaVA, METER), put there by "
+        "`Compose`;",
+        "* before the language model: image by image; the cell says what is read of the vision "
+        "tower: what [CLS] attends to,",
+        '  or with `saliency="received"` what patches receive; what goes into the projector '
+        "(features); keys. [models.md](models.md) says",
+        "  which families have these;",
+        "* inside it: after a layer; the cell says what is read of that. Queries and keys are "
+        "captured on their way to any kernel,",
+        "  and the layer keeps its own. Sliding windows under flash attention are refused.",
+        "",
+        *seams.table(REDUCERS),
+        "",
+        "## By family",
+        "",
+        "Families that go through every test; what the others do with a reducer follows from the "
+        "seams.",
         "",
         f"`{WORKS}`: it runs, and the tests of its kind hold: of those that only drop tokens, "
         "that dropping equals",

@@ -6,15 +6,18 @@ to the truth.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_llm
+import tiny_streams
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
 from pumer.adapters.base import adapters
 from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.refused import REFUSED
+from pumer.adapters.decoder.shorten import SELECTS, STATES
 from pumer.adapters.encoder import refused as joint
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -38,14 +41,41 @@ BRIDGES = (
     "of BridgeTower-base. A reduced model returns no attention maps, and hidden states in the "
     "original length, from classes with a pooled output only if asked for."
 )
+OTHERS = (tiny_streams.diffusion_gemma,)
+"""Builders of models that do not go through the matrix, but tests of their own."""
+STRUCTURE = (
+    (
+        "[CLS]",
+        "placeholders, where all features of the tower are handed on",
+        "LLaVA 1.5 with `full` features",
+    ),
+    (
+        "ends of rows",
+        "placeholders",
+        "LLaVA-NeXT, LLaVA-OneVision, Granite 4 Vision, Hunyuan-VL, Emu3",
+    ),
+    ("ends of rows", "tokens of the prompt", "Pixtral, Mistral 3, Fuyu, Apertus 1.5, Molmo 2"),
+    ("separator behind the views", "a placeholder", "DeepSeek-OCR 2"),
+    (
+        "labels, borders and line breaks between crops",
+        "tokens of the prompt",
+        "SmolVLM, Idefics3, Granite Docling, Aya Vision, Llama 4, Ovis 2, Step 3.7",
+    ),
+    ("begin and end of an image", "tokens of the prompt", "most"),
+)
+"""What marks an image, as what it comes in the prompt, and where."""
 
 
-def reduced_classes() -> dict[str, tuple[str, str, str]]:
-    """Of every class that has a tiny model: its family, whether tokens are merged inside the vision
-    tower, and what can be read of the tower's attention."""
-    result = {}
-    for name in tiny_llm.FAMILIES:
-        model = tiny_llm.model(name)
+REASONS = {STATES: "states", SELECTS: "index"}
+
+
+def reduced_classes() -> dict[str, list[tuple[str, str, str, str]]]:
+    """Of every class that has a tiny model: its families, where it is reduced, whether tokens
+    are merged inside the vision tower, and what can be read of the tower's attention."""
+    result: dict[str, list[tuple[str, str, str, str]]] = {}
+    builders = [*(partial(tiny_llm.model, name) for name in tiny_llm.FAMILIES), *OTHERS]
+    for build in builders:
+        model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
         attention = "received"
@@ -53,7 +83,13 @@ def reduced_classes() -> dict[str, tuple[str, str, str]]:
             attention = NO
         elif adapter.has_class_token(model):
             attention = "received, [CLS]"
-        result[type(model).__name__] = adapter.family, tower, attention
+        reason = adapter.before_only(model)
+        where = "before, inside" if reason is None else f"before ({REASONS[reason]})"
+        rows, row = (
+            result.setdefault(type(model).__name__, []),
+            (adapter.family, where, tower, attention),
+        )
+        rows += [] if row in rows else [row]
     return result
 
 
@@ -82,7 +118,7 @@ def table() -> str:
         "",
         f"Of the {len(CLASSES)} image-text-to-text classes of transformers, "
         f"{sum(name in reduced for name in CLASSES)} are reduced: before the language model "
-        "(before layer 0) and inside it",
+        "(before layer 0) and, nearly all, inside it",
         "(after any layer but the last). `tower`: tokens are also merged inside the vision tower. "
         "`attention`: what reducers",
         'can read of the tower: what patches receive (`saliency="received"`), and what [CLS] '
@@ -90,14 +126,48 @@ def table() -> str:
         "on which family: [compatibility.md](compatibility.md). Videos and audio are left as they "
         "are.",
         "",
-        "| class | family | tower | attention |",
-        "|---|---|---|---|",
+        "| class | family | reduced | tower | attention |",
+        "|---|---|---|---|---|",
     ]
     for name in CLASSES:
-        if name in reduced:
-            lines.append(f"| {name} | " + " | ".join(reduced[name]) + " |")
+        lines += [f"| {name} | " + " | ".join(row) + " |" for row in reduced.get(name, ())]
     lines += ["", *(f"{name}: {note}." for name, note in NOTES.items())]
     lines += [
+        "",
+        "`before` alone: the prompt gets shorter before the language model, which then runs as it "
+        "is. Kept tokens keep",
+        "their positions; sliding windows, indices of keys and Inkling's distances count the "
+        "tokens that are left. The cache",
+        "holds these, and reports the length of the whole prompt. Reducers inside are refused with "
+        "the reason:",
+        "",
+        *(f"* {word}: {reason}" for reason, word in REASONS.items()),
+        "",
+        "FLOPs: of experts those that a token goes through; states (linear attention, Mamba) step "
+        "by step, so that what",
+        "kernels spend on chunks of tokens is not in them, nor hyper-connections; short "
+        "convolutions as they are; attention",
+        "over all pairs of tokens, also where an index chooses among them. The cache is that of "
+        "keys and values: states have",
+        "one size, whatever the prompt.",
+        "",
+        "## Structure tokens",
+        "",
+        "What marks an image, its rows, views and crops is never a candidate: it is not pruned, "
+        "not merged and no text of the",
+        "question, and the text goes on attending to it.",
+        "",
+        "| structure | in the prompt | families |",
+        "|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in STRUCTURE),
+        "",
+        "Whatever stands between two placeholders of one image is structure in every family. "
+        "Thumbnails and crops are patches,",
+        "and candidates: an image has one budget for all of them, unless the method is published "
+        "with a budget for each crop. A",
+        "size that the prompt gives in words (Emu3, Apertus 1.5) is text.",
+        "",
+        "## Not reduced",
         "",
         "The others are refused by `pumer.apply`, with the reason:",
         "",

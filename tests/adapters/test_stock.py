@@ -18,8 +18,11 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.models.bridgetower import modeling_bridgetower as bridgetower
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
+from transformers.models.granite4_vision import modeling_granite4_vision as granite4_vision
+from transformers.models.granite_docling import modeling_granite_docling as granite_docling
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
 from transformers.models.llama4 import modeling_llama4 as llama4
+from transformers.models.molmo2 import modeling_molmo2 as molmo2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.vilt import modeling_vilt as vilt
@@ -148,6 +151,18 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "a78050f93b55c837",
         "deepstack in decoder/media.py",
     ),
+    (granite_docling.GraniteDoclingTextModel, "_deepstack_process"): (
+        "a78050f93b55c837",
+        "deepstack in decoder/media.py",
+    ),
+    (granite4_vision.Granite4VisionTextModel, "forward"): (
+        "def9e11ec96a0243",
+        "_keep_planes and _add_plane in decoder/granite_vision.py",
+    ),
+    (molmo2.Molmo2Adapter, "forward"): (
+        "c16c6c4844250db8",
+        "vision_facts in decoder/molmo2.py",
+    ),
 } | {
     (trunk(name), "get_placeholder_mask"): (
         known,
@@ -157,20 +172,22 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "125a9d7446d62bc2": (
             "Llava InternVL PaliGemma Gemma3 Aria AyaVision Cohere2Vision DeepseekVL "
             "DeepseekVLHybrid FastVlm Fuyu GotOcr2 Janus LightOnOcr Mistral3 Ovis2 QianfanOCR "
-            "VipLlava"
+            "VipLlava Molmo2"
         ),
-        "dc8eb48fa0367d32": "LlavaNext SmolVLM",
+        "dc8eb48fa0367d32": ("LlavaNext SmolVLM Step3p7 DeepseekOcr2 UnlimitedOcr Granite4Vision"),
         "3b5e8a3ce6008fc9": (
             "LlavaOnevision Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe CohereCompass Cosmos3Edge "
             "Cosmos3Omni Ernie4_5_VLMoe Exaone4_5_ HyperCLOVAXVisionV2 Kimi_K25 "
-            "LlavaNextVideo VideoLlama3"
+            "LlavaNextVideo VideoLlama3 MuseGlimmer MuseSpark"
         ),
         "7e4478310f3a85e2": "Qwen2_5OmniThinker Qwen3OmniMoeThinker",
         "220486487c00b9ad": "Glm46V Glm4v Glm4vMoe GlmOcr",
         "8ed63217f08707cf": "PaddleOCRVL",
         "b2666f8fbb6bbeef": "VideoLlava",
         "a4c92bd1beb1f835": "HunYuanVL",
-        "c2b5232e33fd2f04": "Chameleon",
+        "c2b5232e33fd2f04": "Chameleon Emu3",
+        "a90c598505db2f29": "Apertus1p5",
+        "ac9ffc76ece9c637": "Gemma3n",
         "a39fcc62b0e2e68f": "PerceptionLM",
     }.items()
     for name in names.split()

@@ -249,6 +249,19 @@ def patches_with_places(index: int, generator: Generator) -> Image:
     return {"pixel_values": patches, "image_position_ids": places}, ids
 
 
+GEMMA4_VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+
+
 @family(patches_with_places, extras=image_types)
 def gemma4() -> nn.Module:
     """Of six layers, two of which read the keys of others."""
@@ -268,17 +281,7 @@ def gemma4() -> nn.Module:
             "top_k_experts": 2,
             "moe_intermediate_size": 8,
         },
-        vision_config={
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "head_dim": 8,
-            "pooling_kernel_size": 2,
-            "patch_size": 4,
-            "position_embedding_size": 16,
-        },
+        vision_config=GEMMA4_VISION,
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=58,

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 import tiny_any_size  # noqa: F401  # each registers its families
 import tiny_decoders
 import tiny_families  # noqa: F401
+import tiny_hybrids  # noqa: F401
 import tiny_more  # noqa: F401
+import tiny_selecting  # noqa: F401
+import tiny_streams  # noqa: F401
+import tiny_views  # noqa: F401
 import torch
 from tiny_parts import (  # noqa: F401  # what other tests take from here
     CACHE,
@@ -40,15 +44,21 @@ BUILDERS = tuple(
 def model(family: str = "llava", attention: str = "sdpa") -> nn.Module:
     """A model in eval mode whose weights are large enough for every token to matter."""
     torch.manual_seed(0)
-    made = FAMILIES[family].build()
+    made = with_large_weights(FAMILIES[family].build())
+    made.generation_config.eos_token_id = None
+    if attention != "sdpa":  # which is what parts that know it have anyway
+        made.set_attn_implementation(attention)
+    return made
+
+
+def with_large_weights(made: nn.Module) -> nn.Module:
+    """The model in eval mode, its weights drawn anew."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim > 1:
                 wide = "embed" in name or "lm_head" in name
                 parameter.normal_(std=1.0 if wide else 0.25, generator=generator)
-    made.generation_config.eos_token_id = None
-    made.set_attn_implementation(attention)
     return made.eval()
 
 
@@ -122,12 +132,30 @@ def alone(family: str, layout: Sequence[Sequence[int | str]], row: int, seed: in
     inputs = batch(family, layout, seed=seed)
     real = inputs["attention_mask"][row].bool()
     shape = inputs["input_ids"].shape
-    own = {name: x[row : row + 1, real] for name, x in inputs.items() if x.shape == shape}
+    own = {
+        name: x[row : row + 1, real]
+        for name, x in inputs.items()
+        if getattr(x, "shape", None) == shape
+    }
     first = sum(part == "i" for sample in layout[:row] for part in sample)
     count = sum(part == "i" for part in layout[row])
     chosen = images(family, first + count, seed)[first:]
     pixels = [pixel for pixel, _ in chosen]
     return own | FAMILIES[family].join(pixels, [0] * len(pixels), 1)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The words that `GREEDY` chooses."""
+    return logits[..., : GREEDY["suppress_tokens"][0]].argmax(-1)
+
+
+def continued(family: str, inputs: Inputs, words: Tensor) -> Inputs:
+    """The inputs of one sample with words behind them, int64 [1,N]."""
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], words], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1),
+    }
+    return inputs | longer | FAMILIES[family].extras(longer)
 
 
 def candidates(family: str, inputs: Inputs) -> Tensor:

@@ -58,8 +58,8 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
             cache = kv_cache.find(model(**inputs, use_cache=True))
     batch, length = inputs["input_ids"].shape
     marks = {}
-    for number, layer in enumerate(cache.layers):
-        held = getattr(layer, "_pumer_layout", None)
+    for number in range(len(cache.layers)):
+        held = kv_cache.layout(cache, number)
         if held is None:
             continue
         mark = torch.zeros(batch, length, dtype=torch.int64)
@@ -74,6 +74,50 @@ def kept(model: nn.Module, inputs: dict[str, Tensor], generating: bool = False) 
 
 
 @contextmanager
+def shortened(model: nn.Module, keep_S: Tensor, renumber: bool = False) -> Iterator[nn.Module]:
+    """Give the language model of a stock model only these places of a prompt, bool [S], and all
+    that comes behind it. Of one sample without padding, and without a cache.
+
+    `renumber`: let positions count nothing else.
+    """
+    language = decoder(model)
+    stock = language.forward
+
+    def forward(**kwargs):
+        embeddings = kwargs["inputs_embeds"]
+        length = embeddings.shape[1]
+        behind = torch.arange(len(keep_S), length)
+        index = torch.cat([keep_S.nonzero()[:, 0], behind])
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(length)[None]
+        kwargs["attention_mask"] = torch.ones(1, len(index), dtype=torch.int64)
+        for name, value in kwargs.items():
+            if name != "attention_mask" and isinstance(value, Tensor):
+                value = value[..., index] if value.dtype == torch.int64 else value[:, index]
+                kwargs[name] = value
+        if renumber:
+            kwargs["position_ids"] = torch.arange(len(index))[None]
+        output = stock(**kwargs)
+        states = output.last_hidden_state
+        full = states.new_zeros(1, length, *states.shape[2:])
+        full[:, index] = states
+        output.last_hidden_state = full
+        return output
+
+    def count_anew(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"position_ids": torch.arange(args[0].shape[1])[None]}
+
+    with ExitStack() as stack:
+        if not find(model).keeps_positions:
+            for layer in layers(model):
+                handle = layer.register_forward_pre_hook(count_anew, with_kwargs=True)
+                stack.callback(handle.remove)
+        language.forward = forward
+        stack.callback(delattr, language, "forward")
+        yield model
+
+
+@contextmanager
 def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn.Module]:
     """Hide the other places of the prompt from every layer of a stock model, also in decoding.
 
@@ -84,7 +128,7 @@ def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn
     def hide(number: int, keep: Tensor):
         def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             states, mask = args[0], kwargs["attention_mask"]
-            queries = states.shape[1]
+            batch, queries, _ = states.shape[-3:]  # of one stream, where there are several
             if mask is None:
                 cache = kv_cache.find(kwargs)
                 past = 0 if cache is None else cache.get_seq_length()
@@ -92,7 +136,7 @@ def masked(model: nn.Module, marks: Kept, renumber: bool = False) -> Iterator[nn
                     past -= queries  # the first layer has been here
                 keys = past + queries
                 mask = torch.arange(keys) <= torch.arange(past, keys)[:, None]
-                mask = mask.expand(len(states), 1, queries, keys)
+                mask = mask.expand(batch, 1, queries, keys)
             hidden = ~keep
             if (
                 mask.shape[3] < keep.shape[1] and queries == 1

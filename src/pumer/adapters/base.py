@@ -24,6 +24,10 @@ PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
 
+OPTIONS = ("attention", "trim", "renumber", "pack")
+"""Options of `pumer.apply` beside the reducer, which are fields of `Patch`."""
+
+
 class _Absent:
     """Marks an attribute that was not set. A class, because copy.deepcopy does not copy classes."""
 
@@ -62,6 +66,7 @@ class Patch:
         parts: trainable parts of a learned reducer, by layer; a submodule of the model while the
             patch is active.
         renumber: renumber the positions of the remaining tokens, layer by layer.
+        pack: lay the rows of a batch end to end, so that padding costs nothing.
     """
 
     reducer: Reducer
@@ -74,6 +79,7 @@ class Patch:
     progress: float = 1.0
     """Progress of the training of `parts`, 0 to 1."""
     renumber: bool = False
+    pack: bool = False
     traits: Traits = field(init=False, repr=False)
     """Of the reducer; read in every layer."""
     forwards_per_example: int = 1
@@ -89,8 +95,9 @@ class Patch:
     planned: list[tuple[int, int]] | None = None
     """The planned `lengths`, where they do not follow from `entry`: prompts of several images."""
     kept: Tensor | None = None
-    """Positions [B,K] of the tokens left after the last layer of the last forward, -1 for empty
-    slots."""
+    """Positions [B,K] of the tokens left after the last forward's last layer, -1: empty slots."""
+    rows: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    """`lengths` of every row of the last packed forward."""
     tower: list[int] = field(default_factory=list)
     """Image tokens of the last forward, before the vision tower's first layer and after every
     layer."""
@@ -141,6 +148,11 @@ class Patch:
         """Record the decisions of one pass."""
         if keep_ratios:
             self.decisions = [*self.decisions, (keep_ratios, heads)][-self.forwards_per_example :]
+
+    def record_lengths(self, layouts: Sequence[Any]) -> None:
+        """Record a forward's lengths from its layouts before and after every layer."""
+        self.lengths = [layout.lengths for layout in layouts]
+        self.rows = [layout.rows for layout in layouts] if self.pack else []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance; `undo` restores it."""
@@ -222,8 +234,14 @@ class Adapter:
     """Structure tokens at the head of each modality that a reducer sees."""
     renumbers: ClassVar[bool] = False
     """Whether a position is one number per token, read in every layer, so that `renumber` works."""
+    packs: ClassVar[bool] = False
+    """Whether the rows of a batch can be packed, so that padding costs nothing."""
     separate: ClassVar[tuple[str, ...]] = ()
     """Classes that run the layers once per image of an example."""
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether a model of one of `classes` is of this family, where its parts say which."""
+        return True
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers that a reducer can act in."""
@@ -362,7 +380,9 @@ def adapter_of(model: Any) -> Adapter | None:
     Plugins are loaded only if no built-in adapter lists the class itself.
     """
     name = type(model).__name__
-    exact = next((adapter for adapter in _ADAPTERS if name in adapter.classes), None)
+    exact = next(
+        (adapter for adapter in _ADAPTERS if name in adapter.classes and adapter.fits(model)), None
+    )
     if exact is not None:
         return exact
     return next(
@@ -370,7 +390,7 @@ def adapter_of(model: Any) -> Adapter | None:
             adapter
             for parent in type(model).__mro__
             for adapter in adapters()
-            if parent.__name__ in adapter.classes
+            if parent.__name__ in adapter.classes and adapter.fits(model)
         ),
         None,
     )

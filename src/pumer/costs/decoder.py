@@ -12,6 +12,7 @@ from torch import nn
 from pumer.adapters.base import config_of
 from pumer.adapters.decoder.costs import expert_weights, experts_per_token, linear_weights
 from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.recurrent import state_macs
 from pumer.costs.result import GIGA, Report
 
 MEGA = 1e6
@@ -115,16 +116,18 @@ def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> Decod
     """Extend a report by the costs of decoding."""
     head = adapter.head_macs(model)
     top_k = experts_per_token(config_of(model).get_text_config())
+    layers = list(zip(adapter.layers(model), adapter.passes(model), strict=True))
     linear = sum(
-        linear_weights(layer) + expert_weights(layer, top_k) for layer in adapter.layers(model)
+        times * (linear_weights(layer) + expert_weights(layer, top_k)) for layer, times in layers
     )
+    states = sum(times * state_macs(layer) for layer, times in layers)
     reduced, stock = report.lengths, (report.entry,) * len(report.lengths)
     return DecoderReport(
         **vars(report),
         cache_bytes=_cache(model, adapter, reduced),
         base_cache_bytes=_cache(model, adapter, stock),
-        decode_macs=_further(adapter, model, reduced) + linear + head,
-        base_decode_macs=_further(adapter, model, stock) + linear + head,
+        decode_macs=_further(adapter, model, reduced) + states + linear + head,
+        base_decode_macs=_further(adapter, model, stock) + states + linear + head,
         weights=linear + head,
     )
 
@@ -155,4 +158,12 @@ def _further(
 ) -> int:
     """Multiply-accumulates of the next token's attention."""
     heads, channels = adapter.attention_shape(model)
-    return 2 * heads * channels * sum(count + 1 for count in _cached(model, adapter, lengths))
+    counts = zip(
+        adapter.layers(model), adapter.passes(model), _cached(model, adapter, lengths), strict=True
+    )
+    attended = sum(
+        times * (count + 1)
+        for layer, times, count in counts
+        if adapter.layer_attention(layer) is not None
+    )
+    return 2 * heads * channels * attended

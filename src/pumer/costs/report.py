@@ -88,7 +88,8 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
 
 
 def last_forward_macs(model: nn.Module) -> int:
-    """Multiply-accumulates per example of the last forward of a reduced model, padding included.
+    """Multiply-accumulates per example of the last forward of a reduced model, padding included
+    unless rows are packed: then the mean over the rows.
 
     Raises ValueError if there was none.
     """
@@ -105,7 +106,12 @@ def last_forward_parts(model: nn.Module) -> dict[str, int]:
     # With a dynamic length the data have decided on the lengths.
     ran = (tuple(patch.tower), tuple(patch.lengths)) if patch.traits.dynamic_length else None
     tower, lengths, reducer_costs = _plan(patch.reducer, adapter, model, text, image, grid, ran)
-    macs = adapter.macs(model, lengths, (text, image), tower, patch.traits.post_layer)
+    # Packed rows cost what each has; a reducer sees them padded.
+    rows = list(zip(*patch.rows, strict=True)) or [lengths]
+    costs = [
+        adapter.macs(model, row, (text, image), tower, patch.traits.post_layer) for row in rows
+    ]
+    macs = {part: round(sum(cost[part] for cost in costs) / len(costs)) for part in costs[0]}
     return macs | {
         "reducer": adapter.forwards_per_example(model) * sum(reducer_costs.values(), NO_COST).macs
     }

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from pumer._suggest import did_you_mean, some
-from pumer.adapters.base import adapters
+from pumer.adapters.base import OPTIONS, adapters
 from pumer.api import active, apply
 from pumer.hub.files import read_config, read_json
 from pumer.hub.reduction import LEARNED, SETTINGS, is_part, load_parts, read_settings, reducer_in
@@ -61,8 +61,7 @@ def load(
     if device is not None:
         model.to(device)
     if reducer is not None:
-        names = ("attention", "trim", "renumber")
-        apply(model, reducer, **{name: settings[name] for name in names if name in settings})
+        apply(model, reducer, **{name: settings[name] for name in OPTIONS if name in settings})
         load_parts(active(model), source.folder)
     return model
 

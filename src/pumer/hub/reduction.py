@@ -37,7 +37,12 @@ class _Saved:
     reducer: dict[str, Any] | None
     attention: str
     trim: bool
-    renumber: bool = False  # written only if true; older folders lack it
+    # Written only if true; older folders lack them.
+    renumber: bool = False
+    pack: bool = False
+
+
+_OPTIONAL = {field.name for field in fields(_Saved) if field.default is not MISSING}
 
 
 def write_reduction(
@@ -57,8 +62,7 @@ def write_reduction(
         "attention": "sdpa" if patch is None else patch.attention,
         "trim": True if patch is None else patch.trim,
     }
-    if patch is not None and patch.renumber:
-        settings["renumber"] = True
+    settings |= {name: True for name in _OPTIONAL if getattr(patch, name, False)}
     if parts:
         with replacing(folder / LEARNED, "wb") as file:
             # Cloned, because safetensors does not save weights that share memory.
@@ -127,8 +131,7 @@ def reducer_in(settings: dict[str, Any], file: Path) -> Reducer | None:
             f"{file} has format {version}, written by pumer {settings.get('pumer')}; this is pumer "
             f"{__version__}, which reads format {FORMAT}: upgrade pumer"
         )
-    needed = {field.name for field in fields(_Saved) if field.default is MISSING}
-    names = sorted(needed | {"renumber"} & set(settings))
+    names = sorted({field.name for field in fields(_Saved)} - (_OPTIONAL - set(settings)))
     if sorted(settings) != names:
         raise ValueError(f"{file} should have the entries {names}, not {sorted(settings)}")
     check_settings(_Saved, settings, str(file))

@@ -52,7 +52,7 @@ class Learned(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(learned=self)
+        return Traits(learned=self, needs_qk=False)
 
     @property
     def trims_heads(self) -> bool:

@@ -124,11 +124,11 @@ def test_only_clip_has_a_class_token():
 
 def test_towers_that_are_not_known_are_refused():
     sizes = {name: tiny_llm.SIGLIP[name] for name in tiny_llm.SIDES}
-    model = with_tower(transformers.PixtralVisionConfig(**sizes), "full")
+    model = with_tower(transformers.ViTConfig(**sizes), "full")
     for reducer in (FastV(keep=0.5, layer=1), DivPrune(keep=0.5)):
         with pytest.raises(
             ValueError,
-            match=r"PixtralVisionModel.*expected one of CLIPVisionModel, SiglipVisionModel",
+            match=r"ViTModel.*expected one of CLIPVisionModel, SiglipVisionModel",
         ):
             pumer.apply(model, reducer)
         assert pumer.active(model) is None

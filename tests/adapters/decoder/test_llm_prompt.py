@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import pumer
 from pumer.adapters.decoder import kv_cache
 from pumer.adapters.decoder.prefill import group_crops, match_images_to_placeholders
-from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, TokenLayout
+from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, TokenLayout, inside_images
 from pumer.adapters.decoder.reduce import lift_plan
 from pumer.adapters.decoder.view import View
 from pumer.reducers import Chain, Energy, FastV, Plan, Random
@@ -140,6 +140,17 @@ def test_images_of_a_batch_and_of_its_beams():
             match_images_to_placeholders(images, wrong)
 
 
+def test_what_stands_between_placeholders_of_one_image():
+    rows = [[5, 0, 0, 6, 0, 7, 0, 5], [0, 6, 0, 0, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 5, 5]]
+    ids = torch.tensor(rows)
+    inside = inside_images(ids == 0, [3, 1, 3], 7)
+    assert inside.nonzero().tolist() == [[0, 3], [1, 1]]  # 6, and not 7 between two images
+    repeated = ids.repeat_interleave(2, 0)
+    assert torch.equal(inside_images(repeated == 0, [3, 1, 3], 14), inside.repeat_interleave(2, 0))
+    for lengths in ([3, 1], []):  # an error will follow
+        assert not inside_images(ids == 0, lengths, 7).any()
+
+
 def test_crops_of_one_image():
     image = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]]).bool()
     crops = CropGroups.of(image, 2, 8, None)
@@ -157,6 +168,13 @@ def test_crops_of_one_image():
         [ImageSpan(2)] * 7, [0] * 4 + [1] * 3, crops.joined_P.tolist()
     )
     assert ([image.length for image in images], sample_index) == ([6, 2, 2, 4], [0, 0, 1, 1])
+
+
+def test_crops_of_images_that_begin_alike():
+    ids = torch.tensor([[9, 0, 0, 8, 0, 0, 9, 0, 0], [5, 5, 5, 7, 0, 0, 9, 0, 0]])
+    crops = CropGroups.of(ids == 0, 2, 10, ids, from_first=True)
+    assert crops.joined_P.tolist() == [False, True, False, False, True]
+    assert crops.between_BS.nonzero().tolist() == [[0, 3], [1, 6]]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -93,6 +93,20 @@ def test_bridgetower_is_measured_beside_its_stock_forward():
     assert reduced.macs < fused.macs
 
 
+def test_packed_rows_cost_what_they_hold():
+    reducers = [{"reducer": "energy", "least": 1, "most": 0.9, "tau": 0.9}]
+    settings = BenchSettings("vilt-tiny", reducers, batch=4, text=20, runs=1, pack=True)
+    result = bench(settings, warmup=1, memory=False)
+    names = [row.variant for row in result.rows]
+    assert names[:4] == ["stock", "fused", "fused, packed", names[3]]
+    assert names[4] == f"{names[3]}, packed"
+    fused, packed, energy, packed_energy = result.rows[1:]
+    assert packed.macs < fused.macs
+    assert packed_energy.macs < energy.macs
+    assert packed_energy.overhead > 0
+    assert packed.flops_ratio == pytest.approx(fused.macs / packed.macs)
+
+
 @pytest.fixture(scope="module")
 def measured_meter():
     return bench(BenchSettings("meter-tiny", batch=2, text=20, runs=1), warmup=1)

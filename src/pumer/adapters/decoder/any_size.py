@@ -51,8 +51,13 @@ class AnySizeAdapter(DecoderAdapter):
         return [(rows // side, columns // side) for _, rows, columns in frames]
 
     def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
-        """Index of every token among those of the tower, where it has them in another order."""
+        """Index of every token among those of the tower, where it has them in another order; of
+        every patch, unless they are `grouped`."""
         return None
+
+    def tower_prefix(self, model: nn.Module) -> int:
+        """Tokens before the patches of every image in the tower, where images lie in one row."""
+        return 0
 
     def structure(self, grid: Grid) -> Tensor | None:
         """Which of the placeholders of an image are no patches, bool [N]; None where all are."""
@@ -77,16 +82,18 @@ class AnySizeAdapter(DecoderAdapter):
         if not captured.needs:
             return [None] * len(lengths)
         order = self.token_order(trunk, captured)
-        features, heads = captured.features_RPD, captured.heads
+        # Images may go through the projector one by one.
+        features = torch.cat(captured.features, -2) if captured.features else None
+        heads = captured.heads
         middle_heads = captured.middle_heads or heads
         # Chunks of the sequence are given one by one, or all in one.
         wide, middle = (
             [torch.cat(part, 2) for part in zip(*captures, strict=True)]
             for captures in (heads, middle_heads)
         )
-        group = self.patches_per_token(trunk)
+        group, prefix = self.patches_per_token(trunk), self.tower_prefix(trunk)
         if heads and not self.padded:
-            group = wide[0].shape[2] // sum(lengths)
+            group = (wide[0].shape[2] - prefix * len(lengths)) // sum(lengths)
         encoders: list[Encoder | None] = []
         for image_index, (grid, length) in enumerate(zip(grids, lengths, strict=True)):
             start = sum(lengths[:image_index])
@@ -99,19 +106,19 @@ class AnySizeAdapter(DecoderAdapter):
                 facts["features_BND"] = features.flatten(0, -2)[None, stretch]
             if heads:
                 row = slice(image_index, image_index + 1) if self.padded else slice(None)
-                first = 0 if self.padded else start * group
-                queries, keys = (part[row, :, first : first + length * group] for part in wide)
-                facts |= attention_of(captured.needs, queries, keys, first=False)
-                queries, keys = (part[row, :, first : first + length * group] for part in middle)
-                facts |= received_in_middle(captured.needs, queries, keys, first=False)
+                first = 0 if self.padded else start * group + image_index * prefix
+                behind = first + prefix + length * group
+                queries, keys = (part[row, :, first:behind] for part in wide)
+                facts |= attention_of(captured.needs, queries, keys, prefix)
+                queries, keys = (part[row, :, first:behind] for part in middle)
+                facts |= received_in_middle(captured.needs, queries, keys, prefix)
             token_facts = {}
             for name in captured.needs:
                 value = facts[name]
                 if value.shape[1] != length:
-                    value = self._per_token(value, grid, group)
-                    if order is not None:
-                        index = order[start : start + length] - start
-                        value = value[:, index.to(value.device)]
+                    value = value if self.grouped else _in_order(value, order, start * group)
+                    value = self._per_token(value, grid, value.shape[1] // length)
+                    value = _in_order(value, order, start) if self.grouped else value
                 token_facts[name] = value
             encoders.append(Encoder(**token_facts))
         return encoders
@@ -121,6 +128,14 @@ class AnySizeAdapter(DecoderAdapter):
             return value.unflatten(1, (-1, group)).mean(2)
         (rows, columns), side = grid, math.isqrt(group)
         return value.unflatten(1, (rows, side, columns, side)).mean((2, 4)).flatten(1, 2)
+
+
+def _in_order(value: Tensor, order: Tensor | None, first: int) -> Tensor:
+    """What is known of an image's tokens [1,I,...], the first of which is that of this index."""
+    if order is None:
+        return value
+    index = order[first : first + value.shape[1]] - first
+    return value[:, index.to(value.device)]
 
 
 def _to_device(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

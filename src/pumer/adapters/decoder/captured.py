@@ -5,7 +5,7 @@ Shape suffixes: R crops, P patches of one, D channels, H heads, C channels of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ class Captured:
     Args:
         capture: the hooks that it belongs to.
         needs: fields of `Encoder` that the reducer reads.
-        features_RPD: what goes into the projector.
+        features: what goes into the projector [R,P,D], at every call of it.
         heads: queries and keys [R,H,P,C] of the layer that the features come from, one pair for
             each state of its attention.
         last_heads: those of the tower's last layer, where that is another one.
@@ -33,7 +33,7 @@ class Captured:
 
     capture: object
     needs: frozenset[str]
-    features_RPD: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
     heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     last_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     middle_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -41,3 +41,19 @@ class Captured:
     plan: Plan | None = None
     merged: Plan | None = None
     packed: Any = None
+
+    @property
+    def features_RPD(self) -> Tensor | None:
+        """What went into the projector at last."""
+        return self.features[-1] if self.features else None
+
+    def of_view(self, index: int) -> Captured:
+        """What is captured of one of the views of images that go through the tower one by one."""
+        part = slice(index, index + 1)
+        return replace(
+            self,
+            features=self.features[part],
+            heads=self.heads[part],
+            last_heads=self.last_heads[part],
+            middle_heads=self.middle_heads[part],
+        )

@@ -11,12 +11,10 @@ from torch import nn
 
 from pumer.adapters.base import config_of
 from pumer.adapters.decoder.parts import (
-    ATTENTION,
     DecoderParts,
-    head_channels,
-    named,
     tower_layers,
 )
+from pumer.adapters.decoder.recurrent import state_macs
 from pumer.adapters.macs import head_macs
 from pumer.reducers.tokens import Encoder
 
@@ -31,21 +29,22 @@ class DecoderCosts(DecoderParts):
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
     ) -> list[tuple[int, int]]:
         """Tokens leave after a layer, whatever `after_layer` says; attention is counted over all
-        pairs of tokens, and of the experts of a layer those that one token goes through."""
-        heads, channels = self.attention_shape(model)
+        pairs of tokens, states and short convolutions token by token, and of the experts of a layer
+        those that one token goes through."""
         top_k = experts_per_token(config_of(model).get_text_config())
         result = []
-        for layer, pair in zip(self.layers(model), lengths[:-1], strict=True):
-            count, attention = sum(pair), named(layer, ATTENTION)
-            projections = linear_weights(attention)
-            channels = head_channels(layer) or channels
-            result.append(
-                (
-                    count * projections + 2 * count**2 * heads * channels,
-                    count * (linear_weights(layer) - projections + expert_weights(layer, top_k)),
-                )
-            )
-        return result
+        for index, (layer, pair) in enumerate(zip(self.layers(model), lengths[:-1], strict=True)):
+            count, attention = sum(pair), self.layer_attention(layer)
+            if attention is not None:
+                heads, channels = self.layer_attention_shape(model, index)
+                projections, pairs = linear_weights(attention), 2 * count**2 * heads * channels
+            else:
+                mixers = [part for part in layer.children() if state_macs(part)]
+                projections, pairs = sum(map(linear_weights, mixers)), 0
+            others = linear_weights(layer) - projections + expert_weights(layer, top_k)
+            result.append((count * (projections + state_macs(layer)) + pairs, count * others))
+        passes = zip(result, self.passes(model), strict=True)
+        return [(times * attention, times * mlp) for (attention, mlp), times in passes]
 
     def head_macs(self, model: nn.Module) -> int:
         """Multiply-accumulates of one token's way to the vocabulary."""
@@ -151,7 +150,9 @@ def expert_weights(layer: nn.Module, top_k: int) -> int:
     tensor, whose first axis counts them."""
     return sum(
         min(top_k, len(weight)) * weight[0].numel()
-        for weight in layer.parameters()
+        for part in layer.modules()
+        if not isinstance(part, nn.Conv1d)
+        for weight in part.parameters(recurse=False)
         if weight.ndim == 3
     )
 

@@ -15,9 +15,9 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
-from pumer.adapters.decoder.parts import has_attention
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
-from pumer.adapters.decoder.refused import STATES
+from pumer.adapters.decoder.recurrent import state_macs
+from pumer.adapters.decoder.shorten import BEFORE, SELECTS, STATES
 from pumer.adapters.decoder.vision import (
     CLASS_ATTENTION,
     LAST_CLASS_ATTENTION,
@@ -60,11 +60,24 @@ class DecoderAdapter(DecoderCosts):
     images."""
     along_tokens: ClassVar[tuple[str, ...]] = ()
     """Arguments of a layer that have an entry for every token, besides masks and positions."""
+    keeps_positions: ClassVar[bool] = True
+    """Whether layers may be told positions with gaps between them; otherwise they count what is
+    left, besides what is rotated by its position."""
     crop_gap: ClassVar[int | None] = None
     """Tokens that the prompt has at most between two crops of one image; None where `image_spans`
     are whole images."""
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
+
+    def before_only(self, model: nn.Module) -> str | None:
+        """Why tokens can leave before the language model alone; None where they can leave between
+        its layers, too."""
+        layers = self.layers(model)
+        attentions = [self.layer_attention(layer) for layer in layers]
+        if None in attentions or any(map(state_macs, layers)):
+            return STATES
+        indexers = [getattr(attention, "indexer", None) for attention in attentions]
+        return SELECTS if any(indexer is not None for indexer in indexers) else None
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         return super().tower_attentions(model) if self.reads_tower else {}
@@ -80,6 +93,11 @@ class DecoderAdapter(DecoderCosts):
         """Every image that went through `get_image_features`, whose output is given."""
         facts = self.vision_facts(trunk, captured)
         return one_span_each(output.pooler_output, self.default_grid(trunk), facts)
+
+    def spans_in_prompt(self, images: list[ImageSpan], image_BS: Tensor) -> list[ImageSpan]:
+        """The same images where only the prompt says where one ends; asked for if there is no
+        `placeholder_hook`."""
+        return images
 
     def placeholder_mask(
         self, trunk: Any, input_ids: Tensor | None, embeddings: Tensor
@@ -191,13 +209,12 @@ class DecoderAdapter(DecoderCosts):
                 f"{reducer.name} would reduce after the last layer, {depth - 1}, where nothing is "
                 f"left to be saved: give layers {first} to {first + depth - 2}"
             )
-        without = [
-            index for index, layer in enumerate(self.layers(model)) if not has_attention(layer)
-        ]
-        if without:
+        reason = self.before_only(model)
+        if reason is not None and any(map(reducer.reduces_at, range(depth))):
             raise ValueError(
-                f"layer {without[0]} of the language model of this {type(model).__name__} has no "
-                f"attention. {STATES}"
+                f"{reducer.name} would drop tokens behind layers of the language model of "
+                f"{type(model).__name__}. {reason}\n"
+                f"Take a reducer that acts before it: {BEFORE}"
             )
         shared = {key for layer, key in enumerate(self.key_layers(model)) if key != layer}
         if any(reducer.reduces_at(layer) for layer in range(min(shared, default=depth), depth)):

@@ -14,7 +14,7 @@ from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.reducers.tokens import Grid
 
 
-class _WithoutTower(DecoderAdapter):
+class WithoutTower(DecoderAdapter):
     """What makes the tokens is counted as a projector."""
 
     reads_tower = False
@@ -27,7 +27,7 @@ class _WithoutTower(DecoderAdapter):
 
 
 @register
-class FuyuAdapter(_WithoutTower):
+class FuyuAdapter(WithoutTower):
     """A token of the prompt behind every row of an image says that it ends."""
 
     family = "Fuyu"
@@ -46,7 +46,7 @@ class FuyuAdapter(_WithoutTower):
 
 
 @register
-class ChameleonAdapter(_WithoutTower):
+class ChameleonAdapter(WithoutTower):
     """Images are words of a visual vocabulary."""
 
     family = "Chameleon"

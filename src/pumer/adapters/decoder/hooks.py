@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, timed
 from pumer.adapters.decoder import attention as decoder_attention
-from pumer.adapters.decoder import kv_cache, media, positions, prefill
+from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.prompt import (
@@ -36,15 +36,13 @@ from pumer.adapters.decoder.prompt import (
     current_state,
     enter_state,
 )
+from pumer.adapters.decoder.shorten import STATE
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
-STATE = "pumer_state"
-"""Keyword argument by which a call's state reaches the layers, and with them their
-recomputation."""
 ALONG_TOKENS = ("attention_mask", "position_embeddings", "position_ids")
 """Arguments of a layer that have an entry for every token."""
 
@@ -62,6 +60,7 @@ class DecoderHooks:
         self.capture = VisionCapture(patch.reducer.traits)
         self.encoded = EncodedImages()
         reducer, depth = patch.reducer, len(self.language.layers)
+        self.shortens = spec.before_only(model) is not None
         self.acts_after = {layer for layer in range(EMBEDDINGS, depth) if reducer.reduces_at(layer)}
         self.traits = reducer.traits
         self._install(model)
@@ -77,6 +76,8 @@ class DecoderHooks:
         patch.wrap(language, "forward", _language_forward, self)
         for layer_index, layer in enumerate(language.layers):
             before_layer = partial(self._before_layer, layer_index)
+            if self.shortens:
+                before_layer = partial(shorten.before_layer, self)
             patch.hook(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
             if layer_index in self.acts_after and self.traits.needs_qk:
                 # The log-sum-exp serves causal attention alone: where all tokens see each other it
@@ -113,12 +114,14 @@ class DecoderHooks:
         Raises:
             ValueError: for inputs that cannot be reduced, before anything is computed.
         """
+        inputs["attention_mask"] = prefill.padding_mask(inputs.get("attention_mask"))
         state.trunk_entered, state.inputs = True, inputs
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             state.tower_images = self.encoded.recall(encoded)
         if encoded is not None or inputs.get("pixel_values") is not None:
             decoder_attention.check_backend(self.language.config)
+            (short_cache if self.shortens else kv_cache).check(kv_cache.find(inputs))
             prefill.check_inputs(inputs)
         elif prefill.may_be_merged(inputs):
             warnings.warn(
@@ -145,7 +148,7 @@ class DecoderHooks:
 
     @timed("decoder")
     def _before_layer(
-        self, layer_index: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, layer_index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: reduce after the one before it, and select what goes along with the
         tokens."""
@@ -153,7 +156,14 @@ class DecoderHooks:
         state: ForwardState | None = kwargs.pop(STATE, None) or current_state(self)
         if state is None:
             return args, kwargs
-        states_BKD = args[0] if args else kwargs["hidden_states"]
+        along_tokens = self.spec.along_tokens
+        if len(args) > 1:  # by name, as the others
+            names = [*inspect.signature(type(module).forward).parameters][2 : len(args) + 1]
+            kwargs |= dict(zip(names, args[1:], strict=True))
+            along_tokens = (*along_tokens, *(name for name in names if name not in ALONG_TOKENS))
+        states_BKD = states = args[0] if args else kwargs["hidden_states"]
+        if states.ndim == 4:  # a token's streams side by side
+            states_BKD = states.permute(1, 2, 0, 3).flatten(2)
         if layer_index == 0:
             state.cache, state.length = kv_cache.find(kwargs), states_BKD.shape[1]
             state.past = kv_cache.length(state.cache)
@@ -164,9 +174,9 @@ class DecoderHooks:
         key_layer = self.key_layers[layer_index]
         cached = kv_cache.layout(state.cache, key_layer) if state.past else None
         if layout is None and cached is None:
-            return args, kwargs
+            return args[:1], kwargs
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
-        more = {name: kwargs[name] for name in self.spec.along_tokens if name in kwargs}
+        more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
         kwargs |= state.memoize((*along.values(), layout, cached), select)
         if layout is not None:
@@ -174,10 +184,9 @@ class DecoderHooks:
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
             )
             kwargs |= {name: gather(value) for name, value in more.items()}
-            args = (*args[:1], *map(gather, args[1:]))
-        if not args:
-            return (), kwargs | {"hidden_states": states_BKD}
-        return (states_BKD, *args[1:]), kwargs
+        if states.ndim == 4:
+            states_BKD = states_BKD.unflatten(2, (len(states), -1)).permute(2, 0, 1, 3)
+        return ((states_BKD,), kwargs) if args else ((), kwargs | {"hidden_states": states_BKD})
 
     def _reduced(self, state: ForwardState, layer_index: int, states_BKD: Tensor) -> Tensor:
         """The states that a layer runs on."""
@@ -224,9 +233,13 @@ class DecoderHooks:
         if state.past:
             layer = state.cache.layers[layer_index]
             _, offset = layer.get_mask_sizes(state.length)
+            prompt, num_cached = kv_cache.prompt_slots(layer), kv_cache.num_held(layer)
             position_BL, filled_BL = kv_cache.with_cached(
-                cached, state.past, layer.keys.shape[-2], position_BL, filled_BL
+                cached, state.past, num_cached, position_BL, filled_BL, prompt
             )
+            if prompt:  # the mask has columns for all of it, and only behind it for a window
+                in_window_BL = position_BL >= layer.prefill_length
+                position_BL, offset = position_BL - offset * in_window_BL, 0
         selected = dict(along)
         selected["attention_mask"] = decoder_attention.slice_attention_mask(
             along["attention_mask"],
@@ -308,7 +321,10 @@ def _language_forward(
             state.inputs = dict(kwargs)
         if state.tower_images and hooks.spec.placeholder_hook is None:
             media.find_placeholders(hooks, state, kwargs["inputs_embeds"])
-        output = stock(*args, **kwargs, **{STATE: state})
+        if hooks.shortens:
+            output = shorten.run(hooks, state, stock, args, kwargs)
+        else:
+            output = stock(*args, **kwargs, **{STATE: state})
         if not isinstance(output, tuple):
             decoder_output.finish(hooks.patch, state, output, kv_cache.find(output))
         return output

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from pumer.adapters.forward import max_length
 _ATTRIBUTE = "_pumer_layout"
 NAMES = ("cache", "past_key_values")
 """What transformers calls the cache, from 5.24 on and before."""
+NEEDS_REDUCER = (
+    "this cache holds fewer tokens than its prompt had, which only the reduced model knows how to "
+    "mask: decode with the model and the reducer that filled it, or prefill again without a reducer"
+)
+APART = "reference_sliding_attention"
+"""The type of a layer that keeps its prompt, and of what is written behind it a window."""
 HOLDS_NOTHING = "DummyLayer"
 """The class of a layer of a cache whose attention reads the keys of another layer, from 5.24 on."""
 
@@ -80,6 +87,16 @@ class CacheLayout:
             )
         return self.derived[key]
 
+    def cropped(self, counted: int, tokens_to_remove: int) -> tuple[CacheLayout, int]:
+        """The layout once that many tokens, a number below 0, of `counted` ones are gone, and how
+        many of them are here."""
+        remaining = counted + tokens_to_remove
+        if tokens_to_remove >= 0 or remaining >= self.covered:
+            return self, tokens_to_remove
+        layout = self.crop_to(remaining)
+        gone = self.covered - counted + layout.position_BK.shape[1] - self.position_BK.shape[1]
+        return layout, gone
+
     def select(self, rows: Tensor | int) -> CacheLayout:
         """The layout of the samples with these indices, or of every sample so many times."""
         if rows not in self.derived:
@@ -102,26 +119,13 @@ class ReducedDynamicLayer(DynamicLayer):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if current_state() is None:
-            raise ValueError(
-                "this cache holds fewer tokens than its prompt had, which only the reduced model "
-                "knows how to mask: "
-                "decode with the model and the reducer that filled it, or prefill again without a "
-                "reducer"
-            )
+            raise ValueError(NEEDS_REDUCER)
         return super().update(*args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many tokens as the model counts them: those of them that are here."""
         layout, counted = self._pumer_layout, self.get_seq_length()
-        remaining = counted + tokens_to_remove
-        if tokens_to_remove < 0 and remaining < layout.covered:
-            self._pumer_layout = layout.crop_to(remaining)
-            tokens_to_remove = (
-                layout.covered
-                - counted
-                + self._pumer_layout.position_BK.shape[1]
-                - layout.position_BK.shape[1]
-            )
+        self._pumer_layout, tokens_to_remove = layout.cropped(counted, tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -157,6 +161,54 @@ class ReducedSlidingLayer(ReducedDynamicLayer, DynamicSlidingWindowLayer):
         self.cumulative_length = remaining
 
 
+class _ReducedApart(ReducedDynamicLayer):
+    """The same of a layer that keeps its prompt apart, which counts both parts itself."""
+
+    cumulative_length: int
+
+    def get_seq_length(self) -> int:
+        return super(ReducedDynamicLayer, self).get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if abs(tokens_to_remove) > self.cumulative_length:
+            raise ValueError(
+                "this cache cannot go back into a reduced prompt: prefill again with a new one"
+            )
+        super(ReducedDynamicLayer, self).crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        del self._pumer_layout, self._layer_type
+        self.__class__ = type(self).__bases__[-1]
+        self.reset()
+
+
+@lru_cache
+def _reduced_apart(stock: type) -> Any:
+    """The class of a reduced layer that keeps its prompt apart, of which transformers has one in
+    the file of a model.
+
+    Its class has no type: by that, every new cache would take it for the one to make.
+    """
+    return type(f"Reduced{stock.__name__}", (_ReducedApart, stock), {"_layer_type": None})
+
+
+def prompt_slots(layer: Any) -> int:
+    """Slots of the prompt that a layer keeps apart; 0 where it has one row for all."""
+    keys = getattr(layer, "prefill_keys", None)
+    return 0 if keys is None else int(keys.shape[-2])
+
+
+def num_held(layer: Any) -> int:
+    """Slots of a layer, those of a prompt that is kept apart included."""
+    return prompt_slots(layer) + (layer.keys.shape[-2] if layer.keys.ndim > 1 else 0)
+
+
+def last_held(x_BL: Tensor, count: int, prompt: int) -> Tensor:
+    """Of slots `count`: the first `prompt` ones, which are kept apart, and the last ones."""
+    later_BL = x_BL[:, prompt:]
+    return torch.cat([x_BL[:, :prompt], later_BL[:, later_BL.shape[1] - count + prompt :]], 1)
+
+
 def find(inputs: Mapping[str, Any]) -> Any:
     """The cache among what a module of transformers is called with, or gives; None if there is
     none."""
@@ -177,10 +229,17 @@ def check(cache: Any) -> None:
         (
             type(layer).__name__
             for layer in layers
-            if type(layer) not in supported and type(layer).__name__ != HOLDS_NOTHING
+            if type(layer) not in supported
+            and type(layer).__name__ != HOLDS_NOTHING
+            and not (isinstance(layer, DynamicLayer) and _is_apart(layer))
         ),
         None,
     )
+    if any(_is_apart(layer) and layer.get_seq_length() for layer in layers):
+        raise ValueError(
+            "this cache holds a prompt already, and keeps all that follows in a window: give every "
+            "prompt with images a cache of its own"
+        )
     if unsupported is not None:
         raise ValueError(
             "a reduced model fills its cache to a different length in every layer, which "
@@ -190,9 +249,15 @@ def check(cache: Any) -> None:
         )
 
 
+def _is_apart(layer: Any) -> bool:
+    return getattr(layer, "_layer_type", None) == APART
+
+
 def layout(cache: Any, layer_index: int) -> CacheLayout | None:
     """What a layer of a cache holds; None for all, as in every cache that no reduced forward has
     filled."""
+    if hasattr(cache, _ATTRIBUTE):  # all layers hold the same
+        return getattr(cache, _ATTRIBUTE)  # type: ignore[no-any-return]
     layers = getattr(cache, "layers", ())
     return getattr(layers[layer_index], _ATTRIBUTE, None) if layer_index < len(layers) else None
 
@@ -203,6 +268,7 @@ def with_cached(
     num_cached: int | None,
     position_BK: Tensor,
     filled_BK: Tensor | None,
+    prompt: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Positions of the cached tokens and behind them those of this call, and which are filled.
 
@@ -211,6 +277,7 @@ def with_cached(
         past: tokens in the cache as the model counts them.
         num_cached: how many of the held tokens the cache has kept, the last ones; None for all.
         position_BK, filled_BK: of this call.
+        prompt: of the kept ones those that are the prompt, kept apart.
     """
     if held is None:
         past_L = torch.arange(past, device=position_BK.device)
@@ -218,8 +285,8 @@ def with_cached(
     else:
         positions, filled = held.extend_to(past)
     if num_cached is not None:
-        positions = positions[:, -num_cached:]
-        filled = None if filled is None else filled[:, -num_cached:]
+        positions = last_held(positions, num_cached, prompt)
+        filled = None if filled is None else last_held(filled, num_cached, prompt)
     if filled is not None or filled_BK is not None:
         filled = torch.ones_like(positions, dtype=torch.bool) if filled is None else filled
         valid_BK = (
@@ -239,6 +306,13 @@ def write(cache: Cache, layouts: dict[int, CacheLayout]) -> None:
     length."""
     for layer_index, layout in layouts.items():
         layer: Any = cache.layers[layer_index]
+        if prompt_slots(layer):
+            stock: Any = type(layer)
+            layer.__class__ = _reduced_apart(stock)
+            setattr(layer, _ATTRIBUTE, layout)
+            layer._layer_type = APART  # by which its model finds it
+            layer.prefill_length = layer.prefill_cumulative_length = layout.covered
+            continue
         sliding = isinstance(layer, DynamicSlidingWindowLayer)
         layer.__class__ = ReducedSlidingLayer if sliding else ReducedDynamicLayer
         setattr(layer, _ATTRIBUTE, layout)

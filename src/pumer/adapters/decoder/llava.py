@@ -17,6 +17,7 @@ from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, one_span_each
 from pumer.adapters.decoder.parts import feature_depth, tower_layers
+from pumer.adapters.decoder.pixtral import PIXTRAL
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, vision_features
 from pumer.adapters.encoder import clip as tower
@@ -24,21 +25,20 @@ from pumer.reducers.tokens import Encoder, Grid
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 """Vision towers that are known."""
-Assemble = Callable[..., tuple[list[Tensor], Any]]
+Assemble = Callable[..., list[Tensor]]
 
 
 @register
 class LlavaAdapter(DecoderAdapter):
     """Every image is one grid of patches, of a CLIP tower, whose [CLS] is left out, or a SigLIP
-    one, which has none.
-
-    Pixtral's, which takes images of any size and marks the ends of their rows in the prompt, is not
-    supported.
-    """
+    one, which has none; with Pixtral's it is another family (`pixtral`)."""
 
     family = "LLaVA 1.5"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
     projects_tokens = True
+
+    def fits(self, model: nn.Module) -> bool:
+        return not is_a(self.vision(model), (PIXTRAL,))
 
     def patch(self, model: nn.Module, patch: Patch) -> None:
         vision = self.vision(model)
@@ -98,7 +98,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     classes: ClassVar[tuple[str, ...]] = ("VideoLlavaForConditionalGeneration", "VideoLlavaModel")
 
 
-class _Packed(LlavaAdapter):
+class PackedAdapter(LlavaAdapter):
     """An image is put together from a thumbnail and crops, with a newline token at the end of every
     row."""
 
@@ -111,7 +111,7 @@ class _Packed(LlavaAdapter):
         return 0
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        patch.wrap(self.trunk(model), "pack_image_features", _pack, capture)
+        patch.wrap(self.trunk(model), "pack_image_features", pack, capture)
 
     def vision_facts(self, trunk: Any, captured: Captured) -> dict[str, Tensor]:
         return vision_features(captured, self.has_class_token(trunk))
@@ -121,7 +121,7 @@ class _Packed(LlavaAdapter):
         # Newlines among nothing: the model's own way of putting images together says where they
         # come.
         blank = [torch.zeros(*shape[:2], 1) for shape in shapes]
-        marks, _ = assemble(blank, image_newline=torch.ones(1))
+        marks = assemble(blank, image_newline=torch.ones(1))
         facts = {
             name: _assembled(value, shapes, assemble)
             for name, value in self.vision_facts(trunk, captured).items()
@@ -150,7 +150,7 @@ class _Packed(LlavaAdapter):
 
 
 @register
-class LlavaNextAdapter(_Packed):
+class LlavaNextAdapter(PackedAdapter):
     """LLaVA-NeXT, and its form for videos, which are left as they are."""
 
     family = "LLaVA-NeXT"
@@ -163,7 +163,7 @@ class LlavaNextAdapter(_Packed):
 
 
 @register
-class LlavaOnevisionAdapter(_Packed):
+class LlavaOnevisionAdapter(PackedAdapter):
     """LLaVA-OneVision, whose SigLIP tower has no [CLS]; videos are left as they are."""
 
     family = "LLaVA-OneVision"
@@ -206,7 +206,7 @@ def _reduced_tower(
     return BaseModelOutputWithPooling(hidden_states=tuple(expanded))
 
 
-def _pack(
+def pack(
     trunk: Any,
     stock: Callable[..., Any],
     capture: VisionCapture,
@@ -222,8 +222,14 @@ def _pack(
     shapes = [tuple(features.shape) for features in image_features]
     if captured is not None:
         again["image_sizes"] = again["image_sizes"].cpu()
-        captured.packed = shapes, partial(stock, **again)
+        captured.packed = shapes, partial(_assemble, stock, **again)
     return stock(image_features, *args, **kwargs)
+
+
+def _assemble(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The images that `pack_image_features` gives, in some families with their lengths."""
+    assembled = stock(*args, **kwargs)
+    return list(assembled[0] if isinstance(assembled, tuple) else assembled)
 
 
 def _takes_all(trunk: Any, captured: Captured) -> bool:
@@ -240,7 +246,7 @@ def _crops(shapes: Sequence[tuple[int, ...]], assemble: Assemble) -> list[Tensor
     scaled: int64 [N]."""
     most = max(shape[0] for shape in shapes)
     marks = [torch.eye(most)[: shape[0], None].repeat(1, shape[1], 1) for shape in shapes]
-    packed, _ = assemble(marks, image_newline=torch.zeros(most))
+    packed = assemble(marks, image_newline=torch.zeros(most))
     return [share_NC.argmax(1) for share_NC in packed]
 
 
@@ -269,5 +275,5 @@ def _assembled(
     or [N,C]."""
     wide = value[..., None] if value.ndim == 2 else value
     parts = list(torch.split(wide, [shape[0] for shape in shapes]))
-    packed, _ = assemble(parts, image_newline=wide.new_zeros(wide.shape[-1]))
+    packed = assemble(parts, image_newline=wide.new_zeros(wide.shape[-1]))
     return [part[..., 0] if value.ndim == 2 else part for part in packed]

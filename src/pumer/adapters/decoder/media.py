@@ -97,7 +97,13 @@ def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> 
         image, *_ = hooks.spec.placeholder_mask(
             hooks.trunk, state.inputs.get("input_ids"), embeddings
         )
+        state.tower_images = hooks.spec.spans_in_prompt(state.tower_images, image)
         num_features = sum(span.length for span in state.tower_images)
+        encoded = (state.inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:  # beams bring the features of their images again
+            features = encoded.pooler_output
+            parts = [features] if isinstance(features, Tensor) else features
+            num_features = sum(part.numel() // part.shape[-1] for part in parts)
         prefill.begin_prefill(hooks.spec, hooks.trunk, state, image, num_features)
 
 
@@ -135,7 +141,11 @@ def deepstack(
     if state is None or state.plan is None:
         added: Tensor = stock(states, visual_pos_masks, planes)
         return added
-    mask = visual_pos_masks.to(states.device)[..., None]
-    full = states.new_zeros(*mask.shape[:2], states.shape[2])
-    full = full.masked_scatter(mask, planes.to(states.device, states.dtype))
-    return states + state.plan.to(states.device).reduce(full)
+    return states + of_kept(state, states, visual_pos_masks[..., None], planes)
+
+
+def of_kept(state: ForwardState, states: Tensor, mask_BS1: Tensor, features: Tensor) -> Tensor:
+    """Features of all placeholders, for the tokens that are left; zeros at the others."""
+    full = states.new_zeros(*mask_BS1.shape[:2], states.shape[2])
+    full = full.masked_scatter(mask_BS1.to(states.device), features.to(full))
+    return full if state.plan is None else state.plan.to(states.device).reduce(full)

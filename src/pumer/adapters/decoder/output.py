@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pumer.adapters.base import Patch, timed
-from pumer.adapters.decoder import kv_cache
+from pumer.adapters.decoder import kv_cache, short_cache
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
 
 
@@ -28,7 +28,10 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
         return
     last = state.layouts[-1]
     _record(patch, state)
-    if cache is not None:
+    if cache is not None and state.hooks.shortens:
+        if not last.unreduced:
+            short_cache.write(cache, _cache_layout(state, last, kv_cache.layout(cache, 0)))
+    elif cache is not None:
         kv_cache.write(cache, _cache_layouts(state, cache))
     if last.unreduced:
         return
@@ -42,12 +45,16 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
 
 
 def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tensor:
-    """States of every token of the prompt: a dropped one has those of the last kept one before
-    it."""
+    """States of every token of the prompt, in one stream or several: a dropped one has those of the
+    last kept one before it."""
     if layout.unreduced:
         return states_BKD
+    if states_BKD.ndim == 4:
+        return torch.stack([expand_states(stream_BKD, layout, length) for stream_BKD in states_BKD])
     at_BS = layout.index_of_survivor(length).to(states_BKD.device)
-    return states_BKD.gather(1, at_BS[..., None].expand(-1, -1, states_BKD.shape[2]))
+    # Some language models have several streams of states, which are further axes.
+    at_BSD = at_BS.view(*at_BS.shape, *[1] * (states_BKD.ndim - 2))
+    return states_BKD.gather(1, at_BSD.expand(-1, -1, *states_BKD.shape[2:]))
 
 
 def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: int) -> Tensor:
@@ -62,9 +69,12 @@ def _lengthened(map_BHKL: Tensor, state: ForwardState, cache: Any, layer_index: 
         positions_BL, filled_BL = kv_cache.with_cached(
             cached, state.past, None, positions_BL, filled_BL
         )
-    positions_BL = positions_BL[:, -keys:]
+    held = cache.layers if state.past else ()
+    prompt = kv_cache.prompt_slots(held[layer_index]) if layer_index < len(held) else 0
+    positions_BL = kv_cache.last_held(positions_BL, keys, prompt)
     if filled_BL is not None:
-        map_BHKL = map_BHKL * filled_BL[:, None, None, -keys:]
+        filled_BL = kv_cache.last_held(filled_BL, keys, prompt)
+        map_BHKL = map_BHKL * filled_BL[:, None, None]
     total = state.past + state.length
     columns = positions_BL[:, None, None].expand_as(map_BHKL)
     full = map_BHKL.new_zeros(*map_BHKL.shape[:3], total).scatter_add(3, columns, map_BHKL)
@@ -100,6 +110,16 @@ def _kept(state: ForwardState, layout: TokenLayout) -> Tensor:
     return positions_BK.masked_fill(~real_BK, -1).gather(1, order_BK)
 
 
+def _cache_layout(
+    state: ForwardState, layout: TokenLayout, cached: kv_cache.CacheLayout | None
+) -> kv_cache.CacheLayout:
+    """What a layer holds after this call that held `cached` before it."""
+    positions = layout.index_BK + state.past, layout.filled_BK
+    if state.past:
+        positions = kv_cache.with_cached(cached, state.past, None, *positions)
+    return kv_cache.CacheLayout(*positions, state.past + state.length)
+
+
 def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheLayout]:
     """What every layer with fewer tokens holds after this call."""
     layouts: dict[Any, kv_cache.CacheLayout] = {}
@@ -113,9 +133,6 @@ def _cache_layouts(state: ForwardState, cache: Any) -> dict[int, kv_cache.CacheL
         cached = kv_cache.layout(cache, layer_index)
         key = id(layout), id(cached)
         if key not in layouts:  # layers that hold the same tokens share one, and one mask
-            positions = layout.index_BK + state.past, layout.filled_BK
-            if state.past:
-                positions = kv_cache.with_cached(cached, state.past, None, *positions)
-            layouts[key] = kv_cache.CacheLayout(*positions, state.past + state.length)
+            layouts[key] = _cache_layout(state, layout, cached)
         result[layer_index] = layouts[key]
     return result

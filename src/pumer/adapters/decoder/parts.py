@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pumer.adapters.base import Adapter, config_of
+from pumer.adapters.decoder.recurrent import step_macs
 from pumer.reducers.tokens import Grid
 
 LANGUAGE = ("language_model", "text_model")
@@ -65,6 +66,16 @@ class DecoderParts(Adapter):
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return list(self.language(model).layers)
 
+    def layer_attention(self, layer: nn.Module) -> Any:
+        """The attention of a layer of the language model; None where it keeps a state in place of
+        keys, or has neither."""
+        module = next((getattr(layer, name) for name in ATTENTION if hasattr(layer, name)), None)
+        return None if step_macs(module) else module
+
+    def passes(self, model: nn.Module) -> list[int]:
+        """How often a token goes through every layer."""
+        return [1] * self.depth(model)
+
     def key_layers(self, model: nn.Module) -> list[int]:
         """The layer whose keys every layer reads: its own, where they are not shared."""
         return list(range(self.depth(model)))
@@ -84,21 +95,28 @@ class DecoderParts(Adapter):
         return side, side
 
     def attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        return self.layer_attention_shape(model, 0)
+
+    def layer_attention_shape(self, model: nn.Module, layer_index: int) -> tuple[int, int]:
+        """(heads, channels of a head) of a layer, where they are not the same in all."""
         config = config_of(model).get_text_config()
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[layer_index]
         heads = config.num_attention_heads
-        channels = head_channels(self.layers(model)[0])
+        channels = head_channels(self.layer_attention(self.layers(model)[layer_index]))
         return heads, channels or getattr(config, "head_dim", None) or config.hidden_size // heads
 
     def cache_channels(self, model: nn.Module) -> list[int]:
-        """Numbers that the cache of every layer holds of one token."""
-        heads, channels = self.attention_shape(model)
+        """Numbers that the cache of every layer holds of one token; a state has none of them."""
         result = []
         for layer_index, key_layer in enumerate(self.key_layers(model)):
-            layer = self.layers(model)[layer_index]
-            groups = getattr(named(layer, ATTENTION), "num_key_value_groups", 1)
-            held = 2 * (heads // groups) * (head_channels(layer) or channels)
-            result.append(held if key_layer == layer_index else 0)
-        return result
+            attention = self.layer_attention(self.layers(model)[layer_index])
+            if attention is None or key_layer != layer_index:
+                result.append(0)
+                continue
+            heads, channels = self.layer_attention_shape(model, layer_index)
+            result.append(2 * (heads // getattr(attention, "num_key_value_groups", 1)) * channels)
+        return [held * times for held, times in zip(result, self.passes(model), strict=True)]
 
 
 class SquareMerge(DecoderParts):
@@ -118,14 +136,9 @@ def named(module: Any, names: Sequence[str]) -> Any:
     return getattr(module, name)
 
 
-def has_attention(layer: nn.Module) -> bool:
-    """Whether a layer looks at keys, in place of a state that it keeps."""
-    return any(hasattr(layer, name) for name in ATTENTION)
-
-
-def head_channels(layer: nn.Module) -> int | None:
-    """Channels of one head of a layer's attention; None where it does not say."""
-    return getattr(named(layer, ATTENTION), "head_dim", None)
+def head_channels(attention: nn.Module | None) -> int | None:
+    """Channels of one head of an attention; None where it does not say, or there is none."""
+    return getattr(attention, "head_dim", None)
 
 
 def side_length(size: Any) -> int:

@@ -18,7 +18,7 @@ DEFAULT_TOKENS = 256
 """Of an image, where the configuration does not say."""
 
 
-class _OfTimm(DecoderAdapter):
+class OfTimm(DecoderAdapter):
     reads_tower = False
 
     def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
@@ -35,7 +35,7 @@ class _OfTimm(DecoderAdapter):
 
 
 @register
-class PerceptionLMAdapter(_OfTimm):
+class PerceptionLMAdapter(OfTimm):
     """An image is one crop or several, each with a budget of its own."""
 
     family = "Perception LM"
@@ -46,7 +46,7 @@ class PerceptionLMAdapter(_OfTimm):
 
 
 @register
-class FastVlmAdapter(_OfTimm):
+class FastVlmAdapter(OfTimm):
     """A tower of convolutions."""
 
     family = "FastVLM"

@@ -37,13 +37,15 @@ def renumber(
         cached: what its cache holds; None for every token.
         arguments: of the layer, for its tokens already.
     """
-    position_ids = _numbered(state, layout, cached, arguments["position_ids"])
+    position_ids = numbered(state, layout, cached, arguments["position_ids"])
+    if arguments["position_embeddings"] is None:  # a layer that reads no positions
+        return {"position_ids": position_ids}
     like, _ = arguments["position_embeddings"]
     embeddings = _rotary(language, layer_index, like, position_ids)
     return {"position_ids": position_ids, "position_embeddings": embeddings}
 
 
-def _numbered(
+def numbered(
     state: ForwardState,
     layout: TokenLayout | None,
     cached: CacheLayout | None,

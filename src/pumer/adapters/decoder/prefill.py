@@ -8,7 +8,6 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from pumer.adapters.decoder.prompt import (
     ForwardState,
     ImageSpan,
     TokenLayout,
-    join_encoders,
+    inside_images,
+    join_spans,
     to_device,
 )
 from pumer.adapters.decoder.spec import DecoderSpec
@@ -32,7 +32,6 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 def check_inputs(inputs: dict[str, Any]) -> None:
     """Raise ValueError for a prefill that cannot be reduced."""
-    kv_cache.check(kv_cache.find(inputs))
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise ValueError(
@@ -45,6 +44,18 @@ def check_inputs(inputs: dict[str, Any]) -> None:
             "was alone: give every sample a row of its own, padded, or take the reducer off "
             "(pumer.remove) for packed batches"
         )
+
+
+def padding_mask(mask: Any) -> Any:
+    """Which tokens are real, where masks for every type of layer are given: what the last token
+    sees."""
+    if not isinstance(mask, dict) or "full_attention" not in mask:
+        return mask
+    mask = mask["full_attention"]
+    if mask is None or mask.ndim == 2:
+        return mask
+    last_BL = mask[:, 0, -1]
+    return last_BL if last_BL.dtype == torch.bool else last_BL == 0
 
 
 def _restarts(position_ids: Tensor | None, mask: Tensor | None) -> bool:
@@ -96,7 +107,9 @@ def begin_prefill(
     if state.mask_BL is not None:
         real_BS = state.mask_BL[:, -state.length :]
     crops = spec.crop_groups(trunk, image_BS, num_features, inputs)
-    word_BS = real_BS & ~spec.non_text_mask(trunk, image_BS, crops, inputs)
+    lengths = [image.length for image in state.tower_images]
+    structure_BS = inside_images(image_BS, lengths, num_features)
+    word_BS = real_BS & ~structure_BS & ~spec.non_text_mask(trunk, image_BS, crops, inputs)
     text_BS, question_BS = _question(state.call_kwargs, word_BS, image_BS)
     # Real tokens that no reducer sees, but the text does. Where all tokens see each other, nothing
     # may look at the answer.
@@ -257,21 +270,7 @@ def group_crops(
             groups.append([crop_index])
     images = []
     for group in groups:
-        parts = [crops[crop_index] for crop_index in group]
-        if len(parts) == 1:
-            images += parts
-            continue
-        encoder = join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1))
-        lengths = torch.tensor([part.length for part in parts])
-        crop_I = torch.arange(len(parts)).repeat_interleave(lengths)
-        images.append(
-            ImageSpan(
-                int(lengths.sum()),
-                encoder=encoder,
-                crop_I=crop_I,
-                crop_grids=tuple(part.grid for part in parts),
-            )
-        )
+        images.append(join_spans([crops[crop_index] for crop_index in group]))
     return images, [sample_index[group[0]] for group in groups]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +72,14 @@ class CropGroups:
         num_features: int,
         ids_BS: Tensor | None = None,
         gap: int = 0,
+        from_first: bool = False,
     ) -> CropGroups:
         """Crops of `crop_length` placeholders each.
 
         Crops that follow one another with at most `gap` tokens in between are of one image. Where
         `ids_BS` is given, every image ends with a crop that has the same token before it: that
-        which the last crop of the sample has.
+        which the last crop of the sample has. With `from_first`, it begins with one that has the
+        token that the first crop of the sample has.
         """
         length = image_BS.shape[1]
         flat = (~image_BS).flatten().to(torch.uint8).argsort(stable=True)[:num_features]
@@ -87,14 +90,40 @@ class CropGroups:
             same_P = same_P & (first_P[1:] <= last_P[:-1] + 1 + gap)
         else:
             label_P = ids_BS.flatten()[(first_P - 1).clamp_min(0)]
-            final_P = torch.searchsorted(row_P, row_P, right=True) - 1
-            same_P = same_P & (label_P != label_P[final_P])[:-1]
+            if from_first:
+                same_P = same_P & (label_P != label_P[torch.searchsorted(row_P, row_P)])[1:]
+            else:
+                final_P = torch.searchsorted(row_P, row_P, right=True) - 1
+                same_P = same_P & (label_P != label_P[final_P])[:-1]
         steps = torch.zeros(image_BS.numel() + 1, dtype=torch.int64, device=image_BS.device)
         steps = steps.scatter_add(0, last_P[:-1] + 1, same_P.long()).scatter_add(
             0, first_P[1:], -same_P.long()
         )
         between = steps[:-1].cumsum(0).bool().view_as(image_BS)
         return cls(nn.functional.pad(same_P, (1, 0)), between)
+
+
+def inside_images(image_BS: Tensor, lengths: Sequence[int], num_features: int) -> Tensor:
+    """Tokens between placeholders of one image, such as the ends of rows, bool [B,S].
+
+    Args:
+        image_BS: bool, the placeholders.
+        lengths: how many of them every image has, in order.
+        num_features: image features in the prompts: a multiple where samples are repeated.
+    """
+    copies = max(1, num_features // max(1, sum(lengths)))
+    if num_features != copies * sum(lengths) or len(image_BS) % copies:
+        return torch.zeros_like(image_BS)  # they do not match: an error will say so
+    before_BS = image_BS.long().cumsum(1)
+    count_B = before_BS[::copies, -1]
+    first_B = (count_B.cumsum(0) - count_B).repeat_interleave(copies)
+    # Of every token the next placeholder among those of all images, and the image that it is of.
+    next_BS = before_BS + first_B[:, None]
+    ends = to_device(torch.tensor(lengths, dtype=torch.int64).cumsum(0), image_BS.device)
+    image_of = partial(torch.bucketize, boundaries=ends, right=True)
+    one_image_BS = image_of(next_BS) == image_of(next_BS - 1)
+    within_BS = (before_BS > 0) & (before_BS < before_BS[:, -1:])
+    return ~image_BS & within_BS & one_image_BS
 
 
 def shift(x_BS: Tensor, step: int) -> Tensor:
@@ -121,6 +150,25 @@ def join_encoders(
             for field in fields(Encoder)
             if getattr(present[0], field.name) is not None
         }
+    )
+
+
+def join_spans(parts: Sequence[ImageSpan]) -> ImageSpan:
+    """The image that these crops are of, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    structures = [
+        torch.zeros(part.length, dtype=torch.bool) if part.structure is None else part.structure
+        for part in parts
+    ]
+    structure = torch.cat(structures)
+    num_patches = torch.tensor([part.num_patches for part in parts])
+    return ImageSpan(
+        len(structure),
+        structure if structure.any() else None,
+        encoder=join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1)),
+        crop_I=torch.arange(len(parts)).repeat_interleave(num_patches),
+        crop_grids=tuple(part.grid for part in parts),
     )
 
 
@@ -253,11 +301,15 @@ class ForwardState:
         embeddings_BSD: states before layer 0, where the reducer reads them.
         layer_input_BKD: what the layer was given after which the reducer acts next, where it reads
             that.
+        planes: placeholders [B,S,1], and features that are added to them before layers.
         attention: of the layers after which the reducer acts, until it has acted.
         memo: what `memoize` has computed, with what it was computed from.
         entry: (text, image, grid) before anything was reduced.
         trunk_entered: whether the model without its head has begun.
         language_entered: whether the language model has.
+        in_language: whether it runs now, on a prompt that may have been made shorter before it.
+        shortened: whether that prompt, or one in the cache, was.
+        counted_BK: positions of its tokens, counted anew, where layers cannot be told others.
     """
 
     hooks: Any
@@ -279,11 +331,15 @@ class ForwardState:
     widths: list[int] = field(default_factory=list)
     embeddings_BSD: Tensor | None = None
     layer_input_BKD: Tensor | None = None
+    planes: tuple[Tensor, dict[int, Tensor]] | None = None
     attention: dict[int, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     entry: tuple[int, int, Grid | None] | None = None
     trunk_entered: bool = False
     language_entered: bool = False
+    in_language: bool = False
+    shortened: bool = False
+    counted_BK: Tensor | None = None
 
     def positions_of(
         self, layout: TokenLayout | None, batch: int, device: torch.device

@@ -1,5 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (Wang et al., 2024; Bai et al., 2025), and the thinkers of
-Qwen-Omni, as transformers has them.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen4 (Wang et al., 2024; Bai et al., 2025), and the
+thinkers of Qwen-Omni, as transformers has them.
 
 Positions are three-dimensional, and decoding goes on from an offset that the model keeps itself:
 neither changes, as the model goes on counting every token.
@@ -31,6 +31,12 @@ class QwenVLAdapter(AnySizeAdapter):
         "Qwen3VLModel",
         "Qwen3VLMoeForConditionalGeneration",
         "Qwen3VLMoeModel",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Model",
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeModel",
+        "Qwen4ExpForConditionalGeneration",
+        "Qwen4ExpModel",
         "Cosmos3OmniForConditionalGeneration",
         "Cosmos3OmniModel",
         "CohereCompassForConditionalGeneration",
@@ -38,6 +44,7 @@ class QwenVLAdapter(AnySizeAdapter):
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)
+    along_tokens = ("ple_input_ids",)  # of Qwen4's layers, which look up n-grams
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.vision(model).merger

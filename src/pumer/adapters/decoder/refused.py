@@ -5,52 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-STATES = (
-    "Some layers of its language model keep a state in place of keys (linear attention, state "
-    "spaces or short convolutions), from which no token can be taken out."
-)
-SELECTS = (
-    "Its attention chooses keys by an index of its own, which counts every token of the prompt."
-)
 RESAMPLES = "A Q-former or resampler leaves the language model a few dozen tokens of an image."
 CROSS = "Its text looks at images by cross-attention; they are not among the words."
 ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
-PREFIX = "Its image tokens have no placeholders in the prompt."
-BLOCKS = "It writes by diffusion, whole blocks at a time."
-STREAMS = "Its layers pass on several streams of states at once (AltUp)."
+PREFIX = (
+    "Its image tokens have no placeholders in the prompt, and its attention goes through no "
+    "interface at which queries and keys could be read."
+)
 ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
-TWO_VIEWS = (
-    "Its images are put together of views with separators among the placeholders, which are not "
-    "told apart yet."
-)
-VOCABULARY = "Its images are words of a tokenizer of images, which is not covered yet."
-PLANES = "It adds features of its own to several layers, which are not covered yet."
-WINDOWS = "The order of patches in its tower is not covered yet."
-POOLS = "Its adapter pools patches by indices that come with the image: not covered yet."
 
 _CLASSES = {
-    STATES: (
-        "Glm5NextForConditionalGeneration",
-        "Inkling2ForConditionalGeneration",
-        "Inkling2LoopForConditionalGeneration",
-        "InklingForConditionalGeneration",
-        "Lfm2VlForConditionalGeneration",
-        "Lfm3VlForConditionalGeneration",
-        "MiniCPMOcrForConditionalGeneration",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "MiniCPMV4_7ForConditionalGeneration",
-        "NemotronH_Omni_Reasoning_V3",
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForConditionalGeneration",
-    ),
-    SELECTS: (
-        "Dots3NoteForConditionalGeneration",
-        "HYV4VLForConditionalGeneration",
-        "MiniMaxM3SparseForConditionalGeneration",
-        "MistralLarge4ForConditionalGeneration",
-    ),
     RESAMPLES: (
         "Blip2ForConditionalGeneration",
         "Idefics2ForConditionalGeneration",
@@ -74,19 +39,8 @@ _CLASSES = {
         "VisionEncoderDecoderModel",
     ),
     PREFIX: ("GitForCausalLM",),
-    BLOCKS: ("DiffusionGemmaForBlockDiffusion",),
-    STREAMS: ("Gemma3nForConditionalGeneration",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),
-    TWO_VIEWS: (
-        "DeepseekOcr2ForConditionalGeneration",
-        "Step3p7ForConditionalGeneration",
-        "UnlimitedOcrForConditionalGeneration",
-    ),
-    VOCABULARY: ("Apertus1p5ForConditionalGeneration", "Emu3ForConditionalGeneration"),
-    PLANES: ("Granite4VisionForConditionalGeneration", "GraniteDoclingForConditionalGeneration"),
-    WINDOWS: ("MuseGlimmerForConditionalGeneration", "MuseSparkForConditionalGeneration"),
-    POOLS: ("Molmo2ForConditionalGeneration",),
 }
 REFUSED = {name: reason for reason, names in _CLASSES.items() for name in names}
 """The reason for every class."""

@@ -86,7 +86,7 @@ class VisionCapture:
 
     def _on_projector(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.current is not None:
-            self.current.features_RPD = next(iter((*args, *kwargs.values()))).detach()
+            self.current.features.append(next(iter((*args, *kwargs.values()))).detach())
 
     def _merge(self, patch: Patch, spec: DecoderSpec, trunk: Any, _: nn.Module, args: Any) -> Any:
         """Before the projector: one token for every group, in place of all the patches."""
@@ -142,17 +142,17 @@ def vision_features(
 
 
 def attention_of(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of attention, from queries and keys whose products over sqrt(C) are the
     logits.
 
-    `first` is whether the first token, such as [CLS], is no patch.
+    `first` is how many of the first tokens, such as [CLS], are no patches.
     """
     facts = all_heads_as_one(needs, queries_RHPC, keys_RHPC, first)
     facts |= {
-        "keys_BNC": keys_RHPC.mean(1)[:, int(first) :],
-        "queries_BNC": queries_RHPC.mean(1)[:, int(first) :],
+        "keys_BNC": keys_RHPC.mean(1)[:, first:],
+        "queries_BNC": queries_RHPC.mean(1)[:, first:],
     }
     # Scaled before they are multiplied: in half precision the products alone may be too large.
     queries_RHPC = queries_RHPC * queries_RHPC.shape[-1] ** -0.5
@@ -165,16 +165,16 @@ def attention_of(
         for part in queries_RHPC.split(AT_ONCE, 2):
             attention = (part @ keys_RHPC.transpose(2, 3)).float().softmax(-1)
             received.append(attention.sum((1, 2)))
-            paid.append(attention[..., int(first) :].mean((1, 3)))
+            paid.append(attention[..., first:].mean((1, 3)))
         facts[RECEIVED] = (torch.stack(received).sum(0) / queries_RHPC.shape[1:3].numel())[
-            :, int(first) :
+            :, first:
         ]
-        facts[GIVEN] = torch.cat(paid, 1)[:, int(first) :]
+        facts[GIVEN] = torch.cat(paid, 1)[:, first:]
     return facts
 
 
 def received_in_middle(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of the layer that a reducer names; arguments as for `attention_of`."""
     if MIDDLE_RECEIVED not in needs:
@@ -184,13 +184,13 @@ def received_in_middle(
 
 
 def all_heads_as_one(
-    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: bool
+    needs: frozenset[str], queries_RHPC: Tensor, keys_RHPC: Tensor, first: int
 ) -> dict[str, Tensor]:
     """What `Encoder` says of the tower's last layer; arguments as for `attention_of`."""
     if not OF_LAST_LAYER & needs:
         return {}
     keys_RPC = keys_RHPC.transpose(1, 2).flatten(2)
-    facts = {LAST_KEYS: keys_RPC[:, int(first) :]}
+    facts = {LAST_KEYS: keys_RPC[:, first:]}
     if LAST_CLASS_ATTENTION in needs:
         query_R1C = queries_RHPC[:, :, :1].transpose(1, 2).flatten(2) * keys_RPC.shape[2] ** -0.5
         logits = (query_R1C.float() @ keys_RPC.float().transpose(1, 2))[:, 0]
@@ -253,9 +253,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The features, and what the tower gives besides."""
     if isinstance(output, tuple):  # not what `mm_encoder_outputs` takes
         return
-    for value in (output.pooler_output, *output.values()):
-        yield from (
-            item
-            for item in ([value] if isinstance(value, Tensor) else value or ())
-            if isinstance(item, Tensor)
-        )
+    values = [output.get("pooler_output"), *output.values()]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            values += value

@@ -1,9 +1,11 @@
 """Attention kernels. The only file that names a backend.
 
-Shape suffixes: B batch, H heads, N tokens, C channels of a head.
+Shape suffixes: B batch, H heads, N tokens, P tokens of all rows end to end, C channels of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +49,32 @@ def attend(
         )
     attention = torch.nn.functional.dropout(logits.softmax(-1), dropout)
     return attention @ values_BHNC, attention
+
+
+def attend_rows(
+    queries_1HPC: Tensor,
+    keys_1HPC: Tensor,
+    values_1HPC: Tensor,
+    bias_111P: Tensor | None,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    backend: str,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of rows that lie end to end, each to itself -> context [1,P,H*C].
+
+    Args:
+        bias_111P: of the keys, as in `attend`; None for none.
+        queries, keys: number of tokens of every row.
+    """
+    query_rows = queries_1HPC.split(list(queries), 2)
+    key_rows, value_rows = (x.split(list(keys), 2) for x in (keys_1HPC, values_1HPC))
+    biases = [None] * len(keys) if bias_111P is None else bias_111P.split(list(keys), 3)
+    contexts = [
+        attend(*row, backend=backend, dropout=dropout)[0].transpose(1, 2).flatten(2)
+        for row in zip(query_rows, key_rows, value_rows, biases, strict=True)
+    ]
+    return torch.cat(contexts, 1)
 
 
 def attend_official(

@@ -58,14 +58,16 @@ def run_text(
         half, patch, layer_index, "text_cross", attended, image, layout
     )
     if not patch.traits.post_layer:
-        before = layout.text
+        before = layout
         keys = torch.cat([text_keys, image_keys], dim=2)
         shown = attention if patch.traits.needs_attention else None
         attended, image, layout, plan = _reduce(
             patch, layer_index, attended, image, layout, queries, keys, shown
         )
         if plan is not None and not sequential:
-            text = plan.head(before, layout.text).reduce(text)
+            head = plan.head(before.text, layout.text)
+            text = head.reduce(before.pad(text, slice(0, before.text)))
+            text = layout.pack(text, slice(0, layout.text))
     new_text = _feed_forward(half, attended)
     return new_text, image, layout, new_text if sequential else text
 
@@ -146,6 +148,8 @@ def _attend_to(
         states,
         other,
         layout,
+        columns[stream],
+        columns["text" if of_text else "image"],
         of_text,
         is_self_attention,
         head_mask,
@@ -159,6 +163,8 @@ def _attend(
     states: Tensor,
     other: Tensor,
     layout: EncoderLayout,
+    queries_at: slice,
+    keys_at: slice,
     of_text: bool,
     is_self_attention: bool,
     head_mask: Tensor | None,
@@ -166,6 +172,7 @@ def _attend(
     """Replaces `BertAttention.forward` -> states, queries, keys, probabilities.
 
     Args:
+        queries_at, keys_at: where queries and keys are on the joint axis.
         of_text: whether keys and values are of the text, else of the image.
         is_self_attention: whether `other` is `states`.
         head_mask: 1 or 0 for every head, [B,H]; None for all.
@@ -185,7 +192,8 @@ def _attend(
         queries,
         keys,
         values,
-        slice(0, layout.text) if of_text else slice(layout.text, None),
+        queries_at,
+        keys_at,
         dtype=states.dtype,
         is_self_attention=is_self_attention,
         padded=of_text,  # images have no padding

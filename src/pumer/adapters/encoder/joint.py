@@ -15,9 +15,14 @@ from torch import Tensor
 from pumer.adapters.base import Patch, ReductionStep
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder.clip import Encoded
+from pumer.adapters.encoder.packing import Packing
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one
 from pumer.reducers import EMBEDDINGS, Plan
+
+BY_ROW = ("cpu",)
+"""Devices on which packed rows attend one after the other: faster there than masked attention over
+padding, than nested tensors and than a block mask."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,20 @@ def entry_layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout
     return joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
 
 
+def unpack(
+    layout: EncoderLayout, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """Text and image states with padding, and their layout."""
+    text = layout.pad(text, slice(0, layout.text))
+    image = layout.pad(image, slice(layout.text, None))
+    return text, image, replace(layout, packing=None)
+
+
 def expand(
     layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Text and image states in their original lengths; dropped tokens are zeros."""
+    text, image, layout = unpack(layout, text, image)
     if layout.plan is None:
         return text, image
     states = layout.expand(torch.cat([text, image], dim=1))
@@ -121,7 +136,7 @@ def expand(
 def split(states_BND: Tensor, layout: EncoderLayout) -> tuple[Tensor, Tensor]:
     """Text and image of the joint axis, each contiguous: of anything else every linear layer makes
     a copy, and adds its bias in a pass of its own."""
-    text, image = states_BND[:, : layout.text], states_BND[:, layout.text :]
+    text, image = states_BND[:, : layout.border], states_BND[:, layout.border :]
     return text.contiguous(), image.contiguous()
 
 
@@ -131,6 +146,7 @@ def attend(
     queries_BHQC: Tensor,
     keys_BHKC: Tensor,
     values_BHKC: Tensor,
+    queries_at: slice,
     keys_at: slice,
     *,
     dtype: torch.dtype,
@@ -147,7 +163,7 @@ def attend(
         patch: whose reducer is active.
         layout: the token axis.
         queries_BHQC, keys_BHKC, values_BHKC: of this attention.
-        keys_at: where the keys are on the axis.
+        queries_at, keys_at: where these are on the axis.
         dtype: of the states.
         is_self_attention: whether the keys are the queries' own tokens.
         padded: whether there may be padding among the keys although nothing was reduced.
@@ -155,6 +171,23 @@ def attend(
         probabilities: whether to compute them, even if the reducer does not need them.
         head_mask: 1 or 0 for every head, [B,H]; None for all heads.
     """
+    if layout.packing is not None:
+        return _attend_packed(
+            patch,
+            layout,
+            layout.packing,
+            queries_BHQC,
+            keys_BHKC,
+            values_BHKC,
+            queries_at,
+            keys_at,
+            dtype=dtype,
+            is_self_attention=is_self_attention,
+            padded=padded,
+            dropout=dropout,
+            probabilities=probabilities,
+            head_mask=head_mask,
+        )
     traits, mask = patch.traits, layout.mask_BN[:, keys_at]
     attention: Tensor | None
     if layout.gate_BN is not None:
@@ -172,10 +205,7 @@ def attend(
             queries_BHQC, keys_BHKC, values_BHKC, mask, dropout
         )
     else:
-        sizes = None
-        if layout.plan is not None and _counts_sizes(traits):
-            sizes = layout.sizes_BN[:, keys_at]
-        bias = None
+        sizes, bias = _key_sizes(patch, layout, keys_at), None
         if padded or sizes is not None or traits.dynamic_length:
             bias = kernels.attention_bias(mask, sizes, dtype)
         context, attention = kernels.attend(
@@ -192,9 +222,68 @@ def attend(
     return context.transpose(1, 2).flatten(2), attention
 
 
-def _counts_sizes(traits: Any) -> bool:
-    """Whether attention counts a token by its size, for the reducer here or that in the tower."""
-    tower = traits.vision_reducer
-    return traits.proportional_attention or (
+def _attend_packed(
+    patch: Patch,
+    layout: EncoderLayout,
+    packing: Packing,
+    queries_1HPC: Tensor,
+    keys_1HPC: Tensor,
+    values_1HPC: Tensor,
+    queries_at: slice,
+    keys_at: slice,
+    *,
+    dropout: float,
+    head_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` for packed rows -> context [1,P,H*C], and probabilities [B,H,Q,K] where computed.
+
+    Where rows cannot attend one after the other, padding is put back for the attention alone.
+    """
+    queries, keys = packing.at(queries_at), packing.at(keys_at)
+    by_row = layout.gate_BN is None and queries_1HPC.device.type in BY_ROW
+    if not by_row or settings["probabilities"] or patch.traits.needs_attention:
+        context, attention = attend(
+            patch,
+            replace(layout, packing=None),
+            queries.pad_heads(queries_1HPC),
+            keys.pad_heads(keys_1HPC),
+            keys.pad_heads(values_1HPC),
+            queries_at,
+            keys_at,
+            dropout=dropout,
+            head_mask=head_mask,
+            **settings,
+        )
+        return queries.pack(context), attention
+    sizes, bias = _key_sizes(patch, layout, keys_at), None
+    if sizes is not None or packing.counts.hidden:
+        bias = kernels.attention_bias(
+            keys.pack(layout.mask_BN[:, keys_at]),
+            None if sizes is None else keys.pack(sizes),
+            settings["dtype"],
+        )
+    context = kernels.attend_rows(
+        queries_1HPC,
+        keys_1HPC,
+        values_1HPC,
+        bias,
+        queries.lengths,
+        keys.lengths,
+        patch.attention,
+        dropout,
+    )
+    if head_mask is not None:
+        heads_PH1 = head_mask[queries.row_P][..., None].to(context.dtype)
+        context = (context.unflatten(-1, (head_mask.shape[1], -1)) * heads_PH1).flatten(-2)
+    return context, None
+
+
+def _key_sizes(patch: Patch, layout: EncoderLayout, keys_at: slice) -> Tensor | None:
+    """Sizes of the keys [B,K], where attention counts a token by its size for the reducer here or
+    that in the tower; else None."""
+    traits, tower = patch.traits, patch.traits.vision_reducer
+    counts = traits.proportional_attention or (
         tower is not None and tower.traits.proportional_attention
     )
+    return layout.sizes_BN[:, keys_at] if counts and layout.plan is not None else None

@@ -43,6 +43,7 @@ class MeterAdapter(Adapter):
     classes = POOLED + PER_TOKEN
     modules: ClassVar[dict[str, str]] = dict.fromkeys(classes, "pumer.models.meter")
     has_cross_attention = True
+    packs = True
     separate = ("MeterForImagesAndTextClassification",)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -184,21 +185,23 @@ def _fuse(
         add_modality(meter, encoded.states_BID, image_token_type_idx),
     )
     states = torch.cat([text, image_states], dim=1)
-    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, states, layout)
-    text, image_states = states[:, : layout.text], states[:, layout.text :]
+    states, layout = encoder.pack(patch, *encoder.reduce(patch, EMBEDDINGS, states, layout)[:2])
+    text, image_states = states[:, : layout.border], states[:, layout.border :]
     del states
-    lengths, texts, images = [layout.lengths], [], []
+    layouts, texts, images = [layout], [], []
     for layer in (None, *meter.layers):
         if layer is not None:
             text, image_states, layout = layer(text, image_states, layout)
-            lengths.append(layout.lengths)
+            layouts.append(layout)
         if output_hidden_states:
             full_length = joint.expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
     # For `report`, `kept` and the budget loss.
-    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(trimmed, given_text)
+    patch.record_lengths(layouts)
+    patch.entry, patch.kept = entry, layout.places(trimmed, given_text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
+    text, image_states, layout = joint.unpack(layout, text, image_states)
     # Without any image token, zeros are pooled.
     first = (
         image_states

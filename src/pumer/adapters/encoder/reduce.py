@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from pumer.adapters.base import Patch, ReductionStep, timed
+from pumer.adapters.encoder.packing import Counts, Packing, count
 from pumer.adapters.forward import max_length, no_autocast
 from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
+ALL = slice(0, None)
+"""All columns of the token axis."""
 BUCKET = 8
 """Lengths that depend on the data are rounded up to multiples of this."""
 
@@ -34,6 +37,8 @@ class EncoderLayout:
         gate_BN: in the training of a learned reducer, 1 for tokens that it keeps so far; None
             before its first decision.
         keep_ratios, heads: its decisions so far, for the budget loss.
+        packing: of the states, whose rows then lie end to end; None where they are padded, as all
+            else here always is.
     """
 
     text: int
@@ -46,14 +51,42 @@ class EncoderLayout:
     gate_BN: Tensor | None = None
     keep_ratios: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+    packing: Packing | None = None
 
     @property
     def lengths(self) -> tuple[int, int]:
         """(text, image) tokens."""
         return self.text, self.mask_BN.shape[1] - self.text
 
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """(text, image) tokens of every row; padding counts where states are padded."""
+        if self.packing is None:
+            return (self.lengths,) * len(self.mask_BN)
+        return self.packing.counts.lengths
+
+    @property
+    def border(self) -> int:
+        """Where the image starts in states of text and image side by side."""
+        return self.text if self.packing is None else self.packing.border
+
+    def pad(self, states: Tensor, columns: slice = ALL) -> Tensor:
+        """States of these columns with padding, [B,N,D]."""
+        return states if self.packing is None else self.packing.at(columns).pad(states)
+
+    def pack(self, states_BND: Tensor, columns: slice = ALL) -> Tensor:
+        """Padded states of these columns as this layout has them."""
+        return states_BND if self.packing is None else self.packing.at(columns).pack(states_BND)
+
+    def stream(self, states: Tensor, columns: slice) -> Tensor:
+        """The text or the image, out of states whose rows have both."""
+        if self.packing is None:
+            return states[:, columns]
+        return self.packing.stream(states, columns)
+
     def expand(self, states_BND: Tensor) -> Tensor:
-        """States in the original length; zeros for dropped tokens."""
+        """States in the original length; zeros for dropped tokens, and for packed padding."""
+        states_BND = self.pad(states_BND)
         return states_BND if self.plan is None else self.plan.expand(states_BND)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EncoderLayout:
@@ -126,8 +159,17 @@ def reduce(
     assert reducer is not None
     if patch.bypassed or not reducer.reduces_at(layer):
         return states_BND, layout, None
+    traits, unreduced, packed_states = reducer.traits, layout.plan is None, states_BND
+    if layout.packing is not None:
+        states_BND = layout.pad(states_BND)
+        queries_BHNC, keys_BHNC = (
+            None if x is None or not traits.needs_qk else layout.packing.at(columns).pad_heads(x)
+            for x, columns in (
+                (queries_BHNC, slice(0, layout.text) if cross else ALL),
+                (keys_BHNC, ALL),
+            )
+        )
     # What the reducer sees. The grid of patches is complete only before the first reduction.
-    traits, unreduced = reducer.traits, layout.plan is None
     tokens = Tokens(
         mask_BN=layout.mask_BN,
         text=layout.text,
@@ -150,13 +192,15 @@ def reduce(
     if learned is not None and tokens.part is not None and tokens.part.training:
         decision = learned.gate(tokens)
         keep_ratios = (*layout.keep_ratios, decision.keep_ratio)
-        return states_BND, replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None
+        gated = replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios)
+        return packed_states, gated, None
     # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
         text, _ = reducer.lengths(tokens.shape)
+        counts = count(plan.mask_BK, text) if patch.pack and not tower else None
         if traits.dynamic_length and patch.trim and not torch.compiler.is_compiling():
-            lengths = _used(plan.mask_BK, text)
+            lengths = _used(plan.mask_BK, text) if counts is None else counts.used
             plan, text = plan.cut(text, lengths), lengths[0]
     if patch.steps is not None and not tower:
         patch.steps.append(ReductionStep(layer, layout.text, plan, layout.grid, layout.patch_BS))
@@ -171,8 +215,43 @@ def reduce(
         sizes_BN=plan.total(layout.sizes_BN),
         plan=plan if layout.plan is None else layout.plan.then(plan),
         entered_BI=entered_BI,
+        packing=None,
     )
-    return plan.reduce(states_BND), reduced, plan
+    states_BND = plan.reduce(states_BND)
+    return *(pack(patch, states_BND, reduced, counts) if counts else (states_BND, reduced)), plan
+
+
+def pack(
+    patch: Patch, states_BND: Tensor, layout: EncoderLayout, counts: Counts | None = None
+) -> tuple[Tensor, EncoderLayout]:
+    """States with the rows end to end, and their layout, if the model packs and a row has padding.
+
+    Args:
+        patch: of the model.
+        states_BND: of text and image.
+        layout: of those states.
+        counts: of the layout's mask, if they are known.
+    """
+    if not patch.pack or layout.packing is not None:
+        return states_BND, layout
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "packed rows have no length that torch.compile could know: call "
+            "pumer.apply(model, reducer) without pack=True"
+        )
+    packing = Packing.of(
+        layout.mask_BN,
+        layout.text,
+        count(layout.mask_BN, layout.text) if counts is None else counts,
+        patch.adapter.has_cross_attention,
+    )
+    layout = replace(layout, packing=packing)
+    return layout.pack(states_BND), layout
+
+
+def unpack(states: Tensor, layout: EncoderLayout) -> tuple[Tensor, EncoderLayout]:
+    """States of text and image with padding, and their layout."""
+    return layout.pad(states), replace(layout, packing=None)
 
 
 def _used(mask_BK: Tensor, text: int) -> tuple[int, int]:
@@ -224,8 +303,13 @@ def head_mask(
     part = patch.part(layer)
     pooled = []
     for states, columns in ((queries_BQD, queries_at), (keys_BKD, keys_at)):
-        weights = weight_BN[:, columns, None].to(states.dtype)
-        pooled.append((states * weights).sum(1) / weights.sum(1).clamp_min(1))
+        weights = layout.pack(weight_BN[:, columns, None].to(states.dtype), columns)
+        totals = (states * weights, weights)
+        if layout.packing is None:
+            total_BD, weight_B1 = (x.sum(1) for x in totals)
+        else:
+            total_BD, weight_B1 = (layout.packing.at(columns).sums(x) for x in totals)
+        pooled.append(total_BD / weight_B1.clamp_min(1))
     mask_BH = part[name](*pooled, learned.sampling_at(patch.progress) if part.training else None)
     return mask_BH, replace(
         layout, heads=(*layout.heads, mask_BH.mean(1))

@@ -42,6 +42,7 @@ class ViltAdapter(Adapter):
     """All stock ViLT classes."""
 
     family = "ViLT"
+    packs = True
     classes = POOLED + PER_TOKEN
     modules: ClassVar[dict[str, str]] = {"ViltForVisualEntailment": "pumer.models.vilt.entailment"}
     separate = ("ViltForImagesAndTextClassification",)
@@ -167,6 +168,11 @@ def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -
         getattr(config, name) if getattr(inputs, name) is None else getattr(inputs, name)
         for name in ("output_attentions", "output_hidden_states", "return_dict")
     )
+    if attentions and patch.pack:
+        raise ValueError(
+            "packed rows have no attention maps of one shape: call pumer.apply(model, reducer) "
+            "without pack=True, or leave out output_attentions"
+        )
     if len(text) != len(inputs.image):
         raise ValueError(
             f"{len(text)} texts and {len(inputs.image)} images: the batch sizes must agree"
@@ -180,7 +186,7 @@ def _forward(vilt: Any, patch: Patch, pooled: bool, *args: Any, **kwargs: Any) -
         attentions,
         hidden,
     )
-    states = vilt.layernorm(states)
+    states, layout = encoder.unpack(vilt.layernorm(states), layout)
     pooler_output = vilt.pooler(states) if vilt.pooler is not None else None
     output = BaseModelOutputWithPooling(
         last_hidden_state=states if pooled else layout.expand(states),
@@ -264,23 +270,24 @@ def _encode(
     """
     # Before the first layer.
     entry = (*start[1].lengths, start[1].grid)
-    states, layout, _ = encoder.reduce(patch, EMBEDDINGS, *start)
+    states, layout = encoder.pack(patch, *encoder.reduce(patch, EMBEDDINGS, *start)[:2])
     del start
-    all_states, all_attentions, lengths = (
+    all_states, all_attentions, layouts = (
         [layout.expand(states)] if hidden else [],
         [],
-        [layout.lengths],
+        [layout],
     )
     # Every layer returns fewer tokens, or as many, with their layout.
     for layer in vilt.encoder.layer:
         states, layout, attention = layer(states, layout, attentions)
-        lengths.append(layout.lengths)
+        layouts.append(layout)
         if hidden:
             all_states.append(layout.expand(states))
         if attentions:
             all_attentions.append(attention)
     # For `report`, `kept` and the budget loss.
-    patch.lengths, patch.entry, patch.kept = lengths, entry, layout.places(entry[0], text)
+    patch.record_lengths(layouts)
+    patch.entry, patch.kept = entry, layout.places(entry[0], text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
     return (
         states,
@@ -333,7 +340,14 @@ def _attend_and_reduce(
     MLP."""
     text, image = slice(0, layout.text), slice(layout.text, None)
     head_mask, layout = encoder.head_mask(
-        patch, layer_index, "joint", layout, states[:, text], states[:, image], text, image
+        patch,
+        layer_index,
+        "joint",
+        layout,
+        layout.stream(states, text),
+        layout.stream(states, image),
+        text,
+        image,
     )
     states, queries, keys, attention = _attend(layer, patch, states, layout, attentions, head_mask)
     # Without `needs_attention` reducers score by queries and keys: the kernel makes no difference.
@@ -364,7 +378,8 @@ def _attend(
         queries,
         keys,
         values,
-        slice(0, None),
+        encoder.ALL,
+        encoder.ALL,
         dtype=states.dtype,
         is_self_attention=True,
         dropout=module.dropout.p if module.training else 0.0,

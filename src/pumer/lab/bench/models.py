@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BridgeTowerConfig,
     PreTrainedModel,
@@ -138,6 +138,7 @@ def inputs(
     text: int = 40,
     real: tuple[int, int] = (8, 16),
     seed: int = 0,
+    busier: bool = False,
 ) -> dict[str, Tensor]:
     """A batch as the model's processor makes it, for square images and questions padded to one
     length.
@@ -149,6 +150,7 @@ def inputs(
         text: text tokens, padding included.
         real: fewest and most real tokens; a batch of two or more has one text of each.
         seed: of the data.
+        busier: each image is busier than the one before it, in place of noise throughout.
 
     Raises:
         ValueError: for lengths that do not fit each other or the model.
@@ -172,10 +174,17 @@ def inputs(
     mask = (torch.arange(text) < lengths[:, None]).long()
     padding = words.pad_token_id or 0
     ids = torch.randint(padding + 1, words.vocab_size, (batch, text), generator=generator)
+    pixels = torch.randn(batch, 3, size, size, generator=generator)
+    if busier:
+        # Of each, the first pixels, enlarged: from 2 x 2 of them to 24 x 24.
+        for row, side in enumerate(torch.linspace(2, min(24, size), batch).int().tolist()):
+            pixels[row] = nn.functional.interpolate(
+                pixels[row, None, :, :side, :side], size=(size, size), mode="bicubic"
+            )[0]
     batch_inputs = {
         "input_ids": torch.where(mask.bool(), ids, padding),
         "attention_mask": mask,
-        "pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(model.dtype),
+        "pixel_values": pixels.to(model.dtype),
         "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
     }
     if config.model_type == "vilt":  # RoBERTa's tokenizer gives none

@@ -28,7 +28,7 @@ from pumer.lab.progress import Progress, no_progress
 from pumer.presets import ReducerSpec, read_reducer
 from pumer.reducers import Reducer, Unreduced
 
-STOCK, FUSED = "stock", "fused"
+STOCK, FUSED, PACKED = "stock", "fused", ", packed"
 REAL_TEXT = (8, 16)
 """Fewest and most real text tokens of an example; the others are padding."""
 
@@ -75,8 +75,10 @@ def bench(
             )
             return Bench(columns, records.environment(), tuple(missing))
         net = models.build(model).to(device, getattr(torch, settings.dtype))
-        data = models.inputs(net, settings.batch, size, settings.text, REAL_TEXT)
-        nets = variants(net, named)
+        data = models.inputs(
+            net, settings.batch, size, settings.text, REAL_TEXT, busier=settings.pack
+        )
+        nets = variants(net, named, settings.pack)
         calls = {
             name: forward(torch.compile(variant) if settings.compiled else variant, data)
             for name, variant in nets.items()
@@ -88,7 +90,8 @@ def bench(
         peaks = {name: peak_activations(call, device) for name, call in watched.items()}
         shares = {
             name: overhead_share(nets[name], calls[name], device)
-            for name in (named if overhead and not settings.compiled else ())
+            for name in (nets if overhead and not settings.compiled else ())
+            if name.removesuffix(PACKED) not in (STOCK, FUSED)
         }
         notes = {STOCK: models.stock_note(model)}
         rows = _rows(settings.batch, macs, timings, peaks, shares, notes)
@@ -137,16 +140,23 @@ def name_reducers(
     return named
 
 
-def variants(net: nn.Module, reducers: dict[str, Reducer]) -> dict[str, nn.Module]:
-    """The stock model, fused, and with each reducer, sharing one set of weights."""
-    twins = {FUSED: Unreduced(), **reducers}
-    return {STOCK: net, **{name: twin(net, reducer) for name, reducer in twins.items()}}
+def variants(
+    net: nn.Module, reducers: dict[str, Reducer], pack: bool = False
+) -> dict[str, nn.Module]:
+    """The stock model, fused, and with each reducer, sharing one set of weights; with `pack`, all
+    but stock with packed rows too."""
+    nets = {STOCK: net}
+    for name, reducer in {FUSED: Unreduced(), **reducers}.items():
+        nets[name] = twin(net, reducer)
+        if pack:
+            nets[f"{name}{PACKED}"] = twin(net, reducer, pack=True)
+    return nets
 
 
-def twin(net: nn.Module, reducer: Reducer) -> nn.Module:
+def twin(net: nn.Module, reducer: Reducer, pack: bool = False) -> nn.Module:
     """The same model with a reducer, sharing its weights."""
     weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
-    return apply(copy.deepcopy(net, weights), reducer)
+    return apply(copy.deepcopy(net, weights), reducer, pack=pack)
 
 
 def forward(net: Callable[..., Any], data: dict[str, Tensor]) -> Callable[[], Any]:

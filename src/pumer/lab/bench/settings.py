@@ -30,6 +30,8 @@ class BenchSettings:
         device: "auto" takes a CUDA device if there is one.
         dtype: type of weights and activations.
         compiled: measure under torch.compile.
+        pack: measure everything but stock with packed rows too, on images from smooth to busy, so
+            that methods which decide by sample decide differently.
         threads: CPU threads; torch's own choice if not given.
         runs: timed forwards of each.
     """
@@ -42,6 +44,7 @@ class BenchSettings:
     device: Device = "auto"
     dtype: Dtype = "float32"
     compiled: bool = False
+    pack: bool = False
     threads: Count | None = None
     runs: Count = 9
 

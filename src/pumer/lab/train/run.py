@@ -19,6 +19,7 @@ from transformers import (
 
 import pumer
 from pumer._files import check_space, fingerprint, locked, new_folder, replacing
+from pumer.adapters.base import OPTIONS
 from pumer.hub import save
 from pumer.lab.data.text import save_tokenizer
 from pumer.lab.data.transforms import save_transform
@@ -257,7 +258,8 @@ def save_run(output: Path, models: Models, log_history: list[dict[str, Any]]) ->
         pumer.remove(student)
     elif patch is not None:
         # Trained with whichever kernel was fastest; saved with the fused one.
-        pumer.apply(student, patch.reducer, trim=patch.trim, renumber=patch.renumber)
+        settings = {name: getattr(patch, name) for name in OPTIONS if name != "attention"}
+        pumer.apply(student, patch.reducer, **settings)
     with new_folder(output / "model", replace=True) as folder:
         save(student, folder)
         models.tokenizer.model_max_length = models.max_length
