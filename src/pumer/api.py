@@ -191,9 +191,11 @@ def _check_tower(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None:
         return
     depth = adapter.tower_depth(model)
     if depth == 0:
+        reason = adapter.tower_reason(model)
         raise ValueError(
-            f"{type(model).__name__} has no vision tower that can be reduced: give the reducer "
-            "`inside` alone"
+            f"{type(model).__name__} has no vision tower that can be reduced"
+            + (f" ({reason})" if reason else "")
+            + ": give the reducer `inside` alone"
         )
     if any(layer < 0 for layer in tower.layers):
         raise ValueError(f"{tower.name} in the tower reduces in layers 0 to {depth - 1}")
@@ -209,7 +211,8 @@ def _check_lengths(adapter: Adapter, model: nn.Module, reducer: Reducer) -> None
     if tower is not None:
         _, length = adapter.tower_entry(model, image)
         for layer in range(adapter.tower_depth(model)):
-            _, length = tower.lengths(TokenShape(0, length, layer))
+            shape = TokenShape(0, length, layer, adapter.tower_prefix(model))
+            _, length = tower.lengths(shape)
         image = adapter.tower_exit(model, image, length)
     for layer in range(EMBEDDINGS, adapter.depth(model)):
         grid = adapter.default_grid(model)
@@ -296,7 +299,8 @@ def kept(model: nn.Module) -> Tensor:
         Positions in the prompt (with a cached prefix: in the whole sequence), in order, int64
         [B,K]; -1 fills rows that have fewer. They include text tokens, and padding that was left
         alone. A merged token has the position of its first member. In joint encoders positions
-        count the text tokens as given, then the image tokens, [CLS] first.
+        count the text tokens as given, then the image tokens, [CLS] first. Where images are read
+        by cross-attention, they count the tokens of the encoder's output.
 
     Raises:
         ValueError: if the model carries no reducer, or has reduced nothing yet.

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import seams
 import tiny
+import tiny_cross
+import tiny_joint
 import tiny_llm
+import tiny_resamplers  # noqa: F401  # registers its families
 import torch
 
 import pumer
@@ -48,8 +51,8 @@ REDUCERS: dict[str, Reducer] = {
     "ToMe": pumer.ToMe(r=2, depth=2, proportional=False),
     "ToMe, proportional": pumer.ToMe(r=2, depth=2, proportional=True),
     "DyMU (merging thresholds)": pumer.DyMU(thresholds=(0.5, 0.5)),
-    "ToMe in the vision tower": pumer.Compose(pumer.ToMe(r=2, depth=2), pumer.Unreduced()),
-    "DyMU in the vision tower": pumer.Compose(pumer.DyMU(thresholds=(0.5, 0.5)), pumer.Unreduced()),
+    "ToMe in the vision tower": pumer.Compose(pumer.ToMe(r=2, depth=1), pumer.Unreduced()),
+    "DyMU in the vision tower": pumer.Compose(pumer.DyMU(thresholds=(0.5,)), pumer.Unreduced()),
     "DynamicViT": pumer.DynamicViT(keep=0.6, layers=(0, 1)),
     "SmartTrim": pumer.SmartTrim(layers=(0, 1)),
     **PRUNING,
@@ -58,11 +61,20 @@ REDUCERS: dict[str, Reducer] = {
     "PruMerge+": pumer.PruMerge(keep=0.5),
     "pooling": pumer.Pool(window=2),
 }
+CROSSING = {
+    "mllama": tiny_cross.FAMILIES,
+    "blip2": tiny_cross.FAMILIES,
+    "florence2": tiny_joint.FAMILIES,
+}
+"""Of those that read images by cross-attention one for each way of doing so."""
+FAMILIES = (*tiny.FAMILIES, *tiny_llm.BUILDERS, *CROSSING)
 WORKS, RECEIVED, REFUSED = "yes", "received", "–"
 
 
 def made(family: str) -> torch.nn.Module:
     """The tiny model of a family."""
+    if family in CROSSING:
+        return tiny_cross.model(family, CROSSING[family])
     return tiny.model(tiny.FAMILIES[family]) if family in tiny.FAMILIES else tiny_llm.model(family)
 
 
@@ -70,6 +82,8 @@ def batch(family: str) -> dict:
     """Two samples with texts and pictures of different sizes where the family has them."""
     if family in tiny.FAMILIES:
         return tiny.batch(tiny.FAMILIES[family])
+    if family in CROSSING:
+        return tiny_cross.batch(family, (0, 1), CROSSING[family])
     return tiny_llm.batch(family, ((4, "i", 6), (2, "i", 3, "i", 2)))
 
 
@@ -95,7 +109,7 @@ def fitting(
 
 def table() -> str:
     """The document."""
-    families = [*tiny.FAMILIES, *tiny_llm.BUILDERS]
+    families = FAMILIES
     models = {family: made(family) for family in families}
     kinds = [type(model).__name__ for model in models.values()]
     heads = [
@@ -141,6 +155,9 @@ def table() -> str:
         f"`{REFUSED}`: refused with an error that says why, by `pumer.apply` or, where only the "
         "picture tells, by the",
         "call (rows of a picture that is put together of crops).",
+        "Mllama stands for models whose text reads patches by cross-attention, Blip2 for "
+        "Q-formers and resamplers, Florence2 for",
+        "encoder-decoders; random and uniform pruning act there with `layers=(-1,)`.",
         "",
         "| | " + " | ".join(heads) + " |",
         "|---" * (len(families) + 1) + "|",

@@ -9,13 +9,16 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import tiny_cross
+import tiny_joint
 import tiny_llm
+import tiny_resamplers  # noqa: F401  # each registers its families
 import tiny_streams
+import tiny_writers  # noqa: F401
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
 from pumer.adapters.base import adapters
-from pumer.adapters.decoder.family import DecoderAdapter
 from pumer.adapters.decoder.refused import REFUSED
 from pumer.adapters.decoder.shorten import SELECTS, STATES
 from pumer.adapters.encoder import refused as joint
@@ -78,24 +81,17 @@ def reduced_classes() -> dict[str, list[tuple[str, str, str, str]]]:
         model = build()
         adapter = find(model)
         tower = YES if adapter.tower_depth(model) else NO
-        attention = "received"
-        if not adapter.reads_tower:
-            attention = NO
-        elif adapter.has_class_token(model):
-            attention = "received, [CLS]"
         reason = adapter.before_only(model)
         where = "before, inside" if reason is None else f"before ({REASONS[reason]})"
-        rows, row = (
-            result.setdefault(type(model).__name__, []),
-            (adapter.family, where, tower, attention),
-        )
+        rows = result.setdefault(type(model).__name__, [])
+        row = adapter.family, where, tower, _attention(adapter, model)
         rows += [] if row in rows else [row]
     return result
 
 
 def joint_encoders() -> list[str]:
     """What becomes of encoders of text and image."""
-    served = [adapter for adapter in adapters() if not isinstance(adapter, DecoderAdapter)]
+    served = [adapter for adapter in adapters() if adapter.family in JOINT]
     lines = ["", "## Joint encoders", "", "| family | classes | reduced in |", "|---|---|---|"]
     for adapter in sorted(served, key=lambda adapter: list(JOINT).index(adapter.family)):
         classes = ", ".join(sorted(adapter.classes))
@@ -107,9 +103,31 @@ def joint_encoders() -> list[str]:
     return lines + [f"Refused: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
 
 
+def crossing_classes() -> dict[str, tuple[str, str, str]]:
+    """Of every class that reads images by cross-attention: its family, where it is reduced, and
+    what can be read of the tower's attention."""
+    result = {}
+    for families, where in (
+        (tiny_cross.FAMILIES, "vision side"),
+        (tiny_joint.FAMILIES, "encoder: before, inside"),
+    ):
+        for name in families:
+            model = tiny_cross.model(name, families)
+            adapter = find(model)
+            result[type(model).__name__] = adapter.family, where, _attention(adapter, model)
+    return result
+
+
+def _attention(adapter, model) -> str:
+    if not adapter.reads_tower:
+        return NO
+    return "received, [CLS]" if adapter.has_class_token(model) else "received"
+
+
 def table() -> str:
     """The document."""
-    reduced = reduced_classes()
+    reduced, crossing = reduced_classes(), crossing_classes()
+    count = sum(name in reduced or name in crossing for name in CLASSES)
     lines = [
         "# Models",
         "",
@@ -117,7 +135,8 @@ def table() -> str:
         "tests/adapters/models_document.py` and held true by a test.",
         "",
         f"Of the {len(CLASSES)} image-text-to-text classes of transformers, "
-        f"{sum(name in reduced for name in CLASSES)} are reduced: before the language model "
+        f"{count} are reduced. The first table has those "
+        "with image tokens among the words: they are reduced before the language model "
         "(before layer 0) and, nearly all, inside it",
         "(after any layer but the last). `tower`: tokens are also merged inside the vision tower. "
         "`attention`: what reducers",
@@ -150,6 +169,22 @@ def table() -> str:
         "over all pairs of tokens, also where an index chooses among them. The cache is that of "
         "keys and values: states have",
         "one size, whatever the prompt.",
+        "",
+        "## Cross-attention",
+        "",
+        "These read images by cross-attention. `vision side`: tokens are chosen once, behind the "
+        "vision tower and before a Q-former,",
+        "a resampler or the text reads them; methods that are guided by words, or act inside a "
+        "language model, are refused.",
+        "`encoder`: words and image tokens go through an encoder, which is reduced as a language "
+        "model is; its decoder reads what is left.",
+        "",
+        "| class | family | where | attention |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted(crossing, key=str.lower):
+        lines.append(f"| {name} | " + " | ".join(crossing[name]) + " |")
+    lines += [
         "",
         "## Structure tokens",
         "",

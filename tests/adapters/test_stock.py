@@ -17,15 +17,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bridgetower import modeling_bridgetower as bridgetower
 from transformers.models.clip import modeling_clip as clip
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.granite4_vision import modeling_granite4_vision as granite4_vision
 from transformers.models.granite_docling import modeling_granite_docling as granite_docling
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.internvl import modeling_internvl as internvl
 from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.molmo2 import modeling_molmo2 as molmo2
+from transformers.models.pixtral import modeling_pixtral as pixtral
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.siglip import modeling_siglip as siglip
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
+from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 from transformers.models.vilt import modeling_vilt as vilt
+from transformers.models.vit import modeling_vit as vit
 
 PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").split()
 
@@ -53,14 +62,17 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (GradientCheckpointingLayer, "__init_subclass__"): (
         "bc6216ba47e59dfb",
-        "_layer in encoder/vilt.py, encoder/co_attention.py, encoder/clip.py",
+        "_layer in encoder/vilt.py, encoder/co_attention.py, tower/run.py",
     ),
     (clip.CLIPVisionModel, "forward"): ("7296f6d120808715", "encode in encoder/clip.py"),
     (clip.CLIPEncoder, "forward"): ("477877cceb0ede19", "encode in encoder/clip.py"),
-    (clip.CLIPEncoderLayer, "forward"): ("65826d33a2871061", "_block in encoder/clip.py"),
-    (clip.CLIPAttention, "forward"): (
-        "124d8a01d30df424",
-        "_attend_and_reduce in encoder/clip.py",
+    (siglip.SiglipMultiheadAttentionPoolingHead, "forward"): (
+        "5cce51a348d6b482",
+        "_attend_to_tokens in tower/alone.py",
+    ),
+    (siglip2.Siglip2MultiheadAttentionPoolingHead, "forward"): (
+        "491c1e634913907e",
+        "_pool in tower/alone.py",
     ),
     (bert.BertAttention, "forward"): ("c0e1a7c117338e56", "_attend in encoder/co_attention.py"),
     (bert.BertSelfAttention, "forward"): ("42779e4aff2bbdac", "_attend in encoder/co_attention.py"),
@@ -84,11 +96,11 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     ),
     (bridgetower.BridgeTowerResidualAttention, "forward"): (
         "bec0a94ac1d0d3db",
-        "_tower_layer in encoder/bridgetower_forward.py",
+        "run_layer in encoder/bridgetower_tower.py",
     ),
     (bridgetower.BridgeTowerResidualAttention, "attention"): (
         "e0bf7b9574f23721",
-        "_tower_layer in encoder/bridgetower_forward.py",
+        "run_layer in encoder/bridgetower_tower.py",
     ),
     (bridgetower.BridgeTowerVisionTransformer, "forward_post"): (
         "a4ae8f3a34ea0cbb",
@@ -191,6 +203,35 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
         "a39fcc62b0e2e68f": "PerceptionLM",
     }.items()
     for name in names.split()
+}
+STOOD_IN_FOR |= {
+    (getattr(module, name), "forward"): (known, "block in tower/run.py and tower/blocks.py")
+    for module, name, known in (
+        (clip, "CLIPEncoderLayer", "65826d33a2871061"),
+        (clip, "CLIPAttention", "124d8a01d30df424"),
+        (siglip, "SiglipEncoderLayer", "4fdfce5b54e0fd1b"),
+        (siglip, "SiglipAttention", "4f2ed581043ab309"),
+        (siglip2, "Siglip2EncoderLayer", "4fdfce5b54e0fd1b"),
+        (siglip2, "Siglip2Attention", "4f2ed581043ab309"),
+        (vit, "ViTLayer", "ee1765d90f6f1a44"),
+        (vit, "ViTAttention", "7d89d69b58129004"),
+        (dinov2, "Dinov2Layer", "1ce6d6d7141798a5"),
+        (dinov2, "Dinov2Attention", "7d89d69b58129004"),
+        (internvl, "InternVLVisionLayer", "ca0ecaeedb9c1eb5"),
+        (internvl, "InternVLVisionAttention", "50ae4891cf4d8b7e"),
+        (idefics3, "Idefics3EncoderLayer", "fc348ad6a3f4c4a1"),
+        (idefics3, "Idefics3VisionAttention", "4f2ed581043ab309"),
+        (smolvlm, "SmolVLMEncoderLayer", "4fdfce5b54e0fd1b"),
+        (smolvlm, "SmolVLMVisionAttention", "4f2ed581043ab309"),
+        (pixtral, "PixtralAttentionLayer", "9eca5e46182eb085"),
+        (pixtral, "PixtralAttention", "0822075976911ad5"),
+        (qwen2_vl, "Qwen2VLVisionBlock", "10e6d816b37b9d02"),
+        (qwen2_vl, "VisionAttention", "ae6fe90b254c7c8e"),
+        (qwen2_5_vl, "Qwen2_5_VLVisionBlock", "5e660f9e9fddcd08"),
+        (qwen2_5_vl, "Qwen2_5_VLVisionAttention", "ae6fe90b254c7c8e"),
+        (qwen3_vl, "Qwen3VLVisionBlock", "5e660f9e9fddcd08"),
+        (qwen3_vl, "Qwen3VLVisionAttention", "ae6fe90b254c7c8e"),
+    )
 }
 
 

@@ -184,27 +184,92 @@ def clip(vision, pixels, reducer=None):
 
 
 def clip_groups(vision, pixels, reducer=None, depth=None):
-    """States [K,D] of one picture after CLIP's first `depth` layers, all if not given, and the
-    tokens in each group."""
-    states = vision.pre_layrnorm(vision.embeddings(pixels[None], interpolate_pos_encoding=True))[0]
+    """`tower_groups` of CLIP."""
+    return tower_groups(vision, pixels, reducer, 1, depth)
+
+
+def tower_groups(vision, pixels, reducer=None, protected=1, depth=None):
+    """States [K,D] of one picture after the first `depth` layers of a vision tower, all if not
+    given, and the tokens in each group.
+
+    `protected` is the number of tokens before the patches, which are never merged.
+    """
+    more = {"interpolate_pos_encoding": True} if hasattr(vision, "post_layernorm") else {}
+    states = vision.embeddings(pixels[None], **more)
+    states = getattr(vision, "pre_layrnorm", torch.nn.Identity())(states)[0]
     members, count = [{number} for number in range(len(states))], vision.config.num_attention_heads
-    for number, layer in enumerate(vision.encoder.layers[:depth]):
+    for number, layer in enumerate(_layers(vision)[:depth]):
         sizes = torch.tensor([float(len(group)) for group in members])
-        normed, module = layer.layer_norm1(states), layer.self_attn
+        first, module, second = _parts(layer)
+        normed = first(states)
         queries, keys, values = (
             heads(part, normed, count) for part in (module.q_proj, module.k_proj, module.v_proj)
         )
         counted = reducer is not None and reducer.proportional
-        states = states + module.out_proj(
-            attend(queries, keys, values, sizes.log() if counted else 0 * sizes)
-        )
+        context = attend(queries, keys, values, sizes.log() if counted else 0 * sizes)
+        out = module.out_proj if hasattr(module, "out_proj") else module.o_proj
+        states = states + getattr(layer, "layer_scale1", torch.nn.Identity())(out(context))
         if reducer is not None:
-            groups, gap = bipartite(keys.mean(0).tolist(), reducer.schedule[number], protected=1)
+            groups, gap = bipartite(keys.mean(0).tolist(), reducer.schedule[number], protected)
             assert gap > 1e-6, "a tie decides: take other weights"
             states, _ = gather(states, sizes, groups)
             members = [set().union(*(members[i] for i in group)) for group in groups]
-        states = states + layer.mlp(layer.layer_norm2(states))
+        fresh = layer.mlp(second(states))
+        states = states + getattr(layer, "layer_scale2", torch.nn.Identity())(fresh)
     return states, members
+
+
+def square_groups(vision, pixels, reducer, side):
+    """States [N,D] of all patches of one picture after the layers of SmolVLM's vision tower, where
+    whole squares of patches are merged, and the squares in each group."""
+    rows = columns = pixels.shape[1] // vision.config.patch_size
+    every = torch.ones(1, rows, columns, dtype=torch.bool)
+    states = vision.embeddings(pixels[None], every)[0]
+    number = torch.arange(rows * columns).view(rows, columns)
+    squares = [
+        number[row : row + side, column : column + side].flatten()
+        for row in range(0, rows, side)
+        for column in range(0, columns, side)
+    ]
+    units = [states[square] for square in squares]
+    members, heads_count = [{at} for at in range(len(units))], vision.config.num_attention_heads
+    for at, layer in enumerate(vision.encoder.layers):
+        sizes = [float(len(group)) for group in members]
+        flat, module = layer.layer_norm1(torch.cat(units)), layer.self_attn
+        queries, keys, values = (
+            heads(part, flat, heads_count) for part in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        bias = torch.tensor(sizes).log().repeat_interleave(side**2)
+        fresh = module.out_proj(attend(queries, keys, values, bias))
+        units = list((torch.cat(units) + fresh).split(side**2))
+        means = [key.mean(0).tolist() for key in keys.mean(0).split(side**2)]
+        groups, gap = bipartite(means, reducer.schedule[at])
+        assert gap > 1e-6, "a tie decides: take other weights"
+        units = [
+            sum(sizes[unit] * units[unit] for unit in group) / sum(sizes[unit] for unit in group)
+            for group in groups
+        ]
+        members = [set().union(*(members[unit] for unit in group)) for group in groups]
+        flat = torch.cat(units)
+        units = list((flat + layer.mlp(layer.layer_norm2(flat))).split(side**2))
+    for unit, group in zip(units, members, strict=True):
+        for square in group:
+            states[squares[square]] = unit
+    return states, members
+
+
+def _layers(vision):
+    encoder = getattr(vision, "encoder", vision)
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+
+def _parts(layer):
+    """The first norm, the attention and the second norm of a layer."""
+    if hasattr(layer, "self_attn"):
+        return layer.layer_norm1, layer.self_attn, layer.layer_norm2
+    if hasattr(layer, "layernorm_before"):
+        return layer.layernorm_before, layer.attention, layer.layernorm_after
+    return layer.norm1, layer.attention, layer.norm2
 
 
 def gather(states, sizes, groups):

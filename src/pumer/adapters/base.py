@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pumer import _plugins
 from pumer.adapters.rebind import Rebound, rebind
-from pumer.reducers import Learned, Plan, Reducer, Traits
+from pumer.adapters.step import ReductionStep
+from pumer.reducers import Learned, Reducer, Traits
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
 
-P = ParamSpec("P")
-R = TypeVar("R")
 PARTS = "reducer_parts"
 """Name of the submodule that holds what a learned reducer trains."""
 
@@ -30,28 +28,6 @@ OPTIONS = ("attention", "trim", "renumber", "pack")
 
 class _Absent:
     """Marks an attribute that was not set. A class, because copy.deepcopy does not copy classes."""
-
-
-@dataclass(frozen=True)
-class ReductionStep:
-    """One reduction of a forward, recorded for inspection.
-
-    Args:
-        layer: index of the layer, -1 before the first.
-        text: text tokens before the reduction, padding included.
-        plan: where the tokens went.
-        grid: rows and columns of patches of the unreduced image.
-        patch_BN: raster index of the patch of every unreduced token, -1 for tokens that are no
-            patch.
-        prompt: the state of a decoder's prompt, a `prompt.PromptStep`; None in encoders.
-    """
-
-    layer: int
-    text: int
-    plan: Plan
-    grid: tuple[int, int] | None
-    patch_BN: Any
-    prompt: Any = None
 
 
 @dataclass
@@ -96,6 +72,12 @@ class Patch:
     """The planned `lengths`, where they do not follow from `entry`: prompts of several images."""
     kept: Tensor | None = None
     """Positions [B,K] of the tokens left after the last forward's last layer, -1: empty slots."""
+    sizes: Tensor | None = None
+    """Of a vision tower alone: how many patches each token of the last forward's output stands for
+    [B,K]."""
+    slots: Tensor | None = None
+    """Of a vision tower alone: where in that output every token is that entered [B,N], -1 if it is
+    dropped or padding; None if nothing was reduced."""
     rows: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
     """`lengths` of every row of the last packed forward."""
     tower: list[int] = field(default_factory=list)
@@ -202,24 +184,6 @@ class Patch:
                 setattr(owner, name, before)
 
 
-def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose first argument is a patch, or has one: its calls are timed if
-    the patch has a timer."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            patch: Any = getattr(args[0], "patch", args[0])
-            if patch.timer is None:
-                return function(*args, **kwargs)
-            with patch.timing(part):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
 class Adapter:
     """A model family: where its layers are, how to reduce their tokens, what they cost."""
 
@@ -255,9 +219,17 @@ class Adapter:
         """Number of layers of the vision tower; 0 without one."""
         return 0
 
+    def tower_prefix(self, model: nn.Module) -> int:
+        """Structure tokens before the patches in the vision tower."""
+        return 1
+
+    def tower_reason(self, model: nn.Module) -> str | None:
+        """Why its vision tower cannot be reduced, if that needs a reason."""
+        return None
+
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
-        """(number of images, tokens of each in the vision tower), if `image` tokens come out of it
-        unreduced."""
+        """(number of images, tokens of each that a reducer sees in the vision tower), if `image`
+        tokens come out of it unreduced."""
         return 1, image
 
     def tower_exit(self, model: nn.Module, image: int, left: int) -> int:
@@ -379,21 +351,14 @@ def adapter_of(model: Any) -> Adapter | None:
 
     Plugins are loaded only if no built-in adapter lists the class itself.
     """
-    name = type(model).__name__
-    exact = next(
-        (adapter for adapter in _ADAPTERS if name in adapter.classes and adapter.fits(model)), None
-    )
+
+    def serving(cls: type, among: Iterable[Adapter]) -> Adapter | None:
+        return next((a for a in among if cls.__name__ in a.classes and a.fits(model)), None)
+
+    exact = serving(type(model), _ADAPTERS)
     if exact is not None:
         return exact
-    return next(
-        (
-            adapter
-            for parent in type(model).__mro__
-            for adapter in adapters()
-            if parent.__name__ in adapter.classes and adapter.fits(model)
-        ),
-        None,
-    )
+    return next(filter(None, (serving(cls, adapters()) for cls in type(model).__mro__)), None)
 
 
 def is_a(model: Any, names: tuple[str, ...]) -> bool:

@@ -1,15 +1,20 @@
-"""What the forward of a reduced model needs in every family: devices, autocast, inputs, padding."""
+"""What the forward of a reduced model needs in every family: devices, autocast, inputs, padding,
+timers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pumer.reducers import Reducer
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def run_block(layer: Any, block: Callable[..., Any], *args: Any) -> Any:
@@ -52,3 +57,21 @@ def max_length(mask_BN: Tensor) -> Tensor:
     """Length of the longest row without its padding, as a tensor."""
     places = torch.arange(1, mask_BN.shape[1] + 1, device=mask_BN.device)
     return (places * mask_BN.bool()).max()
+
+
+def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose first argument is a patch, or has one: its calls are timed if
+    the patch has a timer."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            patch: Any = getattr(args[0], "patch", args[0])
+            if patch.timer is None:
+                return function(*args, **kwargs)
+            with patch.timing(part):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate

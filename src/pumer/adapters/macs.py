@@ -45,3 +45,12 @@ def co_attention_macs(
         attention += attention_macs(new_image, new_text, width)
         costs.append((attention, 2 * (new_text + new_image) * width * inner))
     return costs
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers."""
+    return sum(
+        part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, nn.Linear)
+    )

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pumer.adapters.base import config_of
-from pumer.adapters.decoder.costs import expert_weights, experts_per_token, linear_weights
-from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.costs import DecoderCosts, expert_weights, experts_per_token
 from pumer.adapters.decoder.recurrent import state_macs
+from pumer.adapters.macs import linear_weights
 from pumer.costs.result import GIGA, Report
 
 MEGA = 1e6
@@ -112,7 +112,7 @@ def _until(tokens: int | None) -> str:
     return f"for answers of up to {tokens} tokens" if tokens else "for no answer, however short"
 
 
-def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> DecoderReport:
+def decoding(model: nn.Module, adapter: DecoderCosts, report: Report) -> DecoderReport:
     """Extend a report by the costs of decoding."""
     head = adapter.head_macs(model)
     top_k = experts_per_token(config_of(model).get_text_config())
@@ -133,9 +133,12 @@ def decoding(model: nn.Module, adapter: DecoderAdapter, report: Report) -> Decod
 
 
 def _cached(
-    model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, int], ...]
+    model: nn.Module, adapter: DecoderCosts, lengths: tuple[tuple[int, int], ...]
 ) -> list[int]:
     """Tokens in every layer's cache after the prompt."""
+    cached = adapter.cached_tokens(model, lengths)
+    if cached is not None:
+        return cached
     config = config_of(model).get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * adapter.depth(model)
     counts = [sum(pair) for pair in lengths[:-1]]
@@ -146,16 +149,14 @@ def _cached(
     ]
 
 
-def _cache(model: nn.Module, adapter: DecoderAdapter, lengths: tuple[tuple[int, int], ...]) -> int:
+def _cache(model: nn.Module, adapter: DecoderCosts, lengths: tuple[tuple[int, int], ...]) -> int:
     weight: torch.Tensor = next(adapter.language(model).layers.parameters())
     width = weight.element_size() if weight.is_floating_point() else 2
     held = zip(adapter.cache_channels(model), _cached(model, adapter, lengths), strict=True)
     return width * sum(channels * count for channels, count in held)
 
 
-def _further(
-    adapter: DecoderAdapter, model: nn.Module, lengths: tuple[tuple[int, int], ...]
-) -> int:
+def _further(adapter: DecoderCosts, model: nn.Module, lengths: tuple[tuple[int, int], ...]) -> int:
     """Multiply-accumulates of the next token's attention."""
     heads, channels = adapter.attention_shape(model)
     counts = zip(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from pumer.adapters import Adapter, Patch, find, supported
-from pumer.adapters.decoder.family import DecoderAdapter
+from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.api import active
 from pumer.costs.decoder import decoding
 from pumer.costs.reducer import NO_COST, ReducerCost, count_reducer_costs
@@ -44,10 +44,13 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
     # The grid of an image of another size is unknown.
     grid = adapter.default_grid(model) if image in (None, default_image) else None
     entry = (default_text if text is None else text, default_image if image is None else image)
-    if min(entry) < 1:
+    # A vision tower alone has no text.
+    if entry[0] < min(1, default_text) or entry[1] < 1:
         raise ValueError(
             f"a text and an image have at least 1 token each, not {entry[0]} and {entry[1]}"
         )
+    if entry[0] and not default_text:
+        raise ValueError(f"{type(model).__name__} has no text among its images: leave text out")
     depth, forwards_per_example = adapter.depth(model), adapter.forwards_per_example(model)
     reducer = Unreduced() if patch is None else patch.reducer
     tower, lengths, reducer_costs = _plan(reducer, adapter, model, *entry, grid)
@@ -82,7 +85,7 @@ def report(model: nn.Module, text: int | None = None, image: int | None = None) 
         ran=ran,
         planned=planned,
     )
-    if isinstance(adapter, DecoderAdapter):
+    if isinstance(adapter, DecoderCosts) and adapter.decodes:
         return decoding(model, adapter, result)
     return result
 
@@ -174,7 +177,13 @@ def _plan(
         num_images, _ = adapter.tower_entry(model, image)
         reducer_cost = num_images * sum(
             count_reducer_costs(
-                reducer.traits.vision_reducer, shape, inside[0], inside, grid, device
+                reducer.traits.vision_reducer,
+                shape,
+                inside[0],
+                inside,
+                grid,
+                device,
+                num_prefix_tokens=adapter.tower_prefix(model),
             ).values(),
             NO_COST,
         )
@@ -212,7 +221,9 @@ def _planned_tower(
         return (entered,) * (depth + 1) if depth else ()
     return tuple(
         length
-        for _, length in planned_lengths(reducer.traits.vision_reducer, depth, 0, entered, grid)
+        for _, length in planned_lengths(
+            reducer.traits.vision_reducer, depth, 0, entered, grid, adapter.tower_prefix(model)
+        )
     )
 
 

@@ -59,7 +59,7 @@ class CDPruner(Selector):
 
     @property
     def traits(self) -> Traits:
-        return Traits(per_crop=True)
+        return Traits(per_crop=True, needs_text=True)
 
     def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI, image_BID = candidates(tokens), image_states(tokens)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pumer.reducers.base import Traits
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
 from pumer.reducers.selector import Selector, best, candidates
@@ -42,6 +43,10 @@ class FastV(Selector):
                 "FastV reads the attention of the layer before, so layer is at least 1, not "
                 f"{self.layer}"
             )
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_text=True)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class MMTok(Selector):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs_encoder=frozenset({"features_BND"}))
+        return Traits(needs_encoder=frozenset({"features_BND"}), needs_text=True)
 
     def select(self, tokens: Tokens, num_keep_B: Tensor, most: int) -> Tensor:
         valid_BI = candidates(tokens)

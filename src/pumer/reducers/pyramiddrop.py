@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pumer.reducers.base import ModelShape, check_layers
+from pumer.reducers.base import ModelShape, Traits, check_layers
 from pumer.reducers.ops.budget import Count, check_keep, num_keep, smaller, stage_layers
 from pumer.reducers.ops.saliency import last_text_attention
 from pumer.reducers.registry import register
@@ -72,6 +72,10 @@ class PyramidDrop(Selector):
             return self
         stages = len(self.keep) if isinstance(self.keep, tuple) else min(3, model.last + 1)
         return replace(self, layers=stage_layers(stages, model.depth, model.last))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_text=True)
 
     def budget(self, count: Count, layer: int) -> Count:
         assert isinstance(self.keep, tuple)

@@ -95,7 +95,7 @@ class SparseVLM(Reducer):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs_embeddings=True)
+        return Traits(needs_embeddings=True, needs_text=True)
 
     def lengths(self, shape: TokenShape) -> tuple[int, int]:
         if not self.reduces_at(shape.layer):

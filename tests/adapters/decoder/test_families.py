@@ -168,11 +168,11 @@ def test_what_the_tower_knows_of_an_image_is_the_same_in_a_batch(
             near(together[row : row + 1, -alone.shape[1] :], alone)
 
 
-def test_hidden_states_come_in_the_length_of_the_prompt(model, family):
+def test_hidden_states_come_in_the_length_of_the_prompt(model, family, before_only):
     inputs = tiny_llm.batch(family, ((4, "i", 6),))
     with torch.no_grad():
         stock = model(**inputs, output_hidden_states=True).hidden_states
-        with pumer.reduced(model, PRUNING["random"]):
+        with pumer.reduced(model, BEFORE if before_only else PRUNING["random"]):
             reduced = model(**inputs, output_hidden_states=True).hidden_states
     assert [states.shape for states in reduced] == [states.shape for states in stock]
 

@@ -140,7 +140,7 @@ def test_the_report_counts_what_the_tower_spares(model):
         ),
         ("llava", Compose(ToMe(r=2, depth=9), Unreduced()), "the model has layers 0 to 1"),
         ("llava_next", Compose(TOWER, Unreduced()), "no vision tower that can be reduced"),
-        ("paligemma", Compose(TOWER, Unreduced()), "no vision tower that can be reduced"),
+        ("ovis2", Compose(TOWER, Unreduced()), "no vision tower that can be reduced"),
     ],
 )
 def test_what_cannot_be_composed_says_so(family, reducer, words):

@@ -144,14 +144,14 @@ def test_tower_and_fusion_are_reduced_as_the_papers_say(update, proportional):
 
 @EVERY_REDUCER
 def test_sizes_go_from_the_tower_into_fusion_and_none_is_lost(monkeypatch, reducer):
-    reduce, axes = encoder.reduce, []
+    choose, axes = encoder.choose, []
 
     def watched(reducer, layer, states, axis, *probes, **settings):
-        states, after, plan = reduce(reducer, layer, states, axis, *probes, **settings)
+        after, plan, counts = choose(reducer, layer, states, axis, *probes, **settings)
         axes.append((axis, after, plan))
-        return states, after, plan
+        return after, plan, counts
 
-    monkeypatch.setattr(encoder, "reduce", watched)
+    monkeypatch.setattr(encoder, "choose", watched)
     model, inputs = tiny.model(ANSWERING), tiny.batch(ANSWERING, padding=0, rows=1)
     with pumer.reduced(model, reducer):
         forward(model, inputs)

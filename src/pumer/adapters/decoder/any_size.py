@@ -28,8 +28,7 @@ class AnySizeAdapter(DecoderAdapter):
     """
 
     on_host: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
-    grouped: ClassVar[bool] = True
-    """Whether the tower has the patches of one token side by side; otherwise rows of patches."""
+    grouped = True
     padded: ClassVar[bool] = False
     """Whether every image is a row of its own in the tower."""
 
@@ -50,10 +49,8 @@ class AnySizeAdapter(DecoderAdapter):
         frames = captured.inputs["image_grid_thw"].tolist()
         return [(rows // side, columns // side) for _, rows, columns in frames]
 
-    def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
-        """Index of every token among those of the tower, where it has them in another order; of
-        every patch, unless they are `grouped`."""
-        return None
+    def tower_grids(self, trunk: Any, captured: Captured) -> list[Grid] | None:
+        return None if self.padded else self.token_grids(trunk, captured)
 
     def tower_prefix(self, model: nn.Module) -> int:
         """Tokens before the patches of every image in the tower, where images lie in one row."""

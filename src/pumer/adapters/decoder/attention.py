@@ -155,12 +155,13 @@ def slice_attention_mask(
     queries: int,
     backend: str,
     dtype: torch.dtype,
+    causal: bool = True,
 ) -> Any:
     """The rows and columns of an attention mask that belong to the tokens left.
 
     Args:
         mask: the stock one: [B,1,Q,L] (bool or added to the logits), [B,L] as flash attention takes
-            it, or None where the kernel's own causal rule is enough.
+            it, or None where the kernel's own rule is enough.
         rows_BQ: index of the queries left; None for all.
         columns_BK: positions of the keys left, as the model counts them.
         filled_BK: bool, false for empty slots among these keys; None where there are none.
@@ -169,10 +170,13 @@ def slice_attention_mask(
         queries: number of the mask's queries.
         backend: the layer's attention.
         dtype: of the layer.
+        causal: whether the kernel's own rule is that a token sees those before it, or all.
     """
     if mask is None:
         if filled_BK is None or backend.startswith("flash"):
             return filled_BK
+        if not causal:
+            return _as(filled_BK[:, None, None], backend, dtype)
         rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
         visible_BQK = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
         return _as(visible_BQK[:, None], backend, dtype)

@@ -18,6 +18,7 @@ class AyaVisionAdapter(SquareMerge, DecoderAdapter):
     image_delimiters = (2, 1)
     merge_side = "downsample_factor"
     crop_gap = 1
+    merges_in_tower = True
 
 
 @register

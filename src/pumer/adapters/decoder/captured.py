@@ -27,7 +27,8 @@ class Captured:
         middle_heads: those of `Traits.middle_layer`, where that is another one.
         inputs: what `get_image_features` was called with.
         plan: by which they were merged before the projector.
-        merged: where the patches of every crop went, if they were merged in the tower or behind it.
+        merged: where the patches of every crop went, if they were merged in the tower or behind it:
+            plans of one row.
         packed: how a family puts its crops together.
     """
 
@@ -39,7 +40,7 @@ class Captured:
     middle_heads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     inputs: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    merged: Plan | None = None
+    merged: list[Plan] | None = None
     packed: Any = None
 
     @property

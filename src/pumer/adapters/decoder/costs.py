@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,7 +14,8 @@ from pumer.adapters.decoder.parts import (
     tower_layers,
 )
 from pumer.adapters.decoder.recurrent import state_macs
-from pumer.adapters.macs import head_macs
+from pumer.adapters.macs import head_macs, linear_weights
+from pumer.adapters.tower import blocks
 from pumer.reducers.tokens import Encoder
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -24,6 +24,16 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 
 class DecoderCosts(DecoderParts):
     """Multiply-accumulates of every part."""
+
+    decodes: ClassVar[bool] = True
+    """Whether the layers that are reduced also write the answer, from their own cache."""
+
+    def cached_tokens(
+        self, model: nn.Module, lengths: Sequence[tuple[int, int]]
+    ) -> list[int] | None:
+        """Tokens in every layer's cache after a prompt of these lengths; None where they are those
+        of the layer."""
+        return None
 
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
@@ -74,9 +84,19 @@ class DecoderCosts(DecoderParts):
     def tower_entry(self, model: nn.Module, image: int) -> tuple[int, int]:
         rows, columns = self.default_grid(model)
         crops = max(1, round(image / (rows * columns)))
-        return crops, image * self.patches_per_token(model) // crops + int(
-            self.has_class_token(model)
-        )
+        return crops, image // crops + int(self.has_class_token(model))
+
+    def feature_depth(self, model: nn.Module) -> int:
+        """How many layers of the vision tower make its features."""
+        raise NotImplementedError
+
+    def tower_acts(self, model: nn.Module) -> tuple[int, ...]:
+        """The layers of the vision tower in which tokens can be merged, from 0."""
+        raise NotImplementedError
+
+    def tower_keys(self, model: nn.Module, layer_index: int, length: int) -> int:
+        """How many of `length` tokens each attends to in a layer of the vision tower."""
+        return length
 
     def tower_shape(self, model: nn.Module) -> tuple[int, int, int]:
         """(layers, channels, heads) of the vision tower."""
@@ -97,7 +117,12 @@ class DecoderCosts(DecoderParts):
         that comes after.
         """
         vision, projector = self.vision(model), self.projector(model)
-        crops, crop_length = self.tower_entry(model, image)
+        crops, units = self.tower_entry(model, image)
+        prefix, unit = int(self.has_class_token(model)), self.patches_per_token(model)
+
+        def patches(units: int) -> int:
+            return prefix + (units - prefix) * unit
+
         inside = set(projector.modules())
         weights = sum(
             part.weight.numel()
@@ -105,22 +130,21 @@ class DecoderCosts(DecoderParts):
             if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)) and part not in inside
         )
         depth, width, _ = self.tower_shape(model)
-        pairs = 2 * crop_length**2 * width * depth
-        project = linear_weights(projector)
-        spared = 0
-        layer: Any
-        # Layers behind those that the features come from are run by the stock model alone.
-        passes = (
-            [*pairwise(tower), *[(0, 0)] * (depth + 1 - len(tower))] if len(set(tower)) > 1 else []
-        )
-        for layer, (before, after) in zip(
-            tower_layers(vision) if passes else (), passes, strict=True
-        ):
-            spared += (crop_length - before) * linear_weights(layer.self_attn) + (
-                crop_length - after
-            ) * linear_weights(layer.mlp)
-            spared += 2 * (crop_length**2 - before**2) * width
-        return crops * (crop_length * weights + pairs - spared), image * project
+        crop_length, spared = patches(units), 0
+        keys = [self.tower_keys(model, layer_index, crop_length) for layer_index in range(depth)]
+        pairs = 2 * crop_length * sum(keys) * width
+        if len(set(tower)) > 1:
+            acts, run = self.tower_acts(model), self.feature_depth(model)
+            for layer_index, layer in enumerate(tower_layers(vision)):
+                act_index = sum(act < layer_index for act in acts)
+                before = patches(tower[act_index])
+                after = patches(tower[act_index + 1]) if layer_index in acts else before
+                # Layers behind those that the features come from are run by the stock model alone.
+                lengths = (before, after) if layer_index < run else (0, 0)
+                full = blocks.layer_macs(layer, crop_length, crop_length, keys[layer_index])
+                num_keys = self.tower_keys(model, layer_index, lengths[0])
+                spared += sum(full) - sum(blocks.layer_macs(layer, *lengths, num_keys))
+        return crops * (crop_length * weights + pairs - spared), image * linear_weights(projector)
 
     def encoder_facts(
         self, model: nn.Module, needs: frozenset[str], image: int, device: str
@@ -134,15 +158,6 @@ class DecoderCosts(DecoderParts):
         return Encoder(
             **{name: torch.ones(shapes.get(name, (1, image)), device=device) for name in needs}
         )
-
-
-def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers."""
-    return sum(
-        part.in_features * part.out_features
-        for part in module.modules()
-        if isinstance(part, nn.Linear)
-    )
 
 
 def expert_weights(layer: nn.Module, top_k: int) -> int:

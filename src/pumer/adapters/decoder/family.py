@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch
+from pumer.adapters.base import Patch, config_of
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.costs import DecoderCosts
 from pumer.adapters.decoder.hooks import DecoderHooks
+from pumer.adapters.decoder.parts import feature_depth, tower_layers
 from pumer.adapters.decoder.prompt import CropGroups, ImageSpan, shift
 from pumer.adapters.decoder.recurrent import state_macs
 from pumer.adapters.decoder.shorten import BEFORE, SELECTS, STATES
@@ -25,6 +26,7 @@ from pumer.adapters.decoder.vision import (
     VisionCapture,
     vision_features,
 )
+from pumer.adapters.tower import blocks
 from pumer.reducers import EMBEDDINGS, Reducer
 from pumer.reducers.base import ModelShape
 from pumer.reducers.tokens import Encoder, Grid
@@ -42,6 +44,8 @@ class DecoderAdapter(DecoderCosts):
     """Whether the projector takes every token by itself, and gives as many in their order."""
     causal: ClassVar[bool] = True
     """Whether a token of the prompt sees only those before it."""
+    answers_in_prompt: ClassVar[bool] = True
+    """Whether labels are those of the prompt's tokens, answers among them."""
     image_delimiters: ClassVar[tuple[int, int]] = (0, 0)
     """How many tokens before an image and behind it mark where it begins and ends."""
     on_host: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +72,57 @@ class DecoderAdapter(DecoderCosts):
     are whole images."""
     reads_tower: ClassVar[bool] = True
     """Whether what the vision tower knows of patches can be read."""
+    merges_in_tower: ClassVar[bool] = False
+    """Whether tokens can be merged inside the vision tower: it has [CLS], if any, and then patches
+    in raster order, and what follows it keeps every token, or makes one of every square."""
+    tower_mask: ClassVar[str] = ""
+    """The argument of the tower that is false for padded patches."""
+    grouped: ClassVar[bool] = False
+    """Whether the tower has the patches of one token side by side; otherwise rows of patches."""
+
+    def tower_reason(self, model: nn.Module) -> str | None:
+        if not self.merges_in_tower:
+            return f"what follows the vision tower of {self.family} would mix merged tokens"
+        layers = tower_layers(self.vision(model))
+        unknown = next((layer for layer in layers if not blocks.is_known(layer)), None)
+        if unknown is None:
+            return None
+        return f"{type(unknown).__name__}, a layer of its vision tower, is not known"
+
+    def tower_depth(self, model: nn.Module) -> int:
+        return 0 if self.tower_reason(model) else len(self.tower_acts(model))
+
+    def tower_prefix(self, model: nn.Module) -> int:
+        return int(self.has_class_token(model))
+
+    def feature_depth(self, model: nn.Module) -> int:
+        """How many layers of the vision tower make its features."""
+        index = getattr(config_of(model), "vision_feature_layer", -1)
+        return feature_depth(self.vision(model), -1 if index is None else index)
+
+    def tower_acts(self, model: nn.Module) -> tuple[int, ...]:
+        """The layers of the vision tower in which tokens can be merged, from 0."""
+        return tuple(range(self.feature_depth(model)))
+
+    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
+        _, width, heads = self.tower_shape(model)
+        return heads, width // heads
+
+    def tower_mergers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Modules of the vision tower that make one vector of the patches of a token."""
+        return ()
+
+    def tower_grids(self, trunk: Any, captured: Captured) -> list[Grid] | None:
+        """Rows and columns of tokens of every image, where the tower has all images in one row."""
+        return None
+
+    def tower_windows(self, trunk: Any, captured: Captured) -> Sequence[int]:
+        """How many tokens every window has that layers beside `tower_acts` attend in."""
+        return ()
+
+    def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
+        """Index of every token among those of the tower, where it has them in another order."""
+        return None
 
     def before_only(self, model: nn.Module) -> str | None:
         """Why tokens can leave before the language model alone; None where they can leave between
@@ -231,7 +286,11 @@ class DecoderAdapter(DecoderCosts):
                 f"{type(model).__name__} has no "
                 '[CLS]: methods that take saliency="received" do without'
             )
-        DecoderHooks(patch, self, model)
+        self.start(patch, model)
+
+    def start(self, patch: Patch, model: nn.Module) -> DecoderHooks:
+        """Put the reducer to work."""
+        return DecoderHooks(patch, self, model)
 
 
 def one_span_each(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, config_of, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
 from pumer.adapters.decoder.family import pool_squares
 from pumer.adapters.decoder.hooks import STATE
 from pumer.adapters.decoder.llava import PackedAdapter
@@ -19,6 +18,7 @@ from pumer.adapters.decoder.media import of_kept
 from pumer.adapters.decoder.parts import ATTENTION, feature_depth, named, tower_layers
 from pumer.adapters.decoder.prompt import ForwardState, current_state
 from pumer.adapters.decoder.vision import VisionCapture
+from pumer.adapters.macs import linear_weights
 
 
 @register

@@ -25,11 +25,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder import kv_cache, media, positions, prefill, short_cache, shorten
 from pumer.adapters.decoder import output as decoder_output
 from pumer.adapters.decoder import reduce as decoder_reduce
+from pumer.adapters.decoder.inside_tower import install_tower
 from pumer.adapters.decoder.prompt import (
     ForwardState,
     TokenLayout,
@@ -40,6 +41,7 @@ from pumer.adapters.decoder.shorten import STATE
 from pumer.adapters.decoder.spec import DecoderSpec
 from pumer.adapters.decoder.view import LayerAttention
 from pumer.adapters.decoder.vision import EncodedImages, VisionCapture
+from pumer.adapters.forward import timed
 from pumer.reducers import EMBEDDINGS
 
 QUESTION_MASK = "question_mask"
@@ -97,6 +99,7 @@ class DecoderHooks:
             find_placeholders = media.placeholder_mask if in_place else media.inputs_merger
             patch.wrap(trunk, spec.placeholder_hook, find_placeholders, self)
         spec.install(patch, model, self.capture)
+        install_tower(patch, spec, model, self.capture)
         if hasattr(language, "_deepstack_process"):
             patch.wrap(language, "_deepstack_process", media.deepstack, self)
 
@@ -178,7 +181,10 @@ class DecoderHooks:
         along = {name: kwargs.get(name) for name in ALONG_TOKENS}
         more = {name: kwargs[name] for name in along_tokens if name in kwargs}
         select = partial(self._select, state, key_layer, along, layout, cached, states_BKD)
-        kwargs |= state.memoize((*along.values(), layout, cached), select)
+        selected = state.memoize((*along.values(), layout, cached), select)
+        kwargs |= {
+            name: value for name, value in selected.items() if name in kwargs or value is not None
+        }
         if layout is not None:
             gather = partial(
                 decoder_attention.gather_tokens, index_BK=layout.index_BK, length=state.length
@@ -251,6 +257,7 @@ class DecoderHooks:
             state.length,
             implementation,
             states_BKD.dtype,
+            self.spec.causal,
         )
         if layout is not None:
             for name in ("position_embeddings", "position_ids"):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
 from pumer.adapters.decoder.prompt import ImageSpan, shift
+from pumer.adapters.macs import linear_weights
 from pumer.reducers.tokens import Grid
 
 

@@ -24,6 +24,7 @@ class InternVLAdapter(DecoderAdapter):
     )
     image_delimiters = (1, 1)
     crop_gap = 0
+    merges_in_tower = True
 
     def has_class_token(self, model: nn.Module) -> bool:
         return True

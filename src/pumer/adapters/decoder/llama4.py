@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, config_of, register
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
 from pumer.adapters.decoder.family import DecoderAdapter, one_span_each
 from pumer.adapters.decoder.prompt import ImageSpan, current_state
 from pumer.adapters.decoder.vision import VisionCapture
+from pumer.adapters.macs import linear_weights
 
 
 @register

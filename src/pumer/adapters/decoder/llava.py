@@ -6,21 +6,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pumer.adapters.base import Patch, config_of, is_a, register
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.family import DecoderAdapter, one_span_each
-from pumer.adapters.decoder.parts import feature_depth, tower_layers
+from pumer.adapters.decoder.parts import tower_layers
 from pumer.adapters.decoder.pixtral import PIXTRAL
 from pumer.adapters.decoder.prompt import ImageSpan
 from pumer.adapters.decoder.vision import VisionCapture, vision_features
-from pumer.adapters.encoder import clip as tower
 from pumer.reducers.tokens import Encoder, Grid
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
@@ -36,6 +33,7 @@ class LlavaAdapter(DecoderAdapter):
     family = "LLaVA 1.5"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration", "LlavaModel")
     projects_tokens = True
+    merges_in_tower = True
 
     def fits(self, model: nn.Module) -> bool:
         return not is_a(self.vision(model), (PIXTRAL,))
@@ -53,19 +51,11 @@ class LlavaAdapter(DecoderAdapter):
     def has_class_token(self, model: nn.Module) -> bool:
         return config_of(model).vision_config.model_type == "clip_vision_model"
 
-    def tower_depth(self, model: nn.Module) -> int:
-        if not self.has_class_token(model):
-            return 0
-        return feature_depth(self.vision(model), config_of(model).vision_feature_layer)
-
-    def tower_attention_shape(self, model: nn.Module) -> tuple[int, int]:
-        vision = config_of(model).vision_config
-        return vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
-
-    def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
-        if patch.reducer.traits.vision_reducer is not None:
-            grid, depth = self.default_grid(model), self.tower_depth(model)
-            patch.wrap(self.vision(model), "forward", _reduced_tower, patch, capture, grid, depth)
+    def tower_reason(self, model: nn.Module) -> str | None:
+        kept = config_of(model).vision_feature_select_strategy == "full"
+        if not kept and not self.has_class_token(model):
+            return "its first patch is dropped behind the tower, with all that were merged into it"
+        return super().tower_reason(model)
 
     def tower_attentions(self, model: nn.Module) -> dict[int, Any]:
         return super().tower_attentions(model) if is_a(self.vision(model), TOWERS) else {}
@@ -106,9 +96,10 @@ class PackedAdapter(LlavaAdapter):
     # The projector does, but behind it crops are trimmed, and would lose parts of merged tokens.
     projects_tokens = False
 
-    def tower_depth(self, model: nn.Module) -> int:
-        # Crops lose tokens when they are put together; merged ones would lose parts of themselves.
-        return 0
+    def tower_reason(self, model: nn.Module) -> str | None:
+        return (
+            "crops are trimmed behind the tower, and merged tokens would lose parts of themselves"
+        )
 
     def install(self, patch: Patch, model: nn.Module, capture: VisionCapture) -> None:
         patch.wrap(self.trunk(model), "pack_image_features", pack, capture)
@@ -171,39 +162,6 @@ class LlavaOnevisionAdapter(PackedAdapter):
         "LlavaOnevisionForConditionalGeneration",
         "LlavaOnevisionModel",
     )
-
-
-def _reduced_tower(
-    vision: Any,
-    stock: Callable[..., Any],
-    patch: Patch,
-    capture: VisionCapture,
-    grid: Grid,
-    depth: int,
-    pixel_values: Tensor,
-    interpolate_pos_encoding: bool = False,
-    **kwargs: Any,
-) -> BaseModelOutputWithPooling:
-    """In place of `CLIPVisionModel.forward`: tokens are merged on the way, and all of a group have
-    the same states.
-
-    So what follows the tower finds as many tokens as ever; the language model then gets one of each
-    group. Layers behind the `depth` ones that the features come from are not state. Where it is
-    called by itself, it is the stock one.
-    """
-    captured = capture.current
-    if captured is None:
-        return stock(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-    embedded = vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-    expanded: list[Tensor | None] = []
-    for states, layout in islice(tower.layers(vision, embedded, patch, grid), depth + 1):
-        expanded.append(layout.expand(states))
-        captured.merged = layout.plan and layout.plan.tail(
-            1
-        )  # without [CLS], which is never merged
-    expanded += [None] * (len(vision.encoder.layers) - depth)
-    # The families read the hidden states alone.
-    return BaseModelOutputWithPooling(hidden_states=tuple(expanded))
 
 
 def pack(

@@ -46,8 +46,10 @@ def image_features(
         with hooks.patch.timing("decoder"), torch.no_grad(), no_cast:
             images = spec.image_spans(trunk, output, captured)
         if captured.merged is not None:
-            merged = captured.merged
-            images = [replace(image, merged=merged.rows([row])) for row, image in enumerate(images)]
+            images = [
+                replace(image, merged=merged)
+                for image, merged in zip(images, captured.merged, strict=True)
+            ]
     state = current_state(hooks)
     if state is not None and state.trunk_entered:
         state.tower_images = images
@@ -62,7 +64,8 @@ def video_features(
     images."""
     state = current_state(hooks)
     images = None if state is None else state.tower_images
-    output = stock(*args, **kwargs)
+    with hooks.capture.of_video():
+        output = stock(*args, **kwargs)
     if state is not None and images is not None:
         state.tower_images = images
     return output

@@ -11,7 +11,7 @@ from torch import nn
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
+from pumer.adapters.macs import linear_weights
 from pumer.reducers.tokens import Grid
 
 FINE = "4x"

@@ -9,7 +9,7 @@ from torch import nn
 
 from pumer.adapters.base import register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
-from pumer.adapters.decoder.costs import linear_weights
+from pumer.adapters.macs import linear_weights
 
 
 @register

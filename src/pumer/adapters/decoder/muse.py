@@ -11,7 +11,7 @@ from transformers.vision_utils import get_vision_window_index
 from pumer.adapters.base import config_of, register
 from pumer.adapters.decoder.any_size import AnySizeAdapter
 from pumer.adapters.decoder.captured import Captured
-from pumer.adapters.decoder.costs import linear_weights
+from pumer.adapters.macs import linear_weights
 
 
 @register

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.decoder import kv_cache, short_cache
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
+from pumer.adapters.forward import timed
 
 
 @timed("decoder")
@@ -38,6 +39,8 @@ def finish(patch: Patch, state: ForwardState, output: Any, cache: Any) -> None:
     output.last_hidden_state = expand_states(output.last_hidden_state, last, state.length)
     if output.get("hidden_states") is not None:
         layouts = (state.layouts[0], *state.layouts)
+        if state.hooks.shortens:  # one for all, however often layers run
+            layouts = (last,) * len(output.hidden_states)
         output.hidden_states = tuple(
             None if states is None else expand_states(states, layout, state.length)
             for states, layout in zip(output.hidden_states, layouts, strict=True)
@@ -49,10 +52,10 @@ def expand_states(states_BKD: Tensor, layout: TokenLayout, length: int) -> Tenso
     last kept one before it."""
     if layout.unreduced:
         return states_BKD
-    if states_BKD.ndim == 4:
+    if states_BKD.ndim == 4 and states_BKD.shape[:2] != layout.index_BK.shape:
         return torch.stack([expand_states(stream_BKD, layout, length) for stream_BKD in states_BKD])
     at_BS = layout.index_of_survivor(length).to(states_BKD.device)
-    # Some language models have several streams of states, which are further axes.
+    # Streams lie before the samples, or behind the tokens.
     at_BSD = at_BS.view(*at_BS.shape, *[1] * (states_BKD.ndim - 2))
     return states_BKD.gather(1, at_BSD.expand(-1, -1, *states_BKD.shape[2:]))
 

@@ -18,6 +18,7 @@ class PaliGemmaAdapter(DecoderAdapter):
     classes: ClassVar[tuple[str, ...]] = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
     projects_tokens = True
     causal = False
+    merges_in_tower = True
 
 
 @register
@@ -28,6 +29,7 @@ class Gemma3Adapter(DecoderAdapter):
     family = "Gemma 3"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration", "Gemma3Model")
     image_delimiters = (1, 1)
+    merges_in_tower = True
 
     def patches_per_token(self, model: nn.Module) -> int:
         vision = config_of(model).vision_config

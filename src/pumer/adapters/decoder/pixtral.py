@@ -34,6 +34,7 @@ class PixtralAdapter(AnySizeAdapter):
     image_delimiters = (0, 1)
     on_host = ("image_sizes",)
     grouped = False
+    merges_in_tower = True
 
     def patches_per_token(self, model: nn.Module) -> int:
         return int(config_of(model).spatial_merge_size ** 2)

@@ -110,7 +110,10 @@ def begin_prefill(
     lengths = [image.length for image in state.tower_images]
     structure_BS = inside_images(image_BS, lengths, num_features)
     word_BS = real_BS & ~structure_BS & ~spec.non_text_mask(trunk, image_BS, crops, inputs)
-    text_BS, question_BS = _question(state.call_kwargs, word_BS, image_BS)
+    call_kwargs = state.call_kwargs
+    if not spec.answers_in_prompt:
+        call_kwargs = {"question_mask": call_kwargs.get("question_mask")}
+    text_BS, question_BS = _question(call_kwargs, word_BS, image_BS)
     # Real tokens that no reducer sees, but the text does. Where all tokens see each other, nothing
     # may look at the answer.
     hidden_BS = real_BS & ~image_BS & ~text_BS

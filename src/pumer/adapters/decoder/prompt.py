@@ -162,11 +162,13 @@ def join_spans(parts: Sequence[ImageSpan]) -> ImageSpan:
         for part in parts
     ]
     structure = torch.cat(structures)
+    merged = [part.merged for part in parts if part.merged is not None]
     num_patches = torch.tensor([part.num_patches for part in parts])
     return ImageSpan(
         len(structure),
         structure if structure.any() else None,
         encoder=join_encoders([part.encoder for part in parts], partial(torch.cat, dim=1)),
+        merged=Plan.side_by_side(merged) if merged else None,
         crop_I=torch.arange(len(parts)).repeat_interleave(num_patches),
         crop_grids=tuple(part.grid for part in parts),
     )

@@ -44,10 +44,29 @@ class QwenVLAdapter(AnySizeAdapter):
     )
     renumbers = False  # an image token has three: time, row and column
     image_delimiters = (1, 1)
+    merges_in_tower = True
     along_tokens = ("ple_input_ids",)  # of Qwen4's layers, which look up n-grams
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.vision(model).merger
+
+    def tower_mergers(self, model: nn.Module) -> list[nn.Module]:
+        vision = self.vision(model)
+        return [vision.merger, *getattr(vision, "deepstack_merger_list", ())]
+
+    def tower_acts(self, model: nn.Module) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.tower_attentions(model))
+
+    def tower_keys(self, model: nn.Module, layer_index: int, length: int) -> int:
+        vision = self.vision(model)
+        if layer_index in self.tower_acts(model):
+            return length
+        return min(length, (vision.window_size // vision.patch_size) ** 2)
+
+    def tower_windows(self, trunk: Any, captured: Captured) -> list[int]:
+        windows = self._windows(trunk, captured)
+        unit = self.patches_per_token(trunk)
+        return [] if windows is None else (windows[1].diff() // unit).tolist()
 
     def tower_attention(self, model: nn.Module) -> Any:
         # The last block; in Qwen2.5-VL the last one that sees the whole image.
@@ -60,15 +79,21 @@ class QwenVLAdapter(AnySizeAdapter):
         return {index + 1: attentions[index + 1] for index in sorted(full)} if full else attentions
 
     def token_order(self, trunk: Any, captured: Captured) -> Tensor | None:
+        windows = self._windows(trunk, captured)  # in whose order patches stand
+        return None if windows is None else windows[0].argsort()
+
+    def _windows(self, trunk: Any, captured: Captured) -> tuple[Tensor, Tensor] | None:
+        """Index of every token in the order of windows, and where windows end; None without."""
         tower = self.vision(trunk)
         if not hasattr(tower, "window_size"):
             return None
-        return get_vision_window_index(  # patches stand in the order of windows
+        index, ends = get_vision_window_index(
             captured.inputs["image_grid_thw"],
             tower.spatial_merge_size,
             tower.window_size,
             tower.patch_size,
-        )[0].argsort()
+        )
+        return index, ends
 
 
 @register

@@ -12,10 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import Patch, ReductionStep
+from pumer.adapters.base import Patch
+from pumer.adapters.decoder.inside_tower import stack_plans
 from pumer.adapters.decoder.prompt import ForwardState, PromptStep, TokenLayout, to_device
 from pumer.adapters.decoder.view import View, image_rows, view_images, view_samples
 from pumer.adapters.forward import no_autocast
+from pumer.adapters.step import ReductionStep
 from pumer.reducers import EMBEDDINGS, Plan, TokenShape
 from pumer.reducers.tokens import Grid
 
@@ -81,14 +83,16 @@ def _gather_merged(
     """One token for every group that was merged before; all tokens of a group are the same."""
     rows = image_rows(state.images, state.sample_index, per_crop=False)
     view = view_images(state, layout, rows, states_BSD, causal=False)
-    merged = Plan.stack([image.merged for image in state.images if image.merged])
-    merged = merged.to(states_BSD.device)
+    plans = [image.merged for image in state.images if image.merged]
+    merged = stack_plans(plans).to(states_BSD.device)
     text_mask_RT = view.tokens.mask_BN[:, : view.tokens.text]
     plan = Plan.side_by_side([Plan.identity(text_mask_RT), merged])
-    # The tower has trimmed its slots to the fullest image; the others may fill fewer.
+    # Images of other sizes fill other numbers of slots, and so do all where the data decide; the
+    # tower has trimmed those to the fullest image.
+    ragged = any(plan.slot_BN.shape != plans[0].slot_BN.shape for plan in plans)
     num_kept = (
         merged.mask_BK.sum(1).tolist()
-        if patch.reducer.traits.dynamic_length
+        if ragged or patch.reducer.traits.dynamic_length
         else [merged.slots] * len(state.images)
     )
     counts_after = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-RESAMPLES = "A Q-former or resampler leaves the language model a few dozen tokens of an image."
-CROSS = "Its text looks at images by cross-attention; they are not among the words."
-ENCODES = "An encoder reads the image, and another model writes: no prompt has image tokens."
+LAYS_OUT = (
+    "Its encoder adds the patches of a page to the words that lie on them, and biases attention by "
+    "the places of all tokens: not covered yet."
+)
+PROTEINS = "Its text looks at proteins, not at images."
 PREFIX = (
     "Its image tokens have no placeholders in the prompt, and its attention goes through no "
     "interface at which queries and keys could be read."
@@ -16,28 +18,8 @@ ACTS = "It gives actions, not words."
 NO_IMAGES = "It takes no images."
 
 _CLASSES = {
-    RESAMPLES: (
-        "Blip2ForConditionalGeneration",
-        "Idefics2ForConditionalGeneration",
-        "InstructBlipForConditionalGeneration",
-        "InstructBlipVideoForConditionalGeneration",
-        "Kosmos2ForConditionalGeneration",
-        "Kosmos2_5ForConditionalGeneration",
-    ),
-    CROSS: (
-        "BlipForConditionalGeneration",
-        "EvollaForProteinText2Text",
-        "IdeficsForVisionText2Text",
-        "MllamaForConditionalGeneration",
-    ),
-    ENCODES: (
-        "Florence2ForConditionalGeneration",
-        "PPFormulaNetForConditionalGeneration",
-        "Pix2StructForConditionalGeneration",
-        "T5Gemma2ForConditionalGeneration",
-        "UdopForConditionalGeneration",
-        "VisionEncoderDecoderModel",
-    ),
+    LAYS_OUT: ("UdopForConditionalGeneration",),
+    PROTEINS: ("EvollaForProteinText2Text",),
     PREFIX: ("GitForCausalLM",),
     ACTS: ("PI0ForConditionalGeneration",),
     NO_IMAGES: ("Mistral4ForCausalLM",),

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer.adapters.base import timed
 from pumer.adapters.decoder import kv_cache, positions
 from pumer.adapters.decoder import reduce as decoder_reduce
 from pumer.adapters.decoder.attention import gather_tokens
 from pumer.adapters.decoder.prompt import ForwardState, TokenLayout
+from pumer.adapters.forward import timed
 from pumer.reducers import EMBEDDINGS
 
 Hooks = Any

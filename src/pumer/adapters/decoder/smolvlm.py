@@ -23,6 +23,8 @@ class SmolVLMAdapter(SquareMerge, DecoderAdapter):
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
     image_delimiters = (2, 1)
     merge_side = "scale_factor"
+    merges_in_tower = True
+    tower_mask = "patch_attention_mask"
 
     def projector(self, model: nn.Module) -> nn.Module:
         return self.trunk(model).connector.modality_projection
@@ -30,7 +32,12 @@ class SmolVLMAdapter(SquareMerge, DecoderAdapter):
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         # Outputs are joined by sample; which crops are of one image, `crop_groups` finds.
         rows, columns = grid = self.default_grid(trunk)
-        crops = [crop for sample in output.pooler_output for crop in sample.split(rows * columns)]
+        crops = [
+            crop
+            for sample in output.pooler_output
+            if len(sample)  # an empty one would count as a crop
+            for crop in sample.split(rows * columns)
+        ]
         return one_span_each(crops, grid, self.vision_facts(trunk, captured))
 
     def crop_groups(

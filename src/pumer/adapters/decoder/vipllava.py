@@ -16,6 +16,7 @@ class VipLlavaAdapter(DecoderAdapter):
 
     family = "VipLLaVA"
     classes: ClassVar[tuple[str, ...]] = ("VipLlavaForConditionalGeneration", "VipLlavaModel")
+    merges_in_tower = True
 
     def has_class_token(self, model: nn.Module) -> bool:
         return True

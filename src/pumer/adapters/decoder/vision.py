@@ -19,7 +19,7 @@ from pumer.adapters.base import Patch
 from pumer.adapters.decoder import attention as decoder_attention
 from pumer.adapters.decoder.captured import Captured
 from pumer.adapters.decoder.prompt import ImageSpan
-from pumer.adapters.decoder.spec import DecoderSpec
+from pumer.adapters.decoder.spec import DecoderSpec, TowerSpec
 from pumer.adapters.forward import no_autocast
 from pumer.reducers import EMBEDDINGS, Tokens
 from pumer.reducers.base import Traits
@@ -35,6 +35,7 @@ AT_ONCE = 256
 
 
 _current: ContextVar[Captured | None] = ContextVar("pumer_captured", default=None)
+_of_video: ContextVar[bool] = ContextVar("pumer_of_video", default=False)
 
 
 class VisionCapture:
@@ -53,6 +54,10 @@ class VisionCapture:
             merging = partial(self._merge, patch, spec, spec.trunk(model))
             patch.hook(projector.register_forward_pre_hook(merging))
             patch.hook(projector.register_forward_hook(self._expand))
+        self.watch(patch, spec, model)
+
+    def watch(self, patch: Patch, spec: TowerSpec, model: nn.Module) -> None:
+        """Capture queries and keys of the layers of the tower that a reducer reads."""
         if self.needs - {"features_BND"}:
             attention = spec.tower_attention(model)
             watched = {"heads": attention}
@@ -73,6 +78,19 @@ class VisionCapture:
         `get_image_features`."""
         captured = _current.get()
         return captured if captured is not None and captured.capture is self else None
+
+    def is_image(self) -> bool:
+        """Whether the tower runs on images of `get_image_features`, and not on a video's frames."""
+        return self.current is not None and not _of_video.get()
+
+    @contextmanager
+    def of_video(self) -> Iterator[None]:
+        """One call of `get_video_features`, which may ask `get_image_features` for its frames."""
+        token = _of_video.set(True)
+        try:
+            yield
+        finally:
+            _of_video.reset(token)
 
     @contextmanager
     def call(self, inputs: dict[str, Any]) -> Iterator[Captured]:
@@ -107,7 +125,8 @@ class VisionCapture:
         )
         with torch.no_grad(), no_autocast(patch.reducer, features_RPD.device):
             captured.plan = patch.reducer.plan(tokens)
-        captured.merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
+        merged = captured.plan.tail(tokens.num_prefix_tokens).averaging()
+        captured.merged = [merged.rows([row]) for row in range(len(features_RPD))]
         return (captured.plan.reduce(features_RPD), *args[1:])
 
     def _expand(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -122,17 +141,17 @@ class VisionCapture:
 
 
 def vision_features(
-    captured: Captured, tower: bool = False, projected: bool = False
+    captured: Captured, tower: bool = False, projected: int = 0
 ) -> dict[str, Tensor]:
     """Facts about the patches of every crop [R,P,...], from the layer that the features come from.
 
     Args:
         captured: of the tower.
         tower: whether its tokens begin with one that is no patch of the image.
-        projected: whether what goes into the projector does.
+        projected: how many such tokens what goes into the projector begins with.
     """
     features, needs = captured.features_RPD, captured.needs
-    facts = {} if features is None else {"features_BND": features[:, int(projected) :]}
+    facts = {} if features is None else {"features_BND": features[:, projected:]}
     if captured.heads:
         facts |= attention_of(needs, *captured.heads[-1], tower)
         facts |= received_in_middle(needs, *(captured.middle_heads or captured.heads)[-1], tower)

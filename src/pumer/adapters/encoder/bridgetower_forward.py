@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
 from pumer.adapters.base import Patch
-from pumer.adapters.encoder import clip as tower
-from pumer.adapters.encoder import co_attention, inplace, joint
+from pumer.adapters.encoder import bridgetower_tower as tower
+from pumer.adapters.encoder import co_attention, joint
 from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.joint import TextInputs
@@ -40,7 +40,7 @@ def patch_trunk(bridge: Any, patch: Patch, pooled: bool) -> None:
     for layer_index, layer in enumerate(bridge.cross_modal_image_layers):
         patch.replace(layer, "forward", co_attention.run_image, patch, layer_index)
     for layer_index, block in enumerate(bridge.vision_model.visual.transformer.resblocks):
-        patch.wrap(block, "forward", _tower_layer, patch, layer_index)
+        patch.wrap(block, "forward", tower.run_layer, patch, layer_index)
 
 
 @dataclass
@@ -213,73 +213,13 @@ def _embed(
         image_embeds,
         mask_BT,
         bias,
-        tower.image_layout(image_embeds, grid),
+        tower.entry_layout(image_embeds, grid),
         [image_embeds.shape[1]],
         [] if hidden else None,
         [] if hidden else None,
     )
     towers.note()
     return towers
-
-
-def _tower_layer(
-    block: Any, stock: Any, patch: Patch, layer_index: int, states: Tensor, layout: Any = None
-) -> Any:
-    """Wraps `BridgeTowerResidualAttention.forward`: a layer of CLIP under other names; the stock
-    one where the tower is called by itself."""
-    if not isinstance(layout, EncoderLayout):
-        return stock(states, layout)
-    attention, reducer = block.attn, patch.traits.vision_reducer
-
-    def project(part: int) -> Any:
-        weight, bias = (
-            x.chunk(3)[part] for x in (attention.in_proj_weight, attention.in_proj_bias)
-        )
-        return lambda inputs: nn.functional.linear(inputs, weight, bias)
-
-    def mlp(inputs: Tensor) -> Tensor:
-        inner = inplace.quick_gelu(block.mlp.gelu, block.mlp.c_fc(inputs))
-        projected: Tensor = block.mlp.c_proj(inner)
-        return projected
-
-    as_clip = _ClipLayer(
-        block.ln_1,
-        block.ln_2,
-        mlp,
-        _ClipAttention(
-            attention.num_heads,
-            attention.dropout,
-            attention.training,
-            project(0),
-            project(1),
-            project(2),
-            attention.out_proj,
-        ),
-    )
-    return tower.run_layer(as_clip, patch, reducer, layer_index, states, layout)
-
-
-@dataclass
-class _ClipAttention:
-    """An attention of the tower under the names of `CLIPAttention`."""
-
-    num_heads: int
-    dropout: float
-    training: bool
-    q_proj: Any
-    k_proj: Any
-    v_proj: Any
-    out_proj: Any
-
-
-@dataclass
-class _ClipLayer:
-    """A layer of the tower under the names of `CLIPEncoderLayer`."""
-
-    layer_norm1: Any
-    layer_norm2: Any
-    mlp: Any
-    self_attn: _ClipAttention
 
 
 def _enter(

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, ReductionStep
+from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.packing import Packing
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one
+from pumer.adapters.step import ReductionStep
 from pumer.reducers import EMBEDDINGS, Plan
 
 BY_ROW = ("cpu",)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pumer.adapters.base import Patch, ReductionStep, timed
+from pumer.adapters.base import Patch
 from pumer.adapters.encoder.packing import Counts, Packing, count
-from pumer.adapters.forward import max_length, no_autocast
+from pumer.adapters.forward import max_length, no_autocast, timed
+from pumer.adapters.step import ReductionStep
 from pumer.reducers import EMBEDDINGS, Learned, Plan, Tokens
 
 ALL = slice(0, None)
@@ -37,6 +38,8 @@ class EncoderLayout:
         gate_BN: in the training of a learned reducer, 1 for tokens that it keeps so far; None
             before its first decision.
         keep_ratios, heads: its decisions so far, for the budget loss.
+        num_prefix_tokens: structure tokens at the head of each modality.
+        padded: whether some tokens may be padding although nothing was reduced.
         packing: of the states, whose rows then lie end to end; None where they are padded, as all
             else here always is.
     """
@@ -51,6 +54,8 @@ class EncoderLayout:
     gate_BN: Tensor | None = None
     keep_ratios: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+    num_prefix_tokens: int = 1
+    padded: bool = False
     packing: Packing | None = None
 
     @property
@@ -102,23 +107,26 @@ class EncoderLayout:
     def places(self, trimmed: int, text: int) -> Tensor:
         """The position of every token in the input, int64 [B,N]; -1 for padding and empty slots.
 
-        Text comes first, then [CLS] and the patches in raster order. A merged token has the
+        Text comes first, then [CLS], where there is one, and the patches in raster order. A merged
+        token has the
         position of its first member.
 
         Args:
             trimmed: text tokens before the first reduction.
             text: text tokens of the input, trimmed padding included.
         """
-        first_BN = _first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
+        first_BN = first_sources(Plan.identity(self.mask_BN) if self.plan is None else self.plan)
         if self.patch_BS is None:
             place_BN = torch.where(first_BN < trimmed, first_BN, first_BN + (text - trimmed))
         else:
             patch_BN = self.patch_BS.gather(1, first_BN.clamp_max(self.patch_BS.shape[1] - 1))
-            place_BN = torch.where(first_BN < trimmed, first_BN, text + 1 + patch_BN)
+            place_BN = torch.where(
+                first_BN < trimmed, first_BN, text + self.num_prefix_tokens + patch_BN
+            )
         return place_BN.masked_fill(~(self.mask_BN > 0), -1)
 
 
-def _first_sources(plan: Plan) -> Tensor:
+def first_sources(plan: Plan) -> Tensor:
     """The first source token of every slot [B,K]; undefined for empty slots."""
     if plan.index_BK is not None:
         return plan.index_BK
@@ -140,12 +148,49 @@ def reduce(
     keys_BHNC: Tensor | None = None,
     attention_BHNN: Tensor | None = None,
     cross: bool = False,
-    tower: bool = False,
 ) -> tuple[Tensor, EncoderLayout, Plan | None]:
     """States and layout after the reducer acted in this layer, and its plan, None without a
     reduction.
 
     In the training of a learned reducer no token leaves: the layout records its decisions.
+    Arguments as for `choose`.
+    """
+    reducer = patch.reducer
+    if patch.bypassed or not reducer.reduces_at(layer):
+        return states_BND, layout, None
+    padded_BND = states_BND
+    if layout.packing is not None:
+        padded_BND = layout.pad(states_BND)
+        needs_qk = reducer.traits.needs_qk
+        queries_BHNC, keys_BHNC = (
+            None if x is None or not needs_qk else layout.packing.at(columns).pad_heads(x)
+            for x, columns in (
+                (queries_BHNC, slice(0, layout.text) if cross else ALL),
+                (keys_BHNC, ALL),
+            )
+        )
+    layout, plan, counts = choose(
+        patch, layer, padded_BND, layout, queries_BHNC, keys_BHNC, attention_BHNN, cross
+    )
+    if plan is None:
+        return states_BND, layout, None
+    states_BND = plan.reduce(padded_BND)
+    return *(pack(patch, states_BND, layout, counts) if counts else (states_BND, layout)), plan
+
+
+def choose(
+    patch: Patch,
+    layer: int,
+    states_BND: Tensor,
+    layout: EncoderLayout,
+    queries_BHNC: Tensor | None = None,
+    keys_BHNC: Tensor | None = None,
+    attention_BHNN: Tensor | None = None,
+    cross: bool = False,
+    tower: bool = False,
+) -> tuple[EncoderLayout, Plan | None, Counts | None]:
+    """The layout after the reducer acted in this layer, its plan, None without a reduction, and
+    the counts of its mask if the model packs.
 
     Args:
         patch: of the model.
@@ -158,23 +203,15 @@ def reduce(
     reducer = patch.traits.vision_reducer if tower else patch.reducer
     assert reducer is not None
     if patch.bypassed or not reducer.reduces_at(layer):
-        return states_BND, layout, None
-    traits, unreduced, packed_states = reducer.traits, layout.plan is None, states_BND
-    if layout.packing is not None:
-        states_BND = layout.pad(states_BND)
-        queries_BHNC, keys_BHNC = (
-            None if x is None or not traits.needs_qk else layout.packing.at(columns).pad_heads(x)
-            for x, columns in (
-                (queries_BHNC, slice(0, layout.text) if cross else ALL),
-                (keys_BHNC, ALL),
-            )
-        )
+        return layout, None, None
+    traits, unreduced = reducer.traits, layout.plan is None
     # What the reducer sees. The grid of patches is complete only before the first reduction.
     tokens = Tokens(
         mask_BN=layout.mask_BN,
         text=layout.text,
         sizes_BN=layout.sizes_BN,
         layer=layer,
+        num_prefix_tokens=layout.num_prefix_tokens,
         grid=layout.grid if unreduced else None,
         patch_BN=layout.patch_BS if unreduced else None,
         states_BND=states_BND,
@@ -192,8 +229,7 @@ def reduce(
     if learned is not None and tokens.part is not None and tokens.part.training:
         decision = learned.gate(tokens)
         keep_ratios = (*layout.keep_ratios, decision.keep_ratio)
-        gated = replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios)
-        return packed_states, gated, None
+        return replace(layout, gate_BN=decision.token_BN, keep_ratios=keep_ratios), None, None
     # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
@@ -217,8 +253,7 @@ def reduce(
         entered_BI=entered_BI,
         packing=None,
     )
-    states_BND = plan.reduce(states_BND)
-    return *(pack(patch, states_BND, reduced, counts) if counts else (states_BND, reduced)), plan
+    return reduced, plan, counts
 
 
 def pack(

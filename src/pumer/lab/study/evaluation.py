@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import pumer
 from pumer._shipped import model_folder
-from pumer.adapters.base import ReductionStep
+from pumer.adapters.step import ReductionStep
 from pumer.costs.report import last_forward_parts
 from pumer.costs.result import GIGA, IMAGE_PARTS, TOWERS
 from pumer.hub import is_stock, load, load_stock
