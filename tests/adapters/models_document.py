@@ -21,8 +21,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pumer.adapters import find
+from pumer.adapters.base import adapters
 from pumer.adapters.decoder.refused import REFUSED
 from pumer.adapters.decoder.shorten import SELECTS, STATES
+from pumer.adapters.encoder import refused as joint
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()), key=str.lower)
@@ -33,6 +35,20 @@ NOTES = {
     "(`image_outputs`)",
 }
 YES, NO = "yes", "–"
+JOINT = {
+    "ViLT": "its layers",
+    "METER": "its fusion layers, and its vision tower",
+    "BridgeTower": "its cross-modal layers, and its image tower's layers below them",
+}
+"""Where joint encoders are reduced."""
+BRIDGES = (
+    "BridgeTower's bridges add both towers' states to those of the cross-modal layers, token by "
+    "token. A token that was dropped there gets nothing more; one that was merged gets the average "
+    "of its members' states, weighted as they were. The towers keep all tokens above the first "
+    "bridge, so that merging inside the image tower happens below it: in layers 0 to 6 of the 12 "
+    "of BridgeTower-base. A reduced model returns no attention maps, and hidden states in the "
+    "original length, from classes with a pooled output only if asked for."
+)
 OTHERS = (tiny_streams.diffusion_gemma, tiny_pi0.model)
 """Builders of models that do not go through the matrix, but tests of their own."""
 STRUCTURE = (
@@ -77,6 +93,20 @@ def reduced_classes() -> dict[str, list[tuple[str, str, str, str]]]:
         row = adapter.family, where, tower, _attention(adapter, model)
         rows += [] if row in rows else [row]
     return result
+
+
+def joint_encoders() -> list[str]:
+    """What becomes of encoders of text and image."""
+    served = [adapter for adapter in adapters() if adapter.family in JOINT]
+    lines = ["", "## Joint encoders", "", "| family | classes | reduced in |", "|---|---|---|"]
+    for adapter in sorted(served, key=lambda adapter: list(JOINT).index(adapter.family)):
+        classes = ", ".join(sorted(adapter.classes))
+        lines.append(f"| {adapter.family} | {classes} | {JOINT[adapter.family]} |")
+    lines += ["", BRIDGES, ""]
+    reasons = {reason: [] for reason in joint.REFUSED.values()}
+    for name, reason in joint.REFUSED.items():
+        reasons[reason].append(name)
+    return lines + [f"Refused: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
 
 
 def crossing_classes() -> dict[str, tuple[str, str, str]]:
@@ -186,6 +216,7 @@ def table() -> str:
         "|---|---|",
     ]
     lines += [f"| {name} | {REFUSED[name]} |" for name in CLASSES if name in REFUSED]
+    lines += joint_encoders()
     lines += [
         "",
         "## Retrieval of pages",

@@ -99,6 +99,19 @@ def failing_parts(model, family):
             layers[2].output.dense,
             model.classifier,
         ]
+    if family == "BridgeTower":
+        trunk = model.bridgetower
+        layers = [
+            trunk.text_model.encoder.layer[1],
+            trunk.cross_modal_text_layers[0].crossattention,
+        ]
+        blocks = trunk.vision_model.visual.transformer.resblocks
+        return [
+            *layers,
+            blocks[1],
+            trunk.cross_modal_image_layers[2].output.dense,
+            model.classifier,
+        ]
     if family == "METER":
         text, vision, layers = model.meter.text_model, model.meter.vision_model, model.meter.layers
         dense = [layers[0].text.intermediate.dense, layers[2].image.output.dense]
@@ -299,6 +312,8 @@ def test_parts_of_a_reduced_encoder_after_a_failure(family, place):
         with torch.no_grad():
             if family == "ViLT":
                 return model.vilt.embeddings.text_embeddings(batch["input_ids"])
+            if family == "BridgeTower":
+                return model.bridgetower.vision_model(batch["pixel_values"])
             return model.meter.vision_model(batch["pixel_values"]).last_hidden_state
 
     stock = alone()

@@ -99,6 +99,8 @@ def tiny_layers(model, family):
     """The layers that a reducer acts in."""
     if family == "ViLT":
         return list(model.vilt.encoder.layer)
+    if family == "BridgeTower":
+        return list(model.bridgetower.cross_modal_text_layers)
     if family == "METER":
         return list(model.meter.layers)
     trunk = model.model

@@ -16,9 +16,10 @@ EVERY_REDUCER = pytest.mark.parametrize(("kind", "reducer"), CASES)
 COMPILED = {
     "ViLT": ("pumer", "tome", "pool-inside", "random", "official"),
     "METER": ("tome+pumer", "official"),
+    "BridgeTower": ("tome+pumer",),
 }
-"""METER's graphs take long to trace. What its layers do with other plans, ViLT's do too, and
-`test_fuzz_reducers` compiles the plans of every kind."""
+"""Graphs of two streams take long to trace. What their layers do with other plans, ViLT's do
+too, and `test_fuzz_reducers` compiles the plans of every kind."""
 EIGEN = ("svd-prune", "energy")
 """Those with an eigen-decomposition, for which torch waits once on CUDA, as their docstrings
 say."""

@@ -15,6 +15,7 @@ import transformers
 from transformers import cache_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert import modeling_bert as bert
+from transformers.models.bridgetower import modeling_bridgetower as bridgetower
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
@@ -88,6 +89,50 @@ STOOD_IN_FOR = {  # the fingerprint we know, and what of ours stands in
     (roberta.RobertaModel, "_create_attention_masks"): (
         "93100ceb4e3a44e6",
         "_encode_text in encoder/meter.py",
+    ),
+    (bridgetower.BridgeTowerModel, "forward"): (
+        "3342ca2581b2c303",
+        "_forward in encoder/bridgetower_forward.py",
+    ),
+    (bridgetower.BridgeTowerResidualAttention, "forward"): (
+        "bec0a94ac1d0d3db",
+        "run_layer in encoder/bridgetower_tower.py",
+    ),
+    (bridgetower.BridgeTowerResidualAttention, "attention"): (
+        "e0bf7b9574f23721",
+        "run_layer in encoder/bridgetower_tower.py",
+    ),
+    (bridgetower.BridgeTowerVisionTransformer, "forward_post"): (
+        "a4ae8f3a34ea0cbb",
+        "_normed in encoder/bridgetower_forward.py",
+    ),
+    (bridgetower.BridgeTowerBertCrossLayer, "forward"): (
+        "3b87ba93087449b0",
+        "run_text and run_image in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerAttention, "forward"): (
+        "c0e1a7c117338e56",
+        "_attend in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerSelfAttention, "forward"): (
+        "7d7a77b273f20915",
+        "_attend in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerCrossAttention, "forward"): (
+        "867aa213dc901f2a",
+        "_attend in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerSelfOutput, "forward"): (
+        "c4cade7c3bed7bea",
+        "_attend in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerIntermediate, "forward"): (
+        "d60f3781ad76f95d",
+        "_feed_forward in encoder/co_attention.py",
+    ),
+    (bridgetower.BridgeTowerOutput, "forward"): (
+        "c4cade7c3bed7bea",
+        "_feed_forward in encoder/co_attention.py",
     ),
     (cache_utils.DynamicLayer, "get_seq_length"): (
         "8d1f98494eff50f2",

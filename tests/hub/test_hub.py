@@ -166,7 +166,7 @@ def test_the_model_class_has_to_be_known(saved):
 def test_model_classes_by_name():
     assert model_class("ViltForVisualEntailment") is ViltForVisualEntailment
     assert model_class("BertModel") is BertModel
-    for kind in tiny.METER:
+    for kind in tiny.TWO_STREAMS:
         assert model_class(kind).__name__ == kind
     for name in ("MyVilt", "ViltConfig", "AutoModel", ""):
         with pytest.raises(

@@ -19,8 +19,9 @@ import pumer
 from pumer import PuMer
 from pumer.hub import read_official, save_official
 from pumer.hub.files import read_answers
+from pumer.models.heads import LABELS
 from pumer.models.vilt import published
-from pumer.models.vilt.entailment import LABELS, ViltForVisualEntailment
+from pumer.models.vilt.entailment import ViltForVisualEntailment
 
 KEYS = sorted((Path(__file__).parents[1] / "data" / "parity" / "keys").glob("vilt_*.txt"))
 TASKS = {

@@ -10,6 +10,7 @@ from torch import nn
 from pumer._suggest import did_you_mean
 from pumer.adapters.base import Adapter, adapter_of, adapters
 from pumer.adapters.decoder import refused
+from pumer.adapters.encoder import refused as joint
 
 EXAMPLES = ("ViLT", "METER", "LLaVA 1.5", "Qwen-VL", "InternVL", "GLM-V", "Mistral 3", "Gemma 4")
 """Families that an error names, out of more than a line holds."""
@@ -37,7 +38,7 @@ def find(model: nn.Module) -> Adapter:
 
 def _hint(model: Any, name: str) -> str:
     """What to pass instead of a model of an unsupported class."""
-    reason = refused.reason(model)
+    reason = refused.reason(model) or joint.reason(model)
     if reason is not None:
         return f" {reason}"
     inner = _inside(model)

@@ -158,7 +158,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-_ENCODERS = ("vilt", "meter")
+_ENCODERS = ("vilt", "meter", "bridgetower")
 """Encoders, which need the image transform of a pumer folder besides a processor."""
 
 

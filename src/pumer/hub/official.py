@@ -77,7 +77,7 @@ def load_official(
       published softmax.
     - the original ViLT and METER: a Lightning `.ckpt` file, unreduced; METER has
       `update="parallel"`.
-    - transformers' ViLT: a folder for `from_pretrained`, unreduced.
+    - transformers' ViLT and BridgeTower: a folder for `from_pretrained`, unreduced.
 
     The head determines the task and the model class; visual entailment and METER have classes in
     pumer. Inputs have transformers' names. A warning lists unused weights, such as ViLT's head for
@@ -158,6 +158,8 @@ def _read(
     settings = read_config(
         source, "a published checkpoint has one, unless it is an original .ckpt file"
     )
+    if settings.get("model_type") == "bridgetower":
+        return _read_stock(settings, source, image_size, answers, class_name)
     state = read_weights(source)
     if any(name.endswith(_STOCK) for name in state):
         return _read_stock(settings, source, image_size, answers, class_name)
@@ -259,6 +261,8 @@ def _read_stock(
         raise ValueError(
             f"the weights in {source} do not fit, missing: {some(sorted(info['missing_keys']))}"
         )
+    if image_size is not None and model.config.model_type != "vilt":
+        raise ValueError(f"{source} takes images of its own size alone: leave image_size out")
     if image_size is not None:
         resize({}, model.config, image_size)
     if answers is not None:

@@ -21,6 +21,7 @@ from pumer._files import replacing
 from pumer.lab.data.images import BrokenImageError, open_image
 from pumer.lab.tasks.base import Collator, Example, Task
 from pumer.lab.tasks.prompts import MAX_ANSWER, GenerativeCollator
+from pumer.lab.tasks.retrieval import ranking_scores
 
 NOT_NUMBERS = (
     "{} are NaN: the model's weights are damaged, or overflow in half precision; get the model "
@@ -115,8 +116,9 @@ def answer(model: Any, inputs: Mapping[str, Any], collator: Collator, count: int
         logits = model(**inputs).logits.float().cpu()
     if nan := int(logits.isnan().flatten(1).any(1).sum()):
         raise ValueError(NOT_NUMBERS.format(f"the outputs for {nan} of {len(logits)} inputs"))
-    # Ranked texts: from one score each to a row per image.
-    return collator.task.decode(collator.in_task_order(logits.reshape(count, -1)))
+    if collator.task.loss_kind == "rank":  # a row per image
+        logits = ranking_scores(logits).reshape(count, -1)
+    return collator.task.decode(collator.in_task_order(logits))
 
 
 class _Numbers(LogitsProcessor):

@@ -150,13 +150,14 @@ class Plan:
         slot_BN, weight_BN = self.slot_BN[:, :tokens], self.weight_BN[:, :tokens]
         return Plan(slot_BN, weight_BN, self.mask_BK[:, :slots], index, shares)
 
-    def tail(self, first: int) -> Plan:
-        """The plan without the first source tokens, if exactly these go into as many first
-        slots."""
-        index = None if self.index_BK is None else self.index_BK[:, first:] - first
-        shares = None if self.shares_BKN is None else self.shares_BKN[:, first:, first:]
-        slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - first)[:, first:]
-        return Plan(slot_BN, self.weight_BN[:, first:], self.mask_BK[:, first:], index, shares)
+    def tail(self, first: int, slots: int | None = None) -> Plan:
+        """The plan without the first source tokens, if exactly these go into the first slots: as
+        many as they are, unless `slots` says how many."""
+        skip = first if slots is None else slots
+        index = None if self.index_BK is None else self.index_BK[:, skip:] - first
+        shares = None if self.shares_BKN is None else self.shares_BKN[:, skip:, first:]
+        slot_BN = torch.where(self.slot_BN < 0, DROPPED, self.slot_BN - skip)[:, first:]
+        return Plan(slot_BN, self.weight_BN[:, first:], self.mask_BK[:, skip:], index, shares)
 
     @staticmethod
     def stack(plans: Sequence[Plan]) -> Plan:

@@ -107,6 +107,11 @@ def test_encoders_with_3000_words(family, name):
 def encoder(family, words):
     if family == "ViLT":
         return tiny.model(tiny.FAMILIES[family], image_size=384, max_position_embeddings=words)
+    if family == "BridgeTower":
+        config = tiny.bridgetower_config()
+        text = config.text_config.to_dict() | {"max_position_embeddings": words + 2}
+        vision = config.vision_config.to_dict() | {"image_size": 384}
+        return tiny.model(tiny.FAMILIES[family], text_config=text, vision_config=vision)
     text = tiny.meter_config().text_config.to_dict() | {"max_position_embeddings": words + 2}
     vision = tiny.meter_config().vision_config.to_dict() | {"image_size": 384}
     return tiny.model(tiny.FAMILIES[family], text_config=text, vision_config=vision)

@@ -7,6 +7,7 @@ import transformers
 from pumer.adapters import families
 from pumer.adapters.base import adapters
 from pumer.adapters.decoder.refused import REFUSED
+from pumer.adapters.encoder import refused as joint
 
 PINNED = transformers.__version__.startswith("5.24")
 SERVED = {name for adapter in adapters() for name in adapter.classes}
@@ -38,7 +39,15 @@ def test_a_refusal_says_why(name):
     assert len(str(error.value).splitlines()) <= 5
 
 
+@pytest.mark.parametrize("name", ["VisualBertForQuestionAnswering", "LxmertModel"])
+def test_a_joint_encoder_is_refused_with_a_reason(name):
+    model = object.__new__(getattr(transformers, name))
+    with pytest.raises(ValueError, match=r"cannot be reduced\. Its image tokens are a few dozen"):
+        families.find(model)
+    assert all(hasattr(transformers, name) for name in joint.REFUSED)
+
+
 def test_a_reason_is_one_sentence_or_two():
-    for reason in REFUSED.values():
+    for reason in (*REFUSED.values(), *joint.REFUSED.values()):
         assert reason.endswith(".")
         assert len(reason) < 200

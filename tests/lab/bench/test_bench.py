@@ -84,6 +84,15 @@ def test_the_table_has_every_variant(measured):
     assert {"cpu", "threads", "torch", "transformers", "median_s"} <= set(rows[0])
 
 
+def test_bridgetower_is_measured_beside_its_stock_forward():
+    measured = bench(BenchSettings("bridgetower-tiny", batch=2, text=20, runs=1), warmup=1)
+    names = [row.variant for row in measured.rows]
+    assert names == ["stock", "fused", "meter-vqav2"]
+    assert not measured.row("stock").note
+    fused, reduced = measured.rows[1:]
+    assert reduced.macs < fused.macs
+
+
 def test_packed_rows_cost_what_they_hold():
     reducers = [{"reducer": "energy", "least": 1, "most": 0.9, "tau": 0.9}]
     settings = BenchSettings("vilt-tiny", reducers, batch=4, text=20, runs=1, pack=True)

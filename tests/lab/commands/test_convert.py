@@ -10,7 +10,11 @@ import warnings
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from transformers.models.bridgetower.image_processing_pil_bridgetower import (
+    BridgeTowerImageProcessorPil,
+)
 
 import pumer
 from pumer import PuMer
@@ -174,3 +178,26 @@ def test_an_interrupted_conversion_clears_up(tmp_path, monkeypatch):
     monkeypatch.setattr("pumer.lab.commands.convert.save_transform", interrupt)
     assert main(["convert", str(tmp_path / "published"), str(tmp_path / "out")]) == 130
     assert os.listdir(tmp_path) == ["published"]
+
+
+def test_a_stock_bridgetower_becomes_a_model_folder(tmp_path, capsys):
+    kind = "BridgeTowerForImageAndTextRetrieval"
+    model, inputs = tiny.model(kind), tiny.batch(kind)
+    model.save_pretrained(tmp_path / "stock")
+    sides = {"shortest_edge": 96}
+    BridgeTowerImageProcessorPil(size=sides, crop_size=sides).save_pretrained(tmp_path / "stock")
+    assert main(["convert", str(tmp_path / "stock"), str(tmp_path / "ours")]) == 0
+    told = capsys.readouterr().out
+    for part in (kind, "96 px, patches of 16 px", "up to 20 tokens, 50 different", "roberta-base"):
+        assert part in told
+    loaded = pumer.load(tmp_path / "ours")
+    assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+    transform = load_transform(tmp_path / "ours")
+    for size in ((128, 96), (60, 250)):
+        assert transform(Image.new("RGB", size)).shape == (3, 96, 96)
+    (tmp_path / "stock" / "preprocessor_config.json").unlink()
+    assert main(["convert", str(tmp_path / "stock"), str(tmp_path / "plain")]) == 0
+    assert load_transform(tmp_path / "plain") == Crop(96)
+    words = ["convert", str(tmp_path / "stock"), str(tmp_path / "none"), "--image_size", "64"]
+    assert main(words) != 0
+    assert "leave image_size out" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from pumer.lab.score.bench import COLUMNS, MODELS, PairsBenchSettings, bench_pai
 from pumer.lab.score.chunks import Chunks, Matrix
 from pumer.lab.score.job import Scorer
 from pumer.lab.score.ray import Cluster
+from pumer.lab.tasks.retrieval import ranking_scores
 
 REDUCER = pumer.PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(0, 1))
 CASES = {
@@ -42,6 +43,12 @@ CASES = {
     "meter": ("meter-tiny", None),
     "meter-pumer": ("meter-tiny", REDUCER),
     "meter-tower": ("meter-tiny", pumer.Compose(tower=pumer.ToMe(r=3, depth=2), inside=REDUCER)),
+    "bridgetower": ("bridgetower-tiny", None),
+    "bridgetower-pool": ("bridgetower-tiny", pumer.Pool(window=2)),
+    "bridgetower-tower": (
+        "bridgetower-tiny",
+        pumer.Compose(tower=pumer.ToMe(r=3, depth=2), inside=REDUCER),
+    ),
     "meter-official": ("meter-tiny", replace(REDUCER, official=True)),
 }
 TEXTS = [
@@ -81,7 +88,7 @@ def make(name, reducer=None):
 
 
 def transform_of(name):
-    """ViLT takes pictures of any shape, METER those of one size."""
+    """ViLT takes pictures of any shape, the others those of one size."""
     return KeepAspect(48, multiple=16) if name.startswith("vilt") else Square(64)
 
 
@@ -106,9 +113,8 @@ def plain(model, images, texts, tokenize, transform):
     for row, image in enumerate(images):
         for column, text in enumerate(texts):
             pixels = transform(open_image(image))[None]
-            scores[row, column] = model(
-                **tokenize([text], [column]), pixel_values=pixels
-            ).logits.squeeze()
+            logits = model(**tokenize([text], [column]), pixel_values=pixels).logits
+            scores[row, column] = ranking_scores(logits)[0]
     return scores
 
 

@@ -636,7 +636,9 @@ def test_a_new_meter_pads_as_its_tokenizer_does(tokenizer):
     settings = ModelSettings(
         kind="MeterForQuestionAnswering", tokenizer=tokenizer, config=config, max_length=24
     )
-    with pytest.raises(ValueError, match="the tokenizer pads with 0, METER's text encoder takes 1"):
+    with pytest.raises(
+        ValueError, match="the tokenizer pads with 0, the model's text encoder takes 1"
+    ):
         prepare(settings, TASK)
 
 

@@ -1,4 +1,5 @@
-"""METER's fusion layers: co-attention between text and image, reduced on the joint token axis."""
+"""Co-attention between text and image, reduced on the joint token axis: METER's fusion layers, and
+the cross-modal layers of BridgeTower."""
 
 from __future__ import annotations
 
@@ -27,14 +28,34 @@ def run_layer(
 def _block(
     layer: Any, patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
 ) -> tuple[Tensor, Tensor, EncoderLayout]:
-    """One fusion layer; reduces after the text's attention, before the text's MLP and the image
-    stream."""
-    # Text: self-attention, then attention to the image.
+    """One fusion layer."""
+    new_text, image, layout, text = run_text(
+        layer.text, patch, layer_index, text, image, layout, sequential=layer.sequential
+    )
+    image, layout = run_image(layer.image, patch, layer_index, image, text, layout)
+    return reduce_after(patch, layer_index, new_text, image, layout)
+
+
+def run_text(
+    half: Any,
+    patch: Patch,
+    layer_index: int,
+    text: Tensor,
+    image: Tensor,
+    layout: EncoderLayout,
+    sequential: bool = False,
+) -> tuple[Tensor, Tensor, EncoderLayout, Tensor]:
+    """The text half of a layer: new text, image, layout, and the text that the image attends to.
+
+    Reduces after the text's attention, before the text's MLP and the image half. The image attends
+    to the text before this layer, then as short as the new one, or with `sequential` to the new.
+    """
+    # Self-attention, then attention to the image.
     attended, text_keys, layout = _attend_to(
-        layer, patch, layer_index, "text_self", text, text, layout
+        half, patch, layer_index, "text_self", text, text, layout
     )[:3]
     attended, image_keys, layout, queries, attention = _attend_to(
-        layer, patch, layer_index, "text_cross", attended, image, layout
+        half, patch, layer_index, "text_cross", attended, image, layout
     )
     if not patch.traits.post_layer:
         before = layout
@@ -43,22 +64,31 @@ def _block(
         attended, image, layout, plan = _reduce(
             patch, layer_index, attended, image, layout, queries, keys, shown
         )
-        # The image attends to the text before this layer, which is now as short as the new one.
-        if plan is not None and not layer.sequential:
+        if plan is not None and not sequential:
             head = plan.head(before.text, layout.text)
             text = head.reduce(before.pad(text, slice(0, before.text)))
             text = layout.pack(text, slice(0, layout.text))
-    new_text = _feed_forward(layer.text, attended)
-    # Image: self-attention, then attention to the text, both with the tokens that are left.
-    image, _, layout = _attend_to(layer, patch, layer_index, "image_self", image, image, layout)[:3]
-    other_text = new_text if layer.sequential else text
-    image, _, layout = _attend_to(
-        layer, patch, layer_index, "image_cross", image, other_text, layout
-    )[:3]
-    text, image = new_text, _feed_forward(layer.image, image)
-    if patch.traits.post_layer:
-        text, image, layout, _ = _reduce(patch, layer_index, text, image, layout)
-    return text, image, layout
+    new_text = _feed_forward(half, attended)
+    return new_text, image, layout, new_text if sequential else text
+
+
+def run_image(
+    half: Any, patch: Patch, layer_index: int, image: Tensor, text: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, EncoderLayout]:
+    """The image half of a layer: self-attention, then attention to the text, both with the tokens
+    that are left."""
+    image, _, layout = _attend_to(half, patch, layer_index, "image_self", image, image, layout)[:3]
+    image, _, layout = _attend_to(half, patch, layer_index, "image_cross", image, text, layout)[:3]
+    return _feed_forward(half, image), layout
+
+
+def reduce_after(
+    patch: Patch, layer_index: int, text: Tensor, image: Tensor, layout: EncoderLayout
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """Text, image and layout after a layer, for reducers that act there."""
+    if not patch.traits.post_layer:
+        return text, image, layout
+    return _reduce(patch, layer_index, text, image, layout)[:3]
 
 
 def _reduce(
@@ -78,11 +108,11 @@ def _reduce(
     states, layout, plan = encoder.reduce(
         patch, layer_index, states, layout, queries, keys, attention, cross=True
     )
-    return states[:, : layout.border], states[:, layout.border :], layout, plan
+    return *joint.split(states, layout), layout, plan
 
 
 def _attend_to(
-    layer: Any,
+    half: Any,
     patch: Patch,
     layer_index: int,
     name: str,
@@ -93,12 +123,12 @@ def _attend_to(
     """One of a layer's four attentions -> states, keys, layout, queries, and probabilities.
 
     Args:
+        half: of the layer, for the stream of the queries.
         name: of the attention: "text_self", "text_cross", "image_self" or "image_cross".
         states: of the queries.
         other: of the keys and values.
     """
     stream, _, at = name.partition("_")
-    half = getattr(layer, stream)
     is_self_attention = at == "self"
     of_text = is_self_attention == (stream == "text")
     columns = {"text": slice(0, layout.text), "image": slice(layout.text, None)}

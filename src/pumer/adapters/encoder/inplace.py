@@ -20,6 +20,13 @@ def add(fresh: Tensor, other: Tensor) -> Tensor:
     return fresh + other if _keeps() or fresh.dtype != other.dtype else fresh.add_(other)
 
 
+def quick_gelu(activation: Any, fresh: Tensor) -> Tensor:
+    """`QuickGELUActivation` of `fresh`, which nothing else may hold."""
+    if _keeps():
+        return activation(fresh)
+    return fresh.mul_(torch.sigmoid_(1.702 * fresh))
+
+
 def activate(activation: Any, fresh: Tensor) -> Tensor:
     """The activation of `fresh`, which nothing else may hold.
 

@@ -1,4 +1,4 @@
-"""What ViLT and METER share: the inputs of the text, the joint token axis, and its attention.
+"""What joint encoders share: the inputs of the text, the joint token axis, and its attention.
 
 Shape suffixes: B batch, T text tokens, I image tokens, N = T + I, H heads, Q queries, K keys, C
 channels of a head.
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pumer.adapters.base import Patch
 from pumer.adapters.encoder import attention as kernels
+from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.packing import Packing
 from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import exactly_one
-from pumer.reducers import Plan
+from pumer.adapters.step import ReductionStep
+from pumer.reducers import EMBEDDINGS, Plan
 
 BY_ROW = ("cpu",)
 """Devices on which packed rows attend one after the other: faster there than masked attention over
@@ -92,6 +94,51 @@ def joint_layout(
     if patch.traits.official:  # the published code works with fractional masks
         mask_BN = torch.cat([mask_BT.float(), mask_BI.float()], dim=1)
     return EncoderLayout(mask_BT.shape[1], mask_BN, sizes_BN, plan, grid, patch_BS)
+
+
+def entry_layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
+    """The layout before the first layer of two streams, with the tower's reduction of the image."""
+    batch, text = mask_BT.shape
+    states, plan = image.states_BID, None
+    if image.plan is None:
+        real_BI = torch.ones(batch, states.shape[1], device=states.device, dtype=torch.bool)
+        count = states.shape[1]
+    else:
+        real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
+        plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
+    # Patches follow [CLS] in raster order.
+    position_S = torch.arange(count, device=states.device) - 1
+    patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
+    if plan is not None and patch.steps is not None:
+        patch.steps.append(ReductionStep(EMBEDDINGS, text, plan, image.grid, patch_BS))
+    return joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
+
+
+def unpack(
+    layout: EncoderLayout, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor, EncoderLayout]:
+    """Text and image states with padding, and their layout."""
+    text = layout.pad(text, slice(0, layout.text))
+    image = layout.pad(image, slice(layout.text, None))
+    return text, image, replace(layout, packing=None)
+
+
+def expand(
+    layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Text and image states in their original lengths; dropped tokens are zeros."""
+    text, image, layout = unpack(layout, text, image)
+    if layout.plan is None:
+        return text, image
+    states = layout.expand(torch.cat([text, image], dim=1))
+    return states[:, :text_length], states[:, text_length:]
+
+
+def split(states_BND: Tensor, layout: EncoderLayout) -> tuple[Tensor, Tensor]:
+    """Text and image of the joint axis, each contiguous: of anything else every linear layer makes
+    a copy, and adds its bias in a pass of its own."""
+    text, image = states_BND[:, : layout.border], states_BND[:, layout.border :]
+    return text.contiguous(), image.contiguous()
 
 
 def attend(

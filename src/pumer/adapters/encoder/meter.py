@@ -21,11 +21,9 @@ from pumer.adapters.encoder import reduce as encoder
 from pumer.adapters.encoder.clip import Encoded
 from pumer.adapters.encoder.co_attention import run_layer
 from pumer.adapters.encoder.joint import TextInputs
-from pumer.adapters.encoder.reduce import EncoderLayout
 from pumer.adapters.forward import max_length
-from pumer.adapters.macs import attention_and_mlp_lengths, head_macs
-from pumer.adapters.step import ReductionStep
-from pumer.reducers import EMBEDDINGS, Plan
+from pumer.adapters.macs import attention_macs, co_attention_macs, head_macs
+from pumer.reducers import EMBEDDINGS
 
 POOLED = (
     "MeterForQuestionAnswering",
@@ -74,15 +72,8 @@ class MeterAdapter(Adapter):
     def layer_macs(
         self, model: nn.Module, lengths: Sequence[tuple[int, int]], after_layer: bool = False
     ) -> list[tuple[int, int]]:
-        width, inner = config_of(model).hidden_size, config_of(model).intermediate_size
-        costs = []
-        for (text, image), (new_text, new_image) in attention_and_mlp_lengths(lengths, after_layer):
-            attention = _attention_macs(text, text, width) + _attention_macs(text, image, width)
-            attention += _attention_macs(new_image, new_image, width) + _attention_macs(
-                new_image, new_text, width
-            )
-            costs.append((attention, 2 * (new_text + new_image) * width * inner))
-        return costs
+        config = config_of(model)
+        return co_attention_macs(lengths, config.hidden_size, config.intermediate_size, after_layer)
 
     def macs(
         self,
@@ -97,10 +88,10 @@ class MeterAdapter(Adapter):
         text, image = entry or lengths[0]
         tower = tower or [image] * (self.tower_depth(model) + 1)
         # The text is encoded and projected once per example, for any number of images.
-        text_layer = _attention_macs(text, text, text_config.hidden_size)
+        text_layer = attention_macs(text, text, text_config.hidden_size)
         text_layer += 2 * text * text_config.hidden_size * text_config.intermediate_size
         vision_layers = sum(
-            _attention_macs(before, before, vision.hidden_size)
+            attention_macs(before, before, vision.hidden_size)
             + 2 * after * vision.hidden_size * vision.intermediate_size
             for before, after in pairwise(tower)
         )
@@ -121,10 +112,6 @@ class MeterAdapter(Adapter):
             "head": forwards_per_example * 2 * config.hidden_size**2
             + times * head_macs(model, _meter(model)),
         }
-
-
-def _attention_macs(queries: int, keys: int, width: int) -> int:
-    return 2 * queries * width**2 + 2 * keys * width**2 + 2 * queries * keys * width
 
 
 def _meter(model: nn.Module) -> Any:
@@ -189,7 +176,7 @@ def _fuse(
     # The joint layout of the trimmed text and the image, as the tower has reduced it.
     encoded, given_text, trimmed = encoded.to(text_BTD.device), mask_BT.shape[1], text_BTD.shape[1]
     mask_BT = mask_BT.to(text_BTD.device)[:, :trimmed]
-    layout = _layout(patch, mask_BT, encoded)
+    layout = joint.entry_layout(patch, mask_BT, encoded)
     source = layout.plan.slot_BN.shape[1] if layout.plan is not None else sum(layout.lengths)
     entry = (layout.text, source - layout.text, encoded.grid)
     # Text and image as one axis, reduced before the first layer, and apart again.
@@ -207,14 +194,14 @@ def _fuse(
             text, image_states, layout = layer(text, image_states, layout)
             layouts.append(layout)
         if output_hidden_states:
-            full_length = _expand(layout, trimmed, text, image_states)
+            full_length = joint.expand(layout, trimmed, text, image_states)
             texts.append(full_length[0])
             images.append(full_length[1])
     # For `report`, `kept` and the budget loss.
     patch.record_lengths(layouts)
     patch.entry, patch.kept = entry, layout.places(trimmed, given_text)
     patch.record_decisions(layout.keep_ratios, layout.heads)
-    text, image_states, layout = _unpack(layout, text, image_states)
+    text, image_states, layout = joint.unpack(layout, text, image_states)
     # Without any image token, zeros are pooled.
     first = (
         image_states
@@ -223,7 +210,7 @@ def _fuse(
     )
     pooler_output = torch.cat([meter.text_pooler(text), meter.image_pooler(first)], dim=-1)
     if not pooled:
-        text, image_states = _expand(layout, trimmed, text, image_states)
+        text, image_states = joint.expand(layout, trimmed, text, image_states)
     return MeterModelOutput(
         text_states=text,
         image_states=image_states,
@@ -231,41 +218,3 @@ def _fuse(
         text_hidden_states=tuple(texts) if output_hidden_states else None,
         image_hidden_states=tuple(images) if output_hidden_states else None,
     )
-
-
-def _layout(patch: Patch, mask_BT: Tensor, image: Encoded) -> EncoderLayout:
-    """The layout before the first fusion layer, including the tower's reduction of the image."""
-    batch, text = mask_BT.shape
-    states, plan = image.states_BID, None
-    if image.plan is None:
-        real_BI = torch.ones(batch, states.shape[1], device=states.device, dtype=torch.bool)
-        count = states.shape[1]
-    else:
-        real_BI, count = image.plan.mask_BK, image.plan.slot_BN.shape[1]
-        plan = Plan.side_by_side([Plan.identity(mask_BT.bool()), image.plan])
-    # Patches follow [CLS] in raster order.
-    position_S = torch.arange(count, device=states.device) - 1
-    patch_BS = torch.nn.functional.pad(position_S, (text, 0), value=-1).expand(batch, -1)
-    if plan is not None and patch.steps is not None:
-        patch.steps.append(ReductionStep(EMBEDDINGS, text, plan, image.grid, patch_BS))
-    return joint.joint_layout(patch, mask_BT, real_BI, image.grid, patch_BS, image.sizes_BI, plan)
-
-
-def _unpack(
-    layout: EncoderLayout, text: Tensor, image: Tensor
-) -> tuple[Tensor, Tensor, EncoderLayout]:
-    """Text and image states with padding, and their layout."""
-    text = layout.pad(text, slice(0, layout.text))
-    image = layout.pad(image, slice(layout.text, None))
-    return text, image, replace(layout, packing=None)
-
-
-def _expand(
-    layout: EncoderLayout, text_length: int, text: Tensor, image: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Text and image states in their original lengths; dropped tokens are zeros."""
-    text, image, layout = _unpack(layout, text, image)
-    if layout.plan is None:
-        return text, image
-    states = layout.expand(torch.cat([text, image], dim=1))
-    return states[:, :text_length], states[:, text_length:]

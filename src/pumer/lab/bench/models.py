@@ -3,14 +3,24 @@ makes them."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
+from transformers import (
+    BridgeTowerConfig,
+    PreTrainedModel,
+    ViltConfig,
+    ViltForQuestionAnswering,
+)
 
 from pumer._suggest import did_you_mean
+from pumer.models.bridgetower import BridgeTowerForQuestionAnswering
 from pumer.models.meter import MeterConfig, MeterForQuestionAnswering
+from pumer.models.sizes import longest_text, text_of, vision_of
 
-CONFIGS: dict[str, ViltConfig | MeterConfig] = {
+Config: TypeAlias = ViltConfig | MeterConfig | BridgeTowerConfig
+CONFIGS: dict[str, Config] = {
     "vilt-b32": ViltConfig(num_labels=3129),
     "vilt-tiny": ViltConfig(
         hidden_size=64,
@@ -46,10 +56,39 @@ CONFIGS: dict[str, ViltConfig | MeterConfig] = {
         intermediate_size=256,
         num_labels=10,
     ),
+    "bridgetower-base": BridgeTowerConfig(num_labels=3129),
+    "bridgetower-tiny": BridgeTowerConfig(
+        text_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "vocab_size": 100,
+            "max_position_embeddings": 42,
+        },
+        vision_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 8,
+            "image_size": 96,
+            "patch_size": 8,
+        },
+        hidden_size=64,
+        num_attention_heads=4,
+        num_labels=10,
+    ),
 }
-"""ViLT-B/32 and METER-CLIP16-RoBERTa at 384 pixels for VQAv2; and of each a model to try things out
-with, of which no time means anything."""
-_REDUCERS = {"vilt": ("vilt-vqav2",), "meter": ("meter-vqav2", "meter-vqav2-tower")}
+"""ViLT-B/32 and METER-CLIP16-RoBERTa at 384 pixels, BridgeTower-base at 288, for VQAv2; and of each
+a model to try things out with, of which no time means anything."""
+_REDUCERS = {
+    "vilt": ("vilt-vqav2",),
+    "meter": ("meter-vqav2", "meter-vqav2-tower"),
+    "bridgetower": ("meter-vqav2",),  # nothing was published for it
+}
+_CLASSES = {
+    "vilt": ViltForQuestionAnswering,
+    "meter": MeterForQuestionAnswering,
+    "bridgetower": BridgeTowerForQuestionAnswering,
+}
 
 
 def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
@@ -58,18 +97,13 @@ def build(name: str = "vilt-b32", seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = _config(name)
-        cls = (
-            MeterForQuestionAnswering
-            if isinstance(config, MeterConfig)
-            else ViltForQuestionAnswering
-        )
-        return cls(config).eval()
+        return _CLASSES[config.model_type](config).eval()
 
 
 def image_size(name: str) -> int:
     """Side in pixels of the images a model is configured for; raises ValueError listing the known
     names."""
-    return _config(name).image_size
+    return vision_of(_config(name)).image_size
 
 
 def default_reducers(name: str) -> tuple[str, ...]:
@@ -87,7 +121,7 @@ def stock_note(name: str) -> str:
     )
 
 
-def _config(name: str) -> ViltConfig | MeterConfig:
+def _config(name: str) -> Config:
     if name not in CONFIGS:
         raise ValueError(
             f"no model to measure is named {name!r}.{did_you_mean(name, CONFIGS)} There are "
@@ -121,24 +155,25 @@ def inputs(
     Raises:
         ValueError: for lengths that do not fit each other or the model.
     """
-    config = model.config
-    size = config.image_size if size is None else size
+    config, vision, words = model.config, vision_of(model.config), text_of(model.config)
+    longest = longest_text(config)
+    size = vision.image_size if size is None else size
     few, many = real
-    if not 1 <= few <= many <= text <= config.max_position_embeddings:
+    if not 1 <= few <= many <= text <= longest:
         raise ValueError(
             f"{few} to {many} real tokens padded to {text}: give 1 <= fewest <= most <= padded "
-            f"length <= {config.max_position_embeddings}"
+            f"length <= {longest}"
         )
-    if batch < 1 or size < config.patch_size:
+    if batch < 1 or size < vision.patch_size:
         raise ValueError(
-            f"{batch} images of {size} px: give one or more, of {config.patch_size} px or more"
+            f"{batch} images of {size} px: give one or more, of {vision.patch_size} px or more"
         )
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(few, many + 1, (batch,), generator=generator)
     lengths[-1], lengths[0] = few, many
     mask = (torch.arange(text) < lengths[:, None]).long()
-    padding = config.pad_token_id or 0
-    ids = torch.randint(padding + 1, config.vocab_size, (batch, text), generator=generator)
+    padding = words.pad_token_id or 0
+    ids = torch.randint(padding + 1, words.vocab_size, (batch, text), generator=generator)
     pixels = torch.randn(batch, 3, size, size, generator=generator)
     if busier:
         # Of each, the first pixels, enlarged: from 2 x 2 of them to 24 x 24.

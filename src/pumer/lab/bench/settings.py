@@ -20,7 +20,8 @@ class BenchSettings:
     """Forwards of stock, fused and reduced models.
 
     Args:
-        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        model: a model of random weights and true architecture: vilt-b32, meter-base or
+            bridgetower-base.
         reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's
             presets for VQAv2 if not given.
         batch: examples at a time.
@@ -88,7 +89,8 @@ class TrainingBenchSettings:
     """Training steps, unreduced and reduced, with and without a teacher.
 
     Args:
-        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        model: a model of random weights and true architecture: vilt-b32, meter-base or
+            bridgetower-base.
         reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's
             presets for VQAv2 if not given.
         batch: examples at a time.
@@ -114,7 +116,8 @@ class SweepSettings:
     """One reducer at several batch and image sizes.
 
     Args:
-        model: a model of random weights and true architecture: vilt-b32 or meter-base.
+        model: a model of random weights and true architecture: vilt-b32, meter-base or
+            bridgetower-base.
         reducer: a preset's or a reducer's name (`pumer list`), or a file of settings; the model's
             first preset for VQAv2 if not given.
         batches: numbers of examples at a time; 1, 4 and 16 if not given.

@@ -17,6 +17,7 @@ from pumer._terminal import console
 from pumer.hub import Official, load, read_official, save, save_official
 from pumer.lab.data.images import KeepAspect, Square
 from pumer.lab.data.transforms import Crop, Transform, clip_square, save_transform
+from pumer.models.sizes import longest_text, text_of, vision_of
 
 _OURS = "pumer.save"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -43,8 +44,8 @@ def convert(
     or a model folder back.
 
     Args:
-        source: folder of a PuMer checkpoint or of transformers' ViLT, or an original ViLT or METER
-            .ckpt file; or a model folder, to convert back.
+        source: folder of a PuMer checkpoint or of transformers' ViLT or BridgeTower, or an original
+            ViLT or METER .ckpt file; or a model folder, to convert back.
         out: folder to write; must not exist or be empty.
         to: "pumer" for the other commands and `pumer.load`; "published" for PuMer's own code.
         image_size: side of the images in pixels, if it is to change.
@@ -87,24 +88,25 @@ def _copy(source: Path, names: tuple[str, ...], folder: Path) -> list[str]:
 def _transform(read: Official, image_size: int | None) -> Transform:
     """The image transform of the checkpoint's authors."""
     config = read.model.config
-    size = image_size or config.image_size
+    size, patch_size = image_size or vision_of(config).image_size, vision_of(config).patch_size
+    if config.model_type == "bridgetower":
+        return Crop(size)
     if config.model_type == "meter":
         return Crop(size) if read.origin == "original" else clip_square(size)
-    return Square(size) if read.origin == "pumer" else KeepAspect(size, multiple=config.patch_size)
+    return Square(size) if read.origin == "pumer" else KeepAspect(size, multiple=patch_size)
 
 
 def _table(read: Official, tokenizer: list[str], image_size: int | None) -> Table:
     model, patch = read.model, pumer.active(read.model)
     config = model.config
-    usual = "roberta-base" if config.model_type == "meter" else "bert-base-uncased"
+    vision, words = vision_of(config), text_of(config)
+    usual = "bert-base-uncased" if config.model_type == "vilt" else "roberta-base"
     rows: dict[str, Any] = {
         "checkpoint": read.origin,
         "class": type(model).__name__,
         "weights": f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M",
-        "images": f"{image_size or config.image_size} px, patches of {config.patch_size} px",
-        "texts": (
-            f"up to {config.max_position_embeddings} tokens, {config.vocab_size} different ones"
-        ),
+        "images": f"{image_size or vision.image_size} px, patches of {vision.patch_size} px",
+        "texts": (f"up to {longest_text(config)} tokens, {words.vocab_size} different ones"),
         "reduction": "none" if patch is None else str(patch.reducer),
         "tokenizer": ", ".join(tokenizer) or f"none: save that of {usual} into the folder",
         "new weights": some(sorted(read.new)),

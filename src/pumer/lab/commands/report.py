@@ -7,6 +7,7 @@ from pumer._options import Count
 from pumer.lab.bench.settings import ReducerSettings
 from pumer.lab.commands.common import open_model
 from pumer.lab.tasks.prompts import is_generative
+from pumer.models.sizes import longest_text
 
 
 def report_(
@@ -28,7 +29,7 @@ def report_(
     longest = (
         net.config.get_text_config().max_position_embeddings
         if is_generative(net)
-        else net.config.max_position_embeddings
+        else longest_text(net.config)
     )
     if text is not None and text > longest:
         raise ValueError(

@@ -40,7 +40,8 @@ class Stock:
         shorter = self.processor.size.shortest_edge if self.processor.do_resize else None
         if shorter and self.processor.do_center_crop:
             crop = self.processor.crop_size
-            image = crop_ends(image, max(crop.height, crop.width) / shorter)
+            side = max(crop.height or 0, crop.width or 0, crop.shortest_edge or 0)
+            image = crop_ends(image, side / shorter)
         try:
             pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:

@@ -26,6 +26,8 @@ from pumer.lab.data.images import Square
 from pumer.lab.data.text import TextTransform, train_tokenizer
 from pumer.lab.score.job import Job
 from pumer.lab.score.run import score_pairs
+from pumer.lab.tasks.retrieval import ranking_scores
+from pumer.models.sizes import vision_of
 from pumer.presets import read_reducer
 from pumer.reducers import Reducer, to_dict
 
@@ -78,14 +80,30 @@ def _vilt(tiny: bool) -> PreTrainedModel:
     return ViltForImageAndTextRetrieval(ViltConfig(**small) if tiny else ViltConfig())
 
 
+def _bridgetower(tiny: bool) -> PreTrainedModel:
+    from transformers import BridgeTowerConfig, BridgeTowerForImageAndTextRetrieval
+
+    if not tiny:
+        return BridgeTowerForImageAndTextRetrieval(BridgeTowerConfig())
+    text = {**_TINY, "num_hidden_layers": 4, "vocab_size": 100, "max_position_embeddings": 60}
+    vision = {"hidden_size": 64, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16}
+    return BridgeTowerForImageAndTextRetrieval(
+        BridgeTowerConfig(text_config=text, vision_config=vision, **_TINY)
+    )
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "meter": partial(_meter, False),
     "vilt": partial(_vilt, False),
+    "bridgetower": partial(_bridgetower, False),
     "meter-tiny": partial(_meter, True),
     "vilt-tiny": partial(_vilt, True),
+    "bridgetower-tiny": partial(_bridgetower, True),
 }
-"""METER-CLIP16-RoBERTa and ViLT-B/32 at 384 pixels; and two to try things out with, of which no
-time means anything."""
+"""METER-CLIP16-RoBERTa and ViLT-B/32 at 384 pixels, BridgeTower-base at 288; and one of each to try
+things out with, of which no time means anything."""
+_PRESETS = {"bridgetower": "meter-retrieval"}
+"""Of models that nothing was published for."""
 
 COLUMNS = (
     "model",
@@ -114,7 +132,8 @@ class PairsBenchSettings:
     """Scoring of a pool against the plain loop over its pairs.
 
     Args:
-        model: a retrieval model of random weights and true architecture: meter or vilt.
+        model: a retrieval model of random weights and true architecture: meter, vilt or
+            bridgetower.
         reducers: presets, reducers' names, or `{"reducer": ..., setting: value}`; the model's
             retrieval preset if not given.
         images: images of the pool.
@@ -158,7 +177,11 @@ def bench_pairs(settings: PairsBenchSettings) -> list[dict[str, Any]]:
     rows = images if settings.rows is None else min(settings.rows, images)
     if min(images, texts, rows, settings.plain_pairs, settings.batch_size) < 1:
         raise ValueError("images, texts, rows, plain_pairs and batch_size are whole numbers from 1")
-    presets = [f"{model}-retrieval"] if settings.reducers is None else settings.reducers
+    presets = (
+        [_PRESETS.get(model, f"{model}-retrieval")]
+        if settings.reducers is None
+        else settings.reducers
+    )
     reducers: list[Reducer | None] = [
         None,
         *(read_reducer(spec) for spec in presets if spec is not None),
@@ -206,7 +229,7 @@ def _records(
                 "images": settings.images,
                 "texts": settings.texts,
                 "pairs_timed": pairs[way],
-                "image_size": net.config.image_size,
+                "image_size": vision_of(net.config).image_size,
                 "batch_size": settings.batch_size,
                 "runs": settings.runs,
                 **_seconds(timing),
@@ -242,7 +265,7 @@ def _seconds(timing: Timing) -> dict[str, float]:
 
 def _pool(net: PreTrainedModel, images: int, texts: int, batch_size: int) -> Job:
     """Images of noise and texts of random words, always the same."""
-    size, draw = net.config.image_size, random.Random(0)
+    size, draw = vision_of(net.config).image_size, random.Random(0)
     noise = np.random.default_rng(0)
     noise_images = [
         Image.fromarray(noise.integers(0, 256, (size, size, 3), dtype=np.uint8))
@@ -284,7 +307,9 @@ def _plain(job: Job, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     net = job.model
     with torch.inference_mode():
         batch_scores = [
-            net(**{name: value.to(net.device) for name, value in batch.items()}).logits[:, 0]
+            ranking_scores(
+                net(**{name: value.to(net.device) for name, value in batch.items()}).logits
+            )
             for batch in batches
         ]
     return torch.cat(batch_scores).float().cpu()

@@ -1,7 +1,8 @@
 """What is computed once per image, once per text, and per pair.
 
-METER runs each tower once, and its fusion layers per pair. ViLT has one encoder for both, so only
-patch embedding is done once per image.
+METER runs each tower once, and its fusion layers per pair. ViLT has one encoder for both, and
+BridgeTower's stock class runs towers and cross-modal layers together, so only patch embedding is
+done once per image.
 
 Shape suffixes: B batch, T text tokens, I image tokens, D channels.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from pumer.adapters.encoder.patches import embed_patches
 from pumer.adapters.rebind import rebind
 from pumer.api import active
+from pumer.lab.tasks.retrieval import ranking_scores
 
 Inputs = dict[str, Tensor]
 
@@ -87,7 +89,28 @@ class ViltPairs(Pairs):
         return self.model(**texts, **repeated).logits[:, 0]
 
 
+class BridgeTowerPairs(Pairs):
+    """`BridgeTowerForImageAndTextRetrieval`, whose score is that of a match against none."""
+
+    def images(self, pixel_values_B3HW: Tensor) -> list[Inputs]:
+        patch = active(self.model)
+        if patch is not None and patch.reducer.traits.needs_grid:
+            return [{"pixel_values": pixels} for pixels in pixel_values_B3HW.split(1)]
+        vision = self.model.bridgetower.vision_model
+        states_IBD = vision.visual.forward_pre(pixel_values_B3HW.type(vision.dtype))
+        return [{"image_embeds": states} for states in states_IBD.transpose(0, 1).split(1)]
+
+    def texts(self, inputs: Inputs) -> Inputs:
+        return inputs
+
+    def score(self, image: Inputs, texts: Inputs) -> Tensor:
+        count = len(texts["input_ids"])
+        repeated = {name: value.expand(count, *value.shape[1:]) for name, value in image.items()}
+        return ranking_scores(self.model(**texts, **repeated).logits)
+
+
 _CLASSES: dict[str, type[Pairs]] = {
+    "BridgeTowerForImageAndTextRetrieval": BridgeTowerPairs,
     "MeterForImageAndTextRetrieval": MeterPairs,
     "ViltForImageAndTextRetrieval": ViltPairs,
 }

@@ -34,6 +34,7 @@ from pumer.lab.tasks import build
 from pumer.lab.tasks.base import Collator, Example
 from pumer.lab.tasks.processors import ProcessorCollator, saved_collator
 from pumer.lab.tasks.prompts import is_generative, vocabulary
+from pumer.models.sizes import vision_of
 from pumer.reducers import EMBEDDINGS, from_dict
 
 
@@ -261,7 +262,7 @@ def _entry(model: Any, batch: dict[str, Any], image_index: int) -> Tensor:
     if is_generative(model):  # a prompt, which holds both
         image = (batch["input_ids"] == model.config.image_token_id).sum(1)
         return torch.stack([text - image, image], dim=1)
-    mask, patch_size = batch["pixel_mask"], model.config.patch_size
+    mask, patch_size = batch["pixel_mask"], vision_of(model.config).patch_size
     mask = mask if mask.ndim == 3 else mask[:, image_index]
     patches = mask[:, ::patch_size, ::patch_size].flatten(1).sum(1) + 1
     return torch.stack([text, patches.repeat_interleave(len(text) // len(patches))], dim=1)

@@ -111,7 +111,7 @@ def check_fit(model: Any, task: Task) -> None:
         classes = " or ".join(f"Vilt{head}" for head in offered)
         raise ValueError(
             f"{class_name} does not fit the task {task.name}, which {needs}: take a {classes} (or "
-            "Meter...); a training gets one with --model.kind"
+            "Meter..., BridgeTower...); a training gets one with --model.kind"
         )
     if not ranks and is_unnamed(task.labels):
         raise ValueError(

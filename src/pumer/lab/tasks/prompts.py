@@ -19,6 +19,7 @@ from pumer.lab.data.text import TextTransform
 from pumer.lab.tasks.base import NO_TEXT, Collator, Example, Task, extra_targets
 from pumer.lab.tasks.labels import check_fit, label_names, label_order
 from pumer.lab.tasks.vqa_answers import normalize
+from pumer.models.sizes import longest_text
 
 IGNORED = -100
 """Label of tokens without a loss."""
@@ -173,10 +174,12 @@ def collator_for(
             `labels.label_order`; for generative models with an unknown prompt format, and see
             `PromptCollator`.
     """
-    text = model.config.get_text_config() if is_generative(model) else model.config
-    transform = TextTransform(
-        tokenizer, max_length or min(text.max_position_embeddings, tokenizer.model_max_length)
+    longest = (
+        model.config.get_text_config().max_position_embeddings
+        if is_generative(model)
+        else longest_text(model.config)
     )
+    transform = TextTransform(tokenizer, max_length or min(longest, tokenizer.model_max_length))
     if not is_generative(model):
         check_fit(model, task)
         order = None if task.loss_kind in ("rank", "none") else label_order(model.config, task)

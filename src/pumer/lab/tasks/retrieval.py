@@ -38,6 +38,16 @@ _COCO = ("train2014", "val2014", "train2017", "val2017")
 DATASETS: tuple[Literal["flickr30k", "coco"], ...] = ("flickr30k", "coco")
 
 
+def ranking_scores(logits_NK: Tensor) -> Tensor:
+    """A score for each of N pairs of image and text: the only column [N,1] of a head for ranking,
+    or yes against no, of a head for matching [N,2].
+
+    >>> ranking_scores(torch.tensor([[1.0, 3.0]]))
+    tensor([2.])
+    """
+    return logits_NK[:, -1] if logits_NK.shape[1] == 1 else logits_NK[:, 1] - logits_NK[:, 0]
+
+
 class _Photo(NamedTuple):
     """An image of the official file; `captions` are (sentid, text)."""
 

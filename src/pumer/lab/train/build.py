@@ -69,8 +69,10 @@ def build(settings: TrainSettings) -> Models:
 
 
 def _set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Set the kernel of vision towers and decoders, which the adapter leaves alone."""
-    if find(model).tower_depth(model) or is_generative(model):
+    """Set the kernel of vision towers and decoders, which the adapter leaves alone, where
+    transformers has a choice."""
+    has_choice = model._supports_sdpa or attention == "eager"
+    if has_choice and (find(model).tower_depth(model) or is_generative(model)):
         model.set_attn_implementation(attention)
 
 

@@ -30,7 +30,7 @@ class GroundedOutput(ModelOutput):
 
 
 class Grounded(nn.Module):
-    """A ViLT, METER or LLaVA with a linear head on its image tokens, used while it is trained on
+    """A joint encoder or LLaVA with a linear head on its image tokens, used while it is trained on
     dense targets.
 
     `forward` takes the model's inputs and `patch_labels` int64 [B,P,7] (see `grounding_loss`; in
@@ -42,16 +42,17 @@ class Grounded(nn.Module):
     later layer's attention can compute from the two.
 
     Args:
-        layer: number of layers before the head, in METER fusion layers. Not the last one: no later
-            layer could then use what the patches have learned.
+        layer: number of layers before the head, in METER fusion layers, in
+            BridgeTower cross-modal ones. Not the last one: no later layer could then use what the
+            patches have learned.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
         super().__init__()
         config = model.config.get_text_config() if is_generative(model) else model.config
-        depth, width = config.num_hidden_layers, config.hidden_size
-        if not 1 <= layer <= depth:
-            raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {depth}")
+        self.depth, width = config.num_hidden_layers, config.hidden_size
+        if not 1 <= layer <= self.depth:
+            raise ValueError(f"grounding.layer is {layer}; the model has layers 1 to {self.depth}")
         self.model, self.config, self.layer = model, model.config, layer
         self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 3, 3, 3, 2)
         self.asks = nn.Linear(width, width) if is_generative(model) else None
@@ -62,7 +63,8 @@ class Grounded(nn.Module):
         if patch_labels is None:
             return self.model(**inputs)
         output = self.model(**inputs, output_hidden_states=True)
-        hidden = output.hidden_states[self.layer]
+        # Some return the states before the first layer as well.
+        hidden = output.hidden_states[self.layer - self.depth - 1]
         states = (
             self._of_encoder(hidden, patch_labels)
             if self.asks is None
@@ -74,7 +76,7 @@ class Grounded(nn.Module):
     def _of_encoder(self, hidden: Tensor, patch_labels: Tensor) -> Tensor:
         """Image tokens that have attended to the question: [B,P,D]."""
         states = hidden[:, -patch_labels.shape[1] :]
-        if hasattr(self.model.base_model, "layernorm"):  # METER's layers include their norms
+        if hasattr(self.model.base_model, "layernorm"):  # other layers include their norms
             states = self.model.base_model.layernorm(states)
         return states
 

@@ -24,13 +24,21 @@ from pumer.lab.tasks.labels import check_fit, label_names, same_names
 from pumer.lab.tasks.prompts import is_generative, vocabulary
 from pumer.lab.tasks.vqav2 import with_new_answers
 from pumer.lab.train.configuration import check_config, new_model
+from pumer.models import sizes
+from pumer.models.bridgetower.init import init_bridgetower_from_vilt
 from pumer.models.llava import new_llava, writing_tokenizer
 from pumer.models.meter.init import init_meter_from_vilt
 from pumer.models.vilt.init import init_local_attention
 from pumer.models.vilt.resize import resize_patches
 
 _LOG = logging.getLogger(__name__)
-_MODALITIES = ("vilt.embeddings.token_type_embeddings.weight", "meter.modality_embeddings.weight")
+_MODALITIES = (
+    "vilt.embeddings.token_type_embeddings.weight",
+    "meter.modality_embeddings.weight",
+    "bridgetower.token_type_embeddings.weight",
+)
+_FROM_VILT = {"meter": init_meter_from_vilt, "bridgetower": init_bridgetower_from_vilt}
+"""Families whose text encoder is a RoBERTa, with their initialization."""
 
 
 @dataclass
@@ -44,7 +52,7 @@ class ModelSettings:
             model.
         config: settings of a new model's configuration; with `path`, those to change.
         start: a ViLT with blocks of the same width, to initialize the word embeddings and first
-            blocks of a new METER or LLaVA.
+            blocks of a new METER, BridgeTower or LLaVA.
         tokenizer: folder or name of the tokenizer, or a shipped model that has it, if `path` does
             not.
         image_size: side of the images in pixels, to change that of the published checkpoint at
@@ -88,9 +96,9 @@ def prepare(
     if not is_generative(net):
         check_fit(net, the_task)
     padding = getattr(net.config, "text_config", net.config).pad_token_id
-    if net.config.model_type == "meter" and padding != tokenizer.pad_token_id:
+    if net.config.model_type in _FROM_VILT and padding != tokenizer.pad_token_id:
         raise ValueError(  # RoBERTa derives positions from it
-            f"the tokenizer pads with {tokenizer.pad_token_id}, METER's text encoder takes "
+            f"the tokenizer pads with {tokenizer.pad_token_id}, the model's text encoder takes "
             f"{padding} for padding: give model.config.text_config.pad_token_id "
             f"{tokenizer.pad_token_id}"
         )
@@ -109,11 +117,12 @@ def _new(
         return new_llava(
             net_class, config, writing_tokenizer(tokenizer, the_task.labels), vilt
         ), build(task)
-    net = new_model(net_class, config | _label_names(the_task))
+    defaults = _image_names(net_class.config_class(), the_task)
+    net = new_model(net_class, defaults | config | _label_names(the_task))
     if net.config.model_type == "vilt":
         init_local_attention(net)
     elif vilt is not None:
-        init_meter_from_vilt(net, vilt)
+        _FROM_VILT[net.config.model_type](net, vilt)
     return net, the_task
 
 
@@ -145,7 +154,7 @@ def _trained(
         the_task.loss_kind == "rank" or same_names(labels, the_task.labels)
     )
     net = start if same and not config else rebuild(start, net_class, the_task, config)
-    if settings.patch_size and settings.patch_size != net.config.patch_size:
+    if settings.patch_size and settings.patch_size != sizes.vision_of(net.config).patch_size:
         net = resize_patches(net, settings.patch_size)
     return net, the_task
 
@@ -153,7 +162,7 @@ def _trained(
 def longest_text(net: PreTrainedModel, wanted: int) -> int:
     """Length in tokens that texts are cut to: at most the positions of a model that chooses its
     answers."""
-    return wanted if is_generative(net) else min(wanted, net.config.max_position_embeddings)
+    return wanted if is_generative(net) else min(wanted, sizes.longest_text(net.config))
 
 
 def model_path(model: str) -> Path:
@@ -210,7 +219,7 @@ def rebuild(
 
     A head is kept if its shapes and, for a classifier, its labels stay the same; new weights are
     logged. With several images the token types of further images start as the last one of the
-    start, as in ViLT and METER.
+    start, as in ViLT, METER and BridgeTower.
 
     Args:
         start: the model whose weights are taken.
@@ -224,12 +233,7 @@ def rebuild(
     config = copy.deepcopy(start.config)
     keeps_labels = task.loss_kind == "rank" or same_names(label_names(config), task.labels)
     names = {} if keeps_labels else _label_names(task)
-    if task.image_count > 1:
-        names["num_images"] = task.image_count
-        names["modality_type_vocab_size"] = max(
-            config.modality_type_vocab_size, task.image_count + 1
-        )
-    _change(config, {**names, **changes})
+    _change(config, {**names, **_image_names(config, task), **changes})
     net = new_model(net_class, config)
     new = net.state_dict()
     old = {
@@ -297,6 +301,17 @@ def _build(task: dict[str, Any], labels: Sequence[str], train_split: str) -> Tas
         if isinstance(built, VQAv2) and not built.labels
         else built
     )
+
+
+def _image_names(config: Any, task: Task) -> dict[str, int]:
+    """What the configuration says for a task with several images per example."""
+    if task.image_count < 2:
+        return {}
+    names = {"num_images": task.image_count}
+    types = getattr(config, "modality_type_vocab_size", None)
+    if types is not None:
+        names["modality_type_vocab_size"] = max(types, task.image_count + 1)
+    return names
 
 
 def _label_names(task: Task) -> dict[str, Any]:

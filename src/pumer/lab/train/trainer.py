@@ -12,6 +12,7 @@ from transformers import EvalPrediction, Trainer
 from pumer.api import active, unreduced
 from pumer.lab.evaluate import NOT_NUMBERS, paired
 from pumer.lab.tasks.base import Collator, Task, last_argmax
+from pumer.lab.tasks.retrieval import ranking_scores
 from pumer.lab.train.losses import distillation_loss, matching_loss, task_loss
 from pumer.lab.train.watch import FirstFailure
 
@@ -136,10 +137,11 @@ class TaskTrainer(Trainer):
             outputs = teacher(**paired(teacher, inputs, texts))
         return self._logits(outputs, labels, self.distillation.collator)
 
-    @staticmethod
-    def _logits(outputs: Any, labels: Tensor, collator: Any) -> Tensor:
+    def _logits(self, outputs: Any, labels: Tensor, collator: Any) -> Tensor:
         """One row per example, in the order of the task's labels or of the texts to rank."""
-        logits = outputs.logits.reshape(len(labels), -1)  # one logit per text when ranking
+        logits = outputs.logits
+        if self.task.loss_kind == "rank":
+            logits = ranking_scores(logits).reshape(len(labels), -1)
         return collator.in_task_order(logits) if isinstance(collator, Collator) else logits
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,11 +12,9 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.utils import ModelOutput
 
+from pumer.models.heads import classifier, name_entailment_labels
 from pumer.models.meter.configuration import MeterConfig
 from pumer.models.meter.modeling import MeterModel, MeterPreTrainedModel
-
-LABELS = ("contradiction", "neutral", "entailment")
-"""Classes of visual entailment, in the order of the published checkpoints."""
 
 
 @dataclass
@@ -35,20 +33,13 @@ class MeterRetrievalOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-def _classifier(config: MeterConfig, width: int) -> nn.Sequential:
-    inner = 2 * config.hidden_size
-    return nn.Sequential(
-        nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_labels)
-    )
-
-
 class MeterForQuestionAnswering(MeterPreTrainedModel):
     """METER with a classifier over answers."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _classifier(config, 2 * config.hidden_size)
+        self.classifier = classifier(config, 2 * config.hidden_size)
         self.post_init()
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
@@ -72,12 +63,10 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
     others."""
 
     def __init__(self, config: MeterConfig) -> None:
-        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # unnamed
-            config.id2label = dict(enumerate(LABELS))
-            config.label2id = {label: index for index, label in enumerate(LABELS)}
+        name_entailment_labels(config)
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _classifier(config, 2 * config.hidden_size)
+        self.classifier = classifier(config, 2 * config.hidden_size)
         self.post_init()
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
@@ -103,7 +92,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             )
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _classifier(config, 2 * config.hidden_size * config.num_images)
+        self.classifier = classifier(config, 2 * config.hidden_size * config.num_images)
         self.post_init()
 
     def forward(

@@ -9,34 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.vilt.configuration_vilt import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltModel, ViltPreTrainedModel
 
-LABELS = ("contradiction", "neutral", "entailment")
+from pumer.models.heads import classifier, name_entailment_labels
 
 
 class ViltForVisualEntailment(ViltPreTrainedModel):
     """ViLT with a head of three classes on the pooled text [CLS].
 
-    The classes are `LABELS`, in that order unless `config.id2label` names them.
+    The classes are `heads.LABELS`, in that order unless `config.id2label` names them.
     """
 
     def __init__(self, config: ViltConfig) -> None:
-        if all(str(name).startswith("LABEL_") for name in config.id2label.values()):  # unnamed
-            config.id2label = dict(enumerate(LABELS))
-            config.label2id = {label: index for index, label in enumerate(LABELS)}
+        name_entailment_labels(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vilt = ViltModel(config)
-        width = config.hidden_size
-        self.classifier = nn.Sequential(
-            nn.Linear(width, 2 * width),
-            nn.LayerNorm(2 * width),
-            nn.GELU(),
-            nn.Linear(2 * width, config.num_labels),
-        )
+        self.classifier = classifier(config, config.hidden_size)
         self.post_init()
 
     def forward(
