@@ -62,7 +62,7 @@ def test_the_nearest_class_is_named():
 
 def test_a_supported_model_inside_another_is_pointed_out(model):
     with pytest.raises(
-        ValueError, match="contains a ViltForQuestionAnswering: pass that module instead"
+        ValueError, match="contains a ViltForQuestionAnswering: if it gives that pixel_values, pass"
     ):
         pumer.apply(nn.Sequential(model), PuMer())
 

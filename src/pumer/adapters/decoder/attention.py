@@ -179,7 +179,7 @@ def slice_attention_mask(
         if filled_BK is None or backend.startswith("flash"):
             return filled_BK
         if not causal:
-            return _as(filled_BK[:, None, None].expand(-1, -1, queries, -1), backend, dtype)
+            return _as(filled_BK[:, None, None], backend, dtype)
         rows = torch.arange(queries, device=columns_BK.device)[None] if rows_BQ is None else rows_BQ
         visible_BQK = (columns_BK[:, None] <= first + rows[..., None]) & filled_BK[:, None]
         return _as(visible_BQK[:, None], backend, dtype)

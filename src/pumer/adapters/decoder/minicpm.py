@@ -51,7 +51,8 @@ class MiniCPMAdapter(AnySizeAdapter):
     ) -> tuple[int, int]:
         """Behind the layer that merges patches a quarter of them goes on."""
         config, vision = config_of(model), self.vision(model)
-        crops, patches = self.tower_entry(model, image)
+        crops, tokens = self.tower_entry(model, image)
+        patches = tokens * self.patches_per_token(model)
         _, width, _ = self.tower_shape(model)
         merges = config.downsample_mode != FINE
         macs = patches * vision.embeddings.patch_embedding.weight.numel()
