@@ -88,6 +88,9 @@ def test_training_never_waits_for_the_device(kind):
         model(**inputs).logits.sum().backward()
 
 
+SLOW = pytest.mark.slow
+
+
 def shuffled(inputs):
     """A second batch of the same shape with other lengths in it."""
     return {name: tensor.flip(0) for name, tensor in inputs.items()}
@@ -98,7 +101,13 @@ def is_compiled(family, name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reducer"), [case for case in CASES if is_compiled(*case.id.split("-", 1))]
+    ("kind", "reducer"),
+    [
+        # A compilation takes seconds: of every family, PuMer is compiled in every run.
+        case if case.id.endswith(("-pumer", "-tome+pumer")) else pytest.param(*case.values, id=case.id, marks=SLOW)
+        for case in CASES
+        if is_compiled(*case.id.split("-", 1))
+    ],
 )
 def test_one_graph_for_every_batch(kind, reducer):
     torch._dynamo.reset()

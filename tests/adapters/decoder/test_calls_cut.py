@@ -72,7 +72,13 @@ def in_two_calls(model, ids, pixels, cut):
     return prefill(model, ids[:, cut:], prefix, pixel_values=pixels)
 
 
-@pytest.mark.parametrize("cut", [12, 7], ids=["before the image", "inside the words"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(12, id="before the image"),
+        pytest.param(7, id="inside the words", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", READS)
 def test_a_cached_prefix_changes_nothing(llava, name, cut):
     right = 0
