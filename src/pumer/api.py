@@ -141,7 +141,7 @@ def _check_pack(adapter: Adapter, reducer: Reducer, trim: bool) -> None:
     """Raise ValueError where rows cannot be packed."""
     if not adapter.packs:
         raise ValueError(
-            f"{adapter.family} cannot pack the rows of a batch, as joint encoders can: leave pack "
+            f"{adapter.family} cannot pack the rows of a batch, as ViLT and METER can: leave pack "
             "out"
         )
     if not trim:

@@ -104,7 +104,9 @@ def is_compiled(family, name):
     ("kind", "reducer"),
     [
         # A compilation takes seconds: of every family, PuMer is compiled in every run.
-        case if case.id.endswith(("-pumer", "-tome+pumer")) else pytest.param(*case.values, id=case.id, marks=SLOW)
+        case
+        if case.id.endswith(("-pumer", "-tome+pumer"))
+        else pytest.param(*case.values, id=case.id, marks=SLOW)
         for case in CASES
         if is_compiled(*case.id.split("-", 1))
     ],
