@@ -93,10 +93,19 @@ ELSEWHERE |= {"mmtok", "hiprune", "v2drop"}
 `test_llm_oracle` have them."""
 
 
+IN_EVERY_RUN = ("none", "pumer", "tome", "energy", "smarttrim", "dynamicvit", "tome+pumer")
+"""Reducers of BridgeTower's cases that are not slow tests: its layers are METER's."""
+
+
 def on_every_family(**more: Reducer) -> list:
     """Cases (kind of model, reducer): every reducer on every family, and what is given besides."""
     return [
-        pytest.param(kind, reducer, id=f"{family}-{name}")
+        pytest.param(
+            kind,
+            reducer,
+            id=f"{family}-{name}",
+            marks=[pytest.mark.slow] * (family == "BridgeTower" and name not in IN_EVERY_RUN),
+        )
         for family, kind in tiny.FAMILIES.items()
         for name, reducer in (REDUCERS | ({} if family == "ViLT" else COMPOSED) | more).items()
     ]
