@@ -154,9 +154,11 @@ class DecoderAdapter(DecoderCosts):
         facts = self.vision_facts(trunk, captured)
         return one_span_each(output.pooler_output, self.default_grid(trunk), facts)
 
-    def spans_in_prompt(self, images: list[ImageSpan], image_BS: Tensor) -> list[ImageSpan]:
-        """The same images where only the prompt says where one ends; asked for if there is no
-        `placeholder_hook`."""
+    def spans_in_prompt(
+        self, images: list[ImageSpan], image_BS: Tensor, inputs: dict[str, Any]
+    ) -> list[ImageSpan]:
+        """Those of the images of a call that its prompts have placeholders for, where only the
+        prompt says which, or where one ends; asked for if there is no `placeholder_hook`."""
         return images
 
     def placeholder_mask(
@@ -216,10 +218,6 @@ class DecoderAdapter(DecoderCosts):
             return None
         rows, columns = self.default_grid(trunk)
         return CropGroups.of(image_BS, rows * columns, features, gap=self.crop_gap)
-
-    def images_in_prompts(self, images: list[ImageSpan], inputs: dict[str, Any]) -> list[ImageSpan]:
-        """Those of the images of a call that its prompts have placeholders for."""
-        return images
 
     def output(self, state: ForwardState, output: Any) -> Any:
         """What the whole model gives, from what the stock one would give."""

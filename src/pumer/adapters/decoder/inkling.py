@@ -37,7 +37,9 @@ class InklingAdapter(AnySizeAdapter):
     def image_spans(self, trunk: Any, output: Any, captured: Captured) -> list[ImageSpan]:
         return [ImageSpan(len(output.pooler_output))]
 
-    def spans_in_prompt(self, images: list[ImageSpan], image_BS: Tensor) -> list[ImageSpan]:
+    def spans_in_prompt(
+        self, images: list[ImageSpan], image_BS: Tensor, inputs: dict[str, Any]
+    ) -> list[ImageSpan]:
         begins = (image_BS & ~shift(image_BS, 1))[image_BS]
         starts = begins.nonzero()[:, 0].tolist()
         ends = [*starts[1:], len(begins)]

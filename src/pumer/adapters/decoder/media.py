@@ -100,8 +100,7 @@ def find_placeholders(hooks: Hooks, state: ForwardState, embeddings: Tensor) -> 
         image, *_ = hooks.spec.placeholder_mask(
             hooks.trunk, state.inputs.get("input_ids"), embeddings
         )
-        state.tower_images = hooks.spec.images_in_prompts(state.tower_images, state.inputs)
-        state.tower_images = hooks.spec.spans_in_prompt(state.tower_images, image)
+        state.tower_images = hooks.spec.spans_in_prompt(state.tower_images, image, state.inputs)
         num_features = sum(span.length for span in state.tower_images)
         encoded = (state.inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:  # beams bring the features of their images again

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pumer.adapters.base import Patch, config_of, register
 from pumer.adapters.decoder import attention as decoder_attention
@@ -39,7 +39,9 @@ class PI0Adapter(PaliGemmaAdapter):
         decoder_attention.check_backend(model.model.dit.config)
         super().patch(model, patch)
 
-    def images_in_prompts(self, images: list[ImageSpan], inputs: dict[str, Any]) -> list[ImageSpan]:
+    def spans_in_prompt(
+        self, images: list[ImageSpan], image_BS: Tensor, inputs: dict[str, Any]
+    ) -> list[ImageSpan]:
         # The sample with fewer cameras has empty images behind its own.
         real = inputs["pixel_attention_mask"].flatten().tolist()
         return [image for image, is_real in zip(images, real, strict=True) if is_real]
