@@ -3,6 +3,7 @@
 import pytest
 import tiny
 
+import halves
 from pumer import Compose, NoVision, Pool, PuMer, Random, Reducer, ToMe, Uniform, Unreduced
 from pumer.reducers import (
     DART,
@@ -94,21 +95,20 @@ ELSEWHERE |= {"mmtok", "hiprune", "v2drop"}
 
 
 IN_EVERY_RUN = ("none", "pumer", "tome", "energy", "smarttrim", "dynamicvit", "tome+pumer")
-"""Reducers of BridgeTower's cases that are not slow tests: its layers are METER's."""
+"""Reducers that run every time on models of two streams, one of each kind; the others, which run
+every time on ViLT, are slow tests there."""
 
 
 def on_every_family(**more: Reducer) -> list:
     """Cases (kind of model, reducer): every reducer on every family, and what is given besides."""
-    return [
-        pytest.param(
-            kind,
-            reducer,
-            id=f"{family}-{name}",
-            marks=[pytest.mark.slow] * (family == "BridgeTower" and name not in IN_EVERY_RUN),
-        )
+    cases = [
+        pytest.param(kind, reducer, id=f"{family}-{name}")
         for family, kind in tiny.FAMILIES.items()
         for name, reducer in (REDUCERS | ({} if family == "ViLT" else COMPOSED) | more).items()
     ]
+    return halves.sweep(
+        cases, lambda id: id.startswith("ViLT-") or id.split("-", 1)[1] in IN_EVERY_RUN
+    )
 
 
 def missing() -> set[str]:

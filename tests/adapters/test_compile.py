@@ -8,10 +8,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import halves
 import pumer
 
 CASES = matrix.on_every_family(official=matrix.OFFICIAL)
-EVERY_FAMILY = pytest.mark.parametrize("kind", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+FAMILIES = [pytest.param(kind, id=family) for family, kind in tiny.FAMILIES.items()]
+EVERY_FAMILY = pytest.mark.parametrize("kind", FAMILIES)
 EVERY_REDUCER = pytest.mark.parametrize(("kind", "reducer"), CASES)
 COMPILED = {
     "ViLT": ("pumer", "tome", "pool-inside", "random", "official"),
@@ -88,9 +90,6 @@ def test_training_never_waits_for_the_device(kind):
         model(**inputs).logits.sum().backward()
 
 
-SLOW = pytest.mark.slow
-
-
 def shuffled(inputs):
     """A second batch of the same shape with other lengths in it."""
     return {name: tensor.flip(0) for name, tensor in inputs.items()}
@@ -102,14 +101,11 @@ def is_compiled(family, name):
 
 @pytest.mark.parametrize(
     ("kind", "reducer"),
-    [
-        # A compilation takes seconds: of every family, PuMer is compiled in every run.
-        case
-        if case.id.endswith(("-pumer", "-tome+pumer"))
-        else pytest.param(*case.values, id=case.id, marks=SLOW)
-        for case in CASES
-        if is_compiled(*case.id.split("-", 1))
-    ],
+    # A compilation takes seconds.
+    halves.sweep(
+        [case for case in CASES if is_compiled(*case.id.split("-", 1))],
+        ("ViLT-pumer", "METER-tome+pumer"),
+    ),
 )
 def test_one_graph_for_every_batch(kind, reducer):
     torch._dynamo.reset()
@@ -127,7 +123,7 @@ def test_one_graph_for_every_batch(kind, reducer):
     assert counter.frame_count == 1, "the second batch was compiled anew"
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("kind", halves.sweep(FAMILIES, ("ViLT", "METER")))
 def test_trimming_is_left_out_of_a_graph(kind):
     """With the default `trim=True` too: the host cannot read lengths inside a graph."""
     torch._dynamo.reset()

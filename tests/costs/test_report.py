@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltForQuestionAnswering
 
+import halves
 import pumer
 from pumer.costs.reducer import NO_COST, count_reducer_costs
 from pumer.costs.report import last_forward_macs
@@ -53,7 +54,9 @@ def test_the_formula_is_what_torch_counts(name):
     assert seen - positions == pytest.approx(last_forward_macs(model), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", tiny.TWO_STREAMS)
+@pytest.mark.parametrize(
+    "kind", halves.sweep(tiny.TWO_STREAMS, (tiny.FAMILIES["METER"], tiny.FAMILIES["BridgeTower"]))
+)
 @pytest.mark.parametrize("name", ["none", "pumer", "tome", "pool", *matrix.COMPOSED])
 def test_the_formula_is_what_torch_counts_of_two_streams(kind, name):
     model, inputs = tiny.model(kind), tiny.batch(kind, padding=0)

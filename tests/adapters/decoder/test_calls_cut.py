@@ -11,6 +11,7 @@ import torch
 from calls import PLACES, answer, generated, near
 from tiny_llm import IMAGE
 
+import halves
 import pumer
 from pumer import CDPruner, DivPrune, FastV, PuMer, PyramidDrop, Random, SparseVLM
 
@@ -74,10 +75,10 @@ def in_two_calls(model, ids, pixels, cut):
 
 @pytest.mark.parametrize(
     "cut",
-    [
-        pytest.param(12, id="before the image"),
-        pytest.param(7, id="inside the words", marks=pytest.mark.slow),
-    ],
+    halves.sweep(
+        [pytest.param(12, id="before the image"), pytest.param(7, id="inside the words")],
+        ("before the image",),
+    ),
 )
 @pytest.mark.parametrize("name", READS)
 def test_a_cached_prefix_changes_nothing(llava, name, cut):

@@ -6,6 +6,7 @@ import pytest
 import tiny_llm
 import torch
 
+import halves
 import pumer
 from pumer import VTW, Chain, MMTok, NoVision, PuMer, Random, Uniform, V2Drop
 from pumer.reducers import FastV
@@ -58,7 +59,7 @@ def test_logits_of_batches_padded_on_the_right(model, family, reducer):
     torch.testing.assert_close(reduced[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", halves.sweep(LAYOUTS, ("padded",)))
 @pytest.mark.parametrize("reducer", PRUNING)
 def test_generate(model, family, reducer, layout):
     inputs = tiny_llm.batch(family, LAYOUTS[layout])

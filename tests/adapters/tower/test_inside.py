@@ -9,6 +9,7 @@ import tiny_llm
 import torch
 from tiny_llm import answer, logits, near
 
+import halves
 import pumer
 from pumer import Compose, DyMU, FastV, ToMe, Uniform, Unreduced
 from pumer.adapters import find
@@ -34,7 +35,7 @@ SLOWER = (
     "cosmos3_omni",
     "cohere_compass",
 )
-CASES = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
+CASES = halves.sweep((*FAMILIES, *SLOWER), FAMILIES)
 
 
 @pytest.fixture(scope="module", params=CASES)
