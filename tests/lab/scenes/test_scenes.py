@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from pumer.cli import main
+from pumer.lab import tasks
+from pumer.lab.data.images import open_image
 from pumer.lab.scenes import drawing as scenes
 from pumer.lab.scenes import files as scene_files
 from pumer.lab.scenes.drawing import (
@@ -120,7 +122,7 @@ def test_objects_are_in_the_picture_and_visible(monkeypatch):
     for picture in range(150):
         laid.clear()
         one = draw_scenes(1, [picture])
-        area = scenes._atlas(96, one.images.device)[1][laid[0][0]]
+        area = scenes._atlas(1.0, one.images.device)[1][laid[0][0]]
         for k in range(10):
             seen = (one.owner[0] == k).sum() / area[k]
             if one.present[0, k]:
@@ -132,6 +134,117 @@ def test_objects_are_in_the_picture_and_visible(monkeypatch):
     assert min(visible) >= 0.5
     assert np.mean(np.array(visible) < 0.6) < 0.02
     assert np.mean(np.array(visible) < 0.99) > 0.2, "objects should overlap"
+
+
+CROWD = {"image_size": 192, "objects": (20, 40), "shape_scale": 1.0}
+
+
+def test_a_crowd_of_shapes_as_large_as_in_small_pictures():
+    crowd = draw_scenes(3, range(24), **CROWD)
+    assert crowd.present.shape == (24, 40)
+    assert 15 <= crowd.present.sum(1).min() <= crowd.present.sum(1).max() <= 40
+    assert crowd.present.sum(1).float().mean() > 25
+    for picture in range(4):
+        owner = crowd.owner[picture]
+        for k in crowd.present[picture].nonzero()[:, 0].tolist():
+            rows, columns = (owner == k).nonzero(as_tuple=True)
+            assert rows.max() - rows.min() < 40  # pixels, at most 2 x 1.25 x 14
+            assert abs(float(columns.float().mean()) - float(crowd.x[picture, k])) < 12
+    alone = draw_scenes(3, [5], **CROWD)
+    assert torch.equal(alone.images[0], crowd.images[5])
+
+
+@pytest.mark.parametrize("objects", [(20, 40), (64, 64)])
+def test_questions_about_a_crowd_are_as_true_as_others(objects):
+    style = {"image_size": 384, "objects": objects, "shape_scale": 0.8}
+    crowd = draw_scenes(5, range(30), **style)
+    asked = ask(crowd, 5, range(30), per_picture=8)
+    assert len(asked) == 240
+    answers = {"yes": 0, "no": 0}
+    for question in asked:
+        if question.kind != "existence":
+            continue
+        answers[question.answer] += 1
+        row = question.image_index
+        named = question.question.rstrip("?").split()
+        fits = [
+            k
+            for k in range(objects[1])
+            if crowd.present[row, k]
+            and all(
+                word not in (*scenes.COLOURS, *scenes.SHAPES)
+                or word
+                in (scenes.COLOURS[crowd.colour[row, k]], scenes.SHAPES[crowd.shape[row, k]])
+                for word in named
+            )
+        ]
+        assert (question.answer == "yes") == bool(fits), question
+    assert min(answers.values()) > 5
+
+
+@pytest.mark.parametrize(
+    ("style", "problem"),
+    [
+        ({"objects": (0, 4)}, "1 to 64"),
+        ({"objects": (5, 4)}, "1 to 64"),
+        ({"objects": (4, 65)}, "1 to 64"),
+        ({"shape_scale": 0.0}, "shape_scale 0 "),
+        ({"shape_scale": -1.0}, "shape_scale -1 "),
+        ({"shape_scale": 3.0}, "fits the image's 96"),
+    ],
+)
+def test_what_fits_no_picture_is_refused(style, problem):
+    with pytest.raises(ValueError, match=problem):
+        draw_scenes(0, [0], **style)
+    with pytest.raises(ValueError, match=problem):
+        tasks.build({"name": "scenes"} | style)
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Twenty plain photographs, the number of each in its red."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", (150, 100 + number), (10 * number, 77, 200)).save(
+            folder / f"{number:02}.png"
+        )
+    return folder
+
+
+def test_photographs_of_train_and_test_are_others(album):
+    seen = {}
+    for split in ("train", "val", "test"):
+        task = tasks.build({"name": "scenes", "questions": 60, "backgrounds": str(album)})
+        reds = set()
+        for example in task.examples(split)[:]:
+            pixels = np.asarray(example.images[0])
+            ground = (abs(pixels[..., 1].astype(int) - 77) < 9) & (pixels[..., 2] > 185)
+            assert ground.any()
+            reds.add(round(float(np.median(pixels[ground][:, 0])) / 10))
+        seen[split] = reds
+    assert seen["val"] <= {8, 18}
+    assert seen["test"] <= {9, 19}
+    assert not seen["train"] & {8, 9, 18, 19}
+    assert len(seen["train"]) > 10
+
+
+def test_a_picture_on_photographs_is_the_same_in_every_batch(album):
+    task = tasks.build({"name": "scenes", "questions": 9, "backgrounds": str(album)})
+    examples = task.examples("val")
+    together = [np.asarray(example.images[0]) for example in examples[:]]
+    for number in (0, 4, 8):
+        assert np.array_equal(np.asarray(examples[number].images[0]), together[number])
+
+
+def test_an_album_without_photographs_for_a_split(album):
+    for path in list(album.iterdir())[3:]:
+        path.unlink()
+    task = tasks.build({"name": "scenes", "backgrounds": str(album)})
+    with pytest.raises(ValueError, match="has 3 photographs, none of them for test"):
+        task.examples("test")
+    with pytest.raises(ValueError, match="does not exist"):
+        tasks.build({"name": "scenes", "backgrounds": "/no/album"}).examples("train")
 
 
 @pytest.mark.parametrize("texture", range(4))
@@ -376,6 +489,31 @@ def test_a_full_folder_is_refused(tmp_path):
     assert write_vqav2(tmp_path / "empty", seed=0, pictures=1, per_picture=1).is_dir()
     with pytest.raises(ValueError, match="1 to 1000"):
         write_vqav2(tmp_path / "new", seed=0, pictures=1, per_picture=1001)
+
+
+def test_a_crowd_on_photographs_in_official_files(tmp_path, album):
+    main(
+        f"data scenes --out {tmp_path / 'out'} --pictures 3 --split val2014 --image_size 192 "
+        f"--objects [20,30] --shape_scale 0.9 --backgrounds {album}".split()
+    )
+    task = tasks.build({"name": "vqav2", "root": str(tmp_path / "out")})
+    examples = task.examples("val2014")
+    written = [np.asarray(open_image(examples[number].images[0])) for number in range(12)]
+    made = tasks.build(
+        {
+            "name": "scenes",
+            "image_size": 192,
+            "objects": (20, 30),
+            "shape_scale": 0.9,
+            "backgrounds": str(album),
+        }
+    )
+    expected = made.make(2, [0, 1, 2], split="val")
+    for number, example in enumerate(expected):
+        assert np.array_equal(written[4 * number], np.asarray(example.images[0]))
+    assert main(f"data scenes --out {tmp_path / 'new'} --backgrounds {album} --split mine".split())
+    assert main(f"data scenes --out {tmp_path / 'new'} --task nlvr2 --objects [20,30]".split())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):

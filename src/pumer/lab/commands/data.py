@@ -113,6 +113,9 @@ def scenes(
     dataset: Literal["flickr30k", "coco"] = "flickr30k",
     seed: int = 2,
     image_size: Count = 96,
+    objects: tuple[int, int] | None = None,
+    shape_scale: float | None = None,
+    backgrounds: str | None = None,
 ) -> None:
     """Write generated images with questions, sentences or captions in a task's official format.
 
@@ -128,8 +131,13 @@ def scenes(
         dataset: retrieval: whose format.
         seed: the shipped models were trained with 1; any other gives unseen images.
         image_size: side in pixels.
+        objects: vqav2: least and most objects in an image, up to 64; 4 to 10 if not given.
+        shape_scale: vqav2: size of the shapes, 1 for those of 96-pixel images; they grow with the
+            image if not given.
+        backgrounds: vqav2: folder, LMDB file or Parquet file of photographs to draw on.
     """
     from pumer.lab.scenes import set_files as scene_set_files
+    from pumer.lab.scenes.drawing import OBJECTS
     from pumer.lab.scenes.files import write_vqav2
 
     check_space(out, 3 * image_size**2 * (sum(splits.values()) if splits else pictures))
@@ -141,10 +149,18 @@ def scenes(
             per_picture=per_picture,
             split=split,
             image_size=image_size,
+            objects=objects or OBJECTS,
+            shape_scale=shape_scale,
+            backgrounds=backgrounds,
         )
         print(f"{pictures:,} images with {pictures * per_picture:,} questions, {split}, in {out}")
         print(_next(task, out, split))
         return
+    if objects or shape_scale or backgrounds:
+        raise ValueError(
+            f"objects, shape_scale and backgrounds are for --task vqav2: sentences of {task} are "
+            "about few objects"
+        )
     names = scene_set_files.SPLITS[dataset if task == "retrieval" else task]
     counts = splits or {
         name: pictures if name == names[0] else max(1, pictures // 10) for name in names

@@ -6,8 +6,8 @@ arithmetic, except the distances used to place objects. For speed, shapes are dr
 signed distances into an atlas of stamps (shape x radius x angle x texture); an image is up to ten
 stamps on a canvas, later ones on top.
 
-Shape suffixes: B images, K objects (10), C candidate places, S side in pixels, W stamp side, N
-patches.
+Shape suffixes: B images, K objects (10 unless asked for more), C candidate places, S side in
+pixels, W stamp side, N patches.
 """
 
 import functools
@@ -22,17 +22,19 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white"
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "large")
 TEXTURES = ("solid", "stripes", "checker", "dots")
-MAX_OBJECTS = 10
-MIN_OBJECTS = 4
+OBJECTS = (4, 10)
+"""Least and most objects in an image."""
 
 _RGB = ((225, 25, 30), (25, 165, 45), (30, 70, 240), (245, 225, 30),
         (150, 45, 205), (40, 215, 225), (250, 130, 10), (243, 243, 243))  # fmt: skip
-_RADII = (8.5, 9.0, 9.5, 13.0, 13.5, 14.0)  # pixels at 96 px; the first three are small
+_SIDE = 96  # pixels of an image whose shapes have scale 1
+_RADII = (8.5, 9.0, 9.5, 13.0, 13.5, 14.0)  # pixels at scale 1; the first three are small
 _ANGLES = tuple(math.radians(a) for a in (-4, 0, 4))
 _REACH = 1.25  # the farthest any shape extends from its centre, in radii
 _CANDIDATES = 8
 _COVER_LIMIT = 0.33  # estimated share of an object that later ones may cover
 _MIN_VISIBLE = 0.5
+_MOST_OBJECTS = 64  # their numbers are int8, and their places are found one after the other
 _CHUNK = 32  # images a step on CPU, so that its arrays stay in the cache
 _MIN_COVER = 0.25  # share of a patch that objects must cover for it not to be background
 
@@ -42,8 +44,8 @@ class Scenes:
     """A batch of images and the objects in them.
 
     `images` uint8 [B, 3, S, S]. `colour`, `shape`, `size`, `texture` (indices into COLOURS, SHAPES,
-    SIZES, TEXTURES), `x`, `y` (centre, pixels from the left and from the top): int64 [B, 10].
-    `present` bool [B, 10]; the other columns mean nothing where it is False. `owner` int8 [B, S,
+    SIZES, TEXTURES), `x`, `y` (centre, pixels from the left and from the top): int64 [B, K].
+    `present` bool [B, K]; the other columns mean nothing where it is False. `owner` int8 [B, S,
     S]: the object seen at a pixel, -1 background.
     """
 
@@ -62,14 +64,29 @@ def draw_scenes(
     seed: int,
     index: Sequence[int] | Tensor,
     *,
-    image_size: int = 96,
+    image_size: int = _SIDE,
+    objects: tuple[int, int] = OBJECTS,
+    shape_scale: float | None = None,
+    photographs: Sequence[Tensor] = (),
     device: torch.device | str = "cpu",
 ) -> Scenes:
     """Draw the images `index` of `seed`.
 
-    Each holds 4 to 10 objects. Every object is entirely inside the image and at least half visible:
-    one that later objects would cover further is omitted (in about one image in fifty). Raises
-    ValueError when `image_size` is below 32.
+    Every object is entirely inside the image and at least half visible: one that later objects
+    would cover further is omitted (in about one image in fifty, if there are at most 10).
+
+    Args:
+        seed: of the random numbers.
+        index: numbers of the images.
+        image_size: side in pixels.
+        objects: least and most objects in an image.
+        shape_scale: size of the shapes, 1 for radii of 8 to 14 pixels; they grow with the image if
+            not given.
+        photographs: backgrounds in place of noise and textures, uint8 [3, H, W] each, no side
+            shorter than `image_size`; crops of them are drawn on.
+        device: where to draw.
+
+    Raises ValueError when `image_size` is below 32, or objects or shapes do not fit it.
 
     >>> scenes = draw_scenes(7, [0, 1], image_size=64)
     >>> scenes.images.shape
@@ -79,13 +96,32 @@ def draw_scenes(
         raise ValueError(
             f"image_size is {image_size}; shapes need at least 32 pixels a side to be told apart."
         )
+    scale = check_style(image_size, objects, shape_scale)
     device = torch.device(device)
     index = torch.as_tensor(index, dtype=torch.int64, device=device)
+    grounds = [photograph.to(device) for photograph in photographs]
     parts = [
-        _draw(seed, part, image_size)
+        _draw(seed, part, image_size, objects, scale, grounds)
         for part in index.split(_CHUNK if device.type == "cpu" else 4096)
     ]
     return Scenes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def check_style(image_size: int, objects: tuple[int, int], shape_scale: float | None) -> float:
+    """The size of shapes; raises ValueError if such or so many do not fit an image."""
+    least, most = objects
+    scale = image_size / _SIDE if shape_scale is None else shape_scale
+    if not 1 <= least <= most <= _MOST_OBJECTS:
+        raise ValueError(
+            f"objects are the least and the most of an image, 1 to {_MOST_OBJECTS}, not {objects}"
+        )
+    across = 2 * math.ceil(_REACH * _RADII[-1] * max(scale, 0))
+    if not 0 < across < image_size:
+        raise ValueError(
+            f"shape_scale {scale:g} makes the largest shape {across} pixels across: give one above "
+            f"0 at which it fits the image's {image_size}"
+        )
+    return scale
 
 
 def patch_targets(scenes: Scenes, patch_size: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +156,7 @@ def patch_offsets(scenes: Scenes, patch_size: int) -> Tensor:
 
 
 def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
-    """Visible pixels of each object in each patch: int64 [B, N, 10], patches in raster order.
+    """Visible pixels of each object in each patch: int64 [B, N, K], patches in raster order.
 
     Raises ValueError when `patch_size` does not divide the image.
     """
@@ -132,7 +168,7 @@ def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
     per_side = side // patch_size
     owner = scenes.owner.view(batch, per_side, patch_size, per_side, patch_size).transpose(2, 3)
     owner = owner.reshape(batch, per_side**2, patch_size**2).long()
-    counts = owner.new_zeros(batch, per_side**2, MAX_OBJECTS + 1)
+    counts = owner.new_zeros(batch, per_side**2, scenes.present.shape[1] + 1)
     counts.scatter_add_(2, owner + 1, torch.ones_like(owner))
     return counts[..., 1:]
 
@@ -217,10 +253,9 @@ def _shade(texture: str, x: Tensor, y: Tensor, r: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def _atlas(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _atlas(scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """All stamps, int16 [shape * radius * angle * texture, W * W]: brightness 0..127 inside, -1
     outside; and areas."""
-    scale = image_size / 96
     half = math.ceil(_REACH * _RADII[-1] * scale)
     grid = torch.arange(-half, half + 1, dtype=torch.float32)
     angle = torch.tensor(_ANGLES)[:, None, None]
@@ -254,7 +289,8 @@ def _backgrounds(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]
         coarse = (dice.roll(cells, cells)[0] % 65 - 32).float()[None, None]
         return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")[0, 0]
 
-    y, x = torch.arange(side)[:, None] * 96 / image_size, torch.arange(side)[None] * 96 / image_size
+    at = torch.arange(side) * _SIDE / image_size
+    y, x = at[:, None], at[None]
     waves = 26 * torch.sin(0.55 * x + 0.33 * y)
     weave = 16 * (torch.sin(0.8 * x) + torch.sin(0.8 * y))
     textures = torch.stack([clouds(10), clouds(32), waves, weave])
@@ -264,56 +300,64 @@ def _backgrounds(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]
 # Drawn for every image
 
 
-def _draw(seed: int, index_B: Tensor, image_size: int) -> tuple[Tensor, ...]:
+def _draw(
+    seed: int,
+    index_B: Tensor,
+    image_size: int,
+    objects: tuple[int, int],
+    scale: float,
+    photographs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
     """The fields of `Scenes`, in order, for one chunk of images."""
     dice = _Dice(seed, index_B)
+    least, most = objects
     colour, shape, texture, radius, angle = (
-        dice.roll(MAX_OBJECTS) % n
+        dice.roll(most) % n
         for n in (len(COLOURS), len(SHAPES), len(TEXTURES), len(_RADII), len(_ANGLES))
     )
     # Two images in five favour one colour or one shape; without them counts above three would
     # hardly occur.
-    theme, favourite, adopts = dice.roll(1) % 5, dice.roll(1), dice.roll(MAX_OBJECTS) % 10 < 6
+    theme, favourite, adopts = dice.roll(1) % 5, dice.roll(1), dice.roll(most) % 10 < 6
     colour = torch.where(adopts & (theme == 0), favourite % len(COLOURS), colour)
     shape = torch.where(adopts & (theme == 1), favourite % len(SHAPES), shape)
 
-    objects = MIN_OBJECTS + dice.roll(1) % (MAX_OBJECTS - MIN_OBJECTS + 1)
-    present = torch.arange(MAX_OBJECTS, device=index_B.device) < objects
-    x, y = _place(dice, radius, present, image_size)
+    count = least + dice.roll(1) % (most - least + 1)
+    present = torch.arange(most, device=index_B.device) < count
+    x, y = _place(dice, radius, present, image_size, scale)
 
     stamp = ((shape * len(_RADII) + radius) * len(_ANGLES) + angle) * len(TEXTURES) + texture
-    value = _lay(stamp, x, y, present, image_size)
+    value = _lay(stamp, x, y, present, image_size, scale)
     owner = (value >> 7).to(torch.int8)
-    num_visible = torch.stack([(owner == k).sum((1, 2)) for k in range(MAX_OBJECTS)], 1)
-    hidden = present & (num_visible < _MIN_VISIBLE * _atlas(image_size, index_B.device)[1][stamp])
+    num_visible = torch.stack([(owner == k).sum((1, 2)) for k in range(most)], 1)
+    hidden = present & (num_visible < _MIN_VISIBLE * _atlas(scale, index_B.device)[1][stamp])
     redo = hidden.any(1).nonzero()[:, 0]  # once is enough: taking objects away only uncovers others
     if len(redo):
         present = present & ~hidden
-        value[redo] = _lay(stamp[redo], x[redo], y[redo], present[redo], image_size)
+        value[redo] = _lay(stamp[redo], x[redo], y[redo], present[redo], image_size, scale)
 
-    images, owner = _paint(dice, colour, value)
+    images, owner = _paint(dice, colour, value, photographs)
     return images, colour, shape, (radius >= len(_RADII) // 2).long(), texture, x, y, present, owner
 
 
 def _place(
-    dice: _Dice, radius_BK: Tensor, present_BK: Tensor, image_size: int
+    dice: _Dice, radius_BK: Tensor, present_BK: Tensor, image_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Centres, int64 [B, 10] each: the first of eight hashed places that leaves all earlier objects
+    """Centres, int64 [B, K] each: the first of eight hashed places that leaves all earlier objects
     visible enough.
 
     Without such a place, the one that does least harm. The share one disc covers of another is
     taken as linear in their distance, which is too much rather than too little up to a half.
     """
-    r_BK = torch.tensor(_RADII, device=radius_BK.device)[radius_BK] * (image_size / 96)
+    r_BK = torch.tensor(_RADII, device=radius_BK.device)[radius_BK] * scale
     margin = torch.ceil(_REACH * r_BK).long()
     span = (image_size - 2 * margin)[..., None]
     x_BKC, y_BKC = (
-        margin[..., None] + dice.roll(MAX_OBJECTS, _CANDIDATES) % span for _ in range(2)
+        margin[..., None] + dice.roll(radius_BK.shape[1], _CANDIDATES) % span for _ in range(2)
     )
     x_BK, y_BK = x_BKC[..., 0].clone(), y_BKC[..., 0].clone()
     covered_BK = torch.zeros_like(r_BK)
     order_C = torch.arange(_CANDIDATES, device=r_BK.device) / _CANDIDATES
-    for k in range(1, MAX_OBJECTS):
+    for k in range(1, radius_BK.shape[1]):
         dx, dy = x_BKC[:, k, :, None] - x_BK[:, None, :k], y_BKC[:, k, :, None] - y_BK[:, None, :k]
         ours, theirs = r_BK[:, k, None], r_BK[:, :k]
         smaller = torch.minimum(ours, theirs)
@@ -334,10 +378,15 @@ def _place(
 
 
 def _lay(
-    stamp_BK: Tensor, x_BK: Tensor, y_BK: Tensor, present_BK: Tensor, image_size: int
+    stamp_BK: Tensor,
+    x_BK: Tensor,
+    y_BK: Tensor,
+    present_BK: Tensor,
+    image_size: int,
+    scale: float,
 ) -> Tensor:
     """Lay the stamps on a canvas: int16 [B, S, S], object * 128 + brightness, -1 for background."""
-    atlas, _ = _atlas(image_size, stamp_BK.device)
+    atlas, _ = _atlas(scale, stamp_BK.device)
     window = math.isqrt(atlas.shape[1])
     half = window // 2
     side = image_size + 2 * half  # a margin, so that no stamp needs clipping
@@ -345,7 +394,7 @@ def _lay(
     offset = (reach[:, None] * side + reach).flatten()
     corner_BK = y_BK * side + x_BK
     canvas = torch.full((len(stamp_BK), side * side), -1, dtype=torch.int16, device=stamp_BK.device)
-    for k in range(MAX_OBJECTS):  # the painter's order
+    for k in range(stamp_BK.shape[1]):  # the painter's order
         at = corner_BK[:, k, None] + offset
         light = atlas[stamp_BK[:, k]]
         drawn = (light >= 0) & present_BK[:, k, None]
@@ -353,7 +402,9 @@ def _lay(
     return canvas.view(-1, side, side)[:, half:-half, half:-half].contiguous()
 
 
-def _paint(dice: _Dice, colour_BK: Tensor, value_BSS: Tensor) -> tuple[Tensor, Tensor]:
+def _paint(
+    dice: _Dice, colour_BK: Tensor, value_BSS: Tensor, photographs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Colour the canvas: uint8 [B, 3, S, S] and the owner of each pixel, int8 [B, S, S]."""
     side, device = value_BSS.shape[-1], value_BSS.device
     noise, textures = _backgrounds(side, device)
@@ -370,17 +421,36 @@ def _paint(dice: _Dice, colour_BK: Tensor, value_BSS: Tensor) -> tuple[Tensor, T
     grain = (windows[start[:, 2], start[:, 3]] * coarseness) >> 3
 
     ground = (40 + dice.roll(1) % 60 + dice.roll(3) % 31 - 15).to(torch.int16)
-    rgb = torch.tensor(_RGB, device=device)[colour_BK] + dice.roll(MAX_OBJECTS, 3) % 25 - 12
+    rgb = torch.tensor(_RGB, device=device)[colour_BK] + dice.roll(colour_BK.shape[1], 3) % 25 - 12
     rgb = rgb.clamp(0, 255).to(torch.int16)
     owner = (value_BSS >> 7).to(torch.int8)  # -1 >> 7 is -1
     flat, light = owner.clamp_min(0).flatten(1).long(), value_BSS & 127
     foreground = owner >= 0
+    crops_B3SS = _crops(dice, photographs, side) if photographs else None
     images = torch.empty(len(owner), 3, side, side, dtype=torch.uint8, device=device)
     for c in range(3):
         paint = (
             rgb[:, :, c].gather(1, flat).view_as(owner) * light
         ) >> 7  # at most 255 * 127: fits int16
-        pixel = torch.where(foreground, paint, texture_BSS + ground[:, c, None, None])
+        if crops_B3SS is None:
+            behind = texture_BSS + ground[:, c, None, None]
+        else:
+            behind = crops_B3SS[:, c]
+        pixel = torch.where(foreground, paint, behind)
         # Channels share one grain, a pixel apart: coloured noise for a third of the gathers.
         images[:, c] = pixel.add_(grain[..., c : c + side]).clamp_(0, 255)
     return images, owner
+
+
+def _crops(dice: _Dice, photographs: Sequence[Tensor], side: int) -> Tensor:
+    """A square of a photograph for every image, half of them mirrored: int16 [B, 3, S, S]."""
+    which, top, left, mirrored = dice.roll(4).unbind(1)
+    crops = []
+    numbers = (part.tolist() for part in (which, top, left, mirrored))
+    for chosen, y, x, mirror in zip(*numbers, strict=True):
+        photograph = photographs[chosen % len(photographs)]
+        height, width = photograph.shape[1:]
+        y, x = y % (height - side + 1), x % (width - side + 1)
+        crop = photograph[:, y : y + side, x : x + side]
+        crops.append(crop.flip(2) if mirror % 2 else crop)
+    return torch.stack(crops).to(torch.int16)

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +14,8 @@ from rich.progress import track
 from torch import Tensor
 
 from pumer._files import check_name, locked, new_folder
-from pumer.lab.scenes.drawing import draw_scenes
+from pumer.lab.scenes.drawing import OBJECTS, Scenes, check_style, draw_scenes
+from pumer.lab.scenes.photographs import photographs
 from pumer.lab.scenes.questions import SceneQuestion, ask
 
 _BATCH = 256
@@ -28,6 +30,9 @@ def write_vqav2(
     split: str = "val2014",
     image_size: int = 96,
     progress: bool = True,
+    objects: tuple[int, int] = OBJECTS,
+    shape_scale: float | None = None,
+    backgrounds: str | None = None,
 ) -> Path:
     """Write images 0 .. `pictures` - 1 of `seed` to the folder `out` in VQAv2's official files;
     returns it.
@@ -37,8 +42,10 @@ def write_vqav2(
     `v2_OpenEnded_mscoco_{split}_questions.json`, `v2_mscoco_{split}_annotations.json` and the
     images `{split}/COCO_{split}_%012d.png`, PNG instead of COCO's JPEG. Image number i is image
     i, its question j is i * 1000 + j, and all ten annotators agree. `out` appears only when
-    everything is written. `progress` shows a bar if stderr is a terminal. Raises ValueError when
-    `out` exists and is not empty, or for more than 1000 questions an image.
+    everything is written. `progress` shows a bar if stderr is a terminal. `objects`, `shape_scale`
+    and `backgrounds` as in the task `Scenes`; photographs are those of the split that the name
+    begins with. Raises ValueError when `out` exists and is not empty, or for more than 1000
+    questions an image.
     """
     if pictures < 1 or not 1 <= per_picture <= 1000:
         raise ValueError(
@@ -46,10 +53,28 @@ def write_vqav2(
             "to 1000 questions an image (VQAv2's question ids leave room for no more)."
         )
     check_name(split, "split")
+    check_style(image_size, objects, shape_scale)
+    behind: tuple[Tensor, ...] = ()
+    if backgrounds is not None:
+        named = next((name for name in ("train", "val", "test") if split.startswith(name)), None)
+        if named is None:
+            raise ValueError(
+                f"split {split!r}: with backgrounds its name begins with train, val or test, which "
+                "have photographs of their own"
+            )
+        behind = photographs(backgrounds, named, image_size)
+    draw = partial(
+        draw_scenes,
+        seed,
+        image_size=image_size,
+        objects=objects,
+        shape_scale=shape_scale,
+        photographs=behind,
+    )
     folder = Path(out)
     if not any(folder.glob("v2_OpenEnded_mscoco_*_questions.json")):
         with new_folder(folder) as new:
-            _write(new, seed, pictures, per_picture, split, image_size, progress)
+            _write(new, draw, seed, pictures, per_picture, split, progress)
         return folder
     questions = f"v2_OpenEnded_mscoco_{split}_questions.json"
     names = (split, f"v2_mscoco_{split}_annotations.json", questions)
@@ -64,7 +89,7 @@ def write_vqav2(
                 "them first"
             )
         with new_folder(staged, replace=True) as new:
-            _write(new, seed, pictures, per_picture, split, image_size, progress)
+            _write(new, draw, seed, pictures, per_picture, split, progress)
         for name in names:  # the questions last: with them the split is there
             (staged / name).rename(folder / name)
         staged.rmdir()
@@ -87,17 +112,17 @@ def save(image: Tensor, path: Path) -> None:
 
 def _write(
     folder: Path,
+    draw: Callable[[Sequence[int]], Scenes],
     seed: int,
     pictures: int,
     per_picture: int,
     split: str,
-    image_size: int,
     progress: bool,
 ) -> None:
     questions, annotations = [], []
     (folder / split).mkdir()
     for index in batches(range(pictures), split, progress):
-        scenes = draw_scenes(seed, index, image_size=image_size)
+        scenes = draw(index)
         for image_id, image in zip(index, scenes.images, strict=True):
             save(image, folder / split / f"COCO_{split}_{image_id:012d}.png")
         for position, question in enumerate(ask(scenes, seed, index, per_picture=per_picture)):

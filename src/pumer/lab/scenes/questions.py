@@ -189,10 +189,20 @@ def _existence(view: SceneView, dice: random.Random) -> _Asked:
     elif yes:
         description = (-1, colour, shape)
     else:  # near misses: this colour in a shape it does not come in, or the other way round
-        misses = [(-1, colour, s) for s in range(len(SHAPES)) if (-1, colour, s) not in view.fits]
-        others = [(-1, c, shape) for c in range(len(COLOURS)) if (-1, c, shape) not in view.fits]
-        # One of the two always exists: taking both away needs twelve objects.
-        description = pick(dice, misses if misses and dice.random() < 0.5 else others or misses)
+        absent = [
+            (-1, c, s)
+            for c in range(len(COLOURS))
+            for s in range(len(SHAPES))
+            if (-1, c, s) not in view.fits
+        ]
+        misses = [pair for pair in absent if pair[1] == colour]
+        others = [pair for pair in absent if pair[2] == shape]
+        if misses or others:  # always, among up to eleven objects
+            near = misses if misses and dice.random() < 0.5 else others or misses
+            description = pick(dice, near)
+        else:  # in a crowd, any pair that is not there; there may be none
+            yes = not absent
+            description = (-1, colour, shape) if yes else pick(dice, absent)
     question = _word(dice, "existence", a=one(description))
     return question, "yes" if yes else "no", view.fits.get(description, ())
 

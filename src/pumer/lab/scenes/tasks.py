@@ -17,7 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from pumer.lab.scenes import drawing as scene_data
-from pumer.lab.scenes.drawing import draw_scenes, patch_offsets, patch_targets
+from pumer.lab.scenes.drawing import (
+    OBJECTS,
+    check_style,
+    draw_scenes,
+    patch_offsets,
+    patch_targets,
+)
+from pumer.lab.scenes.photographs import photographs
 from pumer.lab.scenes.questions import ANSWERS, KINDS, SceneQuestion, ask, referent_targets
 from pumer.lab.tasks.base import Example, Task
 from pumer.lab.tasks.vqa_answers import write_answers
@@ -39,6 +46,11 @@ class Scenes(Task):
         seed: added to the split's own seed.
         kinds: weights of the kinds of questions, to train on hard ones; the benchmark's if not
             given.
+        objects: least and most objects in an image, up to 64.
+        shape_scale: size of the shapes, 1 for those of 96-pixel images; they grow with the image if
+            not given, so that crowded images need a smaller one.
+        backgrounds: folder, LMDB file or Parquet file of photographs to draw on, in place of noise
+            and textures. Of every ten, eight are for train, one for val and one for test.
 
     >>> Scenes(questions=4, image_size=32).examples("test")[0].images[0].size
     (32, 32)
@@ -52,10 +64,14 @@ class Scenes(Task):
     patch_size: int | None = None
     seed: int = 0
     kinds: Mapping[str, float] | None = None
+    objects: tuple[int, int] = OBJECTS
+    shape_scale: float | None = None
+    backgrounds: str | None = None
 
     def __post_init__(self) -> None:
         if self.questions < 1 or self.per_picture < 1:
             raise ValueError("questions and per_picture are whole numbers from 1")
+        check_style(self.image_size, self.objects, self.shape_scale)
 
     @property
     def labels(self) -> Sequence[str]:
@@ -66,13 +82,28 @@ class Scenes(Task):
         """The examples of a split, made when asked for."""
         if split not in SEEDS:
             raise ValueError(f"scenes have the splits {', '.join(SEEDS)}, not {split!r}")
-        return MadeExamples(partial(self.make, SEEDS[split] + 10 * self.seed), self.questions)
+        make = partial(self.make, SEEDS[split] + 10 * self.seed, split=split)
+        if self.backgrounds is not None:
+            photographs(self.backgrounds, split, self.image_size)  # which may not be there
+        return MadeExamples(make, self.questions)
 
-    def make(self, seed: int, indices: list[int]) -> list[Example]:
+    def make(self, seed: int, indices: list[int], split: str = "train") -> list[Example]:
         """The examples of a seed with these indices, drawn in one batch."""
         each = self.per_picture
         image_indices = sorted({index // each for index in indices})
-        scenes = draw_scenes(seed, image_indices, image_size=self.image_size)
+        behind = (
+            ()
+            if self.backgrounds is None
+            else photographs(self.backgrounds, split, self.image_size)
+        )
+        scenes = draw_scenes(
+            seed,
+            image_indices,
+            image_size=self.image_size,
+            objects=self.objects,
+            shape_scale=self.shape_scale,
+            photographs=behind,
+        )
         questions = ask(scenes, seed, image_indices, per_picture=each, kinds=self.kinds or KINDS)
         row = {image_index: row for row, image_index in enumerate(image_indices)}
         chosen = [questions[row[index // each] * each + index % each] for index in indices]
