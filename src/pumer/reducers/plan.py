@@ -262,7 +262,7 @@ class Plan:
         rows = torch.arange(batch, device=target.device)[:, None] * (slots + 1)
         weight = self.weight_BN if x_BND.ndim == 2 else self.weight_BN[..., None]
         total = x_BND.new_zeros(batch * (slots + 1), *x_BND.shape[2:])
-        total = total.index_add(0, (target + rows).flatten(), (x_BND * weight).flatten(0, 1))
+        total = total.index_add_(0, (target + rows).flatten(), (x_BND * weight).flatten(0, 1))
         return total.view(batch, slots + 1, *x_BND.shape[2:])[:, :slots]
 
     def expand(self, y_BKD: Tensor) -> Tensor:
