@@ -24,12 +24,14 @@ class Rows:
 
     Args:
         index_P: int64, the position of every packed token in the flattened padded axis [B*N].
+        padding_R: int64, the positions of the rest.
         batch: number of rows.
         width: tokens N of the padded axis.
         lengths: tokens of every row; empty where rows do not lie together.
     """
 
     index_P: Tensor
+    padding_R: Tensor
     batch: int
     width: int
     lengths: tuple[int, ...]
@@ -39,10 +41,10 @@ class Rows:
         """The row of every packed token."""
         return self.index_P // max(self.width, 1)
 
-    @property
-    def column_P(self) -> Tensor:
-        """The position of every packed token in its row."""
-        return self.index_P % max(self.width, 1)
+    def within(self, index: Tensor, width: int, first: int) -> Tensor:
+        """Positions on this axis as those on a longer one, where it starts at column `first`."""
+        own = max(self.width, 1)
+        return index // own * width + index % own + first
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """A padded tensor [B,N] or [B,N,...] without its padding, [1,P] or [1,P,...]."""
@@ -50,8 +52,9 @@ class Rows:
 
     def pad(self, x_1PD: Tensor) -> Tensor:
         """A packed tensor with its padding, which is zero."""
-        padded = x_1PD.new_zeros(self.batch * self.width, *x_1PD.shape[2:])
-        return padded.index_copy_(0, self.index_P, x_1PD[0]).unflatten(0, (self.batch, self.width))
+        padded = x_1PD.new_empty(self.batch * self.width, *x_1PD.shape[2:])
+        padded = padded.index_copy_(0, self.index_P, x_1PD[0]).index_fill_(0, self.padding_R, 0)
+        return padded.unflatten(0, (self.batch, self.width))
 
     def pad_heads(self, x_1HPC: Tensor) -> Tensor:
         """Packed queries, keys or values [1,H,P,C] with their padding, [B,H,N,C]."""
@@ -156,8 +159,9 @@ class Packing:
         if not self.two_streams:
             return _rows(self.real_BN, [sum(lengths) for lengths in self.counts.lengths])
         width, parts = self.real_BN.shape[1], ((self.texts, 0), (self.images, self.text))
-        index_P = torch.cat([rows.row_P * width + rows.column_P + first for rows, first in parts])
-        return Rows(index_P, len(self.real_BN), width, ())
+        index_P = torch.cat([rows.within(rows.index_P, width, at) for rows, at in parts])
+        padding_R = torch.cat([rows.within(rows.padding_R, width, at) for rows, at in parts])
+        return Rows(index_P, padding_R, len(self.real_BN), width, ())
 
     def at(self, columns: slice) -> Rows:
         """Of these columns of the padded axis: all, the text, or the image."""
@@ -175,4 +179,5 @@ def _rows(real_BN: Tensor, lengths: list[int]) -> Rows:
     # A stable sort, as `nonzero` would make the host wait.
     order = (~real_BN).flatten().to(torch.uint8).argsort(stable=True)
     batch, width = real_BN.shape
-    return Rows(order[: sum(lengths)], batch, width, tuple(lengths))
+    tokens = sum(lengths)
+    return Rows(order[:tokens], order[tokens:], batch, width, tuple(lengths))
