@@ -34,8 +34,20 @@ SLOWER = (
     "hyperclovax",
     "cosmos3_omni",
     "cohere_compass",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "mistral_large4",
+    "pixtral",
 )
 CASES = halves.sweep((*FAMILIES, *SLOWER), FAMILIES)
+
+
+@pytest.mark.slow
+def test_every_family_with_such_a_tower_is_here():
+    models = {name: tiny_llm.model(name) for name in tiny_llm.FAMILIES}
+    with_tower = {name for name, made in models.items() if find(made).tower_depth(made)}
+    assert with_tower == {*FAMILIES, *SLOWER}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -84,6 +96,8 @@ def test_the_cache_goes_on_from_what_is_left(model, family):
         written = answer(model, inputs, max_new_tokens=4)
         assert written == answer(model, inputs, max_new_tokens=4, use_cache=False)
         assert pumer.active(model).lengths[0][1] < pumer.active(model).entry[1]
+    if find(model).before_only(model):
+        return
     with pumer.reduced(model, Compose(ToMe(r=1), FastV(keep=0.5, layer=1))):
         answer(model, inputs, max_new_tokens=2)
         assert pumer.report(model).active
