@@ -202,7 +202,7 @@ def test_applying_again_replaces_and_removing_twice_is_harmless():
 
 def test_presets_fit_the_published_model():
     model = tiny.model(num_hidden_layers=12)
-    for name in ("vilt-vqav2", "vilt-nlvr2", "vilt-snli-ve", "vilt-retrieval"):
+    for name in ("vilt-vqav2", "vilt-nlvr2", "vilt-snli-ve", "vilt-retrieval", "vilt-vqav2-even"):
         pumer.apply(model, name)
         with torch.no_grad():
             model(**tiny.batch())

@@ -416,6 +416,7 @@ def test_presets_fit_the_published_model():
         "meter-snli-ve",
         "meter-retrieval",
         "meter-vqav2-tower",
+        "meter-vqav2-even",
     ):
         with pumer.reduced(model, name):
             forward(model, inputs)

@@ -80,8 +80,8 @@ CONFIGS: dict[str, Config] = {
 """ViLT-B/32 and METER-CLIP16-RoBERTa at 384 pixels, BridgeTower-base at 288, for VQAv2; and of each
 a model to try things out with, of which no time means anything."""
 _REDUCERS = {
-    "vilt": ("vilt-vqav2",),
-    "meter": ("meter-vqav2", "meter-vqav2-tower"),
+    "vilt": ("vilt-vqav2", "vilt-vqav2-even"),
+    "meter": ("meter-vqav2", "meter-vqav2-tower", "meter-vqav2-even"),
     "bridgetower": ("meter-vqav2",),  # nothing was published for it
 }
 _CLASSES = {
