@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_as_it_was(
         (lambda: PuMer(prune=(0.1, 0.2), layers=(1, 2, 3)), "one for each of the 3 layers"),
         (lambda: PuMer(prune=(0.1, 0.2), merge=(0.1,) * 3), "different number of shares"),
         (lambda: PuMer(protect=1.0), "protect is a ratio"),
+        (lambda: PuMer(smooth=0.5, score="qk"), "smooth averages shares of attention"),
         (lambda: PuMer(official=True, layers=(1,), weighted=True), "goes without weighted"),
         (lambda: PuMer(official=True, layers=(1, 2), merge=(0.1, 0.2)), "a tuple of shares"),
         (lambda: PuMer(layers=(-1, 2)), "cannot act before layer 0"),

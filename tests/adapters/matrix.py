@@ -24,6 +24,14 @@ from pumer.reducers import (
 REDUCERS: dict[str, Reducer] = {
     "none": Unreduced(),
     "pumer": PuMer(prune=0.2, merge=0.3, merge_text=0.3, layers=(1, 2)),
+    "pumer-smooth": PuMer(
+        prune=0.2,
+        merge=(0.1, 0.3, 0.3),
+        merge_text=0.2,
+        layers=(0, 1, 2),
+        smooth=0.5,
+        proportional=True,
+    ),
     "pumer-qk": PuMer(prune=0.1, merge=0.4, merge_text=0.2, layers=(0,), score="qk"),
     "tome": ToMe(r=3, depth=4, proportional=True),
     "tome-decreasing": ToMe(r=(4, -1.0), depth=3, proportional=False),

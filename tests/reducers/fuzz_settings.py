@@ -60,6 +60,7 @@ def pumer_beyond_the_paper(rng: Generator) -> dict:
         "proportional": rng.random() < 0.5,
         "protect": some_ratio(rng),
         "weighted": rng.random() < 0.5,
+        "smooth": some_ratio(rng) if settings["score"].endswith("head") else 0.0,
         "prune_below": some_ratio(rng),
     }
     settings |= {name: value for name, value in options.items() if rng.random() < 0.3}

@@ -411,6 +411,30 @@ def test_pumer_is_what_the_paper_says(batch, prune, merge, merge_text, cross, op
         assert groups(plan, row, real) == expected
 
 
+@given(batch=batches(), smooth=st.sampled_from([0.3, 0.9]), seed=st.integers(0, 99))
+def test_smoothed_saliency_is_averaged_with_what_is_carried_on(batch, smooth, seed):
+    """The first layer has nothing before it; another has the sums of what each token stands for."""
+    reducer = PuMer(prune=0.3, merge=0.3, merge_text=0, layers=(0, 1), smooth=smooth)
+    tokens = tokens_of(*batch)
+    generator = torch.Generator().manual_seed(seed)
+    earlier_BN = torch.rand(tokens.sizes_BN.shape, generator=generator) / 4
+    for carried_BN in (None, earlier_BN):
+        plan = reducer.plan(replace(tokens, carried_BN=carried_BN))
+        for row, sample in enumerate(batch[0]):
+            real = tokens.mask_BN[row]
+            queries = tokens.queries_BHNC[row, :, : sample.text].tolist()
+            keys = tokens.keys_BHNC[row, :, real].tolist()
+            carried = None if carried_BN is None else carried_BN[row, real].tolist()
+            expected, gap, saliency = slow.pumer(
+                reducer, queries, keys, sample.text, carried=carried
+            )
+            assume(gap > 1e-5)
+            assert groups(plan, row, real) == expected
+            image = slice(sample.text + 1, None)
+            carried_on = plan.carried_BN[row, real][image]
+            torch.testing.assert_close(carried_on, torch.tensor(saliency[image]), atol=1e-5, rtol=0)
+
+
 @given(batch=batches(), merge=st.sampled_from([0.3, 0.45]))
 def test_weighted_merging_averages_by_size_and_saliency(batch, merge):
     reducer = PuMer(prune=0, merge=merge, merge_text=0, layers=(0,), weighted=True)

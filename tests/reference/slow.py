@@ -56,7 +56,7 @@ def average(values, sizes, groups):
     ]
 
 
-def pumer(reducer, queries, keys, text, cross=False):
+def pumer(reducer, queries, keys, text, cross=False, carried=None):
     """Groups of tokens of one sample by the words of the PuMer paper, and the smallest gap that
     decided.
 
@@ -64,6 +64,7 @@ def pumer(reducer, queries, keys, text, cross=False):
         queries, keys: of every head and token.
         text: text tokens; the others are the image.
         cross: whether the softmax of the text's attention is over the image alone.
+        carried: for every token, what earlier layers carry on, where they are smoothed.
 
     Returns:
         the groups, the gap, and the attention that every token receives from the text.
@@ -87,6 +88,12 @@ def pumer(reducer, queries, keys, text, cross=False):
 
     # Prune the image tokens that the text attends to least.
     image = list(range(text + 1, count))
+    if reducer.smooth:
+        total = sum(attention[token] for token in image)
+        for token in image:
+            share = attention[token] / total
+            before = carried[token] if carried else share
+            attention[token] = reducer.smooth * before + (1 - reducer.smooth) * share
     pruned = round(reducer.prune * len(image))
     ranked = sorted(image, key=lambda token: -attention[token])
     kept = ranked[: len(image) - pruned]

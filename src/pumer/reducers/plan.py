@@ -32,6 +32,9 @@ class Plan:
         shares_BKN: for plans where a source enters several slots, the weight of every source in
             every slot: `reduce` is the product with it. `slot_BN` then is the slot that represents
             the source.
+        carried_BN: float32, a value of every source that the reducer wants to see again: the next
+            layer that it acts in gets each slot's sum in `Tokens.carried_BN`. Only plans of whole
+            layers have it, as `Reducer.plan` returns them.
 
     Example:
         >>> keep = pumer.Plan.keep(torch.tensor([[True, False, True]]), slots=2)
@@ -44,6 +47,7 @@ class Plan:
     mask_BK: Tensor
     index_BK: Tensor | None = None
     shares_BKN: Tensor | None = None
+    carried_BN: Tensor | None = None
 
     @staticmethod
     def identity(mask_BN: Tensor) -> Plan:

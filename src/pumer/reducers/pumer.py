@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumer.reducers import official
 from pumer.reducers.base import ModelShape, Reducer, Traits, check_layers, check_ratios
@@ -71,6 +71,8 @@ class PuMer(Reducer):
             merged away only after all others. Others may still be merged into them.
         weighted: a merged token is the average weighted by sizes and saliency, so that what the
             text looks at is not averaged away.
+        smooth: share that the saliency of the layers that reduced before has in a token's saliency;
+            a merged token has the sum of its members'. Only with attention as `score`.
         prune_below: prune only tokens whose saliency is below this share of the mean over the
             image; `prune` then is the most that goes. How many stay depends on the sample.
 
@@ -81,7 +83,7 @@ class PuMer(Reducer):
     """
 
     name = "pumer"
-    added = ("proportional", "protect", "weighted", "prune_below")
+    added = ("proportional", "protect", "weighted", "smooth", "prune_below")
     prune: float | tuple[float, ...] = 0.1
     merge: float | tuple[float, ...] = 0.3
     merge_text: float = 0.2
@@ -92,6 +94,7 @@ class PuMer(Reducer):
     proportional: bool = False
     protect: float = 0.0
     weighted: bool = False
+    smooth: float = 0.0
     prune_below: float = 0.0
 
     def __post_init__(self) -> None:
@@ -138,7 +141,12 @@ class PuMer(Reducer):
                 )
 
     def _check_options(self) -> None:
-        check_ratios(protect=self.protect, prune_below=self.prune_below)
+        check_ratios(protect=self.protect, smooth=self.smooth, prune_below=self.prune_below)
+        if self.smooth and not self.score.endswith("head"):
+            raise ValueError(
+                f"smooth averages shares of attention, which score={self.score!r} is not: give "
+                "score='mean_head' or 'first_head'"
+            )
         schedules = [r for r in (self.prune, self.merge) if isinstance(r, tuple)]
         if self.official:
             options = [name for name in self.added if getattr(self, name)]
@@ -230,9 +238,11 @@ class PuMer(Reducer):
 
         valid_BI = tokens.valid_BN[:, image]
         saliency_BI = valid_BI.float()
-        if prune or self.protect or self.weighted:
+        if prune or self.protect or self.weighted or self.smooth:
             saliency_BI = text_saliency(tokens, self.score)[:, num_prefix_tokens:]
             saliency_BI = saliency_BI.masked_fill(~valid_BI, 0)
+        if self.smooth:
+            saliency_BI = self._smoothed(saliency_BI, tokens)
 
         # Text-informed image pruning: the least attended image tokens go; the order stays.
         kept_B, merged_B = prune_then_merge(valid_BI.sum(1), prune, merge)
@@ -278,7 +288,18 @@ class PuMer(Reducer):
             text = (self._merge_text if num_prefix_tokens else self._merge_between)(
                 tokens, keys_BNC, text_slots
             )
-        return tokens.with_structure(text, reduction)
+        plan = tokens.with_structure(text, reduction)
+        if not self.smooth:
+            return plan
+        return replace(plan, carried_BN=nn.functional.pad(saliency_BI, (image.start, 0)))
+
+    def _smoothed(self, saliency_BI: Tensor, tokens: Tokens) -> Tensor:
+        """Shares of the text's attention, averaged with what earlier layers carry on."""
+        share_BI = saliency_BI / saliency_BI.sum(1, keepdim=True).clamp_min(SMALLEST)
+        if tokens.carried_BN is None:
+            return share_BI
+        before_BI = tokens.carried_BN[:, tokens.text + tokens.num_prefix_tokens :]
+        return self.smooth * before_BI + (1 - self.smooth) * share_BI
 
     def _ratios(self, layer: int) -> tuple[float, float]:
         """The shares to prune and to merge in a layer that reduces."""

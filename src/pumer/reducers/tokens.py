@@ -166,6 +166,8 @@ class Tokens:
         grid: rows and columns of patches, while the image tokens are all the patches of a grid.
         patch_BN: int64, raster index of every token's patch in that grid, -1 for tokens that are no
             patch.
+        carried_BN: float32, what the plan of the last layer that reduced carries on
+            (`Plan.carried_BN`), summed over the tokens that each stands for; None without such.
         states_BND: hidden states.
         input_BND: the input of this layer for the same tokens; None unless `Traits.needs_input`.
         queries_BHNC: of this layer's attention; None at `EMBEDDINGS`.
@@ -206,6 +208,7 @@ class Tokens:
     num_prefix_tokens: int = 1
     grid: Grid | None = None
     patch_BN: Tensor | None = None
+    carried_BN: Tensor | None = None
     states_BND: Tensor | None = None
     input_BND: Tensor | None = None
     queries_BHNC: Tensor | None = None

@@ -21,6 +21,7 @@ PRUNING = {
     "both": Random(prune=0.3, layers=(-1, 1)),
     "no-vision": NoVision(),
     "pumer": PuMer(prune=0.4, merge=0, merge_text=0, layers=(0, 1)),
+    "smooth": PuMer(prune=(0.2, 0.3), merge=0, merge_text=0, layers=(0, 1), smooth=0.7),
     "fastv": FastV(keep=3, layer=1),
     "three places": Chain((MMTok(keep=0.6), V2Drop(keep=(0.5,), layers=(0,)), VTW(layer=2))),
 }

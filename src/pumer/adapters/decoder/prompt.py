@@ -188,6 +188,7 @@ class TokenLayout:
         hidden_BK: bool, real tokens that are neither text nor image, whose keys the text attends
             to.
         sizes_BK: how many tokens of the prompt each token stands for.
+        carried_BK: what the reducer wants to see again of every token; None without such.
         counts: (text, image) tokens of every sample, on the host.
         unreduced: whether these are still all tokens of the prompt.
     """
@@ -200,6 +201,7 @@ class TokenLayout:
     hidden_BK: Tensor
     sizes_BK: Tensor
     counts: tuple[tuple[int, int], ...]
+    carried_BK: Tensor | None = None
     unreduced: bool = True
 
     @property
@@ -220,6 +222,7 @@ class TokenLayout:
             question_BK=self.question_BK.to(device),
             hidden_BK=self.hidden_BK.to(device),
             sizes_BK=self.sizes_BK.to(device),
+            carried_BK=None if self.carried_BK is None else self.carried_BK.to(device),
         )
 
     def text_then_image(self) -> tuple[Tensor, Tensor]:
@@ -243,6 +246,7 @@ class TokenLayout:
             question_BK=self.question_BK.gather(1, index_BK) & filled_BK,
             hidden_BK=self.hidden_BK.gather(1, index_BK) & filled_BK,
             sizes_BK=plan.total(self.sizes_BK),
+            carried_BK=None if self.carried_BK is None else plan.total(self.carried_BK),
             counts=counts,
             unreduced=False,
         )

@@ -125,6 +125,8 @@ def _apply(
         for num_untouched, (text, image) in zip(state.num_untouched, counts, strict=True)
     ]
     lifted = lift_plan(plan, view, layout, max(num_left))
+    if plan.carried_BN is not None:
+        layout = replace(layout, carried_BK=carried(plan, view, layout))
     state.layout = layout.after(lifted, counts, gaps or min(num_left) < max(num_left))
     if plan.index_BK is None:
         lifted = replace(lifted, index_BK=None)
@@ -140,6 +142,19 @@ def _apply(
             ReductionStep(tokens.layer, tokens.text, plan, tokens.grid, tokens.patch_BN, step)
         )
     return lifted.reduce(states_BKD), lifted
+
+
+def carried(plan: Plan, view: View, layout: TokenLayout) -> Tensor:
+    """What a plan carries on of a view's tokens, at these tokens of the layout; 0 elsewhere."""
+    assert plan.carried_BN is not None
+    batch, count = layout.index_BK.shape
+    first = torch.arange(batch, device=view.index_RN.device)[:, None] * count
+    if view.sample_index is not None:
+        first = first[to_device(view.sample_index, view.index_RN.device)]
+    target_RN = torch.where(view.reducible_RN, first + view.index_RN, batch * count)
+    values = plan.carried_BN.new_zeros(batch * count + 1)
+    values = values.scatter(0, target_RN.flatten(), plan.carried_BN.flatten())
+    return values[:-1].view(batch, count)
 
 
 def counts_per_sample(

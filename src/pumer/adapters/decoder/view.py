@@ -228,6 +228,7 @@ def _tokens(
         mask_BN=valid_RN,
         text=text,
         sizes_BN=of_tokens(layout.sizes_BK),
+        carried_BN=None if layout.carried_BK is None else of_tokens(layout.carried_BK),
         layer=layer,
         num_prefix_tokens=0,
         grid=grid,

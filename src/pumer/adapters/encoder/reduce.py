@@ -34,6 +34,7 @@ class EncoderLayout:
         plan: from the source tokens to these; None before the first reduction.
         grid: rows and columns of patches of the unreduced image, None if unknown.
         patch_BS: raster index of every source token's patch, -1 for tokens that are no patch.
+        carried_BN: what the reducer wants to see again of every token; None without such.
         entered_BI: mask of the image tokens but [CLS] that entered the first reducing layer.
         gate_BN: in the training of a learned reducer, 1 for tokens that it keeps so far; None
             before its first decision.
@@ -50,6 +51,7 @@ class EncoderLayout:
     plan: Plan | None = None
     grid: tuple[int, int] | None = None
     patch_BS: Tensor | None = None
+    carried_BN: Tensor | None = None
     entered_BI: Tensor | None = None
     gate_BN: Tensor | None = None
     keep_ratios: tuple[Tensor, ...] = ()
@@ -214,6 +216,7 @@ def choose(
         num_prefix_tokens=layout.num_prefix_tokens,
         grid=layout.grid if unreduced else None,
         patch_BN=layout.patch_BS if unreduced else None,
+        carried_BN=layout.carried_BN,
         states_BND=states_BND,
         queries_BHNC=queries_BHNC,
         keys_BHNC=keys_BHNC,
@@ -233,6 +236,7 @@ def choose(
     # The choice of tokens is not differentiated; gradients flow through the tokens that are kept.
     with torch.no_grad(), no_autocast(reducer, states_BND.device):
         plan = reducer.plan(tokens)
+        carried_BN = layout.carried_BN if plan.carried_BN is None else plan.carried_BN
         text, _ = reducer.lengths(tokens.shape)
         counts = count(plan.mask_BK, text) if patch.pack and not tower else None
         if traits.dynamic_length and patch.trim and not torch.compiler.is_compiling():
@@ -250,6 +254,7 @@ def choose(
         mask_BN=plan.mask_BK,
         sizes_BN=plan.total(layout.sizes_BN),
         plan=plan if layout.plan is None else layout.plan.then(plan),
+        carried_BN=None if carried_BN is None else plan.total(carried_BN),
         entered_BI=entered_BI,
         packing=None,
     )
