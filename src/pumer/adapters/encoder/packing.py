@@ -43,8 +43,8 @@ class Rows:
 
     def within(self, index: Tensor, width: int, first: int) -> Tensor:
         """Positions on this axis as those on a longer one, where it starts at column `first`."""
-        own = max(self.width, 1)
-        return index // own * width + index % own + first
+        columns = max(self.width, 1)
+        return index // columns * width + index % columns + first
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """A padded tensor [B,N] or [B,N,...] without its padding, [1,P] or [1,P,...]."""

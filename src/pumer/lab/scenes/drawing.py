@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pumer.lab.scenes.backgrounds import SIDE, crops, patterns
+from pumer.lab.scenes.dice import Dice
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "large")
@@ -27,7 +30,6 @@ OBJECTS = (4, 10)
 
 _RGB = ((225, 25, 30), (25, 165, 45), (30, 70, 240), (245, 225, 30),
         (150, 45, 205), (40, 215, 225), (250, 130, 10), (243, 243, 243))  # fmt: skip
-_SIDE = 96  # pixels of an image whose shapes have scale 1
 _RADII = (8.5, 9.0, 9.5, 13.0, 13.5, 14.0)  # pixels at scale 1; the first three are small
 _ANGLES = tuple(math.radians(a) for a in (-4, 0, 4))
 _REACH = 1.25  # the farthest any shape extends from its centre, in radii
@@ -64,7 +66,7 @@ def draw_scenes(
     seed: int,
     index: Sequence[int] | Tensor,
     *,
-    image_size: int = _SIDE,
+    image_size: int = SIDE,
     objects: tuple[int, int] = OBJECTS,
     shape_scale: float | None = None,
     photographs: Sequence[Tensor] = (),
@@ -110,7 +112,7 @@ def draw_scenes(
 def check_style(image_size: int, objects: tuple[int, int], shape_scale: float | None) -> float:
     """The size of shapes; raises ValueError if such or so many do not fit an image."""
     least, most = objects
-    scale = image_size / _SIDE if shape_scale is None else shape_scale
+    scale = image_size / SIDE if shape_scale is None else shape_scale
     if not 1 <= least <= most <= _MOST_OBJECTS:
         raise ValueError(
             f"objects are the least and the most of an image, 1 to {_MOST_OBJECTS}, not {objects}"
@@ -173,46 +175,7 @@ def patch_pixels(scenes: Scenes, patch_size: int) -> Tensor:
     return counts[..., 1:]
 
 
-# Random numbers
-
-
-def _signed(value: int) -> int:
-    """The 64-bit pattern of `value` as the int64 that torch accepts."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (
-    _signed(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The splitmix64 finaliser (Steele et al., 2014). torch's int64 shift keeps the sign, hence the
-    masks."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX_1
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MIX_2
-    return z ^ ((z >> 31) & (2**33 - 1))
-
-
-class _Dice:
-    """Non-negative 31-bit hashes of (seed, index, slot); every call takes the next free slots."""
-
-    def __init__(self, seed: int, index_B: Tensor):
-        seed_ = torch.tensor(_signed(seed), device=index_B.device)
-        self.state_B = _mix(_mix(seed_ * _GOLDEN + 1) ^ _mix(index_B * _GOLDEN + 2))
-        self.used = 0
-
-    def roll(self, *shape: int) -> Tensor:
-        """int64 [B, *shape]; take `% n` for a number below n."""
-        count = math.prod(shape)
-        slot = torch.arange(self.used + 1, self.used + count + 1, device=self.state_B.device)
-        self.used += count
-        hashed = _mix(self.state_B[:, None] + slot * _GOLDEN)
-        return ((hashed >> 33) & (2**31 - 1)).view(-1, *shape)
-
-
-# Drawn once: stamps and backgrounds
+# Drawn once: stamps
 
 
 def _distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:
@@ -277,26 +240,6 @@ def _atlas(scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
     return atlas, (atlas >= 0).sum(1)
 
 
-@functools.lru_cache(maxsize=4)
-def _backgrounds(image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixel noise [2S, 2S + 2] and four textures [4, 2S, 2S], int16 in about -32..32; images take
-    crops of them."""
-    side = 2 * image_size
-    dice = _Dice(0, torch.zeros(1, dtype=torch.int64))
-    noise = (dice.roll(4, side, side + 2)[0] % 17 - 8).sum(0)
-
-    def clouds(cells: int) -> Tensor:
-        coarse = (dice.roll(cells, cells)[0] % 65 - 32).float()[None, None]
-        return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")[0, 0]
-
-    at = torch.arange(side) * _SIDE / image_size
-    y, x = at[:, None], at[None]
-    waves = 26 * torch.sin(0.55 * x + 0.33 * y)
-    weave = 16 * (torch.sin(0.8 * x) + torch.sin(0.8 * y))
-    textures = torch.stack([clouds(10), clouds(32), waves, weave])
-    return noise.to(torch.int16).to(device), textures.round().to(torch.int16).to(device)
-
-
 # Drawn for every image
 
 
@@ -309,7 +252,7 @@ def _draw(
     photographs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """The fields of `Scenes`, in order, for one chunk of images."""
-    dice = _Dice(seed, index_B)
+    dice = Dice(seed, index_B)
     least, most = objects
     colour, shape, texture, radius, angle = (
         dice.roll(most) % n
@@ -340,7 +283,7 @@ def _draw(
 
 
 def _place(
-    dice: _Dice, radius_BK: Tensor, present_BK: Tensor, image_size: int, scale: float
+    dice: Dice, radius_BK: Tensor, present_BK: Tensor, image_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Centres, int64 [B, K] each: the first of eight hashed places that leaves all earlier objects
     visible enough.
@@ -403,11 +346,11 @@ def _lay(
 
 
 def _paint(
-    dice: _Dice, colour_BK: Tensor, value_BSS: Tensor, photographs: Sequence[Tensor]
+    dice: Dice, colour_BK: Tensor, value_BSS: Tensor, photographs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Colour the canvas: uint8 [B, 3, S, S] and the owner of each pixel, int8 [B, S, S]."""
     side, device = value_BSS.shape[-1], value_BSS.device
-    noise, textures = _backgrounds(side, device)
+    noise, textures = patterns(side, device)
     start, which = dice.roll(4) % side, dice.roll(1)[:, 0] % len(textures)
     strength, coarseness = (
         (8 + dice.roll(1, 1) % 25).to(torch.int16),
@@ -426,7 +369,7 @@ def _paint(
     owner = (value_BSS >> 7).to(torch.int8)  # -1 >> 7 is -1
     flat, light = owner.clamp_min(0).flatten(1).long(), value_BSS & 127
     foreground = owner >= 0
-    crops_B3SS = _crops(dice, photographs, side) if photographs else None
+    crops_B3SS = crops(dice, photographs, side) if photographs else None
     images = torch.empty(len(owner), 3, side, side, dtype=torch.uint8, device=device)
     for c in range(3):
         paint = (
@@ -440,17 +383,3 @@ def _paint(
         # Channels share one grain, a pixel apart: coloured noise for a third of the gathers.
         images[:, c] = pixel.add_(grain[..., c : c + side]).clamp_(0, 255)
     return images, owner
-
-
-def _crops(dice: _Dice, photographs: Sequence[Tensor], side: int) -> Tensor:
-    """A square of a photograph for every image, half of them mirrored: int16 [B, 3, S, S]."""
-    which, top, left, mirrored = dice.roll(4).unbind(1)
-    crops = []
-    numbers = (part.tolist() for part in (which, top, left, mirrored))
-    for chosen, y, x, mirror in zip(*numbers, strict=True):
-        photograph = photographs[chosen % len(photographs)]
-        height, width = photograph.shape[1:]
-        y, x = y % (height - side + 1), x % (width - side + 1)
-        crop = photograph[:, y : y + side, x : x + side]
-        crops.append(crop.flip(2) if mirror % 2 else crop)
-    return torch.stack(crops).to(torch.int16)

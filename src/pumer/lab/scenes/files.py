@@ -14,8 +14,8 @@ from rich.progress import track
 from torch import Tensor
 
 from pumer._files import check_name, locked, new_folder
+from pumer.lab.scenes.backgrounds import photographs
 from pumer.lab.scenes.drawing import OBJECTS, Scenes, check_style, draw_scenes
-from pumer.lab.scenes.photographs import photographs
 from pumer.lab.scenes.questions import SceneQuestion, ask
 
 _BATCH = 256

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pumer.lab.scenes import drawing as scene_data
+from pumer.lab.scenes.backgrounds import photographs
 from pumer.lab.scenes.drawing import (
     OBJECTS,
     check_style,
@@ -24,7 +25,6 @@ from pumer.lab.scenes.drawing import (
     patch_offsets,
     patch_targets,
 )
-from pumer.lab.scenes.photographs import photographs
 from pumer.lab.scenes.questions import ANSWERS, KINDS, SceneQuestion, ask, referent_targets
 from pumer.lab.tasks.base import Example, Task
 from pumer.lab.tasks.vqa_answers import write_answers
