@@ -6,6 +6,7 @@ import pytest
 import tiny_llm
 import torch
 
+import halves
 import pumer
 
 LAYOUTS = {
@@ -43,7 +44,15 @@ def test_the_document_is_true():
     )
 
 
-@pytest.mark.parametrize(("family", "name"), cases(cells.REDUCERS, cells.FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    halves.sweep(
+        cases(cells.REDUCERS, cells.FAMILIES),
+        # One family of each kind with every reducer; which reducers suit the others says the
+        # document, which is held true every time.
+        lambda id: id.startswith(("llava-", "qwen2_5_vl-", "internvl-", "qwen3_5-")),
+    ),
+)
 def test_it_runs_or_says_why_not(family, name):
     model = model_of(family)
     reducer, word, reason = cells.fitting(model, cells.REDUCERS[name], cells.batch(family))

@@ -33,6 +33,7 @@ def test_promises_hold(name):
     assert ties <= INPUTS // 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_plans_are_the_same_when_compiled(name):
     assert compiles(name)

@@ -156,6 +156,7 @@ def test_a_study_counts_what_they_cost(family, tmp_path, monkeypatch):
     assert tokens[0][1] > tokens[-1][1] > 0
 
 
+@pytest.mark.slow
 def test_the_best_setting_of_a_stock_decoder_is_found(folder, tmp_path):
     model = tiny_llm.model("llava")
     collator = saved_collator(folder, model, TASK)
