@@ -423,7 +423,7 @@ def test_found_points_hold(known):
         best = settle(one)
         drops.append(100 * true_drop(best.point.reducer))
         assert one.checked[best.point.name].high <= 3.0
-        assert len(one.judged) < 0.6 * len(one.planned)  # which depends on measured speeds
+        assert len(one.judged) < len(one.planned) / 2
         # Every other point has a reason not to have been judged.
         assert len(one.judged) + len(one.excluded()) == len(one.planned)
     assert sum(drop <= 3.0 for drop in drops) >= 5
