@@ -148,13 +148,22 @@ def carried(plan: Plan, view: View, layout: TokenLayout) -> Tensor:
     """What a plan carries on of a view's tokens, at these tokens of the layout; 0 elsewhere."""
     assert plan.carried_BN is not None
     batch, count = layout.index_BK.shape
-    first = torch.arange(batch, device=view.index_RN.device)[:, None] * count
-    if view.sample_index is not None:
-        first = first[to_device(view.sample_index, view.index_RN.device)]
-    target_RN = torch.where(view.reducible_RN, first + view.index_RN, batch * count)
     values = plan.carried_BN.new_zeros(batch * count + 1)
+    _, target_RN = flat_index(view, layout)
     values = values.scatter(0, target_RN.flatten(), plan.carried_BN.flatten())
     return values[:-1].view(batch, count)
+
+
+def flat_index(view: View, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """The sample of every row of a view, int64 [R,1], and where its tokens are in the flattened
+    layout, int64 [R,N]; one past the end for those that no plan may touch."""
+    batch, count = layout.index_BK.shape
+    device = view.index_RN.device
+    sample_R1 = torch.arange(batch, device=device)[:, None]
+    if view.sample_index is not None:
+        sample_R1 = to_device(view.sample_index, device)[:, None]
+    flat_RN = torch.where(view.reducible_RN, sample_R1 * count + view.index_RN, batch * count)
+    return sample_R1, flat_RN
 
 
 def counts_per_sample(
@@ -187,9 +196,6 @@ def lift_plan(plan: Plan, view: View, layout: TokenLayout, slots: int) -> Plan:
     batch, count = layout.index_BK.shape
     index_RN, reducible_RN = view.index_RN, view.reducible_RN
     device = index_RN.device
-    sample_R1 = torch.arange(batch, device=device)[:, None]
-    if view.sample_index is not None:
-        sample_R1 = to_device(view.sample_index, device)[:, None]
 
     # Of every slot the first token that goes into it, and of every token of the view that one: its
     # leader. -1 for tokens that are dropped.
@@ -200,7 +206,7 @@ def lift_plan(plan: Plan, view: View, layout: TokenLayout, slots: int) -> Plan:
 
     # The same for the whole layout, where a token outside the view leads itself. One entry past the
     # end takes padding.
-    target_RN = torch.where(reducible_RN, sample_R1 * count + index_RN, batch * count)
+    sample_R1, target_RN = flat_index(view, layout)
     index_BK = torch.arange(count, device=device).expand(batch, count)
     itself_BK = index_BK
     if layout.filled_BK is not None:
