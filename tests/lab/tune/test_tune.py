@@ -342,7 +342,8 @@ class MadeUp:
             self.asked.append((repr(reducer), number))
             right = np.random.default_rng([self.seed, number]).random(32) < 0.9
             if not isinstance(reducer, pumer.Unreduced):
-                own = np.random.default_rng([self.seed, number, zlib.crc32(repr(reducer).encode())])
+                saved = json.dumps(pumer.reducers.to_dict(reducer))  # new settings do not change it
+                own = np.random.default_rng([self.seed, number, zlib.crc32(saved.encode())])
                 chance = np.where(right, 1 - (self.drop(reducer) + 0.01) / 0.9, 0.1)
                 right = own.random(32) < chance
             yield right.astype(float).tolist()
